@@ -1,0 +1,7 @@
+"""The batch protocol: what flows between rollout, reward, algorithms and engines."""
+
+from rlcore.batch.alignment import predicted_positions
+from rlcore.batch.balance import balanced_partitions, micro_batches
+from rlcore.batch.batch import Batch, Jagged
+
+__all__ = ["Batch", "Jagged", "balanced_partitions", "micro_batches", "predicted_positions"]

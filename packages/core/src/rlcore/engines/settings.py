@@ -1,0 +1,87 @@
+"""What every backend needs to know, whatever its own options are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from rlcore.config import Config
+
+if TYPE_CHECKING:
+    from rlcore.engines.train import TrainEngine
+
+Head = Literal["policy", "value", "score"]
+
+
+class ModelSettings(Config):
+    """Which model, and how its files are read."""
+
+    path: str = Field(description="Model folder (Hugging Face format) or Hub name.")
+    tokenizer_path: str | None = Field(None, description="Tokenizer folder or Hub name; the model's own when null.")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
+    attn_implementation: str | None = Field(
+        None, description="Attention implementation for the backend; null picks the fastest correct one."
+    )
+
+
+class OptimSettings(Config):
+    """AdamW and its learning-rate schedule."""
+
+    lr: float = Field(1e-6, gt=0, description="Peak learning rate.")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW β₁ and β₂.")
+    eps: float = Field(1e-8, gt=0, description="AdamW ε.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay; never on biases and norms.")
+    clip_grad: float | None = Field(1.0, gt=0, description="Maximum global gradient norm; null does not clip.")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="Shape after the warm-up.")
+    warmup_steps: int = Field(0, ge=0, description="Optimizer steps of linear warm-up.")
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="Final learning rate as a fraction of the peak.")
+    total_steps: int | None = Field(
+        None, gt=0, description="Optimizer steps of the schedule; null lets the recipe fill in the length of the run."
+    )
+
+
+class RewardSettings(Config):
+    """Limits under which reward functions run."""
+
+    workers: int = Field(1, ge=1, description="Worker processes of the reward pool.")
+    timeout_s: float = Field(10.0, gt=0, description="Seconds one sample may take before its worker is killed.")
+    memory_mb: int = Field(2048, gt=0, description="Memory one worker may use, in MiB.")
+    error_score: float = Field(0.0, description="Score of a sample whose reward failed.")
+
+
+@dataclass(frozen=True)
+class TrainEngineSpec:
+    """Everything a plugin needs to build one `TrainEngine`.
+
+    Attributes:
+        head: "policy" (language-model head), "value" or "score" (one scalar per token; see `TrainEngine`).
+        optim: None builds a frozen engine (reference policy, reward model): `train` is an error there.
+        max_tokens: token budget of one micro-batch.
+        seed: initialises new heads; the same on every rank.
+        options: the backend's own section, already validated.
+    """
+
+    model: ModelSettings
+    options: Config
+    head: Head = "policy"
+    optim: OptimSettings | None = None
+    max_tokens: int = 16384
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class RolloutSpec:
+    """Everything a plugin needs to build one `RolloutEngine`.
+
+    Attributes:
+        max_model_len: longest prompt plus completion, in tokens.
+        train_engine: the policy in the same process, or None; `inline` generates with its weights.
+    """
+
+    model: ModelSettings
+    options: Config
+    max_model_len: int
+    seed: int = 0
+    train_engine: TrainEngine | None = None

@@ -1,0 +1,161 @@
+"""`TrainEngine`: sharded forward, one optimizer step, weight export, checkpoints."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+
+from rlcore.batch import Batch
+from rlcore.controller.dispatch import Dispatch, dispatch
+from rlcore.engines.weight_sync import WeightBucket
+from rlcore.metrics import Metrics
+
+TRAIN_ENGINE_INTERFACE = 1
+
+Output = Literal["logprobs", "entropy", "values"]
+Part = Literal["params", "optimizer"]
+
+
+@dataclass(frozen=True)
+class ForwardRequest:
+    """What a forward pass computes.
+
+    Attributes:
+        outputs: per-token columns. "logprobs" and "entropy" need a policy head, "values" a value or score head.
+            With a *value* head entry *t* is the value of the state before ``tokens[t]``; with a *score* head entry
+            *t* is the scalar read **at** ``tokens[t]`` (the sequence's score stands at its last token).
+        temperature: logits are divided by it before log-probs and entropy.
+    """
+
+    outputs: tuple[Output, ...] = ("logprobs",)
+    temperature: float = 1.0
+
+
+class Objective(Protocol):
+    """A loss over one mini-batch, whose value does not depend on how the mini-batch is divided.
+
+    It is data (picklable), shipped to every worker. The engine calls `denominators` on its own part of the mini-batch,
+    sums the results over data-parallel ranks, and hands them to every micro-batch's `loss`; the sum of all
+    micro-batches' losses over all ranks is the loss of the mini-batch.
+    """
+
+    @property
+    def request(self) -> ForwardRequest:
+        """What the engine must compute, with gradient, before calling `loss`."""
+        ...
+
+    def denominators(self, batch: Batch) -> dict[str, float]:
+        """Sums over ``batch`` (tokens, sequences …) that normalise the loss."""
+        ...
+
+    def loss(
+        self, outputs: Mapping[str, torch.Tensor], batch: Batch, denominators: Mapping[str, float]
+    ) -> tuple[torch.Tensor, Metrics]:
+        """The micro-batch's share of the loss.
+
+        Args:
+            outputs: the requested columns, each ``[T]`` fp32 with gradient, aligned with ``batch.flat("tokens")``
+                and 0 where ``loss_mask`` is 0.
+            batch: the micro-batch, on the engine's device. Sequences are whole.
+
+        Returns:
+            a scalar with gradient, and metrics with their reductions.
+        """
+        ...
+
+
+class TrainEngine(ABC):
+    """One model under training (or frozen), on one or many processes.
+
+    Batches hold ``tokens`` (jagged int64) and ``loss_mask`` (jagged, 1 where the model's own token is trained on).
+    Under data parallelism every rank is called with its own part; the declared dispatch divides and gathers.
+    """
+
+    @property
+    @abstractmethod
+    def dp_rank(self) -> int:
+        """This process's data-parallel rank; ranks that work on the same samples share it."""
+
+    @property
+    @abstractmethod
+    def dp_size(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device: ...
+
+    @abstractmethod
+    @dispatch(Dispatch.SHARD)
+    def forward(self, batch: Batch, request: ForwardRequest) -> Batch:
+        """Compute per-token columns without gradient.
+
+        Computed where ``loss_mask`` is 1 (everywhere but the first token if the batch has no ``loss_mask``); 0
+        elsewhere. The model is in evaluation mode; micro-batches keep to the token budget.
+
+        Returns:
+            a batch of the requested columns only (jagged fp32, on the CPU), samples in the order given.
+        """
+
+    @abstractmethod
+    @dispatch(Dispatch.SHARD)
+    def train(self, batch: Batch, objective: Objective) -> Metrics:
+        """One optimizer step over one mini-batch, divided into micro-batches under the token budget.
+
+        A step whose gradient norm is not finite is skipped (weights and optimizer unchanged) and counted as
+        ``skipped_steps``; it still counts for the schedule.
+
+        Returns:
+            the objective's metrics over all ranks' samples, plus ``grad_norm`` (before clipping), ``lr`` and
+            ``skipped_steps``.
+
+        Raises:
+            EngineError: the engine was built without an optimizer.
+        """
+
+    @abstractmethod
+    @dispatch(Dispatch.STREAM)
+    def export_weights(self, bucket_bytes: int = 512 << 20) -> Iterator[WeightBucket]:
+        """Stream full tensors under Hugging Face names, in the model's order, tied weights once.
+
+        At most two buckets exist at a time. A tensor larger than ``bucket_bytes`` has a bucket of its own.
+        All ranks must consume the stream to its end.
+        """
+
+    @abstractmethod
+    @dispatch(Dispatch.BROADCAST)
+    def save(self, path: Path) -> None:
+        """Write weights, optimizer, schedule and RNG states to the folder ``path``, sharded; all ranks take part."""
+
+    @abstractmethod
+    @dispatch(Dispatch.BROADCAST)
+    def load(self, path: Path) -> None:
+        """Restore what `save` wrote, whatever the number of ranks was then.
+
+        Raises:
+            CheckpointError: missing, damaged, or of another model; nothing is changed then.
+        """
+
+    @abstractmethod
+    @dispatch(Dispatch.BROADCAST)
+    def save_pretrained(self, path: Path) -> None:
+        """Write a folder that ``transformers.AutoModel….from_pretrained`` loads (weights and config)."""
+
+    @abstractmethod
+    @dispatch(Dispatch.BROADCAST)
+    def offload(self, *parts: Part) -> None:
+        """Move parts (all by default) to host memory; idempotent."""
+
+    @abstractmethod
+    @dispatch(Dispatch.BROADCAST)
+    def onload(self, *parts: Part) -> None:
+        """Move parts (all by default) back to the device; idempotent. `train` and `forward` do so themselves."""
+
+    @dispatch(Dispatch.BROADCAST)
+    def close(self) -> None:
+        """Release resources; the engine is not used afterwards."""
+        return

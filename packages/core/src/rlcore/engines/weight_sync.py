@@ -1,0 +1,34 @@
+"""Moving weights from a training engine into a rollout engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from rlcore.engines.rollout import RolloutEngine
+    from rlcore.engines.train import TrainEngine
+
+
+@dataclass(frozen=True)
+class WeightBucket:
+    """Some full tensors under their Hugging Face names, on the sender's device."""
+
+    tensors: tuple[tuple[str, torch.Tensor], ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for _, tensor in self.tensors)
+
+
+def sync_weights(trainer: TrainEngine, rollout: RolloutEngine, version: int, bucket_bytes: int = 512 << 20) -> None:
+    """Make ``rollout`` generate with the trainer's current weights and call them ``version``.
+
+    A rollout that generates with the trainer's own tensors only takes the version; otherwise buckets are streamed.
+    """
+    if rollout.shares_weights:
+        rollout.update_weights((), version)
+    else:
+        rollout.update_weights(trainer.export_weights(bucket_bytes), version)

@@ -1,0 +1,33 @@
+"""Errors that are the user's to act on.
+
+Each message says what is wrong, where, and what to do. The command line prints them without a traceback; any other
+exception is a bug of ours and keeps its traceback.
+"""
+
+
+class RlcoreError(Exception):
+    """Base class of every error below."""
+
+
+class ConfigError(RlcoreError):
+    """The configuration is invalid; the message lists every problem found, one per line."""
+
+
+class DataError(RlcoreError):
+    """A data file is missing, malformed, or does not hold what the configuration says."""
+
+
+class BatchError(RlcoreError, ValueError):
+    """Columns of a `Batch` do not fit together; the message names the column and both shapes."""
+
+
+class PluginError(RlcoreError):
+    """A plugin is unknown, cannot be imported, or was written for another interface version."""
+
+
+class EngineError(RlcoreError):
+    """A training or rollout engine cannot do what it was asked to."""
+
+
+class CheckpointError(RlcoreError):
+    """A checkpoint is missing, damaged, or belongs to another model."""

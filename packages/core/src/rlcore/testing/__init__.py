@@ -1,0 +1,1 @@
+"""Conformance kit for backend authors (pytest)."""

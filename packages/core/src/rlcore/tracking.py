@@ -1,0 +1,44 @@
+"""`Tracker`: where metrics go."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TRACKER_INTERFACE = 1
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a tracker learns about the run.
+
+    Attributes:
+        run_id: stays the same when a run is resumed; trackers continue the same remote run.
+        total_steps: planned steps, for progress displays.
+        config: the resolved configuration as plain values.
+    """
+
+    out_dir: Path
+    project: str
+    name: str
+    run_id: str
+    total_steps: int
+    config: Mapping[str, Any]
+
+
+class Tracker(ABC):
+    """Receives numbers and tables; called on rank zero only. A tracker must never end the run: it warns once instead."""
+
+    @abstractmethod
+    def log(self, metrics: Mapping[str, float], step: int) -> None: ...
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
+        """A table such as validation generations; ignored by trackers that have no tables."""
+        return
+
+    def close(self) -> None:
+        """Flush; idempotent."""
+        return

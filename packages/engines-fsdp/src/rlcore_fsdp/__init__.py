@@ -1,0 +1,1 @@
+"""rlcore-engines-fsdp."""

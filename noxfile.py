@@ -1,0 +1,85 @@
+"""Every check of the project, each in an environment of its own.
+
+``nox`` runs all sessions that CI runs. A package's session holds only that package and what it declares.
+"""
+
+import os
+from pathlib import Path
+
+import nox
+
+nox.options.default_venv_backend = "uv"
+nox.options.reuse_existing_virtualenvs = True
+nox.options.sessions = ["lint", "typecheck", "tests", "docs", "integration"]
+
+PACKAGES = sorted(path.parent.name for path in Path("packages").glob("*/pyproject.toml"))
+# One thread per process: tests start several processes, and threads that compete are slower than one.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def sync(session: nox.Session, *arguments: str) -> None:
+    """Install exactly what the lock file says for ``arguments``."""
+    session.run_install(
+        "uv",
+        "sync",
+        "--frozen",
+        "--no-default-groups",
+        *arguments,
+        env={"UV_PROJECT_ENVIRONMENT": session.virtualenv.location},
+        silent=True,
+    )
+
+
+def pytest(session: nox.Session, *arguments: str) -> None:
+    session.run("pytest", *arguments, *session.posargs, env=ENVIRONMENT)
+
+
+def package_tests(session: nox.Session, package: str) -> None:
+    name = {"core": "rlcore"}.get(package, f"rlcore-{package}")
+    sync(session, "--package", name, "--group", "test")
+    pytest(session, f"packages/{package}/tests")
+
+
+for package in PACKAGES:
+    nox.session(name=f"tests-{package}")(lambda session, package=package: package_tests(session, package))
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """The tests of every package, each in its own environment."""
+    for package in PACKAGES:
+        session.notify(f"tests-{package}")
+
+
+@nox.session
+def integration(session: nox.Session) -> None:
+    """Cross-package, end-to-end, fault-injection and installation tests."""
+    sync(session, "--all-packages", "--group", "test", "--group", "trackers")
+    pytest(session, "tests")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    sync(session, "--only-group", "lint")
+    session.run("ruff", "format", "--check", ".")
+    session.run("ruff", "check", ".")
+
+
+@nox.session
+def typecheck(session: nox.Session) -> None:
+    sync(session, "--all-packages", "--group", "typecheck", "--group", "test")
+    session.run("mypy")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation; a warning is an error."""
+    sync(session, "--package", "rlcore", "--group", "docs")
+    session.run("sphinx-build", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html")
+
+
+@nox.session(default=False)
+def quickstart(session: nox.Session) -> None:
+    """The README's learning curve, made anew."""
+    sync(session, "--all-packages")
+    session.run("rlcore", "quickstart", *session.posargs, env={"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")})

@@ -33,10 +33,15 @@ class RewardSample:
 
 @dataclass(frozen=True)
 class RewardResult:
-    """``score`` is finite; ``extras`` are further numbers to log and to aggregate in validation."""
+    """``score`` is finite; ``extras`` are further numbers to log and to aggregate in validation.
+
+    ``answer`` is what was read from the completion, in a form in which equal answers are equal strings; validation
+    votes with it (maj@N). None if the reward reads no answer.
+    """
 
     score: float
     extras: Mapping[str, float] = field(default_factory=dict)
+    answer: str | None = None
 
 
 class Reward(ABC):

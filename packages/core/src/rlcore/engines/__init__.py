@@ -1,10 +1,37 @@
-"""The interfaces that backends implement; each states its whole contract."""
+"""The interfaces that backends implement; each states its whole contract.
 
-from rlcore.engines.reward import Reward, RewardResult, RewardSample
-from rlcore.engines.rollout import Completion, GenerationRequest, RolloutEngine, SamplingParams
-from rlcore.engines.settings import ModelSettings, OptimSettings, RewardSettings, RolloutSpec, TrainEngineSpec
-from rlcore.engines.train import ForwardRequest, Objective, TrainEngine
-from rlcore.engines.weight_sync import WeightBucket, sync_weights
+Names are resolved on first use: a reward worker or a check of a configuration needs some of them and not torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlcore.engines.reward import Reward, RewardResult, RewardSample
+    from rlcore.engines.rollout import Completion, GenerationRequest, RolloutEngine, SamplingParams
+    from rlcore.engines.settings import ModelSettings, OptimSettings, RewardSettings, RolloutSpec, TrainEngineSpec
+    from rlcore.engines.train import ForwardRequest, Objective, TrainEngine
+    from rlcore.engines.weight_sync import WeightBucket, sync_weights
+
+_HOMES = {
+    "Completion": "rollout",
+    "ForwardRequest": "train",
+    "GenerationRequest": "rollout",
+    "ModelSettings": "settings",
+    "Objective": "train",
+    "OptimSettings": "settings",
+    "Reward": "reward",
+    "RewardResult": "reward",
+    "RewardSample": "reward",
+    "RewardSettings": "settings",
+    "RolloutEngine": "rollout",
+    "RolloutSpec": "settings",
+    "SamplingParams": "rollout",
+    "TrainEngine": "train",
+    "TrainEngineSpec": "settings",
+    "WeightBucket": "weight_sync",
+    "sync_weights": "weight_sync",
+}
 
 __all__ = [
     "Completion",
@@ -25,3 +52,9 @@ __all__ = [
     "WeightBucket",
     "sync_weights",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'rlcore.engines' has no attribute {name!r}")

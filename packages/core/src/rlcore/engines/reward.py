@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,20 +37,40 @@ class RewardResult:
     """``score`` is finite; ``extras`` are further numbers to log and to aggregate in validation.
 
     ``answer`` is what was read from the completion, in a form in which equal answers are equal strings; validation
-    votes with it (maj@N). None if the reward reads no answer.
+    votes with it (maj@N). None if the reward reads no answer. ``error`` names the kind of failure ("timeout",
+    "exception" …) if ``score`` is only the configured score of failed samples; such a result may lack extras.
     """
 
     score: float
     extras: Mapping[str, float] = field(default_factory=dict)
     answer: str | None = None
+    error: str | None = None
 
 
 class Reward(ABC):
-    """Scores samples. Implementations are called from one event loop and may run many calls at once."""
+    """Scores samples. Implementations run many calls at once, from successive event loops."""
 
     @abstractmethod
     async def score(self, sample: RewardSample) -> RewardResult:
         """The sample's reward. What goes wrong inside costs this sample its score, never the run."""
+
+    def score_batch(self, samples: Sequence[RewardSample], concurrency: int = 256) -> list[RewardResult]:
+        """All results, in the order of the samples; at most ``concurrency`` calls of `score` are outstanding."""
+
+        async def gather() -> list[RewardResult]:
+            slots = asyncio.Semaphore(concurrency)
+
+            async def one(sample: RewardSample) -> RewardResult:
+                async with slots:
+                    return await self.score(sample)
+
+            return await asyncio.gather(*map(one, samples))
+
+        return asyncio.run(gather())
+
+    def stats(self) -> dict[str, int]:
+        """Counts since construction: ``samples``, ``errors``, and ``errors/<kind>`` for each kind that occurred."""
+        return {}
 
     def close(self) -> None:
         """Release resources (worker processes …); idempotent."""

@@ -45,10 +45,16 @@ class OptimSettings(Config):
 class RewardSettings(Config):
     """Limits under which reward functions run."""
 
-    workers: int = Field(1, ge=1, description="Worker processes of the reward pool.")
+    workers: int = Field(4, ge=1, description="Most worker processes of the reward pool; they start as needed.")
     timeout_s: float = Field(10.0, gt=0, description="Seconds one sample may take before its worker is killed.")
-    memory_mb: int = Field(2048, gt=0, description="Memory one worker may use, in MiB.")
-    error_score: float = Field(0.0, description="Score of a sample whose reward failed.")
+    startup_timeout_s: float = Field(120.0, gt=0, description="Seconds a worker may take to import the function.")
+    memory_mb: int = Field(2048, gt=0, description="Memory a worker and its children may use, in MiB.")
+    max_processes: int = Field(64, gt=0, description="Processes a worker and its children may be.")
+    max_output_kb: int = Field(1024, gt=0, description="Output (stdout and stderr) one sample may print, in KiB.")
+    pass_env: tuple[str, ...] = Field(
+        (), description="Environment variables (API keys …) that workers see besides PATH, HOME, locale and the like."
+    )
+    error_score: float = Field(0.0, allow_inf_nan=False, description="Score of a sample whose reward failed.")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,169 @@
+"""Attention over a packed row of sequences, as an attention implementation of transformers.
+
+A micro-batch is one row ``[1, T]`` without padding. No mask is built: what belongs together is known from the lengths,
+which travel to every layer as the forward keyword ``packing``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from functools import cache, cached_property
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from rlcore.errors import EngineError
+
+IMPLEMENTATION = "rlcore_packed"
+
+Kernel = Literal["sdpa", "varlen", "flash_attention_2"]
+
+# Layer keywords that change the mathematics of attention and that no kernel below computes.
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias", "indexer")
+
+
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """How a packed row divides into sequences.
+
+    Attributes:
+        lengths: tokens per sequence, all positive.
+        device: where the row is.
+    """
+
+    lengths: tuple[int, ...]
+    kernel: Kernel
+    device: torch.device
+
+    @cached_property
+    def position_ids(self) -> torch.Tensor:
+        """``[1, T]`` int64, starting again at 0 in every sequence."""
+        lengths = torch.tensor(self.lengths)
+        starts = lengths.cumsum(0) - lengths
+        positions = torch.arange(int(lengths.sum())) - starts.repeat_interleave(lengths)
+        return positions[None].to(self.device)
+
+    @cached_property
+    def boundaries(self) -> torch.Tensor:
+        """``[B + 1]`` int32."""
+        lengths = torch.tensor((0, *self.lengths), dtype=torch.int32)
+        return lengths.cumsum(0, dtype=torch.int32).to(self.device)
+
+
+def choose_kernel(requested: str | None, device: torch.device, dtype: torch.dtype) -> Kernel:
+    """The kernel for ``requested`` (an ``attn_implementation``), or the fastest correct one for None.
+
+    Raises:
+        EngineError: unknown, not installed, or not for this device and precision.
+    """
+    usable: dict[str, bool] = {
+        "flash_attention_2": device.type == "cuda" and dtype != torch.float32 and find_spec("flash_attn") is not None,
+        "varlen": device.type == "cuda" and dtype != torch.float32 and _torch_varlen() is not None,
+        "sdpa": True,
+    }
+    if requested is None:
+        return next(kernel for kernel, works in usable.items() if works)  # type: ignore[return-value]
+    if requested not in usable:
+        raise EngineError(
+            f"attn_implementation {requested!r} has no packed form here; known: {', '.join(usable)}, or null to choose"
+        )
+    if not usable[requested]:
+        raise EngineError(
+            f"attn_implementation {requested!r} needs CUDA, a 16-bit param_dtype and its library installed; this engine "
+            f"computes in {str(dtype).removeprefix('torch.')} on {device.type}"
+        )
+    return requested  # type: ignore[return-value]
+
+
+@cache
+def _torch_varlen() -> Any:
+    """``varlen_attn`` of torch if it knows grouped queries and windows (torch 2.11's does not), else None."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn if {"enable_gqa", "window_size"} <= set(inspect.signature(varlen_attn).parameters) else None
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    packing: Packing | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each sequence. ``query`` ``[1, H, T, D]`` → ``[1, T, H, D]``; see `Packing`."""
+    unsupported = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
+    if unsupported or packing is None or dropout:
+        what = f"uses {unsupported[0]}" if unsupported else "applies dropout" if dropout else "loses the packing"
+        raise EngineError(
+            f"{type(module).__name__} {what} in attention, which the packed forward pass does not support"
+        )
+    if packing.kernel == "sdpa":
+        out = _by_sequence(query, key, value, scaling, sliding_window, packing)
+    else:
+        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        window = (-1 if sliding_window is None else sliding_window - 1, 0)
+        longest, boundaries = max(packing.lengths), packing.boundaries
+        if packing.kernel == "varlen":
+            out = _torch_varlen()(
+                q, k, v, boundaries, boundaries, longest, longest, scale=scaling, window_size=window, enable_gqa=True
+            )[None]
+        else:
+            from flash_attn import flash_attn_varlen_func
+
+            out = flash_attn_varlen_func(
+                q,
+                k,
+                v,
+                boundaries,
+                boundaries,
+                longest,
+                longest,
+                softmax_scale=scaling,
+                causal=True,
+                window_size=window,
+            )[None]
+    return out, None
+
+
+def _by_sequence(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    window: int | None,
+    packing: Packing,
+) -> torch.Tensor:
+    grouped = query.shape[1] != key.shape[1]
+    lengths = packing.lengths
+    parts = []
+    for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2)):
+        length = q.shape[2]
+        banded = window is not None and window < length
+        mask = _band(length, window, q.device) if banded and window is not None else None
+        parts.append(
+            scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=not banded, scale=scaling, enable_gqa=grouped
+            ).transpose(1, 2)
+        )
+    return torch.cat(parts, 1)
+
+
+def _band(length: int, window: int, device: torch.device) -> torch.Tensor:
+    """``[L, L]`` bool: each token sees itself and the ``window - 1`` before it."""
+    ones = torch.ones(length, length, dtype=torch.bool, device=device)
+    return ones.tril().triu(1 - window)
+
+
+# No mask function is registered under this name, so transformers builds no mask.
+AttentionInterface.register(IMPLEMENTATION, packed_attention)

@@ -1,0 +1,61 @@
+"""Settings of the FSDP training engine. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from rlcore.config import Config
+
+DType = Literal["float32", "bfloat16"]
+
+
+class FSDPSettings(Config):
+    """How the model is laid out over processes, and in which precision it computes."""
+
+    device: Literal["cpu", "cuda"] | None = Field(
+        None, description="Where to compute; null takes CUDA if there is one."
+    )
+    param_dtype: DType | None = Field(
+        None, description="Precision of forward and backward; null is bfloat16 on CUDA and float32 on the CPU."
+    )
+    master_dtype: DType | None = Field(
+        None,
+        description="Precision of the weights that the optimizer updates; null is float32, or param_dtype without one.",
+    )
+    reduce_dtype: DType = Field("float32", description="Precision in which gradients are summed over ranks.")
+    replicate: int = Field(
+        1, ge=1, description="Hybrid sharding: number of replicas, each sharded over world size / replicate ranks."
+    )
+    reshard_after_forward: bool = Field(
+        True,
+        description="Free a layer's gathered parameters after its forward pass and gather them again for backward.",
+    )
+    reduce_every_micro_batch: bool = Field(
+        False,
+        description="Reduce gradients after every micro-batch instead of once a step: more communication, but only "
+        "sharded gradients are kept between micro-batches.",
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute each layer's activations in the backward pass instead of keeping them."
+    )
+    offload_params: bool = Field(
+        False,
+        description="Keep parameters, gradients and optimizer states in host memory; layers visit the GPU in turn.",
+    )
+    offload_optimizer: bool = Field(False, description="Keep optimizer states in host memory between optimizer steps.")
+    logits_chunk: int | None = Field(
+        None, ge=1, description="Tokens whose logits exist at a time; null bounds the logits by memory instead."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.master_dtype == "bfloat16" and self.param_dtype == "float32":
+            raise ValueError(
+                "master_dtype bfloat16 is narrower than param_dtype float32: the optimizer would round what the model "
+                "computes with; set master_dtype to float32 or param_dtype to bfloat16"
+            )
+        if self.offload_params and self.offload_optimizer:
+            raise ValueError("offload_params moves optimizer states already; set only one of it and offload_optimizer")
+        return self

@@ -1,0 +1,240 @@
+"""`FSDPTrainEngine`: PyTorch FSDP2 over a Hugging Face model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
+
+from rlcore.batch import Batch, micro_batches, predicted_positions
+from rlcore.engines import ForwardRequest, Objective, TrainEngine, TrainEngineSpec, WeightBucket
+from rlcore.engines.train import Part
+from rlcore.errors import EngineError
+from rlcore.metrics import Metrics
+from rlcore_fsdp import sharding
+from rlcore_fsdp.attention import Packing, choose_kernel
+from rlcore_fsdp.config import FSDPSettings
+from rlcore_fsdp.distributed import choose_device, join_processes, make_mesh, max_over_ranks, sum_over_ranks
+from rlcore_fsdp.loading import empty_model, load_model, read_config
+from rlcore_fsdp.optimizer import learning_rate, make_optimizer
+from rlcore_fsdp.packed_model import PackedModel, check_request, full_columns
+
+
+def build(spec: TrainEngineSpec) -> FSDPTrainEngine:
+    """The engine of this process; under ``torchrun``'s environment every process calls it.
+
+    Raises:
+        EngineError: the model cannot be loaded or the settings do not fit this machine.
+    """
+    return FSDPTrainEngine(spec)
+
+
+class FSDPTrainEngine(TrainEngine):
+    """See `TrainEngine` for the contract.
+
+    One process whose weights have the precision it computes in runs the plain module; otherwise (several processes,
+    fp32 master weights under a bf16 forward pass, parameters in host memory) FSDP2 shards it, with a process group of
+    one if need be.
+
+    Attributes:
+        model: the Hugging Face model. Its parameters are shards under FSDP; use `generation_weights` for whole ones.
+        step_count: grows by one whenever weights change, so that copies derived from them know that they are stale.
+    """
+
+    def __init__(self, spec: TrainEngineSpec) -> None:
+        if not isinstance(spec.options, FSDPSettings):
+            raise EngineError(f"options of the fsdp engine are FSDPSettings, not {type(spec.options).__name__}")
+        self.spec = spec
+        self.settings = settings = spec.options
+        self._device = choose_device(settings.device)
+        self._world = join_processes(self._device)
+        default = "bfloat16" if self._device.type == "cuda" else "float32"
+        self.param_dtype = getattr(torch, settings.param_dtype or default)
+        master = settings.master_dtype or ("float32" if spec.optim else None)
+        self.master_dtype = getattr(torch, master) if master else self.param_dtype
+        self._kernel = choose_kernel(spec.model.attn_implementation, self._device, self.param_dtype)
+        config = read_config(spec.model)
+        sharded = self._world > 1 or self.master_dtype != self.param_dtype
+        if sharded or (settings.offload_params and self._device.type == "cuda"):
+            mesh = make_mesh(self._device, settings.replicate)
+            first = dist.get_rank() == 0
+            source = load_model(spec.model, config, spec.head, torch.get_default_dtype(), spec.seed) if first else None
+            model = empty_model(spec.model, config, spec.head, self.master_dtype)
+            self.root = PackedModel(model, spec.head, settings.logits_chunk)
+            sharding.shard(self.root, mesh, settings, self.param_dtype, getattr(torch, settings.reduce_dtype))
+            sharding.fill(self.root, source, mesh, self._device)
+        else:
+            if settings.replicate > 1:
+                raise EngineError(f"replicate {settings.replicate} needs that many processes; this is the only one")
+            model = load_model(spec.model, config, spec.head, self.param_dtype, spec.seed).to(self._device)
+            self.root = PackedModel(model, spec.head, settings.logits_chunk)
+        self.root.eval().requires_grad_(spec.optim is not None)
+        if settings.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            for layer in sharding.decoder_layers(self.model):
+                layer.training = True  # layers recompute in training mode only; their parts stay in evaluation mode
+        self._optimizer = make_optimizer(self.root.parameters(), spec.optim) if spec.optim else None
+        self._schedule_step = 0
+        self.step_count = 0
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.root.model
+
+    @property
+    def dp_rank(self) -> int:
+        return dist.get_rank() if self._world > 1 else 0
+
+    @property
+    def dp_size(self) -> int:
+        return self._world
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def _sharded(self) -> bool:
+        return isinstance(self.root, FSDPModule)
+
+    # --- computing -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def forward(self, batch: Batch, request: ForwardRequest) -> Batch:
+        check_request(request, self.spec.head)
+        self.onload("params")
+        batch = batch.select(*(name for name in ("tokens", "loss_mask") if name in batch))
+        order: list[int] = []
+        parts: list[dict[str, torch.Tensor]] = []
+        for members in self._micro_batches(batch):
+            outputs = self._outputs(batch.take(members), request)
+            order += members
+            parts.append({name: value.float().cpu() for name, value in outputs.items()})
+        if self._sharded:
+            sharding.reshard(self.root)
+        lengths = batch.lengths[order]
+        columns = {name: torch.cat([part[name] for part in parts]) for name in request.outputs}
+        return _in_order(columns, lengths, order)
+
+    def train(self, batch: Batch, objective: Objective) -> Metrics:
+        if self._optimizer is None or self.spec.optim is None:
+            raise EngineError("this engine was built without an optimizer (a frozen model) and cannot train")
+        request = objective.request
+        check_request(request, self.spec.head)
+        self.onload("params")
+        denominators = sum_over_ranks(objective.denominators(batch), self._world)
+        divided = self._micro_batches(batch)
+        parts: list[Metrics] = []
+        for index, members in enumerate(divided):
+            self._accumulate(last=index == len(divided) - 1)
+            micro = batch.take(members)
+            outputs = self._outputs(micro, request)
+            if members:
+                loss, metrics = objective.loss(outputs, micro.to(self._device), denominators)
+                parts.append(metrics)
+            else:  # other ranks still have sequences: take part in their communication
+                loss = torch.stack([output.sum() for output in outputs.values()]).sum() * 0.0
+            (loss * self._world).backward()  # FSDP averages gradients over ranks, the objective wants their sum
+        metrics = Metrics.merge(parts)
+        self._step(metrics)
+        return metrics
+
+    def _micro_batches(self, batch: Batch) -> list[list[int]]:
+        """Indices per micro-batch; as many micro-batches on every rank, empty ones where there is less to do."""
+        divided = micro_batches(batch.lengths.tolist(), self.spec.max_tokens)
+        count = max(1, max_over_ranks(len(divided), self._world))
+        return divided + [[] for _ in range(count - len(divided))]
+
+    def _outputs(self, micro: Batch, request: ForwardRequest) -> dict[str, torch.Tensor]:
+        """The requested columns ``[T]`` of a micro-batch that is on the CPU."""
+        lengths = micro.lengths
+        mask = micro.flat("loss_mask") if "loss_mask" in micro else None
+        if self.spec.head == "score" and mask is not None:
+            positions = mask.nonzero().squeeze(-1)
+        else:
+            positions = predicted_positions(lengths, mask)
+        tokens, total = micro.flat("tokens"), micro.total_tokens
+        if total == 0:
+            tokens, lengths = tokens.new_zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
+        packing = Packing(tuple(length for length in lengths.tolist() if length), self._kernel, self._device)
+        positions = positions.to(self._device)
+        outputs = self.root(tokens.to(self._device), packing, positions, request)
+        return full_columns(outputs, positions, total)
+
+    def _accumulate(self, last: bool) -> None:
+        if isinstance(self.root, FSDPModule):
+            self.root.set_requires_gradient_sync(last or self.settings.reduce_every_micro_batch)
+            self.root.set_is_last_backward(last)
+
+    def _step(self, metrics: Metrics) -> None:
+        optim, optimizer = self.spec.optim, self._optimizer
+        assert optim is not None
+        assert optimizer is not None
+        parameters = [parameter for parameter in self.root.parameters() if parameter.grad is not None]
+        norm = sharding.full(nn.utils.get_total_norm([parameter.grad for parameter in parameters]))
+        finite = math.isfinite(float(norm))
+        lr = learning_rate(self._schedule_step, optim)
+        if finite:
+            if optim.clip_grad is not None:
+                nn.utils.clip_grads_with_norm_(parameters, optim.clip_grad, norm)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            self.onload("optimizer")
+            optimizer.step()
+            if self.settings.offload_optimizer:
+                self.offload("optimizer")
+            self.step_count += 1
+        optimizer.zero_grad()
+        self._schedule_step += 1
+        metrics.mean("grad_norm", float(norm))
+        metrics.mean("lr", lr)
+        # Metrics of all ranks are merged: only one of them counts the step.
+        metrics.sum("skipped_steps", float(not finite and self.dp_rank == 0))
+
+    # --- weights -------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def generation_weights(self) -> Iterator[PreTrainedModel]:
+        """The model with whole parameters, in compute precision, on the device, for generating in this process.
+
+        Under FSDP all ranks enter and leave together; modules may be called or their weights read directly. Weights
+        must not be changed, nor kept after leaving (compare `step_count` before reusing what was derived from them).
+        """
+        self.onload("params")
+        with sharding.gathered(self.root, self.settings) if self._sharded else nullcontext():
+            yield self.model
+
+    def export_weights(self, bucket_bytes: int = 512 << 20) -> Iterator[WeightBucket]:
+        raise NotImplementedError
+
+    def save_pretrained(self, path: Path) -> None:
+        raise NotImplementedError
+
+    def save(self, path: Path) -> None:
+        raise NotImplementedError
+
+    def load(self, path: Path) -> None:
+        raise NotImplementedError
+
+    # --- memory --------------------------------------------------------------------------------------------------
+
+    def offload(self, *parts: Part) -> None:
+        return
+
+    def onload(self, *parts: Part) -> None:
+        return
+
+
+def _in_order(columns: dict[str, torch.Tensor], lengths: torch.Tensor, order: list[int]) -> Batch:
+    """Columns of micro-batches one after another, put back into the order of the samples."""
+    from rlcore.batch import Jagged
+
+    back = torch.tensor(order, dtype=torch.int64).argsort()
+    return Batch({name: Jagged(values, lengths) for name, values in columns.items()}).take(back)

@@ -1,0 +1,90 @@
+"""The forward pass: packed tokens in, one number per wanted token out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from rlcore.engines.settings import Head
+from rlcore.engines.train import ForwardRequest
+from rlcore.errors import EngineError
+from rlcore_fsdp.attention import Packing
+from rlcore_fsdp.logprobs import LogitsRule, logprobs_and_entropy
+
+
+class PackedModel(nn.Module):
+    """A Hugging Face model and its head, called on packed rows.
+
+    It is the FSDP root: parameters outside the decoder layers (embeddings, final norm, head) are gathered for the time
+    of `forward`. The model is always in evaluation mode: with dropout the policy that is trained would not be the one
+    that generated, and importance ratios would be noise.
+    """
+
+    def __init__(self, model: PreTrainedModel, head: Head, logits_chunk: int | None) -> None:
+        super().__init__()
+        self.model = model
+        self.head = head
+        self.logits_chunk = logits_chunk
+        self.rule = logits_rule(model.config.get_text_config())
+
+    def forward(
+        self, tokens: torch.Tensor, packing: Packing, positions: torch.Tensor, request: ForwardRequest
+    ) -> dict[str, torch.Tensor]:
+        """The requested outputs at ``positions``, each ``[P]`` fp32.
+
+        Args:
+            tokens: ``[T]`` int64.
+            positions: ``[P]`` int64, the tokens that the outputs speak of (not the states they are computed from).
+        """
+        hidden = self.model.base_model(
+            input_ids=tokens[None], position_ids=packing.position_ids, use_cache=False, packing=packing
+        ).last_hidden_state[0]
+        if self.head == "policy":
+            head = self.model.get_output_embeddings()
+            logprobs, entropy = logprobs_and_entropy(
+                hidden.index_select(0, positions - 1),
+                head.weight,
+                head.bias,
+                tokens[positions],
+                temperature=request.temperature,
+                rule=self.rule,
+                chunk=self.logits_chunk,
+                with_entropy="entropy" in request.outputs,
+            )
+            outputs = {"logprobs": logprobs, "entropy": entropy}
+        else:
+            rows = positions if self.head == "score" else positions - 1
+            score = self.model.score
+            bias = None if score.bias is None else score.bias.float()
+            chosen = hidden.index_select(0, rows).float()
+            outputs = {"values": nn.functional.linear(chosen, score.weight.float(), bias).squeeze(-1)}
+        return {name: outputs[name] for name in request.outputs}
+
+
+def check_request(request: ForwardRequest, head: Head) -> None:
+    """Raise EngineError if ``head`` cannot give what is requested."""
+    known = {"logprobs", "entropy"} if head == "policy" else {"values"}
+    for name in request.outputs:
+        if name not in known:
+            raise EngineError(f"a {head} head gives {' and '.join(sorted(known))}, not {name}")
+    if request.temperature <= 0:
+        raise EngineError(f"temperature must be positive, not {request.temperature}")
+
+
+def logits_rule(config: Any) -> LogitsRule:
+    """How the architecture treats its logits, by the configuration fields that transformers uses for it."""
+    scale = 1.0
+    if (factor := getattr(config, "logit_scale", None)) is not None:  # Cohere
+        scale = float(factor)
+    elif (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
+        scale = 1 / float(divisor)
+    return LogitsRule(scale, getattr(config, "final_logit_softcapping", None))  # Gemma 2 and later
+
+
+def full_columns(outputs: Mapping[str, torch.Tensor], positions: torch.Tensor, total: int) -> dict[str, torch.Tensor]:
+    """Outputs ``[P]`` at ``positions`` as columns ``[total]`` that are 0 elsewhere."""
+    return {name: value.new_zeros(total).index_put((positions,), value) for name, value in outputs.items()}

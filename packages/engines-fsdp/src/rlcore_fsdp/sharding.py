@@ -1,0 +1,101 @@
+"""FSDP2: which modules are sharded, how weights reach the shards, and full weights for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
+
+from rlcore_fsdp.config import FSDPSettings
+from rlcore_fsdp.packed_model import PackedModel
+
+
+def shard(
+    root: PackedModel, mesh: DeviceMesh, settings: FSDPSettings, param_dtype: torch.dtype, reduce_dtype: torch.dtype
+) -> None:
+    """Shard every decoder layer, and what remains together with ``root``."""
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype),
+    }
+    if settings.offload_params:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
+    for layer in decoder_layers(root.model):
+        fully_shard(layer, reshard_after_forward=settings.reshard_after_forward, **options)
+    # The head is the last in forward and the first in backward: freeing it in between would gain nothing.
+    fully_shard(root, reshard_after_forward=False, **options)
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    classes = set(model._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in classes]
+
+
+def fill(root: PackedModel, source: PreTrainedModel | None, mesh: DeviceMesh, device: torch.device) -> None:
+    """Give the sharded meta parameters and the buffers of ``root`` the values of ``source`` (None but on rank 0).
+
+    One parameter at a time crosses the network, so that only rank 0 ever holds the whole model, in host memory.
+    """
+    model = root.model
+    weights = dict(source.named_parameters()) if source is not None else {}
+    filled: dict[int, nn.Parameter] = {}
+    state: dict[str, nn.Parameter] = {}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) not in filled:  # a tied weight comes once
+            assert isinstance(parameter, DTensor)
+            if weights:
+                full = weights[names[id(parameter)]].detach().to(device, parameter.dtype)
+            else:
+                full = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            local = distribute_tensor(full, mesh, parameter.placements).to(parameter.device_mesh.device_type)
+            filled[id(parameter)] = nn.Parameter(local, parameter.requires_grad)
+        state[name] = filled[id(parameter)]
+    model.load_state_dict(state, strict=False, assign=True)
+    buffers = dict(source.named_buffers()) if source is not None else {}
+    for name, buffer in list(model.named_buffers()):
+        value = buffers[name].to(device) if buffers else torch.empty_like(buffer, device=device)
+        dist.broadcast(value, src=0)
+        owner, _, attribute = name.rpartition(".")
+        model.get_submodule(owner)._buffers[attribute] = value
+
+
+def reshard(root: nn.Module) -> None:
+    """Free gathered parameters; afterwards ``root.parameters()`` are shards."""
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@contextmanager
+def gathered(root: PackedModel, settings: FSDPSettings) -> Iterator[None]:
+    """Every parameter whole, in compute precision, on the device."""
+    assert isinstance(root, FSDPModule)
+    modules = [module for module in root.modules() if isinstance(module, FSDPModule)]
+    for module in modules:  # the root first: it prepares the others
+        module.unshard()
+    root.set_reshard_after_forward(False)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.set_reshard_after_forward(settings.reshard_after_forward and module is not root, recurse=False)
+            module.reshard()
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole tensor of a shard; collective."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -7,16 +7,18 @@ importing the backend.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rlcore.config.base import Config
 from rlcore.errors import PluginError
+
+if TYPE_CHECKING:
+    from rlcore.config.base import Config
 
 # group -> (what a member is called, interface version this core speaks)
 GROUPS: dict[str, tuple[str, int]] = {
@@ -59,11 +61,44 @@ class Plugin:
     summary: str = ""
 
     def config_class(self) -> type[Config]:
-        return resolve(self.config)  # type: ignore[no-any-return]
+        """Import the configuration model.
+
+        Raises:
+            PluginError: it cannot be imported.
+        """
+        return self._import(self.config, "configuration")  # type: ignore[no-any-return]
 
     def build(self, *args: Any, **kwargs: Any) -> Any:
-        factory: Callable[..., Any] = resolve(self.factory)
+        """Import the factory and call it.
+
+        Raises:
+            PluginError: the factory cannot be imported, for example because the backend's own package is missing.
+        """
+        factory: Callable[..., Any] = self._import(self.factory, "factory")
         return factory(*args, **kwargs)
+
+    @staticmethod
+    def _import(path: str, what: str) -> Any:
+        try:
+            return resolve(path)
+        except Exception as error:
+            raise PluginError(f"{what} {path} cannot be imported: {type(error).__name__}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Installed:
+    """One entry point, for listings.
+
+    Attributes:
+        distribution: name and version of the package that offers it.
+        plugin: None where ``problem`` says why it is not usable (or where the group's members are no plugins).
+    """
+
+    group: str
+    name: str
+    distribution: str
+    plugin: Plugin | None = None
+    problem: str = ""
 
 
 def resolve(path: str) -> Any:
@@ -73,6 +108,7 @@ def resolve(path: str) -> Any:
 
 
 def names(group: str) -> list[str]:
+    """Names in ``group``, usable or not."""
     return sorted(_points(group))
 
 
@@ -80,27 +116,12 @@ def get(group: str, name: str) -> Plugin:
     """The plugin ``name`` of ``group``.
 
     Raises:
-        PluginError: unknown (with close matches and, for ours, what to install), not importable, or written for
-            another interface version.
+        PluginError: unknown (with close matches and, for ours, what to install), offered by several packages, not
+            importable, or written for another interface version.
     """
     kind, interface = GROUPS[group]
-    points = _points(group)
-    if name not in points:
-        if (group, name) in OURS:
-            raise PluginError(f"{kind} {name!r} is not installed; run: pip install '{OURS[group, name]}'")
-        known = set(points) | {plugin for owner, plugin in OURS if owner == group}
-        close = get_close_matches(name, known, n=3)
-        hint = (
-            f"did you mean {' or '.join(map(repr, close))}?" if close else f"installed: {', '.join(points) or 'none'}"
-        )
-        raise PluginError(f"unknown {kind} {name!r}; {hint}")
-    point = points[name]
-    try:
-        plugin = point.load()
-    except Exception as error:
-        raise PluginError(
-            f"{kind} {name!r} ({_origin(point)}) cannot be imported: {type(error).__name__}: {error}"
-        ) from error
+    point = find(group, name, kind)
+    plugin = _load(point, f"{kind} {name!r}")
     if not isinstance(plugin, Plugin):
         raise PluginError(f"{kind} {name!r} ({_origin(point)}): {point.value} is not an rlcore.plugins.Plugin")
     if plugin.interface != interface:
@@ -111,21 +132,85 @@ def get(group: str, name: str) -> Plugin:
     return plugin
 
 
+def find(group: str, name: str, kind: str) -> EntryPoint:
+    """The entry point ``name`` of ``group``, not loaded; ``kind`` is what messages call it.
+
+    Raises:
+        PluginError: unknown, or offered by several packages.
+    """
+    points = _points(group)
+    if name not in points:
+        if is_ours(group, name):
+            raise PluginError(f"{kind} {name!r} is not installed; run: pip install '{OURS[group, name]}'")
+        close = get_close_matches(name, {*points, *(plugin for owner, plugin in OURS if owner == group)}, n=3)
+        hint = (
+            f"did you mean {' or '.join(map(repr, close))}?"
+            if close
+            else f"installed: {', '.join(sorted(points)) or 'none'}"
+        )
+        raise PluginError(f"unknown {kind} {name!r}; {hint}")
+    if len(points[name]) > 1:
+        owners = " and ".join(map(_origin, points[name]))
+        raise PluginError(f"{kind} {name!r} is offered by {owners}; uninstall all but one of them")
+    return points[name][0]
+
+
+def load_command(name: str) -> Any:
+    """The click command ``name`` that another package adds to ``rlcore``.
+
+    Raises:
+        PluginError: as for `get`.
+    """
+    return _load(find(COMMANDS, name, "command"), f"command {name!r}")
+
+
+def is_ours(group: str, name: str) -> bool:
+    """Whether one of rlcore's own packages offers it, installed or not."""
+    return (group, name) in OURS
+
+
+def listing() -> Iterator[Installed]:
+    """Every entry point of every group; plugins are loaded (not their configuration or backend), the rest is not."""
+    for group in [*GROUPS, ALGORITHMS, COMMANDS]:
+        for name in names(group):
+            distribution = " and ".join(map(_origin, _points(group)[name]))
+            if group not in GROUPS:
+                yield Installed(group, name, distribution)
+                continue
+            try:
+                yield Installed(group, name, distribution, get(group, name))
+            except PluginError as error:
+                yield Installed(group, name, distribution, problem=str(error))
+
+
 @cache
 def import_algorithms() -> None:
     """Import the built-in algorithms and every module under the ``rlcore.algorithms`` entry points, once."""
     import_module("rlcore.algorithms")
-    for point in _points(ALGORITHMS).values():
-        try:
-            point.load()
-        except Exception as error:
-            raise PluginError(
-                f"algorithms of {_origin(point)} cannot be imported: {type(error).__name__}: {error}"
-            ) from error
+    for points in _points(ALGORITHMS).values():
+        for point in points:
+            _load(point, f"algorithms {point.name!r}")
 
 
-def _points(group: str) -> dict[str, EntryPoint]:
-    return {point.name: point for point in entry_points(group=group)}
+def forget_installed() -> None:
+    """Look for installed plugins anew; for processes that install or remove packages, such as tests."""
+    _points.cache_clear()
+    import_algorithms.cache_clear()
+
+
+@cache
+def _points(group: str) -> dict[str, list[EntryPoint]]:
+    found: dict[str, list[EntryPoint]] = {}
+    for point in entry_points(group=group):
+        found.setdefault(point.name, []).append(point)
+    return found
+
+
+def _load(point: EntryPoint, what: str) -> Any:
+    try:
+        return point.load()
+    except Exception as error:
+        raise PluginError(f"{what} ({_origin(point)}) cannot be imported: {type(error).__name__}: {error}") from error
 
 
 def _origin(point: EntryPoint) -> str:

@@ -1,18 +1,11 @@
-"""Fields whose shape depends on a name: a registered algorithm, or a plugin with a section of its own."""
+"""Fields that hold a registered algorithm and its parameters."""
 
 from __future__ import annotations
 
-from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    GetCoreSchemaHandler,
-    SerializerFunctionWrapHandler,
-    model_serializer,
-    model_validator,
-)
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from rlcore.config.base import Config
@@ -77,82 +70,38 @@ class Chosen:
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(
             self._validate,
-            serialization=core_schema.plain_serializer_function_ser_schema(lambda choice: choice.dump()),
+            serialization=core_schema.plain_serializer_function_ser_schema(Choice.dump),
         )
 
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: Any) -> dict[str, Any]:
-        variants: list[dict[str, Any]] = [{"enum": [entry.name for entry in self.registry], "type": "string"}]
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        variants: list[dict[str, Any]] = [{"type": "string", "enum": [entry.name for entry in self.registry]}]
         for entry in self.registry:
-            params = entry.params.model_json_schema()
+            params = handler.resolve_ref_schema(handler(entry.params.__pydantic_core_schema__))
             variants.append(
                 {
                     "type": "object",
+                    "title": entry.name,
                     "description": entry.summary,
                     "properties": {"name": {"const": entry.name}, **params.get("properties", {})},
-                    "required": ["name"],
+                    "required": ["name", *params.get("required", [])],
                     "additionalProperties": False,
                 }
             )
         return {"anyOf": variants}
 
     def _validate(self, value: Any) -> Choice:
-        if isinstance(value, Choice):
+        if isinstance(value, Choice) and value.entry.kind == self.registry.kind:
             return value
         given = {"name": value} if isinstance(value, str) else value
-        if not isinstance(given, dict) or not isinstance(given.get("name"), str):
+        if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
             raise PydanticCustomError(
                 "choice",
-                "expected the name of one {kind}, or a mapping with 'name' and its parameters",
+                "must be the name of one {kind}, or a mapping with 'name' and its parameters",
                 {"kind": self.registry.kind},
             )
         try:
             entry = self.registry.get(given["name"])
         except PluginError as error:
             raise PydanticCustomError("choice", "{reason}", {"reason": str(error)}) from None
+        # a ValidationError of the parameters passes through pydantic, which puts this field's location before theirs
         return Choice(entry, entry.params.model_validate({k: v for k, v in given.items() if k != "name"}))
-
-
-class PluginSections(Config):
-    """A model that names one plugin and holds a section per plugin: ``{engine: fsdp, fsdp: {...}}``.
-
-    Subclasses set ``plugin_group`` and ``plugin_field``. Sections of other installed plugins may stand beside it (to
-    switch by one word); they are validated too. Use `options` for the chosen plugin's section.
-    """
-
-    model_config = ConfigDict(extra="allow")
-    plugin_group: ClassVar[str]
-    plugin_field: ClassVar[str] = "engine"
-
-    @property
-    def options(self) -> Config:
-        """The chosen plugin's own settings."""
-        return (self.__pydantic_extra__ or {})[getattr(self, self.plugin_field)]  # type: ignore[no-any-return]
-
-    @model_validator(mode="after")
-    def _validate_sections(self) -> PluginSections:
-        from rlcore import plugins
-
-        chosen = getattr(self, self.plugin_field)
-        extra = self.__pydantic_extra__ if self.__pydantic_extra__ is not None else {}
-        installed = plugins.names(self.plugin_group)
-        for name in extra:
-            if name not in installed:
-                fields = [*type(self).model_fields, *installed]
-                close = get_close_matches(name, fields, n=3)
-                hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(fields)}"
-                raise PydanticCustomError("unknown_key", "unknown key {key}; {hint}", {"key": repr(name), "hint": hint})
-        for name in dict.fromkeys([chosen, *extra]):
-            section = extra.get(name, {})
-            try:
-                model = plugins.get(self.plugin_group, name).config_class()
-            except PluginError as error:
-                raise PydanticCustomError("plugin", "{reason}", {"reason": str(error)}) from None
-            extra[name] = section if isinstance(section, BaseModel) else model.model_validate(section)
-        return self
-
-    @model_serializer(mode="wrap")
-    def _dump_sections(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        dumped = handler(self)
-        for name, section in (self.__pydantic_extra__ or {}).items():
-            dumped[name] = section.model_dump(mode="json") if isinstance(section, BaseModel) else section
-        return dumped  # type: ignore[no-any-return]

@@ -1,0 +1,106 @@
+"""Layers of configuration: which values win, and what a mapping laid over a name or over a default means."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from rlcore.config.base import Config
+from rlcore.config.choice import Choice, Chosen
+from rlcore.config.sections import PluginSections
+from rlcore.errors import PluginError
+
+
+def content(model: type[Config], key: str) -> type[Config] | Chosen | None:
+    """What a mapping under ``key`` of ``model`` is read as: a model, a choice's parameters, or plain values (None)."""
+    field = model.model_fields.get(key)
+    if field is not None:
+        return content_of_type(field.annotation, field.metadata)
+    if issubclass(model, PluginSections):
+        try:
+            return model.section_model(key)
+        except PluginError:
+            return None
+    return None
+
+
+def content_of_type(annotation: Any, metadata: Any = ()) -> type[Config] | Chosen | None:
+    for item in metadata:
+        if isinstance(item, Chosen):
+            return item
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return content_of_type(arguments[0], arguments[1:])
+    if origin in (Union, UnionType):
+        found = [content_of_type(argument) for argument in arguments if argument is not NoneType]
+        return found[0] if len(found) == 1 else None
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Config) else None
+
+
+def overlay(kind: type[Config] | Chosen | None, below: Any, above: Any) -> Any:
+    """``above`` laid over ``below``.
+
+    Mappings merge key by key and everything else replaces. A mapping over a field that nobody has set yet is laid over
+    what the model's author set in the field's default. A choice keeps its parameters unless another name is chosen.
+    """
+    if isinstance(kind, Chosen):
+        return _overlay_choice(below, above)
+    if not (isinstance(below, Mapping) and isinstance(above, Mapping)):
+        if kind is None or not isinstance(above, Mapping):
+            return above
+        below = {}
+    merged = dict(below)
+    for key, value in above.items():
+        inner = content(kind, key) if kind is not None and isinstance(key, str) else None
+        if key in merged:
+            under = merged[key]
+        else:
+            under = _explicit(kind.model_fields.get(key)) if kind is not None and inner is not None else None
+        merged[key] = overlay(inner, under, value)
+    return merged
+
+
+def _overlay_choice(below: Any, above: Any) -> Any:
+    under = {"name": below} if isinstance(below, str) else below
+    if not (isinstance(under, Mapping) and isinstance(above, Mapping)):
+        return above
+    if "name" in under and above.get("name", under["name"]) != under["name"]:
+        return above
+    return {**under, **above}
+
+
+def open_defaults(model: type[Config], values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` with an empty mapping for every inner model whose default cannot be built.
+
+    A default factory that fails would end validation with its first problem; in the mapping's place all are found.
+    """
+    opened = dict(values)
+    for key, field in model.model_fields.items():
+        inner = content(model, key)
+        if not isinstance(inner, type):
+            continue
+        if key not in values and field.default_factory is not None:
+            try:
+                field.get_default(call_default_factory=True, validated_data={})
+            except ValidationError:
+                opened[key] = {}
+        if isinstance(opened.get(key), Mapping):
+            opened[key] = open_defaults(inner, opened[key])
+    return opened
+
+
+def _explicit(field: FieldInfo | None) -> Any:
+    """What a field's default sets itself, as plain values; what its model sets by default is left to the model."""
+    if field is None or field.is_required():
+        return None
+    try:
+        default = field.get_default(call_default_factory=True, validated_data={})
+    except ValidationError:  # see open_defaults
+        return None
+    if isinstance(default, Config):
+        return default.model_dump(mode="json", exclude_unset=True)
+    return default.dump() if isinstance(default, Choice) else default

@@ -1,0 +1,92 @@
+"""Validation errors as a person reads them: one line per problem, with the key, what is wrong, and where it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from rlcore.config.yaml_format import KeyPath, inline
+
+_LONGEST_VALUE = 80
+
+
+def problem_lines(error: ValidationError, data: Any, place: Callable[[KeyPath], str | None]) -> list[str]:
+    """One line per key that has problems.
+
+    Args:
+        data: what was validated.
+        place: where a key was given ("run.yaml:12"), or None where it was not.
+    """
+    problems: dict[KeyPath, list[str]] = {}
+    values: dict[KeyPath, str] = {}
+    for detail in error.errors(include_url=False):
+        path = _keys(detail["loc"], data)
+        message, value = _message(detail)
+        if message not in problems.setdefault(path, []):
+            problems[path].append(message)
+        values[path] = value
+    lines = []
+    for path, messages in problems.items():
+        where = place(path)
+        key = ".".join(map(str, path))
+        lines.append(
+            f"{key}: " * bool(key)
+            + " or ".join(messages)
+            + values[path]
+            + (f"  ({where})" if where is not None else "")
+        )
+    return lines
+
+
+def _message(detail: Any) -> tuple[str, str]:
+    """What is wrong, and the value given where the message needs it."""
+    kind, value = detail["type"], detail["input"]
+    if kind == "missing":
+        return "is required", ""
+    if kind == "model_type":
+        return "must be a mapping of keys", _given(value)
+    if kind == "path_type":
+        return "must be a path", _given(value)
+    if kind in ("value_error", "assertion_error"):
+        return str(detail["ctx"]["error"]) if "ctx" in detail else detail["msg"].partition(", ")[2], ""
+    message = detail["msg"].partition(", unable to")[0].partition(", got ")[0]
+    if message.startswith("Input should be "):
+        return "must be " + message.removeprefix("Input should be "), _given(value)
+    if message.startswith("Input should "):
+        return "must " + message.removeprefix("Input should "), _given(value)
+    if kind == "choice" and message.startswith("must be"):
+        return message, _given(value)
+    return message, ""
+
+
+def _given(value: Any) -> str:
+    if not isinstance(value, (str, int, float, bool, list, tuple, dict, type(None))):
+        return f", not {type(value).__name__}"
+    text = inline(list(value) if isinstance(value, tuple) else value)
+    return f", not {text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + '…'}"
+
+
+def _keys(location: Sequence[str | int], data: Any) -> KeyPath:
+    """``location`` without the names that pydantic puts in for the branches of unions, which are no keys."""
+    path: list[str | int] = []
+    known = True  # data still is the value at path
+    for index, item in enumerate(location):
+        if known and _holds(data, item):
+            path.append(item)
+            data = data[item]
+        elif known and (
+            not isinstance(data, (Mapping, list, tuple)) or any(_holds(data, later) for later in location[index + 1 :])
+        ):
+            continue
+        else:
+            path.append(item)
+            known = False
+    return tuple(path)
+
+
+def _holds(data: Any, item: str | int) -> bool:
+    if isinstance(data, Mapping):
+        return item in data
+    return isinstance(data, (list, tuple)) and isinstance(item, int) and item < len(data)

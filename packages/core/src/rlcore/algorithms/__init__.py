@@ -1,5 +1,50 @@
 """Algorithms as pure functions in registries.
 
-`advantages`, `policy_losses`, `kl_estimators` and `aggregations` hold them by name; `objectives` composes them into the
-losses that training engines call. Importing this package registers the built-in ones.
+A registry holds the functions of one kind by name (`rlcore.algorithms.registries` states what they take and return);
+`objectives` composes them into the losses that training engines call. Importing this package registers the built-in
+ones; further ones come from ``rlcore.algorithms`` entry points.
 """
+
+from rlcore.algorithms import (
+    aggregation,
+    discounted,
+    filters,
+    group_relative,
+    kl,
+    off_policy,
+    sequence_losses,
+    token_losses,
+    value_loss,
+)
+from rlcore.algorithms.registries import (
+    Advantages,
+    PolicyLossInputs,
+    advantages,
+    aggregations,
+    corrections,
+    kl_estimators,
+    policy_losses,
+    sampling_filters,
+    value_losses,
+)
+
+__all__ = [
+    "Advantages",
+    "PolicyLossInputs",
+    "advantages",
+    "aggregation",
+    "aggregations",
+    "corrections",
+    "discounted",
+    "filters",
+    "group_relative",
+    "kl",
+    "kl_estimators",
+    "off_policy",
+    "policy_losses",
+    "sampling_filters",
+    "sequence_losses",
+    "token_losses",
+    "value_loss",
+    "value_losses",
+]

@@ -1,19 +1,18 @@
 """The registries and what the functions in them take and return.
 
-Shapes: ``T`` tokens of a packed batch, ``B`` sequences. All functions are pure and take their parameters (a `Config`)
-as last positional argument.
+Shapes: ``T`` tokens of a packed batch, ``B`` sequences. All functions are pure and take their parameters (the `Config`
+they were registered with) as last positional argument.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from rlcore.batch import Batch
-from rlcore.config import Config
 from rlcore.metrics import Metrics
 from rlcore.registry import Registry
 
@@ -28,14 +27,19 @@ class Advantages:
 
 class AdvantageEstimator(Protocol):
     """Reads ``loss_mask``, ``token_rewards`` (jagged fp32), ``group`` (dense int64) and what the entry ``needs``
-    ("values" jagged; "baseline_score" dense fp32: the greedy rollout's score)."""
+    ("values" jagged; "baseline_score" dense fp32: the greedy rollout's score).
 
-    def __call__(self, batch: Batch, params: Config, /) -> Advantages: ...
+    The batch is the whole training batch: statistics over it are global. A reward may stand on any token of its
+    sequence; one on a token that is not trained on is credited to the last trained token before it.
+    """
+
+    def __call__(self, batch: Batch, params: Any, /) -> Advantages: ...
 
 
 @dataclass(frozen=True)
 class PolicyLossInputs:
-    """All ``[T]`` fp32 but ``lengths`` ``[B]`` int64 (CPU). ``mask`` is 1 where a token is trained on."""
+    """All ``[T]`` fp32 but ``lengths`` ``[B]`` int64 (CPU). ``mask`` is 1 where a token is trained on; the others are
+    0 where ``mask`` is 0. Only ``logprobs`` has a gradient; without an ``old_logprobs`` column its values stand in."""
 
     logprobs: torch.Tensor
     old_logprobs: torch.Tensor
@@ -47,20 +51,31 @@ class PolicyLossInputs:
 class PolicyLoss(Protocol):
     """Per-token loss ``[T]`` (0 where masked) and metrics; the caller aggregates."""
 
-    def __call__(self, inputs: PolicyLossInputs, params: Config, /) -> tuple[torch.Tensor, Metrics]: ...
+    def __call__(self, inputs: PolicyLossInputs, params: Any, /) -> tuple[torch.Tensor, Metrics]: ...
+
+
+class ValueLoss(Protocol):
+    """Per-token loss ``[T]`` (0 where masked) of a critic's ``values`` against ``returns``, and metrics.
+
+    ``old_values`` are the critic's before this batch's updates. All are ``[T]`` fp32, 0 where ``mask`` is 0.
+    """
+
+    def __call__(
+        self, values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor, params: Any, /
+    ) -> tuple[torch.Tensor, Metrics]: ...
 
 
 class KLEstimator(Protocol):
     """Per-token estimate ``[T]`` of KL(π ‖ π_ref) from ``logprobs`` and ``ref_logprobs`` ``[T]``."""
 
-    def __call__(self, logprobs: torch.Tensor, ref_logprobs: torch.Tensor, params: Config, /) -> torch.Tensor: ...
+    def __call__(self, logprobs: torch.Tensor, ref_logprobs: torch.Tensor, params: Any, /) -> torch.Tensor: ...
 
 
 class Aggregation(Protocol):
     """Per-token losses ``[T]`` to the micro-batch's share of the scalar loss.
 
-    ``denominators`` are sums over the whole mini-batch: "tokens" (mask sum) and "sequences" (sequences with at least one
-    trained token), so the shares add up to the same loss however the mini-batch is divided.
+    ``denominators`` are sums over the whole mini-batch: "tokens" (mask sum) and "sequences" (sequences with at least
+    one trained token), so the shares add up to the same loss however the mini-batch is divided.
     """
 
     def __call__(
@@ -69,12 +84,36 @@ class Aggregation(Protocol):
         mask: torch.Tensor,
         lengths: torch.Tensor,
         denominators: Mapping[str, float],
-        params: Config,
+        params: Any,
         /,
     ) -> torch.Tensor: ...
 
 
+class Correction(Protocol):
+    """Per-token weights ``[T]`` (no gradient) on the policy loss, for samples that another policy than π_old drew,
+    and metrics. ``rollout_logprobs`` are the sampler's, ``old_logprobs`` the trainer's; both 0 where masked."""
+
+    def __call__(
+        self,
+        rollout_logprobs: torch.Tensor,
+        old_logprobs: torch.Tensor,
+        mask: torch.Tensor,
+        lengths: torch.Tensor,
+        params: Any,
+        /,
+    ) -> tuple[torch.Tensor, Metrics]: ...
+
+
+class SamplingFilter(Protocol):
+    """Which samples to keep, ``[B]`` bool, from ``scores`` ``[B]`` and ``group`` ``[B]``; whole groups at a time."""
+
+    def __call__(self, scores: torch.Tensor, group: torch.Tensor, params: Any, /) -> torch.Tensor: ...
+
+
 advantages: Registry[AdvantageEstimator] = Registry("advantage estimator")
 policy_losses: Registry[PolicyLoss] = Registry("policy loss")
+value_losses: Registry[ValueLoss] = Registry("value loss")
 kl_estimators: Registry[KLEstimator] = Registry("KL estimator")
 aggregations: Registry[Aggregation] = Registry("loss aggregation")
+corrections: Registry[Correction] = Registry("off-policy correction")
+sampling_filters: Registry[SamplingFilter] = Registry("sampling filter")

@@ -1,0 +1,152 @@
+"""Advantages of whole answers, relative to the other answers to the same prompt.
+
+s is a sample's score, the sum of its token rewards; μ and σ (unbiased) are taken over its group, n samples of one
+prompt. A sample that is alone in its group has μ = 0 and σ = 1. Every trained token gets its sample's advantage. Groups
+of equal scores get exactly 0, whatever the rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from pydantic import Field
+
+from rlcore.algorithms.registries import Advantages, advantages
+from rlcore.algorithms.sequences import per_token, sequence_sums, trained_counts, trained_mask, whiten
+from rlcore.batch import Batch
+from rlcore.config import Config
+from rlcore.errors import BatchError
+from rlcore.registry import NoParams
+
+
+class GRPOParams(Config):
+    """Parameters of ``grpo``."""
+
+    normalize_std: bool = Field(True, description="Divide by the group's σ; false is Dr. GRPO.")
+    epsilon: float = Field(1e-6, gt=0, description="Added to σ.")
+
+
+@advantages.register("grpo", params=GRPOParams)
+def grpo(batch: Batch, params: GRPOParams) -> Advantages:
+    """(s − μ) / (σ + ε), or s − μ without ``normalize_std``.
+
+    Source: GRPO, Shao et al. 2024, arXiv:2402.03300; without σ: Dr. GRPO, Liu et al. 2025, arXiv:2503.20783.
+    """
+    groups = _groups(batch)
+    deviation = groups.deviation
+    return _spread(deviation / (groups.std + params.epsilon) if params.normalize_std else deviation, batch)
+
+
+@advantages.register("rloo")
+def rloo(batch: Batch, params: NoParams) -> Advantages:
+    """n/(n − 1) · (s − μ), which is s minus the mean of the *other* scores.
+
+    Source: RLOO, Ahmadian et al. 2024, arXiv:2402.14740; Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline
+    for free!".
+    """
+    groups = _groups(batch)
+    return _spread(groups.deviation * groups.count / (groups.count - 1).clamp(min=1), batch)
+
+
+@advantages.register("reinforce_plus_plus_baseline")
+def reinforce_plus_plus_baseline(batch: Batch, params: NoParams) -> Advantages:
+    """whiten(s − μ): the group's mean as baseline, normalised over all trained tokens of the batch.
+
+    Source: REINFORCE++, Hu et al. 2025, arXiv:2501.03262.
+    """
+    mask = trained_mask(batch)
+    result = _spread(_groups(batch).deviation, batch).advantages
+    result[mask] = whiten(result[mask])
+    return Advantages(result)
+
+
+@advantages.register("opo")
+def opo(batch: Batch, params: NoParams) -> Advantages:
+    """s − Σ(ℓs)/Σℓ over the group, ℓ = trained tokens: the variance-optimal baseline under a simplification.
+
+    Source: OPO, Hao et al. 2025, arXiv:2505.23585.
+    """
+    groups = _groups(batch)
+    lengths = trained_counts(trained_mask(batch), batch.lengths).to(groups.scores)
+    baseline = groups.sums(lengths * groups.shifted) / groups.sums(lengths).clamp(min=1)
+    return _spread(torch.where(groups.count > 1, groups.shifted - baseline, groups.scores), batch)
+
+
+@advantages.register("gpg")
+def gpg(batch: Batch, params: NoParams) -> Advantages:
+    """α(s − μ) with α = B / (samples with a score other than 0); use with the loss ``gpg``.
+
+    Source: GPG, Chu et al. 2025, arXiv:2504.02546.
+    """
+    groups = _groups(batch)
+    alpha = len(batch) / max(int(groups.scores.count_nonzero()), 1)
+    return _spread(alpha * groups.deviation, batch)
+
+
+class PassAtKParams(Config):
+    """Parameters of ``pass_at_k``."""
+
+    normalize_std: bool = Field(True, description="Divide by the group's σ.")
+    epsilon: float = Field(1e-6, gt=0, description="Added to σ.")
+
+
+@advantages.register("pass_at_k", params=PassAtKParams)
+def pass_at_k(batch: Batch, params: PassAtKParams) -> Advantages:
+    """Only the best of a group trains, with its lead (s₁ − s₂) / (σ + ε) over the second best.
+
+    Source: Tang et al. 2025, "Optimizing language models for inference time objectives", arXiv:2503.19595.
+
+    Raises:
+        BatchError: a group holds a single sample.
+    """
+    groups = _groups(batch)
+    if bool((groups.count < 2).any()):
+        raise BatchError("pass_at_k compares the two best of each group: every prompt needs at least 2 samples")
+    order = groups.scores.argsort(descending=True, stable=True)
+    order = order[groups.index[order].argsort(stable=True)]  # group by group, best first
+    sizes = groups.index.bincount()
+    first = order[sizes.cumsum(0) - sizes]
+    second = order[sizes.cumsum(0) - sizes + 1]
+    lead = torch.zeros_like(groups.scores)
+    lead[first] = groups.scores[first] - groups.scores[second]
+    return _spread(lead / (groups.std + params.epsilon) if params.normalize_std else lead, batch)
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """Per sample, all ``[B]``: ``scores`` (fp64), ``index`` of its group, ``count`` of samples in it, and ``shifted``:
+    the score above the lowest of the group. Baselines are subtracted from ``shifted``, so that equal scores cancel
+    without rounding."""
+
+    scores: torch.Tensor
+    index: torch.Tensor
+    count: torch.Tensor
+    shifted: torch.Tensor
+
+    def sums(self, values: torch.Tensor) -> torch.Tensor:
+        """Each sample's group sum of ``values``."""
+        return torch.zeros_like(values).index_add_(0, self.index, values)[self.index]
+
+    @property
+    def deviation(self) -> torch.Tensor:
+        """s − μ."""
+        return torch.where(self.count > 1, self.shifted - self.sums(self.shifted) / self.count, self.scores)
+
+    @property
+    def std(self) -> torch.Tensor:
+        variance = self.sums(self.deviation.square()) / (self.count - 1).clamp(min=1)
+        return torch.where(self.count > 1, variance.sqrt(), 1.0)
+
+
+def _groups(batch: Batch) -> _Groups:
+    scores = sequence_sums(batch.flat("token_rewards").double(), batch.lengths)
+    _, index, counts = torch.unique(batch["group"], return_inverse=True, return_counts=True)
+    lowest = torch.zeros_like(scores).scatter_reduce_(0, index, scores, "amin", include_self=False)
+    return _Groups(scores, index, counts[index], scores - lowest[index])
+
+
+def _spread(values: torch.Tensor, batch: Batch) -> Advantages:
+    """Give every trained token its sample's value ``[B]``."""
+    rewards = batch.flat("token_rewards")
+    return Advantages(torch.where(trained_mask(batch), per_token(values.to(rewards.dtype), batch.lengths), 0))

@@ -1,0 +1,210 @@
+"""The losses that training engines call: algorithms composed into `rlcore.engines.train.Objective`.
+
+Normalisers are sums over the whole mini-batch, so value and gradient do not depend on micro-batches, ranks or packing
+order. Metrics have no prefix; recipes add ``actor/`` or ``critic/``. Objectives are plain picklable data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import torch
+from pydantic import Field
+
+from rlcore.algorithms.aggregation import denominators
+from rlcore.algorithms.off_policy import mismatch_metrics
+from rlcore.algorithms.registries import (
+    PolicyLossInputs,
+    aggregations,
+    corrections,
+    kl_estimators,
+    policy_losses,
+    value_losses,
+)
+from rlcore.algorithms.sequences import record_mean, trained_mask
+from rlcore.batch import Batch
+from rlcore.config import Choice, Chosen, Config
+from rlcore.engines.train import ForwardRequest
+from rlcore.metrics import Metrics
+
+
+class KLLossSettings(Config):
+    """KL to the reference policy as a term of the loss."""
+
+    coeff: float = Field(0.0, ge=0, description="Weight of the term; 0 needs no reference policy.")
+    estimator: Annotated[Choice, Chosen(kl_estimators)] = Field(  # type: ignore[assignment]
+        "k3", description="KL estimator."
+    )
+
+
+class PolicyObjectiveSettings(Config):
+    """The loss of the policy: policy gradient − entropy_coeff · entropy + kl_loss.coeff · KL."""
+
+    policy_loss: Annotated[Choice, Chosen(policy_losses)] = Field(  # type: ignore[assignment]
+        "ppo", description="Policy-gradient loss."
+    )
+    aggregation: Annotated[Choice, Chosen(aggregations)] = Field(  # type: ignore[assignment]
+        "token-mean", description="How per-token losses become one number."
+    )
+    entropy_coeff: float = Field(0.0, description="Weight of the entropy bonus.")
+    kl_loss: KLLossSettings = Field(default_factory=KLLossSettings, description="KL to the reference policy.")
+    correction: Annotated[Choice, Chosen(corrections)] | None = Field(
+        None, description="Importance weights between the rollout's and the trainer's log-probs; null is off."
+    )
+
+
+@dataclass(frozen=True)
+class PolicyObjective:
+    """Policy gradient with entropy bonus and KL loss.
+
+    Reads ``loss_mask`` and ``advantages``; ``ref_logprobs`` if the KL loss is on; ``rollout_logprobs`` if a correction
+    is on (and, where present, to measure the mismatch); ``old_logprobs`` where present: without it the update is taken
+    as on-policy, with the current log-probs, without gradient, as old ones. That saves a forward pass.
+
+    Metrics: ``loss``, ``pg_loss``, ``entropy``, ``kl_loss`` (before its coefficient), those of the policy loss, the
+    correction and the mismatch.
+    """
+
+    settings: PolicyObjectiveSettings
+    temperature: float = 1.0
+
+    @property
+    def request(self) -> ForwardRequest:
+        return ForwardRequest(("logprobs", "entropy"), self.temperature)
+
+    def denominators(self, batch: Batch) -> dict[str, float]:
+        return denominators(batch)
+
+    def loss(
+        self, outputs: Mapping[str, torch.Tensor], batch: Batch, denominators: Mapping[str, float]
+    ) -> tuple[torch.Tensor, Metrics]:
+        settings = self.settings
+        terms = _Terms(batch, denominators, settings.aggregation)
+        logprobs = terms.trained(outputs["logprobs"])
+        old_logprobs = terms.column("old_logprobs") if "old_logprobs" in batch else logprobs.detach()
+        token_losses, metrics = settings.policy_loss(
+            PolicyLossInputs(logprobs, old_logprobs, terms.column("advantages"), terms.mask, batch.lengths)
+        )
+        if settings.correction is not None or "rollout_logprobs" in batch:
+            rollout_logprobs = terms.column("rollout_logprobs")
+            metrics.update(mismatch_metrics(rollout_logprobs, old_logprobs, terms.mask))
+            if settings.correction is not None:
+                weights, measured = settings.correction(rollout_logprobs, old_logprobs, terms.mask, batch.lengths)
+                token_losses = token_losses * weights
+                metrics.update(measured)
+        loss = terms.add("pg_loss", token_losses, metrics)
+
+        entropy = terms.trained(outputs["entropy"])
+        record_mean(metrics, "entropy", entropy, terms.mask)
+        if settings.entropy_coeff:
+            loss = loss - settings.entropy_coeff * terms.aggregate(entropy)
+        if settings.kl_loss.coeff:
+            kl = settings.kl_loss.estimator(logprobs, terms.column("ref_logprobs"))
+            loss = loss + settings.kl_loss.coeff * terms.add("kl_loss", kl, metrics)
+        terms.record("loss", loss, metrics)
+        return loss, metrics
+
+
+class ValueObjectiveSettings(Config):
+    """The loss of the critic."""
+
+    value_loss: Annotated[Choice, Chosen(value_losses)] = Field(  # type: ignore[assignment]
+        "clipped", description="Loss per token."
+    )
+    aggregation: Annotated[Choice, Chosen(aggregations)] = Field(  # type: ignore[assignment]
+        "token-mean", description="How per-token losses become one number."
+    )
+    coeff: float = Field(1.0, gt=0, description="Weight of the loss.")
+
+
+@dataclass(frozen=True)
+class ValueObjective:
+    """Regression of a critic on ``returns``; reads ``loss_mask``, ``returns`` and the ``values`` they were made with.
+
+    Metrics: ``loss``, ``vf_loss`` (before ``coeff``) and those of the value loss.
+    """
+
+    settings: ValueObjectiveSettings
+
+    @property
+    def request(self) -> ForwardRequest:
+        return ForwardRequest(("values",))
+
+    def denominators(self, batch: Batch) -> dict[str, float]:
+        return denominators(batch)
+
+    def loss(
+        self, outputs: Mapping[str, torch.Tensor], batch: Batch, denominators: Mapping[str, float]
+    ) -> tuple[torch.Tensor, Metrics]:
+        terms = _Terms(batch, denominators, self.settings.aggregation)
+        token_losses, metrics = self.settings.value_loss(
+            terms.trained(outputs["values"]), terms.column("values"), terms.column("returns"), terms.mask
+        )
+        loss = self.settings.coeff * terms.add("vf_loss", token_losses, metrics)
+        terms.record("loss", loss, metrics)
+        return loss, metrics
+
+
+class SFTObjectiveSettings(Config):
+    """The loss of supervised fine-tuning."""
+
+    aggregation: Annotated[Choice, Chosen(aggregations)] = Field(  # type: ignore[assignment]
+        "token-mean", description="How per-token losses become one number."
+    )
+
+
+@dataclass(frozen=True)
+class SFTObjective:
+    """Negative log-likelihood of the tokens under ``loss_mask``. Metrics: ``loss``."""
+
+    settings: SFTObjectiveSettings = field(default_factory=SFTObjectiveSettings)
+
+    @property
+    def request(self) -> ForwardRequest:
+        return ForwardRequest(("logprobs",))
+
+    def denominators(self, batch: Batch) -> dict[str, float]:
+        return denominators(batch)
+
+    def loss(
+        self, outputs: Mapping[str, torch.Tensor], batch: Batch, denominators: Mapping[str, float]
+    ) -> tuple[torch.Tensor, Metrics]:
+        terms = _Terms(batch, denominators, self.settings.aggregation)
+        metrics = Metrics()
+        return terms.add("loss", -terms.trained(outputs["logprobs"]), metrics), metrics
+
+
+class _Terms:
+    """One micro-batch's tokens, and how its per-token losses become shares of the mini-batch's."""
+
+    def __init__(self, batch: Batch, denominators: Mapping[str, float], aggregation: Choice) -> None:
+        self.batch = batch
+        self.denominators = denominators
+        self.aggregation = aggregation
+        self._trained = trained_mask(batch)
+        self.mask = self._trained.float()
+
+    def trained(self, values: torch.Tensor) -> torch.Tensor:
+        """``values`` ``[T]``, and 0 where they are not trained on, whatever stands there."""
+        return torch.where(self._trained, values, 0)
+
+    def column(self, name: str) -> torch.Tensor:
+        return self.trained(self.batch.flat(name))
+
+    def aggregate(self, losses: torch.Tensor) -> torch.Tensor:
+        share: torch.Tensor = self.aggregation(losses, self.mask, self.batch.lengths, self.denominators)
+        return share
+
+    def add(self, name: str, losses: torch.Tensor, metrics: Metrics) -> torch.Tensor:
+        """The share of ``losses``, also recorded as ``name``."""
+        share = self.aggregate(losses)
+        self.record(name, share, metrics)
+        return share
+
+    def record(self, name: str, share: torch.Tensor, metrics: Metrics) -> None:
+        """Record so that the token-weighted mean over a mini-batch's micro-batches is the sum of their shares, and
+        over several mini-batches the mean of theirs."""
+        tokens = self.mask.sum()
+        metrics.mean(name, share.detach() * self.denominators["tokens"] / tokens.clamp(min=1), tokens)

@@ -1,0 +1,129 @@
+"""When the sampler is not quite the policy: importance weights, and how far both are apart.
+
+Inference engines compute log-probs with other kernels, precisions and (asynchronously) older weights than the trainer.
+ρ = π_old / π_rollout, per token or sequence.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+
+from rlcore.algorithms.kl import LOG_RATIO_LIMIT
+from rlcore.algorithms.registries import corrections
+from rlcore.algorithms.sequences import per_token, record_mean, sequence_sums, trained_mask
+from rlcore.batch import Batch
+from rlcore.config import Config
+from rlcore.metrics import Metrics
+
+QUANTILE_SAMPLE = 1 << 20  # tokens: enough for a 99.9th percentile, cheap whatever the batch
+
+
+class TISParams(Config):
+    """Parameters of ``tis``."""
+
+    cap: float = Field(2.0, gt=0, description="Largest weight.")
+    level: Literal["token", "sequence"] = Field("token", description="Take ρ per token, or its product per sequence.")
+
+
+@corrections.register("tis", params=TISParams)
+def tis(
+    rollout_logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    mask: torch.Tensor,
+    lengths: torch.Tensor,
+    params: TISParams,
+) -> tuple[torch.Tensor, Metrics]:
+    """min(ρ, cap): truncated importance sampling.
+
+    Source: Ionides 2008, "Truncated importance sampling", J. Comput. Graph. Stat. 17; for rollouts: Yao et al. 2025,
+    "Your efficient RL framework secretly brings you off-policy RL training", https://fengyao.notion.site/off-policy-rl.
+    """
+    difference = (old_logprobs - rollout_logprobs).detach()
+    if params.level == "sequence":
+        difference = per_token(sequence_sums(torch.where(mask.bool(), difference, 0), lengths), lengths)
+    ratio = difference.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    return _weights(ratio, ratio.clamp(max=params.cap), mask)
+
+
+class IcePopParams(Config):
+    """Parameters of ``icepop``."""
+
+    low: float = Field(0.5, ge=0, description="Tokens with a smaller ρ are dropped.")
+    high: float = Field(5.0, gt=0, description="Tokens with a larger ρ are dropped.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.low > self.high:
+            raise ValueError(f"low ({self.low}) must not exceed high ({self.high})")
+        return self
+
+
+@corrections.register("icepop", params=IcePopParams)
+def icepop(
+    rollout_logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    mask: torch.Tensor,
+    lengths: torch.Tensor,
+    params: IcePopParams,
+) -> tuple[torch.Tensor, Metrics]:
+    """ρ inside [low, high], 0 outside: tokens on which sampler and trainer disagree do not train.
+
+    Source: IcePop, Ling Team 2025, "Every step evolves" (Ring-1T), arXiv:2510.18855.
+    """
+    ratio = (old_logprobs - rollout_logprobs).detach().clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    inside = (ratio >= params.low) & (ratio <= params.high)
+    return _weights(ratio, torch.where(inside, ratio, 0), mask)
+
+
+def _weights(ratio: torch.Tensor, weights: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, Metrics]:
+    metrics = Metrics()
+    record_mean(metrics, "correction_weight", weights, mask)
+    record_mean(metrics, "correction_clipfrac", weights != ratio, mask)
+    return weights, metrics
+
+
+def mismatch_metrics(rollout_logprobs: torch.Tensor, logprobs: torch.Tensor, mask: torch.Tensor) -> Metrics:
+    """How far the sampler's log-probs are from the trainer's, over trained tokens, mergeable over micro-batches.
+
+    Returns:
+        ``rollout_kl`` (k1) and ``rollout_kl_k3`` estimate KL(π_rollout ‖ π); ``rollout_ratio_max`` and
+        ``rollout_ratio_min`` are the extremes of π / π_rollout; ``rollout_prob_diff`` is the mean |π − π_rollout|.
+    """
+    difference = torch.where(mask.bool(), logprobs.detach() - rollout_logprobs, 0)
+    difference = difference.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    ratio = difference.exp()
+    metrics = Metrics()
+    record_mean(metrics, "rollout_kl", -difference, mask)
+    record_mean(metrics, "rollout_kl_k3", ratio - difference - 1, mask)
+    record_mean(metrics, "rollout_prob_diff", (logprobs.detach().exp() - rollout_logprobs.exp()).abs(), mask)
+    if len(ratio):  # ratio is 1 on tokens that are not trained on, which is no extreme
+        metrics.max("rollout_ratio_max", ratio.max())
+        metrics.min("rollout_ratio_min", ratio.min())
+    return metrics
+
+
+def mismatch_summary(batch: Batch) -> Metrics:
+    """`mismatch_metrics` of ``rollout_logprobs`` against ``old_logprobs``, and what needs the whole batch at once.
+
+    Returns:
+        also ``rollout_ratio_p001``, ``rollout_ratio_p999`` (quantiles 0.1 % and 99.9 % of π_old / π_rollout, over an
+        even selection of at most about a million tokens) and ``rollout_pearson`` (correlation of both probabilities;
+        0 where one has no variance).
+    """
+    mask = trained_mask(batch)
+    rollout, old = batch.flat("rollout_logprobs")[mask], batch.flat("old_logprobs")[mask]
+    metrics = mismatch_metrics(rollout, old, torch.ones_like(rollout))
+    if len(rollout) == 0:
+        return metrics
+    every = -(-len(rollout) // QUANTILE_SAMPLE)
+    ratio = (old[::every] - rollout[::every]).double().clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    low, high = ratio.quantile(ratio.new_tensor([0.001, 0.999])).tolist()
+    metrics.mean("rollout_ratio_p001", low)
+    metrics.mean("rollout_ratio_p999", high)
+    x, y = (column.double().exp() - column.double().exp().mean() for column in (rollout, old))
+    scale = float((x.square().sum() * y.square().sum()).sqrt())
+    metrics.mean("rollout_pearson", float((x * y).sum()) / scale if scale else 0.0)
+    return metrics

@@ -2,88 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from rlcore.batch.balance import balanced_partitions
+from rlcore.batch.jagged import Jagged, PickledTensor
+from rlcore.batch.memory import dtype_name, to_numpy
 from rlcore.errors import BatchError
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-
-@dataclass(frozen=True, eq=False)
-class Jagged:
-    """A per-token column: sequences of different lengths, stored one after another.
-
-    Attributes:
-        values: ``[T, ...]``, any dtype and device.
-        lengths: ``[B]`` int64 on the CPU, summing to ``T``.
-    """
-
-    values: torch.Tensor
-    lengths: torch.Tensor
-
-    def __post_init__(self) -> None:
-        lengths = torch.as_tensor(self.lengths, dtype=torch.int64, device="cpu")
-        object.__setattr__(self, "lengths", lengths)
-        if lengths.dim() != 1 or bool((lengths < 0).any()):
-            raise BatchError(f"lengths must be one row of non-negative integers, not shape {list(lengths.shape)}")
-        if int(lengths.sum()) != len(self.values):
-            raise BatchError(f"lengths sum to {int(lengths.sum())} but values has shape {list(self.values.shape)}")
-
-    @classmethod
-    def from_list(cls, rows: Sequence[torch.Tensor | Sequence[Any]], dtype: torch.dtype | None = None) -> Jagged:
-        """Join one tensor (or list of numbers) per sample."""
-        tensors = [torch.as_tensor(row, dtype=dtype) for row in rows]
-        values = torch.cat(tensors) if tensors else torch.empty(0, dtype=dtype)
-        return cls(values, torch.tensor([len(tensor) for tensor in tensors], dtype=torch.int64))
-
-    @classmethod
-    def from_padded(cls, padded: torch.Tensor, lengths: torch.Tensor) -> Jagged:
-        """Take the first ``lengths[i]`` entries of each row of ``padded`` ``[B, S, ...]``."""
-        lengths = torch.as_tensor(lengths, dtype=torch.int64, device="cpu")
-        if len(lengths) != len(padded) or (len(lengths) and int(lengths.max()) > padded.shape[1]):
-            raise BatchError(f"lengths {list(lengths.shape)} do not fit padded rows of shape {list(padded.shape)}")
-        keep = torch.arange(padded.shape[1])[None] < lengths[:, None]
-        return cls(padded[keep.to(padded.device)], lengths)
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    @property
-    def offsets(self) -> torch.Tensor:
-        """``[B + 1]`` int64: sequence *i* is ``values[offsets[i]:offsets[i + 1]]``."""
-        return torch.cat([self.lengths.new_zeros(1), self.lengths.cumsum(0)])
-
-    def to_list(self) -> list[torch.Tensor]:
-        """One view per sample."""
-        return list(self.values.split(self.lengths.tolist()))
-
-    def to_padded(self, value: float = 0) -> torch.Tensor:
-        """``[B, max(lengths), ...]``, right-padded with ``value``."""
-        width = int(self.lengths.max()) if len(self) else 0
-        padded = self.values.new_full((len(self), width, *self.values.shape[1:]), value)
-        keep = torch.arange(width)[None] < self.lengths[:, None]
-        padded[keep.to(self.values.device)] = self.values
-        return padded
-
-    def with_values(self, values: torch.Tensor) -> Jagged:
-        """The same sequences with other values ``[T, ...]``."""
-        return Jagged(values, self.lengths)
-
-    def take(self, indices: torch.Tensor) -> Jagged:
-        """The sequences at ``indices`` ``[N]``, in that order, copied."""
-        lengths = self.lengths[indices]
-        starts = self.offsets[:-1][indices]
-        shift = starts - (lengths.cumsum(0) - lengths)
-        positions = torch.arange(int(lengths.sum())) + shift.repeat_interleave(lengths)
-        return Jagged(self.values[positions.to(self.values.device)], lengths)
-
 
 Column = torch.Tensor | Jagged | list[Any]
 
@@ -92,28 +24,26 @@ class Batch:
     """Samples in columns.
 
     A column is *dense* (a ``[B, ...]`` tensor), *jagged* (`Jagged`, per token) or *objects* (a list of plain values).
-    All jagged columns of a batch share one ``lengths``: entry *t* of each speaks of ``tokens[t]`` given what came before
-    (`rlcore.batch.alignment`). All tensors share one device; ``lengths`` stays on the CPU.
+    All jagged columns of a batch share one ``lengths``: entry *t* of each speaks of ``tokens[t]`` given what came
+    before (`rlcore.batch.alignment`). All tensors share one device; ``lengths`` stays on the CPU.
 
-    A batch never changes: operations return new batches that share storage where they can.
+    A batch never changes: operations return new batches that share storage where they can, so what a column holds must
+    not be written to either. A pickle holds only the samples of the batch, not the storage behind its views.
 
     Raises:
         BatchError: columns of different sizes, lengths or devices; the message names the column and both shapes.
     """
 
-    __slots__ = ("_columns", "_lengths", "_size")
+    __slots__ = ("_columns", "_first_jagged", "_size")
 
     def __init__(self, columns: Mapping[str, Column | Sequence[Any]]) -> None:
         self._columns: dict[str, Column] = {}
-        self._lengths: torch.Tensor | None = None
+        self._first_jagged: str | None = None
         self._size = 0
         first: str | None = None
         device: tuple[str, torch.device] | None = None
-        jagged: str | None = None
         for name, given in columns.items():
-            column: Column = given if isinstance(given, torch.Tensor | Jagged) else list(given)
-            if isinstance(column, torch.Tensor) and column.dim() == 0:
-                raise BatchError(f"column {name!r} is a scalar: a dense column has one row per sample")
+            column = _as_column(name, given)
             if first is None:
                 first, self._size = name, len(column)
             elif len(column) != self._size:
@@ -122,14 +52,7 @@ class Batch:
                     f"{self._size} ({_shape(self._columns[first])})"
                 )
             if isinstance(column, Jagged):
-                if self._lengths is None:
-                    self._lengths, jagged = column.lengths, name
-                elif self._lengths is not column.lengths and not torch.equal(self._lengths, column.lengths):
-                    row = int((self._lengths != column.lengths).nonzero()[0])
-                    raise BatchError(
-                        f"column {name!r} ({_shape(column)}) and column {jagged!r} have different lengths, first at "
-                        f"sample {row}: {int(column.lengths[row])} and {int(self._lengths[row])}"
-                    )
+                column = self._share_lengths(name, column)
             tensor = column.values if isinstance(column, Jagged) else column
             if isinstance(tensor, torch.Tensor):
                 if device is None:
@@ -140,6 +63,23 @@ class Batch:
                         "move the batch with .to(device)"
                     )
             self._columns[name] = column
+
+    def _share_lengths(self, name: str, column: Jagged) -> Jagged:
+        """``column`` over the very ``lengths`` of the first jagged column, so that they are compared only once."""
+        if self._first_jagged is None:
+            self._first_jagged = name
+            return column
+        lengths = self.lengths
+        if column.lengths is lengths:
+            return column
+        if not torch.equal(column.lengths, lengths):
+            row = int((column.lengths != lengths).nonzero()[0])
+            raise BatchError(
+                f"column {name!r} ({_shape(column)}) and column {self._first_jagged!r} "
+                f"({_shape(self._columns[self._first_jagged])}) have different lengths, first at sample {row}: "
+                f"{int(column.lengths[row])} and {int(lengths[row])}"
+            )
+        return Jagged(column.values, lengths)
 
     # --- reading -------------------------------------------------------------------------------------------------
 
@@ -154,7 +94,7 @@ class Batch:
         try:
             return self._columns[name]
         except KeyError:
-            raise BatchError(f"no column {name!r}; the batch has {', '.join(self._columns) or 'none'}") from None
+            raise BatchError(f"no column {name!r}; the batch has {self._listing()}") from None
 
     def flat(self, name: str) -> torch.Tensor:
         """The values ``[T, ...]`` of a jagged column."""
@@ -170,27 +110,79 @@ class Batch:
     @property
     def lengths(self) -> torch.Tensor:
         """``[B]`` int64 on the CPU: tokens per sample."""
-        if self._lengths is None:
-            raise BatchError(f"the batch has no per-token column, only {', '.join(self._columns) or 'none'}")
-        return self._lengths
+        if self._first_jagged is None:
+            raise BatchError(f"the batch has no per-token column: it has {self._listing()}")
+        return self._sequences().lengths
 
     @property
     def total_tokens(self) -> int:
         return int(self.lengths.sum())
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """One dict per sample: scalars and tensors of dense columns, 1-D views of jagged ones, the objects."""
+        """One dict per sample: ``[...]`` tensors of dense columns, ``[t, ...]`` views of jagged ones, the objects."""
         split = {n: c.to_list() if isinstance(c, Jagged) else c for n, c in self._columns.items()}
         for index in range(self._size):
             yield {name: column[index] for name, column in split.items()}
 
+    def equals(self, other: Batch) -> bool:
+        """Same columns (in any order), kinds, dtypes and values, bit by bit (NaN equals NaN); devices may differ."""
+        return (
+            self._columns.keys() == other._columns.keys()
+            and len(self) == len(other)
+            and all(_equal(column, other._columns[name]) for name, column in self._columns.items())
+        )
+
     def __repr__(self) -> str:
         if not self._columns:
-            return "Batch(empty)"
-        tokens = f", {self.total_tokens} tokens" if self._lengths is not None else ""
+            return "Batch(no columns)"
+        size = f"{self._size} sample{'' if self._size == 1 else 's'}"
+        if self._first_jagged is not None:
+            size += f", {self.total_tokens} tokens"
+            if self._size:
+                size += f" ({int(self.lengths.min())} to {int(self.lengths.max())} each)"
         width = max(map(len, self._columns))
         lines = [f"  {name:<{width}}  {_shape(column)}" for name, column in self._columns.items()]
-        return "\n".join([f"Batch({self._size} samples{tokens})", *lines])
+        return "\n".join([f"Batch: {size}", *lines])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The shared lengths once, and of every tensor only what this batch shows of it (`PickledTensor`)."""
+        columns: dict[str, tuple[bool, Any]] = {}
+        for name, column in self._columns.items():
+            value = column.values if isinstance(column, Jagged) else column
+            columns[name] = (
+                isinstance(column, Jagged),
+                PickledTensor(value) if isinstance(value, torch.Tensor) else value,
+            )
+        return _unpickle, (columns, PickledTensor(self._sequences().lengths))
+
+    def _sequences(self) -> Jagged:
+        """How all jagged columns are laid out; without any, sequences of no tokens."""
+        if self._first_jagged is None:
+            return Jagged(torch.empty(0), torch.zeros(self._size, dtype=torch.int64))
+        column = self._columns[self._first_jagged]
+        assert isinstance(column, Jagged)
+        return column
+
+    def _changed(
+        self,
+        lengths: torch.Tensor,
+        tokens: Callable[[torch.Tensor], torch.Tensor],
+        dense: Callable[[torch.Tensor], torch.Tensor],
+        objects: Callable[[list[Any]], list[Any]],
+    ) -> Batch:
+        """The same columns over sequences of ``lengths``, each made by the function for its kind."""
+        columns: dict[str, Column] = {}
+        for name, column in self._columns.items():
+            if isinstance(column, Jagged):
+                columns[name] = Jagged(tokens(column.values), lengths)
+            elif isinstance(column, torch.Tensor):
+                columns[name] = dense(column)
+            else:
+                columns[name] = objects(column)
+        return Batch(columns)
+
+    def _listing(self) -> str:
+        return ", ".join(self._columns) or "no columns"
 
     # --- columns -------------------------------------------------------------------------------------------------
 
@@ -201,6 +193,18 @@ class Batch:
         for name in names:
             self[name]
         return Batch({name: column for name, column in self._columns.items() if name not in names})
+
+    def rename(self, **names: str) -> Batch:
+        """``batch.rename(logprobs="old_logprobs")``; the order of the columns stays."""
+        for name in names:
+            self[name]
+        columns: dict[str, Column] = {}
+        for name, column in self._columns.items():
+            new = names.get(name, name)
+            if new in columns:
+                raise BatchError(f"column {name!r} cannot be called {new!r}: the batch would have two of that name")
+            columns[new] = column
+        return Batch(columns)
 
     def with_columns(self, **columns: Column | Sequence[Any]) -> Batch:
         """Add or replace columns. A tensor is dense; wrap per-token values with `jagged`."""
@@ -214,150 +218,248 @@ class Batch:
         """The columns of both; a name that both have is an error."""
         clash = [name for name in other.names if name in self._columns]
         if clash:
-            raise BatchError(f"both batches have column {clash[0]!r}; drop or rename one before the union")
+            raise BatchError(
+                f"both batches have column {clash[0]!r} ({_shape(self[clash[0]])} and {_shape(other[clash[0]])}); "
+                "drop or rename one before the union"
+            )
         return Batch({**self._columns, **other._columns})
 
     # --- samples -------------------------------------------------------------------------------------------------
 
     def take(self, indices: torch.Tensor | Sequence[int]) -> Batch:
-        """The samples at ``indices``, in that order, repeats allowed."""
-        index = torch.as_tensor(indices, dtype=torch.int64, device="cpu")
-        if len(index) and (int(index.min()) < -self._size or int(index.max()) >= self._size):
-            raise BatchError(f"index {int(index.abs().max())} is outside a batch of {self._size} samples")
-        index = index % max(self._size, 1)
-        chosen = index.tolist()
-        columns: dict[str, Column] = {}
-        for name, column in self._columns.items():
-            if isinstance(column, Jagged):
-                columns[name] = column.take(index)
-            elif isinstance(column, torch.Tensor):
-                columns[name] = column[index.to(column.device)]
-            else:
-                columns[name] = [column[i] for i in chosen]
-        return Batch(columns)
+        """The samples at ``indices`` (negative ones count from the end), in that order, repeats allowed; copied."""
+        index = torch.as_tensor(indices).cpu()
+        integral = not (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool)
+        if index.dim() != 1 or not (integral or len(index) == 0):
+            hint = "; use filter for a mask" if index.dtype == torch.bool else ""
+            raise BatchError(
+                f"indices must be one row of integers, not {dtype_name(index.dtype)} of shape {list(index.shape)}{hint}"
+            )
+        index = index.to(torch.int64)
+        outside = index[(index < -self._size) | (index >= self._size)]
+        if len(outside):
+            raise BatchError(f"index {int(outside[0])} is outside a batch of {self._size} samples")
+        index = torch.where(index < 0, index + self._size, index)
+
+        sequences = self._sequences()
+        positions, chosen = sequences.positions(index), index.tolist()
+        return self._changed(
+            sequences.lengths[index],
+            tokens=lambda values: values[positions.to(values.device)],
+            dense=lambda column: column[index.to(column.device)],
+            objects=lambda column: [column[i] for i in chosen],
+        )
+
+    def filter(self, mask: torch.Tensor | Sequence[bool]) -> Batch:
+        """The samples where ``mask`` (one bool per sample) is true."""
+        keep = torch.as_tensor(mask).cpu()
+        if keep.shape != (self._size,) or (keep.dtype != torch.bool and len(keep)):
+            raise BatchError(
+                f"the mask is {dtype_name(keep.dtype)} of shape {list(keep.shape)}; one bool for each of the "
+                f"{self._size} samples is needed"
+            )
+        return self.take(keep.nonzero().flatten())
 
     def slice(self, start: int, stop: int) -> Batch:
-        """Samples ``start`` to ``stop`` (exclusive), as views."""
+        """Samples ``start`` to ``stop`` (exclusive, as in Python), as views."""
         start, stop, _ = slice(start, stop).indices(self._size)
-        columns: dict[str, Column] = {}
-        for name, column in self._columns.items():
-            if isinstance(column, Jagged):
-                begin, end = (int(column.lengths[:edge].sum()) for edge in (start, max(start, stop)))
-                columns[name] = Jagged(column.values[begin:end], column.lengths[start:stop])
-            else:
-                columns[name] = column[start:stop]
-        return Batch(columns)
+        sequences = self._sequences()
+        begin, end = int(sequences.offsets[start]), int(sequences.offsets[max(start, stop)])
+        return self._changed(
+            sequences.lengths[start:stop],
+            tokens=lambda values: values[begin:end],
+            dense=lambda column: column[start:stop],
+            objects=lambda column: column[start:stop],
+        )
 
     def split(self, size: int) -> list[Batch]:
-        """Consecutive batches of ``size`` samples; the last may be smaller."""
+        """Consecutive batches of ``size`` samples, as views; the last may be smaller."""
         if size < 1:
             raise BatchError(f"cannot split into batches of {size} samples")
         return [self.slice(start, start + size) for start in range(0, self._size, size)]
 
+    def iterate(self, size: int, generator: torch.Generator | None = None) -> Iterator[Batch]:
+        """Mini-batches of ``size`` samples, shuffled if a ``generator`` is given; the last may be smaller."""
+        if generator is None:
+            yield from self.split(size)
+        else:
+            order = torch.randperm(self._size, generator=generator, device=generator.device)
+            yield from self.take(order).split(size)
+
     def partition(self, parts: int) -> list[list[int]]:
         """Indices for ``parts`` ranks, balanced by token count (`balanced_partitions`)."""
-        lengths = self._lengths.tolist() if self._lengths is not None else [1] * self._size
-        return balanced_partitions(lengths, parts)
+        return balanced_partitions(self._sequences().lengths.tolist(), parts)
 
     def repeat(self, n: int) -> Batch:
         """Each sample ``n`` times in a row: a b → a a b b."""
+        if n < 0:
+            raise BatchError(f"cannot repeat samples {n} times")
         return self.take(torch.arange(self._size).repeat_interleave(n))
 
     @staticmethod
     def concat(batches: Sequence[Batch]) -> Batch:
-        """Samples of all batches in order; all need the same columns."""
-        if not batches:
-            return Batch({})
-        names = batches[0].names
-        columns: dict[str, Column] = {}
+        """Samples of all batches in order. All need the same columns of the same kinds and dtypes; batches without any
+        column are skipped."""
+        batches = [batch for batch in batches if batch._columns]
+        if len(batches) < 2:
+            return batches[0] if batches else Batch({})
         for position, batch in enumerate(batches):
-            if set(batch.names) != set(names):
-                odd = sorted(set(batch.names) ^ set(names))
+            odd = sorted(batch._columns.keys() ^ batches[0]._columns.keys())
+            if odd:
                 raise BatchError(f"batch {position} differs from batch 0 in columns {', '.join(odd)}")
-        for name in names:
+        columns: dict[str, Column] = {}
+        lengths = None
+        for name, first in batches[0]._columns.items():
             parts = [batch[name] for batch in batches]
-            kinds = {type(part) for part in parts}
-            if len(kinds) > 1:
-                raise BatchError(
-                    f"column {name!r} is {' and '.join(sorted(k.__name__ for k in kinds))} in different batches"
-                )
-            try:
-                if isinstance(parts[0], Jagged):
-                    values = torch.cat([part.values for part in parts])
-                    columns[name] = Jagged(values, torch.cat([part.lengths for part in parts]))
-                elif isinstance(parts[0], torch.Tensor):
-                    columns[name] = torch.cat(parts)
-                else:
-                    columns[name] = [value for part in parts for value in part]
-            except RuntimeError as error:
-                shapes = ", ".join(_shape(part) for part in parts)
-                raise BatchError(f"column {name!r} cannot be concatenated ({shapes}): {error}") from None
+            for position, part in enumerate(parts):
+                if _layout(part) != _layout(first):
+                    raise BatchError(
+                        f"column {name!r} is {_shape(part)} in batch {position} but {_shape(first)} in batch 0"
+                    )
+            if isinstance(first, Jagged):
+                if lengths is None:
+                    lengths = torch.cat([batch.lengths for batch in batches])
+                columns[name] = Jagged(torch.cat([part.values for part in parts]), lengths)
+            elif isinstance(first, torch.Tensor):
+                columns[name] = torch.cat(parts)
+            else:
+                columns[name] = [value for part in parts for value in part]
         return Batch(columns)
 
-    def map(self, function: Callable[[dict[str, Any]], dict[str, Any]]) -> Batch:
-        """Apply ``function`` to every row (see `rows`) and collect the rows it returns."""
-        return Batch.from_rows(
-            [function(row) for row in self.rows()],
-            jagged=[name for name, column in self._columns.items() if isinstance(column, Jagged)],
-        )
+    def map(self, function: Callable[[dict[str, Any]], Mapping[str, Any]], jagged: Sequence[str] = ()) -> Batch:
+        """Apply ``function`` to every row (see `rows`) and collect the rows it returns (see `from_rows`).
+
+        Args:
+            jagged: names of new per-token columns; those of this batch stay per token.
+        """
+        if self._size == 0:
+            return self
+        old = [name for name, column in self._columns.items() if isinstance(column, Jagged)]
+        return Batch.from_rows([function(row) for row in self.rows()], [*old, *jagged])
 
     @staticmethod
     def from_rows(rows: Sequence[Mapping[str, Any]], jagged: Sequence[str] = ()) -> Batch:
-        """Collect rows. Names in ``jagged`` become per-token columns; numbers and tensors dense; the rest objects."""
+        """Collect rows. Names in ``jagged`` become per-token columns; numbers and tensors dense (Python floats as
+        float32); the rest objects."""
         columns: dict[str, Column] = {}
+        for position, row in enumerate(rows):
+            odd = sorted(row.keys() ^ rows[0].keys())
+            if odd:
+                raise BatchError(f"row {position} differs from row 0 in {', '.join(map(repr, odd))}")
         for name in rows[0] if rows else ():
             values = [row[name] for row in rows]
-            if name in jagged:
-                columns[name] = Jagged.from_list(values)
-            elif all(isinstance(value, torch.Tensor) for value in values):
-                columns[name] = torch.stack(values)
-            elif all(isinstance(value, int | float) for value in values):
-                columns[name] = torch.tensor(values)
-            else:
-                columns[name] = values
+            try:
+                if name in jagged:
+                    columns[name] = Jagged.from_list(values)
+                elif all(isinstance(value, torch.Tensor) for value in values):
+                    columns[name] = torch.stack(values)
+                elif all(isinstance(value, int | float) for value in values):
+                    columns[name] = torch.tensor(values)
+                else:
+                    columns[name] = values
+            except (BatchError, RuntimeError, TypeError, ValueError) as error:
+                raise BatchError(f"the rows' {name!r} do not make a column: {error}") from error
         return Batch(columns)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        columns: dict[str, Column] = {}
-        for name, column in self._columns.items():
-            if isinstance(column, Jagged):
-                columns[name] = Jagged(column.values.to(device, non_blocking=non_blocking), column.lengths)
-            elif isinstance(column, torch.Tensor):
-                columns[name] = column.to(device, non_blocking=non_blocking)
-            else:
-                columns[name] = column
-        return Batch(columns)
+        """All tensors (but ``lengths``) on ``device``."""
 
-    # --- storage -------------------------------------------------------------------------------------------------
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device, non_blocking=non_blocking)
+
+        return self._changed(self._sequences().lengths, tokens=move, dense=move, objects=list)
+
+    # --- other forms ---------------------------------------------------------------------------------------------
+
+    def to_padded(self, **fill: float) -> dict[str, torch.Tensor | list[Any]]:
+        """Plain columns, jagged ones as ``[B, max(lengths), ...]``, right-padded with ``fill[name]`` or 0."""
+        for name in fill:
+            self.flat(name)
+        return {
+            name: column.to_padded(fill.get(name, 0)) if isinstance(column, Jagged) else column
+            for name, column in self._columns.items()
+        }
+
+    @staticmethod
+    def from_padded(columns: Mapping[str, torch.Tensor], mask: torch.Tensor) -> Batch:
+        """Per-token columns from ``[B, S, ...]`` tensors: their entries where ``mask`` ``[B, S]`` is not 0."""
+        result: dict[str, Column] = {}
+        for name, padded in columns.items():
+            try:
+                result[name] = Jagged.from_mask(padded, mask)
+            except BatchError as error:
+                raise BatchError(f"column {name!r}: {error}") from None
+        return Batch(result)
 
     def to_arrow(self) -> pa.Table:
+        """An Arrow table over the same memory where Arrow allows (`rlcore.batch.arrow`)."""
         from rlcore.batch.arrow import to_arrow
 
         return to_arrow(self)
 
     @staticmethod
     def from_arrow(table: pa.Table) -> Batch:
+        """What `to_arrow` made, over the table's memory where Arrow allows."""
         from rlcore.batch.arrow import from_arrow
 
         return from_arrow(table)
 
     def save(self, path: str | Path) -> None:
-        """Write Arrow IPC (``.arrow``) or Parquet (``.parquet``), by the file's ending."""
+        """Write Arrow IPC (``.arrow``) or Parquet (``.parquet``), by the file's ending, atomically."""
         from rlcore.batch.arrow import save
 
         save(self, Path(path))
 
     @staticmethod
     def load(path: str | Path) -> Batch:
+        """Read what `save` wrote. An ``.arrow`` file is mapped into memory, not read.
+
+        Raises:
+            DataError: the file is missing, damaged, or was not written by `save`.
+        """
         from rlcore.batch.arrow import load
 
         return load(Path(path))
 
 
+def _as_column(name: str, given: Any) -> Column:
+    if isinstance(given, np.ndarray):
+        given = torch.as_tensor(given) if given.dtype.kind in "biufc" else given.tolist()
+    if isinstance(given, torch.Tensor) and given.dim() == 0:
+        raise BatchError(f"column {name!r} is a scalar: a dense column has one row per sample")
+    if isinstance(given, torch.Tensor | Jagged):
+        return given
+    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
+        raise BatchError(f"column {name!r} is a {type(given).__name__}; give a tensor, a Jagged or a list of values")
+    return list(given)
+
+
+def _layout(column: Column) -> tuple[Any, ...]:
+    """What columns must have in common to be concatenated."""
+    if isinstance(column, Jagged):
+        return "jagged", column.values.dtype, column.values.shape[1:], column.values.device
+    if isinstance(column, torch.Tensor):
+        return "dense", column.dtype, column.shape[1:], column.device
+    return ("objects",)
+
+
 def _shape(column: Column) -> str:
     if isinstance(column, Jagged):
-        shape = list(column.values.shape)
-        return f"jagged {column.values.dtype} {shape} over {len(column)}"
+        return f"jagged {dtype_name(column.values.dtype)} {list(column.values.shape)} on {column.values.device}"
     if isinstance(column, torch.Tensor):
-        return f"dense {column.dtype} {list(column.shape)}"
+        return f"dense {dtype_name(column.dtype)} {list(column.shape)} on {column.device}"
     return f"objects [{len(column)}]"
+
+
+def _equal(left: Column, right: Column) -> bool:
+    if isinstance(left, Jagged) and isinstance(right, Jagged):
+        return torch.equal(left.lengths, right.lengths) and _equal(left.values, right.values)
+    if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
+        if left.dtype != right.dtype or left.shape != right.shape:
+            return False
+        return np.array_equal(to_numpy(left).reshape(-1).view(np.uint8), to_numpy(right).reshape(-1).view(np.uint8))
+    return type(left) is type(right) and left == right
+
+
+def _unpickle(columns: dict[str, tuple[bool, Any]], lengths: torch.Tensor) -> Batch:
+    return Batch({name: Jagged(value, lengths) if jagged else value for name, (jagged, value) in columns.items()})

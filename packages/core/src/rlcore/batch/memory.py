@@ -1,0 +1,37 @@
+"""Tensors as NumPy arrays and back, sharing memory: the way into Arrow files, pickles and Ray's object store."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+
+# What NumPy calls by the same name; every other dtype (bfloat16, the float8s) travels as its bits.
+_IN_NUMPY = {
+    "bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64",
+    "float16", "float32", "float64", "complex64", "complex128",
+}  # fmt: skip
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    """The values of ``tensor``, or its bits as integers if NumPy lacks the dtype; a view if it is on the CPU."""
+    tensor = tensor.detach().cpu().contiguous()
+    if dtype_name(tensor.dtype) not in _IN_NUMPY:
+        tensor = tensor.view(_BITS[tensor.dtype.itemsize])
+    return tensor.numpy()
+
+
+def from_numpy(array: np.ndarray[Any, Any], dtype: torch.dtype) -> torch.Tensor:
+    """The tensor of which `to_numpy` gave ``array``, over the same memory."""
+    with warnings.catch_warnings():
+        # Arrow's and Ray's buffers are read-only and torch warns of that; nobody writes into a batch.
+        warnings.simplefilter("ignore", UserWarning)
+        tensor = torch.from_numpy(array)
+    return tensor.view(dtype)

@@ -19,6 +19,7 @@ class RunInfo:
         run_id: stays the same when a run is resumed; trackers continue the same remote run.
         total_steps: planned steps, for progress displays.
         config: the resolved configuration as plain values.
+        start_step: steps done before, when the run was resumed; what was logged after it is about to be repeated.
     """
 
     out_dir: Path
@@ -27,6 +28,7 @@ class RunInfo:
     run_id: str
     total_steps: int
     config: Mapping[str, Any]
+    start_step: int = 0
 
 
 class Tracker(ABC):

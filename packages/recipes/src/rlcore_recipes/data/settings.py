@@ -1,0 +1,89 @@
+"""What a recipe's ``data`` section holds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from rlcore.config import Config
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Files = Annotated[list[str], BeforeValidator(_as_list)]
+
+
+class DataFiles(Config):
+    """Where samples come from and in which order they are used."""
+
+    train_files: Files = Field(
+        min_length=1,
+        description="Parquet or JSONL files, or Hub data sets as 'hub:org/name[:config][@split]'; one or several.",
+    )
+    val_files: Files = Field([], description="Files to validate on, as train_files; none validates nothing.")
+    train_batch_size: int = Field(256, ge=1, description="Prompts (or SFT samples) per step.")
+    val_batch_size: int | None = Field(None, ge=1, description="Prompts per validation batch; null takes all at once.")
+    val_limit: int | None = Field(None, ge=1, description="Validate on the first rows of the val files only.")
+    shuffle: bool = Field(True, description="Use the samples of every epoch in a new order, determined by the seed.")
+    weights: list[Annotated[float, Field(gt=0)]] | None = Field(
+        None, description="Share of each train file in an epoch, one number per file; null goes by its rows."
+    )
+    prompt_key: str = Field(
+        "prompt", description="Column of the prompt: chat messages or text. Dots reach into structs."
+    )
+    data_source_key: str | None = Field(
+        "data_source", description="Column that names the data set of a row; null uses the file's name."
+    )
+    system_prompt: str | None = Field(
+        None, description="System message for conversations without one; stands before a plain-text prompt."
+    )
+    apply_chat_template: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="auto: the tokenizer's chat template for messages, plain text as it is; always: plain text as a "
+        "user message; never: the messages' text alone.",
+    )
+    chat_template_kwargs: dict[str, Any] = Field({}, description="Extra variables for the chat template.")
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.weights is not None and len(self.weights) != len(self.train_files):
+            yield (
+                "weights",
+                f"has {len(self.weights)} numbers for the {len(self.train_files)} train_files: one is needed per file",
+            )
+        for field in ("train_files", "val_files"):
+            for file, count in Counter(getattr(self, field)).items():
+                if count > 1:
+                    yield field, f"names {file} {count} times; set weights to use a file more often"
+
+
+class DataSettings(DataFiles):
+    """Prompts for reinforcement learning."""
+
+    ground_truth_key: str | None = Field(
+        "ground_truth",
+        description="Column of the reference answer, such as 'reward_model.ground_truth'; null for none.",
+    )
+    max_prompt_length: int = Field(512, ge=1, description="Longest prompt, in tokens.")
+    max_response_length: int = Field(512, ge=1, description="Longest completion, in tokens.")
+    overlong_prompts: Literal["filter", "error"] = Field(
+        "filter", description="What to do with prompts longer than max_prompt_length: leave them out, or stop."
+    )
+
+
+class SFTDataSettings(DataFiles):
+    """Conversations, or prompts with responses, for supervised fine-tuning."""
+
+    messages_key: str | None = Field(
+        None,
+        description="Column of whole conversations, trained on every assistant turn; null reads prompt and response.",
+    )
+    response_key: str = Field("response", description="Column of the text to learn, after the prompt.")
+    max_length: int = Field(1024, ge=2, description="Longest sample, prompt included, in tokens.")
+    overlong: Literal["filter", "truncate", "error"] = Field(
+        "filter", description="What to do with longer samples: leave them out, cut their end off, or stop."
+    )

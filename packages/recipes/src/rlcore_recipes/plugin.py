@@ -1,0 +1,53 @@
+"""What this package offers by entry point; importing it loads neither torch nor a tracker's library."""
+
+from rlcore.plugins import Plugin
+
+sft = Plugin(
+    interface=1,
+    config="rlcore_recipes.sft:SFTConfig",
+    factory="rlcore_recipes.sft:run",
+    summary="Supervised fine-tuning on conversations or prompts with responses.",
+)
+grpo = Plugin(
+    interface=1,
+    config="rlcore_recipes.grpo:GRPOConfig",
+    factory="rlcore_recipes.grpo:run",
+    summary="Group-relative policy optimisation (Shao et al., 2024).",
+)
+ppo = Plugin(
+    interface=1,
+    config="rlcore_recipes.ppo:PPOConfig",
+    factory="rlcore_recipes.ppo:run",
+    summary="Proximal policy optimisation with a critic (Schulman et al., 2017).",
+)
+dapo = Plugin(
+    interface=1,
+    config="rlcore_recipes.dapo:DAPOConfig",
+    factory="rlcore_recipes.dapo:run",
+    summary="GRPO with clip-higher, dynamic sampling and overlong shaping (Yu et al., 2025).",
+)
+
+console_tracker = Plugin(
+    interface=1,
+    config="rlcore_recipes.trackers.settings:ConsoleSettings",
+    factory="rlcore_recipes.trackers.console:open_console",
+    summary="Progress bar and a table of steps on the terminal.",
+)
+jsonl_tracker = Plugin(
+    interface=1,
+    config="rlcore_recipes.trackers.settings:JsonlSettings",
+    factory="rlcore_recipes.trackers.jsonl:open_jsonl",
+    summary="Metrics and tables as lines of JSON in the output folder.",
+)
+wandb_tracker = Plugin(
+    interface=1,
+    config="rlcore_recipes.trackers.settings:WandbSettings",
+    factory="rlcore_recipes.trackers.wandb:open_wandb",
+    summary="Weights & Biases, online or offline.",
+)
+tensorboard_tracker = Plugin(
+    interface=1,
+    config="rlcore_recipes.trackers.settings:TensorboardSettings",
+    factory="rlcore_recipes.trackers.tensorboard:open_tensorboard",
+    summary="TensorBoard event files.",
+)

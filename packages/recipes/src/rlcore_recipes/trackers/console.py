@@ -1,0 +1,90 @@
+"""Progress and a table of steps on the terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from rlcore.config import Config
+from rlcore.tracking import RunInfo, Tracker
+from rlcore_recipes.trackers.settings import ConsoleSettings
+
+WIDTH = 9
+HEADER_EVERY = 25
+
+
+class ConsoleTracker(Tracker):
+    """One line of a table per step, above a progress bar; without a terminal the lines alone."""
+
+    def __init__(self, columns: Mapping[str, str], run: RunInfo, console: Console | None = None) -> None:
+        self._columns = columns
+        self._run = run
+        self._console = console or Console()
+        self._started = time.monotonic()
+        self._shown: list[str] = []
+        self._rows = 0
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+        if self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[eta]}"),
+                console=self._console,
+            )
+            self._task = self._progress.add_task(run.name, total=run.total_steps, completed=run.start_step, eta="")
+            self._progress.start()
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        eta = self._eta(step)
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, eta=f"eta {eta}")
+        present = [heading for heading, name in self._columns.items() if name in metrics]
+        if present:
+            if not set(present) <= set(self._shown):
+                known = {*self._shown, *present}
+                self._shown = [heading for heading in self._columns if heading in known]
+                self._rows = 0
+            if self._rows % HEADER_EVERY == 0:
+                self._print(["step", *self._shown, "eta"], "bold")
+            self._rows += 1
+            values = [metrics.get(self._columns[heading]) for heading in self._shown]
+            cells = ["" if value is None else _short(value) for value in values]
+            self._print([f"{step}/{self._run.total_steps}", *cells, eta])
+        for name, value in metrics.items():
+            if name.startswith("val-core/"):
+                self._console.print(Text(f"step {step}  {name} = {_short(value)}", style="green"), soft_wrap=True)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _print(self, cells: list[str], style: str = "") -> None:
+        self._console.print(Text(" ".join(f"{cell:>{WIDTH}}" for cell in cells), style=style), soft_wrap=True)
+
+    def _eta(self, step: int) -> str:
+        done = step - self._run.start_step
+        if done <= 0:
+            return ""
+        left = (time.monotonic() - self._started) / done * (self._run.total_steps - step)
+        return str(timedelta(seconds=round(left)))
+
+
+def _short(value: float) -> str:
+    """At most four significant digits, in at most nine characters."""
+    if value == int(value) if abs(value) < 1e6 else False:
+        return str(int(value))
+    return f"{value:.1f}" if 1000 <= abs(value) < 1e6 else f"{value:.4g}"
+
+
+def open_console(options: Config, run: RunInfo) -> Tracker:
+    assert isinstance(options, ConsoleSettings)
+    return ConsoleTracker(options.columns, run)

@@ -1,0 +1,61 @@
+"""Many trackers as one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+from warnings import warn
+
+from rlcore import plugins
+from rlcore.config import Config
+from rlcore.errors import RlcoreError
+from rlcore.tracking import RunInfo, Tracker
+from rlcore_recipes.trackers.settings import JsonlSettings
+
+GROUP = "rlcore.trackers"
+
+
+class Trackers(Tracker):
+    """Passes everything on; a tracker that fails is warned about once and never ends the run."""
+
+    def __init__(self, trackers: Mapping[str, Tracker]) -> None:
+        self._trackers = dict(trackers)
+        self._warned: set[str] = set()
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self._each(lambda tracker: tracker.log(metrics, step))
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
+        self._each(lambda tracker: tracker.log_table(name, columns, rows, step))
+
+    def close(self) -> None:
+        self._each(lambda tracker: tracker.close())
+
+    def _each(self, call: Callable[[Tracker], None]) -> None:
+        for name, tracker in self._trackers.items():
+            try:
+                call(tracker)
+            except Exception as error:  # whatever a tracking service does, training goes on
+                if name not in self._warned:
+                    self._warned.add(name)
+                    warn(f"tracker {name} failed and may miss data: {type(error).__name__}: {error}", stacklevel=3)
+
+
+def open_trackers(sections: Mapping[str, Config], run: RunInfo) -> Trackers:
+    """Start trackers, on the main process only.
+
+    Args:
+        sections: each tracker's own settings by its name; ``jsonl`` is started even if it is not among them.
+
+    Raises:
+        PluginError: a tracker's package is not installed. Any other failure to start is a warning.
+    """
+    trackers: dict[str, Tracker] = {}
+    for name, options in {"jsonl": JsonlSettings(), **sections}.items():
+        try:
+            trackers[name] = plugins.get(GROUP, name).build(options, run)
+        except RlcoreError:
+            raise
+        except Exception as error:  # no connection, no account …
+            warn(f"tracker {name} could not be started: {type(error).__name__}: {error}", stacklevel=2)
+    return Trackers(trackers)

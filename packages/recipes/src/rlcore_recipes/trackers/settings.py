@@ -1,0 +1,49 @@
+"""The trackers' own settings."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from rlcore.config import Config
+
+
+class ConsoleSettings(Config):
+    """What the console shows of every step."""
+
+    columns: dict[str, str] = Field(
+        {
+            "loss": "train/loss",
+            "score": "critic/score/mean",
+            "length": "response_length/mean",
+            "entropy": "actor/entropy",
+            "kl": "actor/ppo_kl",
+            "clipped": "actor/pg_clipfrac",
+            "grad": "actor/grad_norm",
+            "vf loss": "critic/vf_loss",
+            "tokens/s": "perf/throughput",
+            "s": "timing_s/step",
+        },
+        description="Headings and the metrics below them; those a run does not have are left out.",
+    )
+
+
+class JsonlSettings(Config):
+    """Metrics and tables as lines of JSON in the output folder; nothing to set."""
+
+
+class WandbSettings(Config):
+    """Weights & Biases."""
+
+    project: str | None = Field(None, description="Project; null takes the run's.")
+    entity: str | None = Field(None, description="User or team; null takes the account's default.")
+    mode: Literal["online", "offline"] = Field("online", description="offline writes below the output folder only.")
+    group: str | None = Field(None, description="Group of runs.")
+    tags: list[str] = Field([], description="Tags of the run.")
+
+
+class TensorboardSettings(Config):
+    """TensorBoard event files."""
+
+    folder: str = Field("tensorboard", description="Folder of the event files, below the output folder.")

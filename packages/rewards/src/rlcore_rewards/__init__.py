@@ -1,1 +1,1 @@
-"""rlcore-rewards."""
+"""Rewards for rlcore, and the pool of worker processes that functions run in."""

@@ -1,0 +1,50 @@
+"""`function`: a Python function of the user's, run in the pool. `rlcore_rewards.calling` is the workers' side."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, JsonValue, field_validator
+
+from rlcore.config import Config
+from rlcore.engines.settings import RewardSettings
+from rlcore.errors import ConfigError
+from rlcore_rewards.pool import PooledReward
+from rlcore_rewards.reply import WorkerFailure
+
+_PATH = re.compile(r"(.+\.py|[A-Za-z_][\w.]*):([A-Za-z_][\w.]*)")
+
+
+class FunctionOptions(Config):
+    """Which function."""
+
+    path: str = Field(description="'file.py:function' or 'package.module:function'.")
+    kwargs: dict[str, JsonValue] = Field({}, description="Further keyword arguments of every call.")
+
+    @field_validator("path")
+    @classmethod
+    def _has_two_parts(cls, path: str) -> str:
+        if not _PATH.fullmatch(path):
+            raise ValueError(f"{path!r} is neither 'file.py:function' nor 'package.module:function'")
+        return path
+
+
+def function_reward(options: FunctionOptions, settings: RewardSettings) -> PooledReward:
+    """The function as a reward; see `rlcore_rewards.calling.load` for what it may take and return.
+
+    Raises:
+        ConfigError: there is no such file, module or function, or it cannot be called with a sample.
+    """
+    home, _, name = options.path.rpartition(":")
+    if home.endswith(".py"):
+        file = Path(home).expanduser().resolve()
+        if not file.is_file():
+            raise ConfigError(f"reward function {options.path!r}: there is no file {file}")
+        home = str(file)
+    spec: dict[str, Any] = {"home": home, "name": name, "kwargs": options.kwargs}
+    try:
+        return PooledReward("function", "rlcore_rewards.calling:load", spec, settings)
+    except WorkerFailure as failure:
+        raise ConfigError(f"reward function {options.path!r}: {failure}") from None

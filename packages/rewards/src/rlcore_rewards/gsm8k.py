@@ -1,0 +1,99 @@
+"""`gsm8k`: grade-school arithmetic, whose answers are numbers after ``####`` (Cobbe et al., 2021).
+
+The check is a regular expression of ours over text: it runs in the trainer's process, not in the pool.
+"""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+from typing import Any, Literal
+
+from pydantic import Field
+
+from rlcore.config import Config
+from rlcore.engines.reward import Reward, RewardResult, RewardSample
+from rlcore.engines.settings import RewardSettings
+from rlcore_rewards.tally import Tally
+
+# A minus after a letter, a digit or a bracket is a subtraction. Matching takes linear time whatever the text.
+_NUMBER = r"(?:(?<![\w)])-)?\$?(?:[0-9]+(?:,[0-9]{3}(?![0-9]))*(?:\.[0-9]+)?|\.[0-9]+)"
+_MARKED = re.compile(rf"####[ \t]*\$?({_NUMBER})")
+_ANY = re.compile(_NUMBER)
+_WHOLE = re.compile(rf"\s*\$?({_NUMBER})\.?\s*")
+
+TAIL = 300
+"""Characters at the end of a completion in which ``strict`` looks for the answer; no answer is longer."""
+
+
+class GSM8KOptions(Config):
+    """How the answer is read and scored."""
+
+    method: Literal["strict", "flexible"] = Field(
+        "strict",
+        description=f"'strict': the number after the last #### in the last {TAIL} characters; "
+        "'flexible': the last number anywhere.",
+    )
+    format_score: float = Field(
+        0.0, allow_inf_nan=False, description="Score of an answer that can be read but is wrong; a right one scores 1."
+    )
+
+
+def read_answer(completion: str, method: Literal["strict", "flexible"]) -> Decimal | None:
+    """The number a completion gives as its answer, or None."""
+    if method == "strict":
+        numbers = _MARKED.findall(completion[-TAIL:])
+    else:
+        numbers = _ANY.findall(completion)
+    return _value(numbers[-1]) if numbers and len(numbers[-1]) <= TAIL else None
+
+
+def read_ground_truth(ground_truth: Any) -> Decimal:
+    """The number in a ground truth: a number, its text, or a whole gold answer that ends in ``#### number``.
+
+    Raises:
+        ValueError: it holds none.
+    """
+    text = str(ground_truth)
+    marked = _MARKED.findall(text)
+    whole = _WHOLE.fullmatch(text)
+    if marked:
+        return _value(marked[-1])
+    if whole:
+        return _value(whole[1])
+    raise ValueError(f"the ground truth {text[:100]!r} is neither a number nor a text with '#### number'")
+
+
+def _value(number: str) -> Decimal:
+    return Decimal(number.replace(",", "").replace("$", ""))
+
+
+class GSM8KReward(Reward):
+    """1 for the right number, ``format_score`` for a wrong one, 0 for none.
+
+    Extras: ``correct`` and ``answered``, each 0 or 1.
+    """
+
+    def __init__(self, options: GSM8KOptions, settings: RewardSettings) -> None:
+        self.options = options
+        self._tally = Tally("gsm8k", settings.error_score)
+
+    async def score(self, sample: RewardSample) -> RewardResult:
+        try:
+            truth = read_ground_truth(sample.ground_truth)
+        except ValueError as error:
+            return self._tally.failed("ground_truth", str(error))
+        answer = read_answer(sample.completion, self.options.method)
+        correct = answer == truth
+        score = 1.0 if correct else 0.0 if answer is None else self.options.format_score
+        extras = {"correct": float(correct), "answered": float(answer is not None)}
+        return self._tally.scored(RewardResult(score, extras, None if answer is None else _canonical(answer)))
+
+    def stats(self) -> dict[str, int]:
+        return self._tally.stats()
+
+
+def _canonical(number: Decimal) -> str:
+    """Equal numbers, equal strings: 18, 18.0 and 18.00 are "18"."""
+    text = f"{number or Decimal():f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text

@@ -1,0 +1,42 @@
+"""`math`: mathematical equality, by math-verify, in the pool. `rlcore_rewards.math_answers` is the workers' side."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from rlcore.config import Config
+from rlcore.engines.settings import RewardSettings
+from rlcore.errors import PluginError
+from rlcore_rewards.pool import PooledReward
+from rlcore_rewards.reply import WorkerFailure
+
+
+class MathOptions(Config):
+    """How the answer is read and scored."""
+
+    extraction: Literal["boxed", "any"] = Field(
+        "any",
+        description=r"'boxed': the content of the last \boxed{}; 'any': that or, without one, the last expression.",
+    )
+    max_chars: int = Field(
+        20_000, gt=0, description="How much of the end of a completion is searched for the answer, in characters."
+    )
+    format_score: float = Field(
+        0.0, allow_inf_nan=False, description="Score of an answer that can be read but is wrong; a right one scores 1."
+    )
+
+
+def math_reward(options: MathOptions, settings: RewardSettings) -> PooledReward:
+    """1 for an equal expression, ``format_score`` for another one, 0 for none.
+
+    Extras: ``correct`` and ``answered``, each 0 or 1.
+
+    Raises:
+        PluginError: math-verify cannot be used.
+    """
+    try:
+        return PooledReward("math", "rlcore_rewards.math_answers:load", options.model_dump(), settings)
+    except WorkerFailure as failure:
+        raise PluginError(f"reward 'math' cannot start: {failure}; reinstall rlcore-rewards") from None

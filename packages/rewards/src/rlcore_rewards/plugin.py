@@ -1,0 +1,31 @@
+"""The rewards this package offers; nothing is imported until one of them is used.
+
+Factory contract of the group ``rlcore.rewards``: ``factory(options: Config, settings: RewardSettings) -> Reward``.
+"""
+
+from rlcore.plugins import Plugin
+
+gsm8k = Plugin(
+    interface=1,
+    config="rlcore_rewards.gsm8k:GSM8KOptions",
+    factory="rlcore_rewards.gsm8k:GSM8KReward",
+    summary="The number after #### (or the last number) equals the ground truth",
+)
+math = Plugin(
+    interface=1,
+    config="rlcore_rewards.math:MathOptions",
+    factory="rlcore_rewards.math:math_reward",
+    summary="The last expression is mathematically equal to the ground truth (math-verify)",
+)
+function = Plugin(
+    interface=1,
+    config="rlcore_rewards.function:FunctionOptions",
+    factory="rlcore_rewards.function:function_reward",
+    summary="Any Python function, by file or import path",
+)
+combine = Plugin(
+    interface=1,
+    config="rlcore_rewards.combine:CombineOptions",
+    factory="rlcore_rewards.combine:CombinedReward",
+    summary="The weighted sum of several rewards",
+)

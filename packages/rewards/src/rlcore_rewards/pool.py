@@ -1,0 +1,120 @@
+"""Rewards that run in a pool of worker processes, so that no sample can take the trainer down.
+
+Each thread of a small pool borrows one worker at a time and asks it for one sample within the limits of
+`RewardSettings`. A worker that breaks a limit, dies or answers nonsense is killed with everything it started and costs
+the sample it was on its score; a fresh one takes its place when it is needed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pickle
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
+from typing import Any
+
+from rlcore.engines.reward import Reward, RewardResult, RewardSample
+from rlcore.engines.settings import RewardSettings
+from rlcore_rewards.reply import HARMLESS, WorkerFailure, decode
+from rlcore_rewards.tally import Tally
+from rlcore_rewards.worker_process import WorkerProcess
+
+
+class PooledReward(Reward):
+    """Scores with a function in worker processes.
+
+    The first worker starts at once and shows whether the function loads; others start as calls overlap.
+
+    Args:
+        name: for log messages.
+        loader: ``module:attribute`` of a function that takes ``options`` and returns the function that scores a
+            `RewardSample`. It is imported in the workers only.
+
+    Raises:
+        WorkerFailure: the function cannot be loaded.
+    """
+
+    def __init__(self, name: str, loader: str, options: Mapping[str, Any], settings: RewardSettings) -> None:
+        self._loader = loader
+        self._options = options
+        self._settings = settings
+        self._tally = Tally(name, settings.error_score)
+        self._threads = ThreadPoolExecutor(settings.workers, thread_name_prefix=f"reward-{name}")
+        self._lock = Lock()
+        self._workers: set[WorkerProcess] = set()
+        self._owner = os.getpid()
+        self._closed = False
+        self._idle = [self._start()]
+
+    async def score(self, sample: RewardSample) -> RewardResult:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._score, sample)
+
+    def stats(self) -> dict[str, int]:
+        return self._tally.stats()
+
+    def close(self) -> None:
+        """End all workers; samples that are being scored fail."""
+        if self._closed or os.getpid() != self._owner:  # in a fork of the trainer the workers are not ours
+            return
+        with self._lock:
+            self._closed = True
+            for worker in self._workers:
+                worker.interrupt()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        while self._idle:
+            self._kill(self._idle.pop())
+
+    def _score(self, sample: RewardSample) -> RewardResult:
+        worker = None
+        try:
+            request = _pickle(sample)
+            worker = self._borrow()
+            result = decode(worker.ask(request))
+        except WorkerFailure as failure:
+            if worker and failure.kind in HARMLESS:
+                self._idle.append(worker)
+            elif worker:
+                self._kill(worker)
+            return self._tally.failed(failure.kind, str(failure))
+        self._idle.append(worker)
+        return self._tally.scored(result)
+
+    def _borrow(self) -> WorkerProcess:
+        while True:
+            try:
+                worker = self._idle.pop()
+            except IndexError:
+                return self._start()
+            if worker.idle():
+                return worker
+            self._kill(worker)
+
+    def _start(self) -> WorkerProcess:
+        with self._lock:
+            if self._closed:
+                raise WorkerFailure("closed", "the reward was closed")
+            try:
+                worker = WorkerProcess(self._settings)
+            except OSError as error:
+                raise WorkerFailure("startup", f"no worker process can be started: {error}") from error
+            self._workers.add(worker)
+        try:
+            worker.start(self._loader, self._options)
+        except BaseException:
+            self._kill(worker)
+            raise
+        return worker
+
+    def _kill(self, worker: WorkerProcess) -> None:
+        worker.kill()
+        with self._lock:
+            self._workers.discard(worker)
+
+
+def _pickle(sample: RewardSample) -> bytes:
+    try:
+        return pickle.dumps(sample)
+    except Exception as error:
+        raise WorkerFailure("request", f"the sample cannot be pickled: {type(error).__name__}: {error}") from error

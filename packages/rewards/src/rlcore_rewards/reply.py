@@ -1,0 +1,105 @@
+"""What a worker answers: JSON, because the trainer must never unpickle what a process that ran foreign code wrote."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from rlcore.engines.reward import RewardResult
+
+MAX_BYTES = 1 << 20
+"""Size of the largest reply that the trainer reads."""
+
+
+HARMLESS = frozenset({"exception", "exit", "result", "ground_truth"})
+"""Kinds of failure after which a worker can go on."""
+
+REPORTED = HARMLESS | {"memory", "startup"}
+"""Kinds that a worker reports itself; the trainer sees the others from outside."""
+
+
+class WorkerFailure(Exception):
+    """Why there is no result: a ``kind`` to count, and a message to log."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+def encode_result(value: Any) -> bytes:
+    """The reply for what a reward function returned.
+
+    Args:
+        value: a number, a `RewardResult`, or a mapping with ``score``. Of a mapping, other finite numbers become
+            extras, the text under ``answer`` or ``pred`` becomes the answer, and the rest is left out.
+
+    Raises:
+        WorkerFailure: of kind "result", for anything else.
+    """
+    extras: dict[str, float] = {}
+    answer = None
+    score = value
+    if isinstance(value, RewardResult):
+        score, extras, answer = (
+            value.score,
+            {key: _finite(number) for key, number in value.extras.items()},
+            value.answer,
+        )
+    elif isinstance(value, Mapping):
+        if "score" not in value:
+            raise WorkerFailure("result", f"the function returned a dict without 'score': {_short(list(value))}")
+        score = value["score"]
+        answer = next((value[key] for key in ("answer", "pred") if isinstance(value.get(key), str)), None)
+        for key, number in value.items():
+            if key != "score":
+                try:
+                    extras[str(key)] = _finite(number)
+                except WorkerFailure:
+                    continue
+    reply = json.dumps({"score": _finite(score), "extras": extras, "answer": answer}).encode()
+    if len(reply) > MAX_BYTES:
+        raise WorkerFailure("result", f"the function returned {len(reply)} bytes, more than {MAX_BYTES}")
+    return reply
+
+
+def encode_failure(kind: str, message: str) -> bytes:
+    return json.dumps({"failure": kind, "message": message}).encode()
+
+
+def decode(reply: bytes) -> RewardResult:
+    """The result in a reply, checked anew: the worker may hold code that writes to the pipe itself.
+
+    Raises:
+        WorkerFailure: the reply reports one, or is malformed (kind "protocol").
+    """
+    try:
+        fields = json.loads(reply)
+        if "failure" in fields:
+            kind = fields["failure"]
+            failure = WorkerFailure(kind if kind in REPORTED else "protocol", str(fields["message"]))
+        else:
+            extras = {key: _finite(number) for key, number in fields["extras"].items()}
+            answer = fields["answer"]
+            return RewardResult(_finite(fields["score"]), extras, None if answer is None else str(answer))
+    except Exception as error:
+        failure = WorkerFailure("protocol", f"the worker sent a malformed reply ({type(error).__name__}: {error})")
+    raise failure
+
+
+def _finite(value: Any) -> float:
+    """``value`` as a finite float: Python's, NumPy's and torch's numbers, but no text."""
+    try:
+        if isinstance(value, str | bytes | bytearray):
+            raise TypeError
+        number = float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise WorkerFailure("result", f"the function returned {_short(value)}, not a number") from None
+    if not math.isfinite(number):
+        raise WorkerFailure("result", f"the function returned {number}, not a finite number")
+    return number
+
+
+def _short(value: Any) -> str:
+    return f"{repr(value)[:100]} ({type(value).__name__})"

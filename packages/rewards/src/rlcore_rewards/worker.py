@@ -1,0 +1,95 @@
+"""The worker process: ``python -m rlcore_rewards.worker``, started by `rlcore_rewards.worker_process`.
+
+It reads pickled requests, which the trainer wrote, and writes replies (`rlcore_rewards.reply`), each after its length
+in four bytes. The first request says which function to load.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import struct
+import sys
+import traceback
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, BinaryIO
+
+from rlcore_rewards.guard import run_guarded
+from rlcore_rewards.reply import WorkerFailure, encode_failure, encode_result
+
+LENGTH = struct.Struct("!I")
+READY = b"{}"
+MAX_MESSAGE = 4000
+
+
+def main() -> None:
+    requests, replies, control, owner, memory, processes = map(int, sys.argv[1:])
+    for descriptor in (requests, replies, control):
+        os.set_inheritable(descriptor, False)
+    run_guarded(
+        lambda: serve(requests, replies),
+        pipes=(requests, replies),
+        owner=owner,
+        control=control,
+        memory=memory,
+        processes=processes,
+    )
+
+
+def serve(requests: int, replies: int) -> None:
+    """Answer requests until their pipe is closed."""
+    process = os.getpid()
+    score: Callable[[Any], Any] | None = None
+    with open(requests, "rb") as incoming, open(replies, "wb") as outgoing:
+        while request := _read(incoming):
+            if score is None:
+                score, reply = _load(pickle.loads(request))
+            else:
+                reply = _attempt(score, request)
+            for stream in (sys.stdout, sys.stderr):
+                if stream and not stream.closed:
+                    stream.flush()
+            if os.getpid() != process:  # the function forked, and this is the copy
+                os._exit(0)
+            outgoing.write(LENGTH.pack(len(reply)) + reply)
+            outgoing.flush()
+
+
+def _read(incoming: BinaryIO) -> bytes:
+    header = incoming.read(LENGTH.size)
+    return incoming.read(LENGTH.unpack(header)[0]) if len(header) == LENGTH.size else b""
+
+
+def _load(setup: dict[str, Any]) -> tuple[Callable[[Any], Any] | None, bytes]:
+    sys.path[:] = setup["sys_path"]
+    module, _, attribute = setup["loader"].partition(":")
+    try:
+        return getattr(import_module(module), attribute)(setup["options"]), READY
+    except WorkerFailure as failure:
+        return None, encode_failure(failure.kind, str(failure))
+    except BaseException as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        message = f"importing it fails with {type(error).__name__}: {error} ({where.filename}, line {where.lineno})"
+        return None, encode_failure("startup", message[-MAX_MESSAGE:])
+
+
+def _attempt(score: Callable[[Any], Any], request: bytes) -> bytes:
+    try:
+        return encode_result(score(pickle.loads(request)))
+    except WorkerFailure as failure:
+        return encode_failure(failure.kind, str(failure))
+    except MemoryError:
+        return encode_failure("memory", "the function asked for more memory than memory_mb allows")
+    except SystemExit:
+        return encode_failure("exit", _traceback())
+    except BaseException:
+        return encode_failure("exception", _traceback())
+
+
+def _traceback() -> str:
+    return traceback.format_exc()[-MAX_MESSAGE:].strip()
+
+
+if __name__ == "__main__":
+    main()

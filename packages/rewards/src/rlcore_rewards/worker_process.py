@@ -1,0 +1,184 @@
+"""The trainer's end of one worker process: start it, ask it within limits, kill it. Blocking; used from one thread."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from threading import Lock
+from typing import Any
+
+from rlcore.engines.settings import RewardSettings
+from rlcore_rewards import guard
+from rlcore_rewards.guard import CHECK, QUIT
+from rlcore_rewards.reply import MAX_BYTES, WorkerFailure, decode
+from rlcore_rewards.worker import LENGTH, READY
+
+CHECK_INTERVAL = 0.1
+"""Seconds between looks at a busy worker's family (how many processes, how much memory)."""
+
+_ENVIRONMENT = ("PATH", "HOME", "USER", "LOGNAME", "TMPDIR", "LANG", "TZ", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
+_ENVIRONMENT_PREFIXES = ("LC_", "PYTHON")
+# Workers are many: one thread each; and the GPUs are the trainer's.
+_ENVIRONMENT_SET = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+}
+
+
+class WorkerProcess:
+    """One worker; `start` must be called before it can be asked."""
+
+    def __init__(self, settings: RewardSettings) -> None:
+        self._settings = settings
+        self._closing = Lock()
+        self._closed = False
+        request_read, self._requests = os.pipe()
+        self._replies, reply_write = os.pipe()
+        control_read, self._control = os.pipe()
+        self._output, output_write = os.pipe()
+        theirs = (request_read, reply_write, control_read)
+        numbers = (*theirs, os.getpid(), settings.memory_mb << 20, settings.max_processes)
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "rlcore_rewards.worker", *map(str, numbers)],
+                stdin=subprocess.DEVNULL,
+                stdout=output_write,
+                stderr=output_write,
+                pass_fds=theirs,
+                env=environment(settings.pass_env),
+                start_new_session=True,  # Ctrl-C is the trainer's
+            )
+        except BaseException:
+            self._close_pipes()
+            raise
+        finally:
+            for descriptor in (*theirs, output_write):
+                os.close(descriptor)
+        for descriptor in (self._requests, self._replies, self._output):
+            os.set_blocking(descriptor, False)
+
+    def start(self, loader: str, options: Mapping[str, Any]) -> None:
+        """Have the function loaded: ``loader`` is ``module:attribute`` of what makes it from ``options``.
+
+        Raises:
+            WorkerFailure: it cannot be loaded; the worker must be killed then.
+        """
+        setup = {"sys_path": sys.path, "loader": loader, "options": dict(options)}
+        reply = self._exchange(pickle.dumps(setup), "startup_timeout_s", self._settings.startup_timeout_s)
+        if reply != READY:
+            decode(reply)
+
+    def ask(self, request: bytes) -> bytes:
+        """The reply to a pickled sample.
+
+        Raises:
+            WorkerFailure: there is none; the worker must be killed then.
+        """
+        return self._exchange(request, "timeout_s", self._settings.timeout_s)
+
+    def idle(self) -> bool:
+        """True if the worker lives and has said nothing unasked."""
+        poll = select.poll()
+        poll.register(self._replies, select.POLLIN)
+        return not poll.poll(0)
+
+    def interrupt(self) -> None:
+        """End the worker from another thread than the one that uses it, which then sees it die."""
+        with self._closing:
+            if not self._closed:
+                os.write(self._control, QUIT)
+
+    def kill(self) -> None:
+        """End the worker and all its descendants; idempotent."""
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+            self._close_pipes()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:  # the guard hangs; the worker dies with it
+            self._process.kill()
+            self._process.wait()
+
+    def _close_pipes(self) -> None:
+        for descriptor in (self._control, self._requests, self._replies, self._output):
+            os.close(descriptor)
+
+    def _exchange(self, request: bytes, limit: str, seconds: float) -> bytes:
+        """Write a request, read its reply, and drain what the worker prints, all within ``seconds``."""
+        now = time.monotonic()
+        deadline, check = now + seconds, now + CHECK_INTERVAL
+        outgoing = memoryview(LENGTH.pack(len(request)) + request)
+        reply, printed = bytearray(), 0
+        poll = select.poll()
+        poll.register(self._requests, select.POLLOUT)
+        poll.register(self._replies, select.POLLIN)
+        poll.register(self._output, select.POLLIN)
+        while True:
+            for descriptor, _ in poll.poll((min(deadline, check) - now) * 1000 + 1):
+                if descriptor == self._requests:
+                    outgoing = self._write(outgoing)
+                    if not outgoing:
+                        poll.unregister(self._requests)
+                elif descriptor == self._output:
+                    text = os.read(self._output, 65536)
+                    printed += len(text)
+                    if not text:  # the worker closed its stdout and stderr
+                        poll.unregister(self._output)
+                    if printed > self._settings.max_output_kb << 10:
+                        raise WorkerFailure("output", f"printed more than max_output_kb={self._settings.max_output_kb}")
+                else:
+                    text = os.read(self._replies, 65536)
+                    if not text:
+                        raise self._death()
+                    reply += text
+                    if len(reply) >= LENGTH.size:
+                        expected = LENGTH.size + LENGTH.unpack_from(reply)[0]
+                        if len(reply) == expected:
+                            return bytes(reply[LENGTH.size :])
+                        if len(reply) > expected or expected > LENGTH.size + MAX_BYTES:
+                            raise WorkerFailure("protocol", "the worker sent something else than one reply")
+            now = time.monotonic()
+            if now >= deadline:
+                raise WorkerFailure("timeout", f"took longer than {limit}={seconds:g}")
+            if now >= check:
+                check = now + CHECK_INTERVAL
+                with contextlib.suppress(BrokenPipeError):  # its death shows above
+                    os.write(self._control, CHECK)
+
+    def _write(self, outgoing: memoryview) -> memoryview:
+        try:
+            return outgoing[os.write(self._requests, outgoing) :]
+        except BrokenPipeError:  # its death shows on the other pipe
+            return outgoing[:0]
+
+    def _death(self) -> WorkerFailure:
+        code = self._process.wait()
+        if code == guard.MEMORY:
+            return WorkerFailure("memory", f"the worker held more than memory_mb={self._settings.memory_mb}")
+        if code == guard.PROCESSES:
+            return WorkerFailure("processes", f"the worker had more than max_processes={self._settings.max_processes}")
+        how = (
+            f"by signal {signal.Signals(code - 128).name}" if code - 128 in set(signal.Signals) else f"with code {code}"
+        )
+        return WorkerFailure("died", f"the worker process ended {how}")
+
+
+def environment(passed: tuple[str, ...]) -> dict[str, str]:
+    """What a worker sees of the trainer's environment: no keys or tokens unless they are named in ``passed``."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name in _ENVIRONMENT or name in passed or name.startswith(_ENVIRONMENT_PREFIXES)
+    }
+    return _ENVIRONMENT_SET | kept

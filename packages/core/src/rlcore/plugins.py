@@ -8,7 +8,7 @@ importing the backend.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
@@ -39,8 +39,9 @@ OURS: dict[tuple[str, str], str] = {
     ("rlcore.rollout_engines", "vllm"): "rlcore[vllm]",
     ("rlcore.rollout_engines", "sglang"): "rlcore[sglang]",
     **{("rlcore.rewards", name): "rlcore-rewards" for name in ("gsm8k", "math", "function", "combine")},
-    **{("rlcore.recipes", name): "rlcore-recipes" for name in ("sft", "grpo", "ppo", "dapo")},
+    **{("rlcore.recipes", name): "rlcore[fsdp]" for name in ("sft", "grpo", "ppo", "dapo")},
     **{("rlcore.trackers", name): "rlcore-recipes" for name in ("console", "jsonl", "wandb", "tensorboard")},
+    **{(COMMANDS, name): "rlcore[fsdp]" for name in ("quickstart", "data", "model")},
 }
 
 
@@ -66,7 +67,7 @@ class Plugin:
         Raises:
             PluginError: it cannot be imported.
         """
-        return self._import(self.config, "configuration")  # type: ignore[no-any-return]
+        return _import(self.config, "configuration")  # type: ignore[no-any-return]
 
     def build(self, *args: Any, **kwargs: Any) -> Any:
         """Import the factory and call it.
@@ -74,15 +75,8 @@ class Plugin:
         Raises:
             PluginError: the factory cannot be imported, for example because the backend's own package is missing.
         """
-        factory: Callable[..., Any] = self._import(self.factory, "factory")
+        factory: Callable[..., Any] = _import(self.factory, "factory")
         return factory(*args, **kwargs)
-
-    @staticmethod
-    def _import(path: str, what: str) -> Any:
-        try:
-            return resolve(path)
-        except Exception as error:
-            raise PluginError(f"{what} {path} cannot be imported: {type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -169,18 +163,37 @@ def is_ours(group: str, name: str) -> bool:
     return (group, name) in OURS
 
 
+def origin(group: str, name: str) -> str:
+    """Name and version of the package that offers ``name``."""
+    return " and ".join(map(_origin, _points(group)[name]))
+
+
 def listing() -> Iterator[Installed]:
     """Every entry point of every group; plugins are loaded (not their configuration or backend), the rest is not."""
     for group in [*GROUPS, ALGORITHMS, COMMANDS]:
         for name in names(group):
-            distribution = " and ".join(map(_origin, _points(group)[name]))
-            if group not in GROUPS:
-                yield Installed(group, name, distribution)
-                continue
-            try:
-                yield Installed(group, name, distribution, get(group, name))
-            except PluginError as error:
-                yield Installed(group, name, distribution, problem=str(error))
+            item = Installed(group, name, origin(group, name))
+            if group in GROUPS:
+                try:
+                    item = replace(item, plugin=get(group, name))
+                except PluginError as error:
+                    item = replace(item, problem=str(error))
+            yield item
+
+
+def check(item: Installed) -> Installed:
+    """``item`` with the problem, if any, of importing everything that it names, backends included."""
+    if item.problem:
+        return item
+    try:
+        if item.plugin is not None:
+            item.plugin.config_class()
+            _import(item.plugin.factory, "factory")
+        else:
+            _load(find(item.group, item.name, "entry point"), f"entry point {item.name!r}")
+    except PluginError as error:
+        return replace(item, problem=str(error))
+    return item
 
 
 @cache
@@ -204,6 +217,13 @@ def _points(group: str) -> dict[str, list[EntryPoint]]:
     for point in entry_points(group=group):
         found.setdefault(point.name, []).append(point)
     return found
+
+
+def _import(path: str, what: str) -> Any:
+    try:
+        return resolve(path)
+    except Exception as error:
+        raise PluginError(f"{what} {path} cannot be imported: {type(error).__name__}: {error}") from error
 
 
 def _load(point: EntryPoint, what: str) -> Any:

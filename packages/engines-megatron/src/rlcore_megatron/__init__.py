@@ -1,1 +1,1 @@
-"""rlcore-engines-megatron."""
+"""Megatron-core for rlcore: the training engine ``megatron``."""

@@ -1,1 +1,1 @@
-"""rlcore-rollout-sglang."""
+"""SGLang for rlcore: the rollout engine ``sglang``."""

@@ -1,1 +1,1 @@
-"""rlcore-rollout-vllm."""
+"""vLLM for rlcore: the rollout engine ``vllm``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -69,23 +70,26 @@ def _validated(model: type[C], layers: Sequence[_Layer]) -> C:
     for layer in layers:
         values = overlay(model, values, layer.values)
     values = open_defaults(model, values)
-
-    several = len({layer.source for layer in layers}) > 1
-
-    def place(path: yaml_format.KeyPath) -> str | None:
-        for length in range(len(path), 0, -1):  # a key that is missing is missing where its parent stands
-            for layer in reversed(layers):
-                if path[:length] in layer.places and (several or layer.source != _COMMAND_LINE):
-                    return layer.places[path[:length]]
-        return None
-
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        lines = problem_lines(error, values, place)
+        lines = problem_lines(error, values, partial(_place, layers))
         sources = "".join(dict.fromkeys(f"; {layer.source}" for layer in layers))
         title = f"invalid configuration ({len(lines)} problem{'s' * (len(lines) > 1)}{sources}):"
         raise ConfigError("\n  ".join([title, *lines])) from error
+
+
+def _place(layers: Sequence[_Layer], path: yaml_format.KeyPath) -> str | None:
+    """Where ``path`` was given; a key that is missing is missing where its parent stands, in a file if there is one."""
+    if all(layer.source == _COMMAND_LINE for layer in layers):
+        return None  # the title says so
+    latest_first = list(reversed(layers))
+    files_first = sorted(latest_first, key=lambda layer: layer.source == _COMMAND_LINE)
+    for length in range(len(path), 0, -1):
+        for layer in latest_first if length == len(path) else files_first:
+            if path[:length] in layer.places:
+                return layer.places[path[:length]]
+    return None
 
 
 def _file_layers(path: Path, including: tuple[Path, ...]) -> list[_Layer]:

@@ -102,5 +102,7 @@ def _explicit(field: FieldInfo | None) -> Any:
     except ValidationError:  # see open_defaults
         return None
     if isinstance(default, Config):
-        return default.model_dump(mode="json", exclude_unset=True)
+        given = default.model_dump(mode="json", exclude_unset=True)
+        # a plugin's section that says nothing would stay when another plugin is named
+        return {key: value for key, value in given.items() if value != {}}
     return default.dump() if isinstance(default, Choice) else default

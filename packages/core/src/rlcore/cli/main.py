@@ -1,0 +1,90 @@
+"""The command tree, and how errors leave it."""
+
+from __future__ import annotations
+
+import traceback
+from difflib import get_close_matches
+from typing import Any
+
+import click
+
+import rlcore
+from rlcore import plugins
+from rlcore.cli.console import err
+from rlcore.errors import RlcoreError
+
+# name -> (module:attribute, help); help stands here so that listing commands imports none of them
+_OWN = {
+    "run": ("rlcore.cli.run:run", "Run a recipe, or list recipes."),
+    "config": ("rlcore.cli.config:config", "Show, check or describe the configuration of a recipe."),
+    "plugins": ("rlcore.cli.plugins:list_plugins", "List installed plugins, and why one does not work."),
+    "completions": ("rlcore.cli.completions:completions", "Print a shell's completion script."),
+}
+# commands that rlcore's other packages bring
+_OURS = {
+    "quickstart": "Train a small model from scratch on this machine.",
+    "data": "Prepare data sets.",
+    "model": "Make and convert models.",
+}
+
+
+class CommandTree(click.Group):
+    """Finds commands when they are called, and turns exceptions into exit codes.
+
+    1 is an `RlcoreError`, whose message goes to standard error; 2 wrong usage; 130 an interrupt. Any other exception is
+    a bug and keeps its traceback.
+    """
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*_OWN, *(name for name in plugins.names(plugins.COMMANDS) if name not in _OWN)]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in _OWN:
+            return plugins.resolve(_OWN[cmd_name][0])  # type: ignore[no-any-return]
+        if cmd_name in plugins.names(plugins.COMMANDS) or plugins.is_ours(plugins.COMMANDS, cmd_name):
+            return plugins.load_command(cmd_name)  # type: ignore[no-any-return]
+        if ctx.resilient_parsing:
+            return None
+        close = get_close_matches(cmd_name, [*self.list_commands(ctx), *_OURS], n=3)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise click.UsageError(f"no such command {cmd_name!r}{hint}", ctx)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = []
+        for name in self.list_commands(ctx):
+            own = _OWN[name][1] if name in _OWN else _OURS.get(name)
+            rows.append((name, own or f"From {plugins.origin(plugins.COMMANDS, name)}."))
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except RlcoreError as error:
+            if ctx.params["debug"]:
+                traceback.print_exception(error)
+            else:
+                err.print("[bold red]error:[/] ", end="")
+                err.print(error, markup=False, soft_wrap=True)
+            ctx.exit(1)
+        except KeyboardInterrupt:
+            ctx.exit(130)
+        except BrokenPipeError:  # click would end quietly, and hide a worker process that went away
+            traceback.print_exc()
+            ctx.exit(1)
+
+
+@click.group(cls=CommandTree, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(rlcore.__version__, prog_name="rlcore", message="%(prog)s %(version)s")
+@click.option("--debug", is_flag=True, help="Show the traceback of errors in the input too.")
+@click.pass_context
+def cli(ctx: click.Context, debug: bool) -> None:
+    """Reinforcement-learning post-training of large language models.
+
+    \b
+    rlcore run                                list recipes
+    rlcore run grpo --help                    every key of a recipe, its default and meaning
+    rlcore run grpo --config my.yaml actor.optim.lr=1e-6
+    """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())

@@ -1,0 +1,58 @@
+"""``rlcore run``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from rlcore import plugins
+from rlcore.cli import recipes
+from rlcore.cli.console import out
+from rlcore.cli.key_table import print_keys
+from rlcore.config import load_config
+
+
+class _Recipe(click.Command):
+    """One recipe. Its help ends with every key of its configuration."""
+
+    def __init__(self, name: str) -> None:
+        self._plugin = plugins.get(recipes.GROUP, name)
+        super().__init__(
+            name,
+            callback=self._run,
+            params=recipes.configuration_parameters(),
+            help=f"{self._plugin.summary}\n\nValues are YAML: a.b=1e-6, a.b=[1, 2], a.b=null.",
+        )
+
+    def _run(self, path: Path | None, overrides: tuple[str, ...]) -> None:
+        self._plugin.build(load_config(self._plugin.config_class(), path, overrides))
+
+    def get_help(self, ctx: click.Context) -> str:
+        with out.capture() as keys:
+            print_keys(out, self._plugin.config_class())
+        return f"{super().get_help(ctx)}\n\nKeys, with default, type and meaning:\n{keys.get()}"
+
+
+class _Recipes(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return plugins.names(recipes.GROUP)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command:
+        return _Recipe(cmd_name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        names = self.list_commands(ctx)
+        with formatter.section("Recipes"):
+            if names:
+                formatter.write_dl([(name, recipes.summary(name)) for name in names])
+            else:
+                formatter.write_text("none is installed; run: pip install 'rlcore[fsdp]'")
+
+
+@click.group(cls=_Recipes, invoke_without_command=True, subcommand_metavar="RECIPE [--config FILE] [KEY=VALUE]...")
+@click.pass_context
+def run(ctx: click.Context) -> None:
+    """Run a recipe. `rlcore run RECIPE --help` lists every key of its configuration."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())

@@ -1,0 +1,153 @@
+"""Every key of a configuration model, for help texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import to_jsonable_python
+
+from rlcore import plugins
+from rlcore.config.base import Config
+from rlcore.config.choice import Choice, Chosen
+from rlcore.config.overlay import content, content_of_type
+from rlcore.config.sections import PluginSections
+from rlcore.config.yaml_format import inline
+from rlcore.errors import PluginError
+
+_BOUNDS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key that takes a value.
+
+    Attributes:
+        type: readable, such as ``float > 0`` or ``auto | never``.
+        default: as written in YAML; None where the key is required.
+    """
+
+    name: str
+    type: str
+    default: str | None
+    description: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """Keys that stand together under ``path`` (empty for the top level)."""
+
+    path: str
+    description: str
+    keys: list[Key]
+
+
+def sections(
+    model: type[Config], path: str = "", values: Config | None = None, description: str | None = None
+) -> Iterator[Section]:
+    """The keys of ``model`` and of everything below it: inner models, installed plugins, parameters of choices.
+
+    Args:
+        values: where to read defaults, for a model whose parent's default differs from the model's own.
+        description: what the model's first docstring line would say otherwise.
+    """
+    own: list[Key] = []
+    below: list[Section] = []
+    for name, field in model.model_fields.items():
+        default = getattr(values, name) if values is not None else _default(field)
+        inner = content(model, name)
+        place = f"{path}.{name}" if path else name
+        if isinstance(inner, type):
+            below += sections(inner, place, default if isinstance(default, inner) else None, field.description)
+            if default is not None:
+                continue  # its keys say everything
+        own.append(
+            Key(name, _type(field.annotation, field.metadata), _written(field, default), field.description or "")
+        )
+        if isinstance(inner, Chosen):
+            below += _parameters(inner, place)
+        elif inner is None:
+            below += _elements(field.annotation, place)
+    if issubclass(model, PluginSections):
+        below += _plugins(model, path, values)
+    yield Section(path, description or (model.__doc__ or "").strip().partition("\n")[0], own)
+    yield from below
+
+
+def _parameters(chosen: Chosen, path: str) -> Iterator[Section]:
+    for entry in chosen.registry:
+        if entry.params.model_fields:
+            yield from sections(entry.params, path, description=f"with {path}={entry.name}: {entry.summary}")
+
+
+def _elements(annotation: Any, path: str) -> Iterator[Section]:
+    """Models inside of lists and mappings."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin in (list, tuple) and isinstance(model := content_of_type(arguments[0]), type):
+        yield from sections(model, f"{path}[]")
+    elif origin is dict and isinstance(model := content_of_type(arguments[1]), type):
+        yield from sections(model, f"{path}.<name>")
+
+
+def _plugins(model: type[PluginSections], path: str, values: Config | None) -> Iterator[Section]:
+    given = (values.__pydantic_extra__ if values is not None else None) or {}
+    for name in plugins.names(model.plugin_group):
+        place = f"{path}.{name}" if path else name
+        try:
+            yield from sections(model.section_model(name), place, given.get(name))
+        except PluginError as error:
+            yield Section(place, str(error), [])
+
+
+def _default(field: FieldInfo) -> Any:
+    """The field's default; None also where it is required or (for lack of a plugin) cannot be built."""
+    if field.is_required():
+        return None
+    try:
+        return field.get_default(call_default_factory=True, validated_data={})
+    except ValidationError:
+        return None
+
+
+def _written(field: FieldInfo, default: Any) -> str | None:
+    if default is None and field.is_required():
+        return None
+    if isinstance(default, Choice):
+        return default.name
+    if isinstance(default, Mapping) and "name" in default:
+        return str(default["name"])
+    return inline(to_jsonable_python(default))
+
+
+def _type(annotation: Any, metadata: Any = ()) -> str:
+    for item in metadata:
+        if isinstance(item, Chosen):
+            return " | ".join(entry.name for entry in item.registry)
+    bounds = [
+        f"{sign} {getattr(item, name)}" for item in metadata for name, sign in _BOUNDS.items() if hasattr(item, name)
+    ]
+    plain = _plain_type(annotation)
+    either = plain.removesuffix(" | null")
+    return " ".join([either, " and ".join(bounds)]).rstrip() + plain[len(either) :]
+
+
+def _plain_type(annotation: Any) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type(arguments[0], arguments[1:])
+    if origin in (Union, UnionType):
+        return " | ".join(dict.fromkeys(_plain_type(argument) for argument in arguments))
+    if origin is Literal:
+        return " | ".join(map(inline, arguments))
+    if annotation is NoneType:
+        return "null"
+    if isinstance(content_of_type(annotation), type):
+        return "keys"
+    if origin in (list, tuple, dict):
+        inner = ", ".join("…" if argument is Ellipsis else _plain_type(argument) for argument in arguments)
+        return f"{'mapping' if origin is dict else 'list'} of {inner}"
+    return {"str": "text"}.get(name := getattr(annotation, "__name__", str(annotation)), name).lower()

@@ -31,3 +31,10 @@ class EngineError(RlcoreError):
 
 class CheckpointError(RlcoreError):
     """A checkpoint is missing, damaged, or belongs to another model."""
+
+
+class WorkerError(Exception):
+    """A rank or worker failed, hangs, or is out of step; the message names it and holds its traceback.
+
+    Not an `RlcoreError`: what went wrong in the worker was not the user's to act on.
+    """

@@ -1,8 +1,16 @@
-"""How a call on a worker group is spread over its workers, declared on the interface method."""
+"""How a call on a worker group is spread over its workers, declared on the interface method.
+
+Every executor uses the functions below, so that a recipe gets the same results whichever runs its engines:
+`partition` the samples, `take` each rank's part, call, `gather` the results.
+
+A call may have fewer samples than there are ranks (or none). Ranks without samples are called with an *empty* batch or
+list, because an engine's collectives need every rank; they return an empty result of the usual kind.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Any, TypeVar
 
@@ -13,10 +21,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Dispatch(Enum):
-    """SHARD: divide the first argument over data-parallel ranks by tokens, gather results in order.
+    """SHARD: divide the first argument (a `Batch` or a sequence) over data-parallel ranks by tokens, and gather the
+        results: a `Batch` or list with one entry per sample in the order of the samples, `Metrics` that each rank
+        recorded of its own part (merged), or None.
     BROADCAST: every worker gets the same arguments; worker 0 answers.
     RANK_ZERO: only worker 0 is called.
-    STREAM: every worker yields; the caller iterates over worker 0's items.
+    STREAM: every worker yields; the caller iterates over worker 0's items, to the end.
     """
 
     SHARD = "shard"
@@ -44,8 +54,20 @@ def dispatch_of(interface: type, method: str) -> Dispatch | None:
     return None
 
 
+def first_argument(
+    method: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Any, Callable[[Any], Any]]:
+    """What SHARD divides, given by position or by name, and the call that takes a part in its place."""
+    if args:
+        return args[0], lambda part: method(part, *args[1:], **kwargs)
+    name = next(iter(inspect.signature(method).parameters))
+    if name not in kwargs:
+        raise TypeError(f"{method.__qualname__}() needs {name!r}, which is divided over the ranks")
+    return kwargs[name], lambda part: method(**{**kwargs, name: part})
+
+
 def partition(argument: Batch | Sequence[Any], parts: int) -> list[list[int]]:
-    """Which samples each rank gets.
+    """Which samples each rank gets; parts may be empty.
 
     Batches are balanced by tokens. Sequences of requests stay in runs of one ``group`` (so that a shared prompt is
     prefilled once), and the runs are balanced by their number of requests.
@@ -68,12 +90,27 @@ def take(argument: Batch | Sequence[Any], indices: Sequence[int]) -> Any:
 
 
 def gather(results: Sequence[Any], parts: Sequence[Sequence[int]]) -> Any:
-    """Put the ranks' results back together, in the order of the samples."""
+    """Put the ranks' results back together, in the order of the samples.
+
+    Raises:
+        TypeError: results that `Dispatch.SHARD` does not know how to join.
+        ValueError: a rank returned more or fewer entries than it got samples.
+    """
+    if all(result is None for result in results):
+        return None
     if all(isinstance(result, Metrics) for result in results):
         return Metrics.merge(results)
+    batches = all(isinstance(result, Batch) for result in results)
+    if not batches and not all(isinstance(result, list) for result in results):
+        kinds = ", ".join(type(result).__name__ for result in results)
+        raise TypeError(f"SHARD joins Batch, list, Metrics or None from every rank; it got {kinds}")
+    for rank, (result, part) in enumerate(zip(results, parts)):
+        if len(result) != len(part):
+            raise ValueError(f"data-parallel rank {rank} returned {len(result)} entries for {len(part)} samples")
     origin = [index for part in parts for index in part]
     order = sorted(range(len(origin)), key=origin.__getitem__)
-    if all(isinstance(result, Batch) for result in results):
-        return Batch.concat([result for result, part in zip(results, parts) if part]).take(order)
+    if batches:
+        # a rank without samples has nothing to add, not even columns
+        return Batch.concat([result for result in results if len(result)] or results[:1]).take(order)
     joined = [item for result in results for item in result]
     return [joined[index] for index in order]

@@ -1,53 +1,113 @@
 """The local executor: engines in this process.
 
-Alone, a group is its engine. Under ``torchrun`` every process runs the same controller program on the same batch: a
-SHARD call works on this rank's part and gathers all parts on every rank, so that the program stays in step without a
-driver process.
+Alone, a group is its engine. Under ``torchrun`` every process runs the same controller program on the same batch, so
+that the program stays in step without a driver process:
+
+- SHARD works on this rank's part and gathers all parts on every rank;
+- BROADCAST runs on every rank and returns rank 0's answer on all; RANK_ZERO runs on rank 0 only;
+- STREAM, plain attributes and ``async`` methods are this rank's own.
+
+Every call but the last kind is a meeting of all ranks: what fails on one raises on all (`rlcore.controller.spmd`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from rlcore.controller.dispatch import Dispatch, dispatch_of, gather, partition, take
+import torch
+
+from rlcore.controller.dispatch import Dispatch, dispatch_of, first_argument, gather, partition, take
+
+if TYPE_CHECKING:
+    from rlcore.controller.spmd import Ranks
 
 T = TypeVar("T")
+
+
+class LocalExecutor:
+    """Makes worker groups of in-process engines, and keeps the processes of one program in step.
+
+    With one process everything below is a plain call.
+
+    Args:
+        timeout_s: longest wait for another rank; the error names the rank and the call.
+        grace_s: how long a rank that failed waits for the others to hear of it.
+    """
+
+    def __init__(self, timeout_s: float = 3600.0, grace_s: float = 30.0) -> None:
+        self._timeout_s = timeout_s
+        self._grace_s = grace_s
+        self._met: tuple[Any, Ranks] | None = None
+
+    def group(self, interface: type[T], engine: T, role: str = "") -> T:
+        """``engine`` behind the dispatch of ``interface``, typed as the interface; ``role`` names it in errors."""
+        return cast(T, _LocalGroup(self, interface, engine, role or interface.__name__))
+
+    @property
+    def is_main(self) -> bool:
+        """True on the rank that talks to the outside world: tracks, prints, writes single files."""
+        ranks = self._ranks()
+        return ranks is None or ranks.rank == 0
+
+    def barrier(self, name: str = "barrier") -> None:
+        """Wait for all ranks."""
+        self.on_main(lambda: None, name)
+
+    def broadcast(self, value: T, name: str = "broadcast") -> T:
+        """Rank 0's ``value`` on every rank."""
+        return self.on_main(lambda: value, name)
+
+    def on_main(self, work: Callable[[], T], name: str = "on_main") -> T:
+        """Do ``work`` on rank 0 only; every rank gets its result, or its error."""
+        ranks = self._ranks()
+        return work() if ranks is None else cast(T, ranks.first(name, work, everywhere=False))
+
+    def _ranks(self) -> Ranks | None:
+        """The ranks of the present default process group; None without one, or alone in it."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return None
+        world = torch.distributed.group.WORLD
+        if torch.distributed.get_world_size() == 1:
+            return None
+        if self._met is None or self._met[0] is not world:
+            from rlcore.controller.spmd import Ranks
+
+            self._met = (world, Ranks(self._timeout_s, self._grace_s))
+        return self._met[1]
 
 
 class _LocalGroup:
     """Forwards calls to ``engine`` with the dispatch declared on ``interface``."""
 
-    def __init__(self, interface: type, engine: Any) -> None:
+    def __init__(self, executor: LocalExecutor, interface: type, engine: Any, role: str) -> None:
+        self._executor = executor
         self._interface = interface
         self._engine = engine
+        self._role = role
 
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self._engine, name)
-        if dispatch_of(self._interface, name) is Dispatch.SHARD and self._engine.dp_size > 1:
-            return _sharded(attribute, self._engine.dp_rank, self._engine.dp_size)
-        return attribute
+        how = dispatch_of(self._interface, name)
+        ranks = self._executor._ranks()
+        if ranks is None or how is None or how is Dispatch.STREAM:
+            return attribute
+        return _spread(how, ranks, f"{self._role}.{name}", attribute, self._engine)
 
 
-def _sharded(method: Callable[..., Any], rank: int, size: int) -> Callable[..., Any]:
+def _spread(how: Dispatch, ranks: Ranks, call: str, method: Callable[..., Any], engine: Any) -> Callable[..., Any]:
     @wraps(method)
-    def call(argument: Any, *args: Any, **kwargs: Any) -> Any:
-        import torch.distributed as dist
+    def spread(*args: Any, **kwargs: Any) -> Any:
+        if how is not Dispatch.SHARD or engine.dp_size == 1:
+            return ranks.first(call, lambda: method(*args, **kwargs), everywhere=how is not Dispatch.RANK_ZERO)
+        argument, call_part = first_argument(method, args, kwargs)
+        parts = partition(argument, engine.dp_size)
+        answers = ranks.every(
+            f"{call} with {len(argument)} samples",
+            lambda: (engine.dp_rank, call_part(take(argument, parts[engine.dp_rank]))),
+        )
+        results = dict(reversed(answers))  # ranks that share a part: the lowest answers
+        return gather([results[dp_rank] for dp_rank in range(engine.dp_size)], parts)
 
-        parts = partition(argument, size)
-        mine = method(take(argument, parts[rank]), *args, **kwargs)
-        results: list[tuple[int, Any] | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(results, (rank, mine))
-        by_rank = dict(result for result in results if result is not None)
-        return gather([by_rank[index] for index in range(size)], parts)
-
-    return call
-
-
-class LocalExecutor:
-    """Makes worker groups of in-process engines."""
-
-    def group(self, interface: type[T], engine: T) -> T:
-        """``engine`` behind the dispatch of ``interface``, typed as the interface."""
-        return cast(T, _LocalGroup(interface, engine))
+    return spread

@@ -73,7 +73,8 @@ class TrainEngine(ABC):
     """One model under training (or frozen), on one or many processes.
 
     Batches hold ``tokens`` (jagged int64) and ``loss_mask`` (jagged, 1 where the model's own token is trained on).
-    Under data parallelism every rank is called with its own part; the declared dispatch divides and gathers.
+    Under data parallelism every rank is called with its own part; the declared dispatch divides and gathers. A part is
+    an empty batch if there are fewer samples than ranks: the rank still takes part in the engine's collectives.
     """
 
     @property
@@ -110,8 +111,8 @@ class TrainEngine(ABC):
         ``skipped_steps``; it still counts for the schedule.
 
         Returns:
-            the objective's metrics over all ranks' samples, plus ``grad_norm`` (before clipping), ``lr`` and
-            ``skipped_steps``.
+            on each rank the objective's metrics over its own part, which the dispatch merges; plus ``grad_norm``
+            (before clipping), ``lr`` and ``skipped_steps``, which are the same on all ranks and recorded as "max".
 
         Raises:
             EngineError: the engine was built without an optimizer.

@@ -16,6 +16,8 @@ from rlcore.batch import Batch
 from rlcore.config import Config
 from rlcore.registry import NoParams
 
+CACHED_TOKENS = 1 << 16
+
 
 class GAEParams(Config):
     """Parameters of ``gae``."""
@@ -73,13 +75,20 @@ def discounted_suffix_sums(values: torch.Tensor, lengths: torch.Tensor, discount
     """``out[t] = Σ_k discount^k · values[t + k]`` within each sequence; ``values`` and result ``[N]``.
 
     Doubling: after pass *i* every entry covers 2^i tokens, so log2(longest sequence) passes over the flat tokens
-    suffice (fewer once ``discount^(2^i)`` underflows), with one temporary of the same size and no padding. On one CPU
-    core 512 sequences of 32,768 tokens take about a second.
+    suffice (fewer once ``discount^(2^i)`` underflows), without padding. Sequences are taken a few at a time, so that a
+    pass stays in the CPU's cache: 512 sequences of 32,768 tokens take about half a second on one core.
     """
+    sizes = (lengths.cumsum(0) // CACHED_TOKENS).unique_consecutive(return_counts=True)[1].tolist()
+    runs = lengths.split(sizes)
+    parts = values.split([int(run.sum()) for run in runs])
+    return torch.cat([_suffix_sums(part, run, discount) for part, run in zip(parts, runs)]) if parts else values
+
+
+def _suffix_sums(values: torch.Tensor, lengths: torch.Tensor, discount: float) -> torch.Tensor:
     result = values.clone()
-    ends = lengths.cumsum(0)
-    after = per_token(ends, lengths).to(values.device) - torch.arange(1, len(values) + 1, device=values.device)
-    longest = int(lengths.max()) if len(lengths) else 0
+    ends = per_token(lengths.cumsum(0).to(values.device), lengths)
+    after = ends - torch.arange(1, len(values) + 1, device=values.device)  # tokens left in the sequence
+    longest = int(lengths.max())
     step, weight = 1, discount
     while step < longest and weight > 0:
         inside = after[:-step] >= step

@@ -29,7 +29,7 @@ def k1(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, params: NoParams) -> 
 
 @kl_estimators.register("abs")
 def absolute(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, params: NoParams) -> torch.Tensor:
-    """|logπ − logπ_ref|: a distance rather than a KL, never negative.
+    """``|logπ − logπ_ref|``: a distance rather than a KL, never negative.
 
     Source: TRL's PPO (``kl_penalty="abs"``), after Ziegler et al. 2019, arXiv:1909.08593.
     """

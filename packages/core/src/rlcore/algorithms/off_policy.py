@@ -90,7 +90,7 @@ def mismatch_metrics(rollout_logprobs: torch.Tensor, logprobs: torch.Tensor, mas
 
     Returns:
         ``rollout_kl`` (k1) and ``rollout_kl_k3`` estimate KL(π_rollout ‖ π); ``rollout_ratio_max`` and
-        ``rollout_ratio_min`` are the extremes of π / π_rollout; ``rollout_prob_diff`` is the mean |π − π_rollout|.
+        ``rollout_ratio_min`` are the extremes of π / π_rollout; ``rollout_prob_diff`` is the mean of ``|π − π_rollout|``.
     """
     difference = torch.where(mask.bool(), logprobs.detach() - rollout_logprobs, 0)
     difference = difference.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)

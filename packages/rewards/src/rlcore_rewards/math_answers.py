@@ -18,7 +18,7 @@ from rlcore_rewards.reply import WorkerFailure
 
 _LATEX = LatexExtractionConfig(boxed_match_priority=0)
 _EXPRESSION = ExprExtractionConfig()
-_BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|[{}]")
+_BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\[\\{}]|[{}]")
 
 
 def load(options: Mapping[str, Any]) -> Callable[[RewardSample], RewardResult]:
@@ -63,6 +63,8 @@ def last_boxed(text: str) -> str | None:
     open_braces: list[tuple[int, bool]] = []
     best = None
     for brace in _BRACES.finditer(text):
+        if brace[0] in ("\\\\", "\\{", "\\}"):
+            continue
         if brace[0] != "}":
             open_braces.append((brace.end(), len(brace[0]) > 1))
         elif open_braces:

@@ -23,6 +23,9 @@ from rlcore_rewards.worker import LENGTH, READY
 CHECK_INTERVAL = 0.1
 """Seconds between looks at a busy worker's family (how many processes, how much memory)."""
 
+LAST_WORDS = 2000
+"""Bytes of a dead worker's output that are logged."""
+
 _ENVIRONMENT = ("PATH", "HOME", "USER", "LOGNAME", "TMPDIR", "LANG", "TZ", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
 _ENVIRONMENT_PREFIXES = ("LC_", "PYTHON")
 # Workers are many: one thread each; and the GPUs are the trainer's.
@@ -119,7 +122,7 @@ class WorkerProcess:
         now = time.monotonic()
         deadline, check = now + seconds, now + CHECK_INTERVAL
         outgoing = memoryview(LENGTH.pack(len(request)) + request)
-        reply, printed = bytearray(), 0
+        reply, printed, last_words = bytearray(), 0, b""
         poll = select.poll()
         poll.register(self._requests, select.POLLOUT)
         poll.register(self._replies, select.POLLIN)
@@ -133,6 +136,7 @@ class WorkerProcess:
                 elif descriptor == self._output:
                     text = os.read(self._output, 65536)
                     printed += len(text)
+                    last_words = (last_words + text)[-LAST_WORDS:]
                     if not text:  # the worker closed its stdout and stderr
                         poll.unregister(self._output)
                     if printed > self._settings.max_output_kb << 10:
@@ -140,7 +144,7 @@ class WorkerProcess:
                 else:
                     text = os.read(self._replies, 65536)
                     if not text:
-                        raise self._death()
+                        raise self._death(last_words)
                     reply += text
                     if len(reply) >= LENGTH.size:
                         expected = LENGTH.size + LENGTH.unpack_from(reply)[0]
@@ -162,7 +166,7 @@ class WorkerProcess:
         except BrokenPipeError:  # its death shows on the other pipe
             return outgoing[:0]
 
-    def _death(self) -> WorkerFailure:
+    def _death(self, last_words: bytes) -> WorkerFailure:
         code = self._process.wait()
         if code == guard.MEMORY:
             return WorkerFailure("memory", f"the worker held more than memory_mb={self._settings.memory_mb}")
@@ -171,7 +175,8 @@ class WorkerProcess:
         how = (
             f"by signal {signal.Signals(code - 128).name}" if code - 128 in set(signal.Signals) else f"with code {code}"
         )
-        return WorkerFailure("died", f"the worker process ended {how}")
+        said = last_words.decode(errors="replace").strip()
+        return WorkerFailure("died", f"the worker process ended {how}{f'; it printed last: {said}' if said else ''}")
 
 
 def environment(passed: tuple[str, ...]) -> dict[str, str]:

@@ -1,0 +1,112 @@
+"""``rlcore data``: prepare data sets."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import click
+
+from rlcore.config import Config
+from rlcore.errors import DataError, PluginError
+from rlcore_recipes.data.prepare.rows import Splits
+
+GROUP = "rlcore.data_sets"
+
+Preparation = Callable[[Any], Splits]
+
+
+class DataSets(click.Group):
+    """One command per installed data set, and any function as ``path/to/file.py:function``."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(_installed())
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name in _installed():
+            return _command(name, _load(_installed()[name]))
+        path, _, function = name.rpartition(":")
+        return _command(name, _from_file(Path(path), function)) if path.endswith(".py") else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = []
+        for name, point in sorted(_installed().items()):
+            try:
+                rows.append((name, _summary(_load(point))))
+            except PluginError as error:
+                rows.append((name, f"not usable: {error}"))
+        with formatter.section("Data sets"):
+            formatter.write_dl(rows)
+
+
+@click.group(cls=DataSets, subcommand_metavar="DATA_SET [OPTIONS]")
+def data() -> None:
+    """Prepare data sets: Parquet files with chat messages, ground truth and data source.
+
+    DATA_SET is one of those below, or your own function as path/to/file.py:function.
+    """
+
+
+def _command(name: str, prepare: Preparation) -> click.Command:
+    """The command of a data set: an option for every field of its options, and where to write."""
+    options: type[Config] = next(iter(get_type_hints(prepare).values()))
+
+    def run(out: Path, overwrite: bool, **given: Any) -> None:
+        from rlcore.config.load import validate_config
+        from rlcore_recipes.data.prepare.writing import write_splits
+
+        chosen = validate_config(options, {field: value for field, value in given.items() if value is not None})
+        for path, rows in write_splits(prepare(chosen), out, overwrite).items():
+            click.echo(f"{path}: {rows:,} rows")
+
+    params: list[click.Parameter] = [
+        click.Option(
+            [f"--{field.replace('_', '-')}", field],
+            help=info.description,
+            default=None if info.is_required() or info.default is None else str(info.default),
+            show_default=True,
+            required=info.is_required(),
+        )
+        for field, info in options.model_fields.items()
+    ]
+    params += [
+        click.Option(["--out"], type=click.Path(path_type=Path), required=True, help="Folder to write to."),
+        click.Option(["--overwrite"], is_flag=True, help="Replace files that are there."),
+    ]
+    return click.Command(name, params=params, callback=run, help=prepare.__doc__)
+
+
+def _installed() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=GROUP)}
+
+
+def _load(point: EntryPoint) -> Preparation:
+    try:
+        return point.load()  # type: ignore[no-any-return]
+    except Exception as error:
+        raise PluginError(f"data set {point.name!r} ({point.value}) cannot be imported: {error!r}") from error
+
+
+def _from_file(path: Path, function: str) -> Preparation:
+    if not path.is_file():
+        raise DataError(f"{path} does not exist")
+    spec = spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    sys.modules[path.stem] = module  # where annotations are looked up
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise DataError(f"{path} cannot be imported: {error!r}") from error
+    if not callable(getattr(module, function, None)):
+        raise DataError(f"{path} has no function {function!r}")
+    return getattr(module, function)  # type: ignore[no-any-return]
+
+
+def _summary(prepare: Preparation) -> str:
+    return (prepare.__doc__ or "").strip().split("\n")[0]

@@ -31,7 +31,8 @@ class _Recipe(click.Command):
     def get_help(self, ctx: click.Context) -> str:
         with out.capture() as keys:
             print_keys(out, self._plugin.config_class())
-        return f"{super().get_help(ctx)}\n\nKeys, with default, type and meaning:\n{keys.get()}"
+        lines = [line.rstrip() for line in keys.get().splitlines()]
+        return "\n".join([super().get_help(ctx), "", "Keys, with default, type and meaning:", *lines])
 
 
 class _Recipes(click.Group):

@@ -46,61 +46,73 @@ class Section:
     keys: list[Key]
 
 
-def sections(
-    model: type[Config], path: str = "", values: Config | None = None, description: str | None = None
+def sections(model: type[Config]) -> Iterator[Section]:
+    """The keys of ``model`` and of everything below it: inner models, installed plugins, parameters of choices."""
+    return _sections(model, "", None, None, frozenset())
+
+
+def _sections(
+    model: type[Config], path: str, values: Config | None, description: str | None, within: frozenset[type[Config]]
 ) -> Iterator[Section]:
-    """The keys of ``model`` and of everything below it: inner models, installed plugins, parameters of choices.
+    """The keys below ``path``.
 
     Args:
         values: where to read defaults, for a model whose parent's default differs from the model's own.
         description: what the model's first docstring line would say otherwise.
+        within: models of the plugin sections around this one.
     """
     own: list[Key] = []
     below: list[Section] = []
     for name, field in model.model_fields.items():
         default = getattr(values, name) if values is not None else _default(field)
         inner = content(model, name)
-        place = f"{path}.{name}" if path else name
+        place = _join(path, name)
         if isinstance(inner, type):
-            below += sections(inner, place, default if isinstance(default, inner) else None, field.description)
-            if default is not None:
-                continue  # its keys say everything
+            below += _sections(inner, place, default if isinstance(default, inner) else None, field.description, within)
+            if field.default is not None:
+                continue  # its own keys say everything; where it may be null, that is said here
         own.append(
             Key(name, _type(field.annotation, field.metadata), _written(field, default), field.description or "")
         )
         if isinstance(inner, Chosen):
-            below += _parameters(inner, place)
+            for entry in inner.registry:
+                if entry.params.model_fields:
+                    condition = f"with {place}={entry.name}: {entry.summary}"
+                    below += _sections(entry.params, place, None, condition, within)
         elif inner is None:
-            below += _elements(field.annotation, place)
+            below += _elements(field.annotation, place, within)
     if issubclass(model, PluginSections):
-        below += _plugins(model, path, values)
+        below += _plugins(model, path, values, within)
     yield Section(path, description or (model.__doc__ or "").strip().partition("\n")[0], own)
     yield from below
 
 
-def _parameters(chosen: Chosen, path: str) -> Iterator[Section]:
-    for entry in chosen.registry:
-        if entry.params.model_fields:
-            yield from sections(entry.params, path, description=f"with {path}={entry.name}: {entry.summary}")
-
-
-def _elements(annotation: Any, path: str) -> Iterator[Section]:
+def _elements(annotation: Any, path: str, within: frozenset[type[Config]]) -> Iterator[Section]:
     """Models inside of lists and mappings."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin in (list, tuple) and isinstance(model := content_of_type(arguments[0]), type):
-        yield from sections(model, f"{path}[]")
+        yield from _sections(model, f"{path}[]", None, None, within)
     elif origin is dict and isinstance(model := content_of_type(arguments[1]), type):
-        yield from sections(model, f"{path}.<name>")
+        yield from _sections(model, f"{path}.<name>", None, None, within)
 
 
-def _plugins(model: type[PluginSections], path: str, values: Config | None) -> Iterator[Section]:
+def _plugins(
+    model: type[PluginSections], path: str, values: Config | None, within: frozenset[type[Config]]
+) -> Iterator[Section]:
     given = (values.__pydantic_extra__ if values is not None else None) or {}
     for name in plugins.names(model.plugin_group):
-        place = f"{path}.{name}" if path else name
+        place = _join(path, name)
         try:
-            yield from sections(model.section_model(name), place, given.get(name))
+            section = model.section_model(name)
         except PluginError as error:
             yield Section(place, str(error), [])
+            continue
+        if section not in within:  # a plugin may hold plugins of its own group again
+            yield from _sections(section, place, given.get(name), None, within | {section})
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
 def _default(field: FieldInfo) -> Any:

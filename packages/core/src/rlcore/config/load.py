@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from rlcore.config import yaml_format
 from rlcore.config.base import Config
-from rlcore.config.overlay import open_defaults, overlay
+from rlcore.config.overlay import open_missing, overlay
 from rlcore.config.report import problem_lines
 from rlcore.errors import ConfigError
 
@@ -69,7 +69,7 @@ def _validated(model: type[C], layers: Sequence[_Layer]) -> C:
     values: Any = {}
     for layer in layers:
         values = overlay(model, values, layer.values)
-    values = open_defaults(model, values)
+    values = open_missing(model, values)
     try:
         return model.model_validate(values)
     except ValidationError as error:

@@ -73,24 +73,32 @@ def _overlay_choice(below: Any, above: Any) -> Any:
     return {**under, **above}
 
 
-def open_defaults(model: type[Config], values: Mapping[str, Any]) -> dict[str, Any]:
-    """``values`` with an empty mapping for every inner model whose default cannot be built.
+def open_missing(model: type[Config], values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` with an empty mapping for every inner model that is missing and cannot be built.
 
-    A default factory that fails would end validation with its first problem; in the mapping's place all are found.
+    It is missing a required key, or its default factory fails. Validation then names the inner keys, with their paths
+    and together with all other problems.
     """
     opened = dict(values)
     for key, field in model.model_fields.items():
         inner = content(model, key)
         if not isinstance(inner, type):
             continue
-        if key not in values and field.default_factory is not None:
-            try:
-                field.get_default(call_default_factory=True, validated_data={})
-            except ValidationError:
-                opened[key] = {}
+        if key not in values and not _buildable(inner, field):
+            opened[key] = {}
         if isinstance(opened.get(key), Mapping):
-            opened[key] = open_defaults(inner, opened[key])
+            opened[key] = open_missing(inner, opened[key])
     return opened
+
+
+def _buildable(inner: type[Config], field: FieldInfo) -> bool:
+    if field.is_required():
+        return not any(required.is_required() for required in inner.model_fields.values())
+    try:
+        field.get_default(call_default_factory=True, validated_data={})
+    except ValidationError:
+        return False
+    return True
 
 
 def _explicit(field: FieldInfo | None) -> Any:
@@ -99,7 +107,7 @@ def _explicit(field: FieldInfo | None) -> Any:
         return None
     try:
         default = field.get_default(call_default_factory=True, validated_data={})
-    except ValidationError:  # see open_defaults
+    except ValidationError:  # see open_missing
         return None
     if isinstance(default, Config):
         given = default.model_dump(mode="json", exclude_unset=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import Annotated, Any, ClassVar, cast
 
 from pydantic import (
@@ -19,6 +20,9 @@ from pydantic_core import CoreSchema, PydanticCustomError
 from rlcore import plugins
 from rlcore.config.base import Config, unknown_key
 from rlcore.errors import PluginError
+
+# sections whose JSON schema is being made: one may hold plugins of its own group again (a reward made of rewards)
+_within: ContextVar[frozenset[type[Config]]] = ContextVar("_within", default=frozenset())
 
 
 class _Section:
@@ -105,9 +109,15 @@ class PluginSections(Config):
         schema = handler.resolve_ref_schema(reference)
         for name in plugins.names(cls.plugin_group):
             try:
-                schema["properties"][name] = handler(cls.section_model(name).__pydantic_core_schema__)
+                model = cls.section_model(name)
             except PluginError:
                 continue  # `rlcore plugins` says why; the other sections stay useful to an editor
+            if model in (within := _within.get()):
+                schema["properties"][name] = {"type": "object", "description": f"See {model.__name__} above."}
+                continue
+            token = _within.set(within | {model})
+            schema["properties"][name] = handler(model.__pydantic_core_schema__)
+            _within.reset(token)
         schema["additionalProperties"] = False
         return reference
 

@@ -59,6 +59,11 @@ class LocalExecutor:
         """Rank 0's ``value`` on every rank."""
         return self.on_main(lambda: value, name)
 
+    def all_gather(self, value: T, name: str = "all_gather") -> list[T]:
+        """Every rank's ``value``, by rank."""
+        ranks = self._ranks()
+        return [value] if ranks is None else cast("list[T]", ranks.every(name, lambda: value))
+
     def on_main(self, work: Callable[[], T], name: str = "on_main") -> T:
         """Do ``work`` on rank 0 only; every rank gets its result, or its error."""
         ranks = self._ranks()

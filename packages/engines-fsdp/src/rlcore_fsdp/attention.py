@@ -73,8 +73,8 @@ def choose_kernel(requested: str | None, device: torch.device, dtype: torch.dtyp
         )
     if not usable[requested]:
         raise EngineError(
-            f"attn_implementation {requested!r} needs CUDA, a 16-bit param_dtype and its library installed; this engine "
-            f"computes in {str(dtype).removeprefix('torch.')} on {device.type}"
+            f"attn_implementation {requested!r} needs CUDA, a 16-bit param_dtype and its library installed; this "
+            f"engine computes in {str(dtype).removeprefix('torch.')} on {device.type}"
         )
     return requested  # type: ignore[return-value]
 

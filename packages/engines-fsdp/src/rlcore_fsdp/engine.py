@@ -13,18 +13,29 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from rlcore.batch import Batch, micro_batches, predicted_positions
+from rlcore.batch import Batch, Jagged, micro_batches, predicted_positions
 from rlcore.engines import ForwardRequest, Objective, TrainEngine, TrainEngineSpec, WeightBucket
 from rlcore.engines.train import Part
-from rlcore.errors import EngineError
+from rlcore.errors import CheckpointError, EngineError
 from rlcore.metrics import Metrics
-from rlcore_fsdp import sharding
+from rlcore_fsdp import checkpoint, sharding
 from rlcore_fsdp.attention import Packing, choose_kernel
 from rlcore_fsdp.config import FSDPSettings
-from rlcore_fsdp.distributed import choose_device, join_processes, make_mesh, max_over_ranks, sum_over_ranks
+from rlcore_fsdp.distributed import (
+    choose_device,
+    gather_objects,
+    join_processes,
+    make_mesh,
+    max_over_ranks,
+    sum_over_ranks,
+)
 from rlcore_fsdp.loading import empty_model, load_model, read_config
 from rlcore_fsdp.optimizer import learning_rate, make_optimizer
 from rlcore_fsdp.packed_model import PackedModel, check_request, full_columns
+from rlcore_fsdp.weights import buckets, full_weights, named_weights, write_model
+
+_PARTS: tuple[Part, ...] = ("params", "optimizer")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def build(spec: TrainEngineSpec) -> FSDPTrainEngine:
@@ -34,6 +45,11 @@ def build(spec: TrainEngineSpec) -> FSDPTrainEngine:
         EngineError: the model cannot be loaded or the settings do not fit this machine.
     """
     return FSDPTrainEngine(spec)
+
+
+def needs_sharding(settings: FSDPSettings, device: torch.device, world: int, mixed_precision: bool) -> bool:
+    """Whether FSDP2 has anything to do; if not, the plain module is faster."""
+    return world > 1 or mixed_precision or (settings.offload_params and device.type == "cuda")
 
 
 class FSDPTrainEngine(TrainEngine):
@@ -61,15 +77,15 @@ class FSDPTrainEngine(TrainEngine):
         self.master_dtype = getattr(torch, master) if master else self.param_dtype
         self._kernel = choose_kernel(spec.model.attn_implementation, self._device, self.param_dtype)
         config = read_config(spec.model)
-        sharded = self._world > 1 or self.master_dtype != self.param_dtype
-        if sharded or (settings.offload_params and self._device.type == "cuda"):
+        if needs_sharding(settings, self._device, self._world, self.master_dtype != self.param_dtype):
             mesh = make_mesh(self._device, settings.replicate)
             first = dist.get_rank() == 0
             source = load_model(spec.model, config, spec.head, torch.get_default_dtype(), spec.seed) if first else None
             model = empty_model(spec.model, config, spec.head, self.master_dtype)
             self.root = PackedModel(model, spec.head, settings.logits_chunk)
             sharding.shard(self.root, mesh, settings, self.param_dtype, getattr(torch, settings.reduce_dtype))
-            sharding.fill(self.root, source, mesh, self._device)
+            home = torch.device("cpu") if settings.offload_params else self._device
+            sharding.fill(self.root, source, mesh, self._device, home)
         else:
             if settings.replicate > 1:
                 raise EngineError(f"replicate {settings.replicate} needs that many processes; this is the only one")
@@ -78,10 +94,9 @@ class FSDPTrainEngine(TrainEngine):
         self.root.eval().requires_grad_(spec.optim is not None)
         if settings.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-            for layer in sharding.decoder_layers(self.model):
-                layer.training = True  # layers recompute in training mode only; their parts stay in evaluation mode
         self._optimizer = make_optimizer(self.root.parameters(), spec.optim) if spec.optim else None
         self._schedule_step = 0
+        self._where: dict[Part, torch.device] = dict.fromkeys(_PARTS, self._device)
         self.step_count = 0
 
     @property
@@ -135,7 +150,8 @@ class FSDPTrainEngine(TrainEngine):
         for index, members in enumerate(divided):
             self._accumulate(last=index == len(divided) - 1)
             micro = batch.take(members)
-            outputs = self._outputs(micro, request)
+            with self._recomputing():
+                outputs = self._outputs(micro, request)
             if members:
                 loss, metrics = objective.loss(outputs, micro.to(self._device), denominators)
                 parts.append(metrics)
@@ -167,6 +183,18 @@ class FSDPTrainEngine(TrainEngine):
         positions = positions.to(self._device)
         outputs = self.root(tokens.to(self._device), packing, positions, request)
         return full_columns(outputs, positions, total)
+
+    @contextmanager
+    def _recomputing(self) -> Iterator[None]:
+        """Let layers checkpoint their activations: they do in training mode only (their parts stay in evaluation mode)."""
+        layers = sharding.decoder_layers(self.model) if self.settings.gradient_checkpointing else []
+        for layer in layers:
+            layer.training = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.training = False
 
     def _accumulate(self, last: bool) -> None:
         if isinstance(self.root, FSDPModule):
@@ -211,30 +239,124 @@ class FSDPTrainEngine(TrainEngine):
         with sharding.gathered(self.root, self.settings) if self._sharded else nullcontext():
             yield self.model
 
+    @torch.no_grad()
     def export_weights(self, bucket_bytes: int = 512 << 20) -> Iterator[WeightBucket]:
-        raise NotImplementedError
+        """See `TrainEngine`; tensors have compute precision.
 
+        Without FSDP they are the live parameters, not copies: take them over before the next `train`.
+        """
+        self.onload("params")
+        yield from buckets(full_weights(self.model, self.param_dtype, self._device), bucket_bytes)
+
+    @torch.no_grad()
     def save_pretrained(self, path: Path) -> None:
-        raise NotImplementedError
+        """See `TrainEngine`; weights have compute precision and are gathered in rank 0's host memory."""
+        state = {}
+        for name, tensor in full_weights(self.model, self.param_dtype, self._device):
+            if self.dp_rank == 0:
+                state[name] = tensor.cpu()
+        error = None
+        if self.dp_rank == 0:
+            try:
+                write_model(self.model, state, self.param_dtype, Path(path))
+            except OSError as problem:
+                error = str(problem)
+        if error := gather_objects(error, self._world)[0]:
+            raise EngineError(f"model folder {path} could not be written: {error}")
 
     def save(self, path: Path) -> None:
-        raise NotImplementedError
+        """See `TrainEngine`; the layout is that of `rlcore_fsdp.checkpoint`."""
+        facts = {
+            "head": self.spec.head,
+            "optimizer": self._optimizer is not None,
+            "schedule_step": self._schedule_step,
+            "adam_steps": {name: float(state["step"]) for name, state in self._adam_states().items()},
+        }
+        checkpoint.write(Path(path), self._checkpoint_tensors(), facts, self.dp_rank, self._world)
 
+    @torch.no_grad()
     def load(self, path: Path) -> None:
-        raise NotImplementedError
+        """See `TrainEngine`. A frozen engine takes the weights of a training one's checkpoint.
+
+        With the number of ranks that saved it, training continues bit for bit; otherwise all but the random states
+        of the ranks does.
+        """
+        path, rank = Path(path), self.dp_rank
+        weights = {f"weight/{name}": tensor for name, tensor in named_weights(self.model)}
+        error: Exception | None = None
+        try:
+            manifest = checkpoint.read_manifest(path, {name: tensor.shape for name, tensor in weights.items()})
+            if self._optimizer is not None and not manifest["optimizer"]:
+                raise CheckpointError(f"{path} was saved by a frozen engine: it has no optimizer states to go on with")
+            wanted = {name: checkpoint.piece(tensor, rank) for name, tensor in weights.items()}
+            parameters = dict(self.model.named_parameters()) if self._optimizer is not None else {}
+            adam = {name: step for name, step in manifest["adam_steps"].items() if name in parameters}
+            for name in adam:
+                for moment in _MOMENTS:
+                    wanted[f"{moment}/{name}"] = wanted[f"weight/{name}"]
+            values = checkpoint.read(path, manifest, wanted)
+            random_states = checkpoint.read_random_states(path, manifest, rank)
+        except CheckpointError as problem:
+            error = problem
+        checkpoint.agree(error, path, self._world)  # from here on nothing fails
+        self.onload()
+        for name, tensor in weights.items():
+            sharding.local(tensor).copy_(values[name])
+        if self._optimizer is not None:
+            self._optimizer.state.clear()
+            for name, step in adam.items():
+                parameter = parameters[name]
+                state = {moment: torch.zeros_like(parameter) for moment in _MOMENTS}
+                for moment, tensor in state.items():
+                    sharding.local(tensor).copy_(values[f"{moment}/{name}"])
+                state["step"] = torch.tensor(step, dtype=torch.float32, device=sharding.local(parameter).device)
+                self._optimizer.state[parameter] = state
+            self._schedule_step = manifest["schedule_step"]
+            checkpoint.restore_random_states(*random_states)
+        self.step_count += 1
+
+    def _adam_states(self) -> dict[str, dict[str, torch.Tensor]]:
+        if self._optimizer is None:
+            return {}
+        states = self._optimizer.state
+        return {name: states[p] for name, p in self.model.named_parameters() if p in states}
+
+    def _checkpoint_tensors(self) -> dict[str, torch.Tensor]:
+        tensors = {f"weight/{name}": tensor for name, tensor in named_weights(self.model)}
+        for name, state in self._adam_states().items():
+            for moment in _MOMENTS:
+                tensors[f"{moment}/{name}"] = state[moment]
+        return tensors
 
     # --- memory --------------------------------------------------------------------------------------------------
 
     def offload(self, *parts: Part) -> None:
-        return
+        """See `TrainEngine`. On the CPU, host memory is the device: nothing moves."""
+        self._move(parts, torch.device("cpu"))
 
     def onload(self, *parts: Part) -> None:
-        return
+        self._move(parts, self._device)
+
+    def _move(self, parts: tuple[Part, ...], where: torch.device) -> None:
+        if self._device.type == "cpu" or self.settings.offload_params:  # FSDP itself brings offloaded parameters
+            return
+        moved = False
+        for part in parts or _PARTS:
+            if self._where[part] == where:
+                continue
+            if part == "params":
+                self.root.to(where)
+            elif self._optimizer is not None:
+                for state in self._optimizer.state.values():
+                    for moment in _MOMENTS:
+                        state[moment] = state[moment].to(where)
+            self._where[part] = where
+            moved = True
+        if moved and where.type == "cpu":
+            torch.cuda.empty_cache()  # others on this GPU (rollout engines) need the memory
 
 
 def _in_order(columns: dict[str, torch.Tensor], lengths: torch.Tensor, order: list[int]) -> Batch:
     """Columns of micro-batches one after another, put back into the order of the samples."""
-    from rlcore.batch import Jagged
-
     back = torch.tensor(order, dtype=torch.int64).argsort()
     return Batch({name: Jagged(values, lengths) for name, values in columns.items()}).take(back)

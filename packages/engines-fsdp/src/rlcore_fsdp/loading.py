@@ -44,8 +44,8 @@ def read_config(settings: ModelSettings) -> Any:
     strange = sorted(set(getattr(config.get_text_config(), "layer_types", None) or ()) - _LAYER_TYPES)
     if strange:
         raise EngineError(
-            f"model {settings.path!r} ({config.model_type}) has {strange[0]} layers, which mix the sequences of a packed "
-            "row; only full and sliding-window attention is supported"
+            f"model {settings.path!r} ({config.model_type}) has {strange[0]} layers, which mix the sequences of a "
+            "packed row; only full and sliding-window attention is supported"
         )
     return config
 

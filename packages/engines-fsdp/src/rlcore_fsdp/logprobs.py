@@ -33,7 +33,7 @@ def logprobs_and_entropy(
     targets: torch.Tensor,
     *,
     temperature: float = 1.0,
-    rule: LogitsRule = LogitsRule(),  # noqa: B008 (frozen)
+    rule: LogitsRule = LogitsRule(),
     chunk: int | None = None,
     with_entropy: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:

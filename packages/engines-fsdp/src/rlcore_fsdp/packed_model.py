@@ -59,9 +59,8 @@ class PackedModel(nn.Module):
         else:
             rows = positions if self.head == "score" else positions - 1
             score = self.model.score
-            bias = None if score.bias is None else score.bias.float()
-            chosen = hidden.index_select(0, rows).float()
-            outputs = {"values": nn.functional.linear(chosen, score.weight.float(), bias).squeeze(-1)}
+            values = hidden.index_select(0, rows).float() @ score.weight[0].float()
+            outputs = {"values": values if score.bias is None else values + score.bias.float()}
         return {name: outputs[name] for name in request.outputs}
 
 

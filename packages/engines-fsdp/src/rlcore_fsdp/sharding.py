@@ -35,13 +35,17 @@ def shard(
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The repeated blocks, sharded (FSDP2 makes their classes subclasses) or not."""
     classes = set(model._no_split_modules or ())
-    return [module for module in model.modules() if type(module).__name__ in classes]
+    return [module for module in model.modules() if classes & {base.__name__ for base in type(module).__mro__}]
 
 
-def fill(root: PackedModel, source: PreTrainedModel | None, mesh: DeviceMesh, device: torch.device) -> None:
+def fill(
+    root: PackedModel, source: PreTrainedModel | None, mesh: DeviceMesh, device: torch.device, home: torch.device
+) -> None:
     """Give the sharded meta parameters and the buffers of ``root`` the values of ``source`` (None but on rank 0).
 
+    Buffers live on ``device``, parameters in their ``home``.
     One parameter at a time crosses the network, so that only rank 0 ever holds the whole model, in host memory.
     """
     model = root.model
@@ -56,7 +60,7 @@ def fill(root: PackedModel, source: PreTrainedModel | None, mesh: DeviceMesh, de
                 full = weights[names[id(parameter)]].detach().to(device, parameter.dtype)
             else:
                 full = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-            local = distribute_tensor(full, mesh, parameter.placements).to(parameter.device_mesh.device_type)
+            local = distribute_tensor(full, mesh, parameter.placements).to(home)
             filled[id(parameter)] = nn.Parameter(local, parameter.requires_grad)
         state[name] = filled[id(parameter)]
     model.load_state_dict(state, strict=False, assign=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,14 @@ SPECIAL_TOKENS = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>
 def tiny_tokenizer() -> Any:
     """A byte-level tokenizer (no merges) with a chat template; pad is 0, end of sequence is 1."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
+    transformers: Any = import_module("transformers")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<|pad|>",
         eos_token="<|end|>",
@@ -41,8 +42,8 @@ def tiny_model(path: str | Path, *, architecture: str = "Qwen2", seed: int = 0, 
         architecture: prefix of a transformers causal LM's classes, e.g. "Qwen2", "Qwen3", "Llama", "Mistral".
         overrides: configuration fields; the defaults give 2 layers of width 32 with 4 heads over 2 key-value heads.
     """
-    import transformers
-
+    transformers: Any = import_module("transformers")
+    logging = transformers.utils.logging
     tokenizer = tiny_tokenizer()
     settings: dict[str, Any] = {
         "vocab_size": len(tokenizer),
@@ -62,6 +63,10 @@ def tiny_model(path: str | Path, *, architecture: str = "Qwen2", seed: int = 0, 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = getattr(transformers, f"{architecture}ForCausalLM")(config)
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     model.save_pretrained(path)
+    if bars:
+        logging.enable_progress_bar()
     tokenizer.save_pretrained(path)
     return Path(path)

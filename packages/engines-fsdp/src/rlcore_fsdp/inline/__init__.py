@@ -1,0 +1,1 @@
+"""The `inline` rollout engine: generation with the training weights themselves."""

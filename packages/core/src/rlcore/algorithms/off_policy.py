@@ -89,8 +89,8 @@ def mismatch_metrics(rollout_logprobs: torch.Tensor, logprobs: torch.Tensor, mas
     """How far the sampler's log-probs are from the trainer's, over trained tokens, mergeable over micro-batches.
 
     Returns:
-        ``rollout_kl`` (k1) and ``rollout_kl_k3`` estimate KL(π_rollout ‖ π); ``rollout_ratio_max`` and
-        ``rollout_ratio_min`` are the extremes of π / π_rollout; ``rollout_prob_diff`` is the mean of ``|π − π_rollout|``.
+        ``rollout_kl`` (k1) and ``rollout_kl_k3`` estimate KL(π_rollout ‖ π), ``rollout_prob_diff`` is the mean of
+        ``|π − π_rollout|``, ``rollout_ratio_max`` the largest π / π_rollout (0 if nothing is trained on).
     """
     difference = torch.where(mask.bool(), logprobs.detach() - rollout_logprobs, 0)
     difference = difference.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
@@ -99,9 +99,8 @@ def mismatch_metrics(rollout_logprobs: torch.Tensor, logprobs: torch.Tensor, mas
     record_mean(metrics, "rollout_kl", -difference, mask)
     record_mean(metrics, "rollout_kl_k3", ratio - difference - 1, mask)
     record_mean(metrics, "rollout_prob_diff", (logprobs.detach().exp() - rollout_logprobs.exp()).abs(), mask)
-    if len(ratio):  # ratio is 1 on tokens that are not trained on, which is no extreme
-        metrics.max("rollout_ratio_max", ratio.max())
-        metrics.min("rollout_ratio_min", ratio.min())
+    if len(ratio):
+        metrics.max("rollout_ratio_max", torch.where(mask.bool(), ratio, 0).max())
     return metrics
 
 

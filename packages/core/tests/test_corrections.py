@@ -1,0 +1,136 @@
+"""Importance weights between rollout and trainer, and the measures of their mismatch, against loops and numpy."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from rlcore.algorithms import corrections
+from rlcore.algorithms.off_policy import mismatch_metrics, mismatch_summary
+from rlcore.batch import Batch, Jagged
+from rlcore.metrics import Metrics
+
+LENGTHS = torch.tensor([3, 0, 6, 4])
+
+
+def case(seed: int, spread: float = 0.8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    mask = (torch.rand(13, generator=generator) < 0.8).double()
+    mask[[0, 3, 9]] = 0
+    rollout = -2 * torch.rand(13, generator=generator, dtype=torch.float64)
+    old = rollout + spread * torch.randn(13, generator=generator, dtype=torch.float64)
+    return rollout * mask, old * mask, mask
+
+
+def weigh(name: str, seed: int, **params: object) -> tuple[torch.Tensor, Metrics]:
+    rollout, old, mask = case(seed)
+    entry = corrections.get(name)
+    return entry.function(rollout, old.requires_grad_(), mask, LENGTHS, entry.params(**params))
+
+
+def expected_weights(name: str, seed: int, **params: float | str) -> list[float]:
+    rollout, old, mask = (column.split(LENGTHS.tolist()) for column in case(seed))
+    weights = []
+    for sample in zip(rollout, old, mask):
+        tokens = [(o - r, m) for r, o, m in zip(*(column.tolist() for column in sample))]
+        total = sum(d for d, m in tokens if m)
+        for d, _ in tokens:
+            rho = math.exp(total if params.get("level") == "sequence" else d)
+            if name == "tis":
+                weights.append(min(rho, params.get("cap", 2.0)))
+            else:
+                weights.append(rho if params.get("low", 0.5) <= rho <= params.get("high", 5.0) else 0.0)
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [
+        ("tis", {}),
+        ("tis", {"cap": 1.1}),
+        ("tis", {"level": "sequence", "cap": 1.5}),
+        ("icepop", {}),
+        ("icepop", {"low": 0.9, "high": 1.2}),
+    ],
+)
+@pytest.mark.parametrize("seed", range(5))
+def test_weights(name: str, params: dict, seed: int) -> None:
+    weights, metrics = weigh(name, seed, **params)
+    expected = expected_weights(name, seed, **params)
+    assert not weights.requires_grad
+    torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    trained = case(seed)[2].bool()
+    assert metrics.to_dict()["correction_weight"] == pytest.approx(float(weights[trained].mean()))
+
+
+def test_fraction_of_changed_weights() -> None:
+    rollout = torch.zeros(5, dtype=torch.float64)
+    old = torch.tensor([1.0, 0.2, 5.0, 1.5, 9.0], dtype=torch.float64).log()
+    mask = torch.tensor([1.0, 1, 1, 1, 0], dtype=torch.float64)
+    for name, fraction in (("tis", 1 / 4), ("icepop", 1 / 4)):  # 5 > cap; 0.2 < low, and 5 is still inside
+        entry = corrections.get(name)
+        _, metrics = entry.function(rollout, old, mask, torch.tensor([5]), entry.params())
+        assert metrics.to_dict()["correction_clipfrac"] == fraction
+
+
+def test_icepop_bounds_must_be_ordered() -> None:
+    with pytest.raises(ValidationError, match="must not exceed"):
+        corrections.get("icepop").params(low=2, high=1)
+
+
+def batch_of(rollout: torch.Tensor, old: torch.Tensor, mask: torch.Tensor, lengths: torch.Tensor) -> Batch:
+    columns = {"rollout_logprobs": rollout, "old_logprobs": old, "loss_mask": mask}
+    return Batch({name: Jagged(values, lengths) for name, values in columns.items()})
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_mismatch_summary(seed: int) -> None:
+    rollout, old, mask = case(seed)
+    trained = mask.bool().numpy()
+    x, y = rollout.numpy()[trained], old.numpy()[trained]
+    ratio = np.exp(y - x)
+    expected = {
+        "rollout_kl": np.mean(x - y),
+        "rollout_kl_k3": np.mean(ratio - (y - x) - 1),
+        "rollout_prob_diff": np.mean(np.abs(np.exp(y) - np.exp(x))),
+        "rollout_ratio_p001": np.quantile(ratio, 0.001),
+        "rollout_ratio_p999": np.quantile(ratio, 0.999),
+        "rollout_pearson": np.corrcoef(np.exp(x), np.exp(y))[0, 1],
+        "rollout_ratio_max": ratio.max(),
+    }
+    garbage = old.masked_fill(mask == 0, math.nan)
+    assert mismatch_summary(batch_of(rollout, garbage, mask, LENGTHS)).to_dict() == pytest.approx(expected, rel=1e-9)
+
+
+def test_mismatch_of_equal_logprobs_is_none() -> None:
+    rollout, _, mask = case(0)
+    measured = mismatch_summary(batch_of(rollout, rollout, mask, LENGTHS)).to_dict()
+    assert measured == pytest.approx(
+        {name: float("ratio" in name or name == "rollout_pearson") for name in measured}, abs=1e-12
+    )
+
+
+def test_mismatch_merges_over_micro_batches() -> None:
+    rollout, old, mask = case(7)
+    whole = mismatch_metrics(rollout, old, mask).to_dict()
+    assert 0 < mismatch_metrics(rollout, rollout - 0.5 * mask, mask).to_dict()["rollout_ratio_max"] < 1
+    parts = [mismatch_metrics(rollout[cut], old[cut], mask[cut]) for cut in (slice(0, 2), slice(2, 2), slice(2, 13))]
+    assert Metrics.merge(parts).to_dict() == pytest.approx(whole, rel=1e-12)
+
+
+def test_quantiles_of_many_tokens_are_taken_from_a_selection() -> None:
+    total = 3 << 20
+    lengths = torch.tensor([total])
+    old = torch.linspace(-0.1, 0.1, total)
+    measured = mismatch_summary(batch_of(torch.zeros(total), old, torch.ones(total), lengths)).to_dict()
+    assert measured["rollout_ratio_p999"] == pytest.approx(math.exp(0.1 * 0.998), rel=1e-5)
+    assert measured["rollout_ratio_p001"] == pytest.approx(math.exp(-0.1 * 0.998), rel=1e-5)
+
+
+def test_nothing_trained() -> None:
+    lengths = torch.tensor([2])
+    measured = mismatch_summary(batch_of(torch.zeros(2), torch.zeros(2), torch.zeros(2), lengths)).to_dict()
+    assert measured == {}

@@ -430,7 +430,7 @@ def _as_column(name: str, given: Any) -> Column:
     if isinstance(given, torch.Tensor | Jagged):
         return given
     if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
-        raise BatchError(f"column {name!r} is a {type(given).__name__}; give a tensor, a Jagged or a list of values")
+        raise BatchError(f"column {name!r} is of type {type(given).__name__}; give a tensor, a Jagged or a list")
     return list(given)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from rlcore.algorithms import advantages
 from rlcore.algorithms.discounted import discounted_suffix_sums
 from rlcore.batch import Batch, Jagged
@@ -76,9 +77,7 @@ def peers(batch: Batch) -> list[tuple[dict, list[dict]]]:
 
 
 def deviations(batch: Batch) -> list[float]:
-    return [
-        own["score"] - (mean(p["score"] for p in group) if len(group) > 1 else 0.0) for own, group in peers(batch)
-    ]
+    return [own["score"] - (mean(p["score"] for p in group) if len(group) > 1 else 0.0) for own, group in peers(batch)]
 
 
 def compute(name: str, batch: Batch, **params: object) -> torch.Tensor:

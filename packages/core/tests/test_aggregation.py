@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 from pydantic import ValidationError
+
 from rlcore.algorithms import aggregations
 from rlcore.algorithms.aggregation import denominators
 from rlcore.algorithms.objectives import PolicyObjectiveSettings

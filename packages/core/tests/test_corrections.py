@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+
 from rlcore.algorithms import corrections
 from rlcore.algorithms.off_policy import mismatch_metrics, mismatch_summary
 from rlcore.batch import Batch, Jagged

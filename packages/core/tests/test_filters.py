@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 from pydantic import ValidationError
+
 from rlcore.algorithms import sampling_filters
 
 

@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+
 from rlcore.algorithms import kl_estimators
 from rlcore.algorithms.kl import AdaptiveKL, FixedKL, KLPenaltySettings, apply_kl_penalty, kl_controller
 from rlcore.batch import Batch, Jagged

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+
 from rlcore.algorithms import PolicyLossInputs, policy_losses
 from rlcore.metrics import Metrics
 

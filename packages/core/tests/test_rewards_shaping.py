@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+
 from rlcore.algorithms.shaping import OverlongSettings, overlong_punishment, terminal_rewards
 from rlcore.batch import Batch, Jagged
 

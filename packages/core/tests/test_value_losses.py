@@ -7,6 +7,7 @@ from statistics import variance
 
 import pytest
 import torch
+
 from rlcore.algorithms import value_losses
 from rlcore.algorithms.value_loss import explained_variance
 from rlcore.batch import Batch, Jagged

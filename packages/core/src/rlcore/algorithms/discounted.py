@@ -78,9 +78,9 @@ def discounted_suffix_sums(values: torch.Tensor, lengths: torch.Tensor, discount
     suffice (fewer once ``discount^(2^i)`` underflows), without padding. Sequences are taken a few at a time, so that a
     pass stays in the CPU's cache: 512 sequences of 32,768 tokens take about half a second on one core.
     """
-    sizes = (lengths.cumsum(0) // CACHED_TOKENS).unique_consecutive(return_counts=True)[1].tolist()
-    runs = lengths.split(sizes)
-    parts = values.split([int(run.sum()) for run in runs])
+    sizes = torch.unique_consecutive(lengths.cumsum(0) // CACHED_TOKENS, return_counts=True)[1]
+    runs = torch.split(lengths, sizes.tolist())
+    parts = torch.split(values, [int(run.sum()) for run in runs])
     return torch.cat([_suffix_sums(part, run, discount) for part, run in zip(parts, runs)]) if parts else values
 
 

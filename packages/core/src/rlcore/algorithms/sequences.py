@@ -47,14 +47,11 @@ def sequence_means(values: torch.Tensor, mask: torch.Tensor, lengths: torch.Tens
     return sequence_sums(torch.where(mask.bool(), values, 0), lengths) / counts.clamp(min=1)
 
 
-def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean of ``values`` ``[T]`` where ``mask`` is 1, a scalar; 0 if it is nowhere."""
-    return torch.where(mask.bool(), values, 0).sum() / mask.sum().clamp(min=1)
-
-
 def record_mean(metrics: Metrics, name: str, values: torch.Tensor, mask: torch.Tensor) -> None:
-    """Record the mean over trained tokens with its weight, so that merged micro-batches give the global mean."""
-    metrics.mean(name, masked_mean(values.detach(), mask), mask.sum())
+    """Record the mean of ``values`` ``[T]`` where ``mask`` is 1 with its weight, so that merged micro-batches give the
+    mean over all their tokens."""
+    count = mask.sum(dtype=torch.float64)
+    metrics.mean(name, torch.where(mask.bool(), values.detach(), 0).sum() / count.clamp(min=1), count)
 
 
 def whiten(values: torch.Tensor, epsilon: float = 1e-8) -> torch.Tensor:

@@ -1,0 +1,30 @@
+"""The processes of one run: torchrun starts several, and all of them run the same program.
+
+Training engines set the process group up; until one is built, and with one process, everything here is a plain call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from rlcore.controller import LocalExecutor
+
+T = TypeVar("T")
+
+executor = LocalExecutor()
+
+
+def is_main() -> bool:
+    """True on the process that tracks, prints and writes single files."""
+    return executor.is_main
+
+
+def on_rank_zero(work: Callable[[], T]) -> T:
+    """Do ``work`` on rank 0 only; every rank gets its result, or its error."""
+    return executor.on_main(work)
+
+
+def all_gather(value: T) -> list[T]:
+    """Every rank's ``value``, by rank."""
+    return executor.all_gather(value)

@@ -1,0 +1,115 @@
+"""From prompts to trajectories: one batch in which every row is a prompt with one completion."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from rlcore.batch import Batch, Jagged
+from rlcore.engines import Completion, GenerationRequest, RolloutEngine, SamplingParams
+from rlcore_recipes.data.prompts import PromptSample
+from rlcore_recipes.randomness import sample_seed
+from rlcore_recipes.settings import RolloutSettings
+
+
+def training_sampling(settings: RolloutSettings, max_tokens: int) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        min_p=settings.min_p,
+        stop=tuple(settings.stop),
+    )
+
+
+def validation_sampling(settings: RolloutSettings, max_tokens: int) -> SamplingParams:
+    chosen = settings.validation
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=chosen.temperature,
+        top_k=chosen.top_k,
+        top_p=chosen.top_p,
+        min_p=chosen.min_p,
+        stop=tuple(settings.stop),
+        logprobs=False,
+    )
+
+
+def greedy(sampling: SamplingParams) -> SamplingParams:
+    return replace(sampling, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, logprobs=False)
+
+
+def generate(
+    engine: RolloutEngine,
+    prompts: Sequence[PromptSample],
+    sampling: SamplingParams,
+    n: int,
+    seed: int,
+    purpose: str = "train",
+) -> Batch:
+    """``n`` completions of each prompt, those of one prompt next to each other (see `trajectories`)."""
+    requests = [
+        GenerationRequest(
+            prompt=prompt.prompt_tokens,
+            sampling=replace(sampling, seed=sample_seed(seed, purpose, prompt.position, sample)),
+            request_id=f"{purpose}-{prompt.position}-{sample}",
+            group=prompt.position,
+        )
+        for prompt in prompts
+        for sample in range(n)
+    ]
+    return trajectories(prompts, engine.generate_batch(requests), n)
+
+
+def trajectories(prompts: Sequence[PromptSample], completions: Sequence[Completion], n: int) -> Batch:
+    """Join each prompt with its ``n`` completions.
+
+    Per token: ``tokens`` int64, ``loss_mask`` fp32 (1 on the completion), ``rollout_logprobs`` fp32 (0 on the prompt).
+    Per sample: ``group`` (the prompt's position in the data stream), ``prompt_length``, ``response_length``,
+    ``policy_version`` (of the oldest token), all int64. Objects: ``finish_reason``, ``messages``, ``ground_truth``,
+    ``data_source``, ``extra``.
+    """
+    rows = [(prompt, completions[i * n + sample]) for i, prompt in enumerate(prompts) for sample in range(n)]
+    tokens = Jagged.from_list([[*prompt.prompt_tokens, *completion.tokens] for prompt, completion in rows], torch.int64)
+    prompt_length = torch.tensor([len(prompt.prompt_tokens) for prompt, _ in rows], dtype=torch.int64)
+    loss_mask = completion_mask(tokens.lengths, prompt_length)
+    logprobs = torch.zeros(len(tokens.values))
+    if all(len(completion.logprobs) == len(completion.tokens) for _, completion in rows):
+        logprobs[loss_mask.bool()] = torch.tensor([value for _, completion in rows for value in completion.logprobs])
+    return Batch(
+        {
+            "tokens": tokens,
+            "loss_mask": tokens.with_values(loss_mask),
+            "rollout_logprobs": tokens.with_values(logprobs),
+            "group": torch.tensor([prompt.position for prompt, _ in rows], dtype=torch.int64),
+            "prompt_length": prompt_length,
+            "response_length": tokens.lengths - prompt_length,
+            "policy_version": torch.tensor(
+                [min((version for version, _ in completion.versions), default=0) for _, completion in rows],
+                dtype=torch.int64,
+            ),
+            "finish_reason": [completion.finish_reason for _, completion in rows],
+            "messages": [prompt.messages for prompt, _ in rows],
+            "ground_truth": [prompt.ground_truth for prompt, _ in rows],
+            "data_source": [prompt.data_source for prompt, _ in rows],
+            "extra": [prompt.extra for prompt, _ in rows],
+        }
+    )
+
+
+def completion_mask(lengths: torch.Tensor, prompt_length: torch.Tensor) -> torch.Tensor:
+    """``[T]`` fp32: 0 on the first ``prompt_length`` ``[B]`` tokens of each sequence, 1 on the rest."""
+    starts = lengths.cumsum(0) - lengths
+    positions = torch.arange(int(lengths.sum())) - starts.repeat_interleave(lengths)
+    return (positions >= prompt_length.repeat_interleave(lengths)).float()
+
+
+def completion_texts(batch: Batch, tokenizer: object) -> list[str]:
+    """The completions as text, without special tokens."""
+    completions = [
+        tokens[start:].tolist() for tokens, start in zip(batch["tokens"].to_list(), batch["prompt_length"].tolist())
+    ]
+    return tokenizer.batch_decode(completions, skip_special_tokens=True)  # type: ignore[attr-defined,no-any-return]

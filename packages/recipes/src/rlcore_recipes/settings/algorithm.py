@@ -1,0 +1,24 @@
+"""Settings of what happens between the rewards and the update."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from rlcore.algorithms.kl import KLPenaltySettings
+from rlcore.algorithms.registries import advantages
+from rlcore.algorithms.shaping import OverlongSettings
+from rlcore.config import Choice, Chosen, Config
+
+
+class AlgorithmSettings(Config):
+    """Advantages and reward shaping."""
+
+    advantage: Annotated[Choice, Chosen(advantages)] = Field("grpo", description="Advantage estimator.")
+    kl_in_reward: KLPenaltySettings | None = Field(
+        None, description="KL penalty on the token rewards; null is off. With a target, β adapts to reach it."
+    )
+    overlong: OverlongSettings | None = Field(
+        None, description="Punishment of completions close to data.max_response_length; null is off."
+    )

@@ -1,0 +1,79 @@
+"""The configuration that every reinforcement-learning recipe shares, and the rules that span its sections."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pydantic import Field
+
+from rlcore.config import Config
+from rlcore.engines import ModelSettings
+from rlcore_recipes.data.settings import DataSettings
+from rlcore_recipes.settings.algorithm import AlgorithmSettings
+from rlcore_recipes.settings.roles import ActorSettings, RefSettings, RewardRole, RolloutSettings
+from rlcore_recipes.settings.trainer import ControllerSettings, TrainerSettings
+
+
+class RLConfig(Config):
+    """One run of reinforcement learning."""
+
+    seed: int = Field(0, ge=0, description="Seed of everything: data order, new heads, every completion.")
+    model: ModelSettings = Field(description="The model to train.")
+    data: DataSettings = Field(description="Prompts; train_batch_size counts prompts.")
+    actor: ActorSettings = Field(default_factory=ActorSettings, description="The policy under training.")
+    ref: RefSettings = Field(default_factory=RefSettings, description="The frozen reference policy.")
+    rollout: RolloutSettings = Field(default_factory=RolloutSettings, description="Generation.")
+    reward: RewardRole = Field(description="How completions are scored.")
+    algorithm: AlgorithmSettings = Field(
+        default_factory=AlgorithmSettings, description="Advantages and reward shaping."
+    )
+    trainer: TrainerSettings = Field(description="Length, validation, checkpoints, tracking.")
+    controller: ControllerSettings = Field(default_factory=ControllerSettings, description="What runs the engines.")
+
+    @property
+    def needs_ref(self) -> bool:
+        """Whether a reference policy takes part."""
+        return self.algorithm.kl_in_reward is not None or self.actor.objective.kl_loss.coeff > 0
+
+    @property
+    def needs_old_logprobs(self) -> bool:
+        """Whether the log-probs of the sampling policy must be known before the update.
+
+        They are not if the whole batch makes one optimizer step: until then the policy is still the one that sampled.
+        """
+        return (
+            self.actor.old_logprobs == "rollout" or self.updates_per_step > 1 or self.algorithm.kl_in_reward is not None
+        )
+
+    @property
+    def mini_batch_size(self) -> int:
+        """Prompts per optimizer step of the actor."""
+        return self.actor.mini_batch_size or self.data.train_batch_size
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps of the actor for one batch."""
+        return self.data.train_batch_size // self.mini_batch_size * self.actor.epochs
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from indivisible(self.data.train_batch_size, "actor.mini_batch_size", self.mini_batch_size)
+        overlong, limit = self.algorithm.overlong, self.data.max_response_length
+        if overlong is not None and overlong.buffer > limit:
+            yield "algorithm.overlong.buffer", f"{overlong.buffer} does not fit into data.max_response_length={limit}"
+        if self.trainer.test_freq > 0 and not self.data.val_files:
+            yield "trainer.test_freq", f"is {self.trainer.test_freq}, but data.val_files is empty"
+        if "values" in self.algorithm.advantage.entry.needs and not self.has_critic:
+            name = self.algorithm.advantage.name
+            yield "algorithm.advantage", f"{name} needs the values of a critic, which the recipe ppo trains"
+
+    @property
+    def has_critic(self) -> bool:
+        return False
+
+
+def indivisible(train_batch_size: int, key: str, mini_batch_size: int) -> Iterator[tuple[str, str]]:
+    if train_batch_size % mini_batch_size:
+        yield (
+            key,
+            f"data.train_batch_size={train_batch_size} is no multiple of {key}={mini_batch_size} (both count prompts)",
+        )

@@ -1,0 +1,138 @@
+"""Settings of the roles that take part in a run: actor, critic, reference, rollout, reward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from rlcore.algorithms.objectives import PolicyObjectiveSettings, ValueObjectiveSettings
+from rlcore.config import Config, PluginSections
+from rlcore.engines import ModelSettings, OptimSettings, RewardSettings
+
+# Losses that are 0, with gradient 0, on every token of a sequence whose advantages are all 0.
+LOSSES_ZERO_WITH_ADVANTAGE = ("ppo", "gspo", "gmpo", "cispo", "sapo", "gpg", "reinforce")
+
+
+class ModelRole(PluginSections):
+    """A model in a training engine. The engine's own options stand in a section of its name, such as ``fsdp``."""
+
+    plugin_group: ClassVar[str] = "rlcore.train_engines"
+
+    engine: str = Field("fsdp", description="Training engine (`rlcore plugins` lists the installed ones).")
+    max_tokens_per_micro_batch: int = Field(
+        16384,
+        gt=0,
+        description="Token budget of a micro-batch; a longer sequence stands alone. Results do not depend on it.",
+    )
+    offload: bool = Field(False, description="Move the model to host memory while it has nothing to do.")
+
+
+class ActorSettings(ModelRole):
+    """The policy under training."""
+
+    optim: OptimSettings = Field(default_factory=OptimSettings, description="Optimizer and schedule.")
+    mini_batch_size: int | None = Field(
+        None, gt=0, description="Prompts per optimizer step (each with all its completions); null: the whole batch."
+    )
+    epochs: int = Field(1, ge=1, description="Passes over every batch (PPO epochs).")
+    objective: PolicyObjectiveSettings = Field(
+        default_factory=PolicyObjectiveSettings, description="Policy loss and regularisers."
+    )
+    old_logprobs: Literal["recompute", "rollout"] = Field(
+        "recompute",
+        description="Where the log-probs of the sampling policy come from. 'recompute' takes the training engine's and "
+        "needs no extra pass when a batch makes one optimizer step; 'rollout' those reported by the rollout engine.",
+    )
+    drop_zero_advantage: bool = Field(
+        False,
+        description="Leave samples whose advantages are all 0 out of the update. The loss and its gradient stay the "
+        "same: those samples still count in its denominators. Actor metrics then speak of the other samples only.",
+    )
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if not self.drop_zero_advantage:
+            return
+        objective = self.objective
+        if objective.policy_loss.name not in LOSSES_ZERO_WITH_ADVANTAGE:
+            yield (
+                "drop_zero_advantage",
+                f"is for losses that are known to vanish with the advantage ({', '.join(LOSSES_ZERO_WITH_ADVANTAGE)}), "
+                f"and objective.policy_loss is {objective.policy_loss.name}; switch it off",
+            )
+        for key, coeff in (("kl_loss.coeff", objective.kl_loss.coeff), ("entropy_coeff", objective.entropy_coeff)):
+            if coeff:
+                yield (
+                    "drop_zero_advantage",
+                    f"leaves samples out that objective.{key}={coeff} would train on; switch one of them off",
+                )
+
+
+class CriticSettings(ModelRole):
+    """The value model."""
+
+    enable: bool | None = Field(None, description="null: only if the advantage estimator needs values.")
+    model: ModelSettings | None = Field(None, description="Model to start from; null: the actor's.")
+    optim: OptimSettings = Field(default_factory=lambda: OptimSettings(lr=1e-5), description="Optimizer and schedule.")
+    mini_batch_size: int | None = Field(None, gt=0, description="Prompts per optimizer step; null: the actor's.")
+    epochs: int | None = Field(None, ge=1, description="Passes over every batch; null: the actor's.")
+    warmup_steps: int = Field(0, ge=0, description="The actor is updated from this step on (steps count from 1).")
+    objective: ValueObjectiveSettings = Field(default_factory=ValueObjectiveSettings, description="Value loss.")
+
+
+class RefSettings(ModelRole):
+    """The frozen reference policy; built only if a KL loss or a KL penalty in the reward is used."""
+
+    model: ModelSettings | None = Field(None, description="Reference model; null: the actor's at the start of the run.")
+
+
+class ValidationSampling(Config):
+    """How completions are sampled in validation."""
+
+    n: int = Field(1, ge=1, description="Completions per validation prompt.")
+    temperature: float = Field(0.0, ge=0, description="0 is greedy.")
+    top_k: int = Field(0, ge=0, description="Sample among this many best tokens; 0: all.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus mass.")
+    min_p: float = Field(0.0, ge=0, le=1, description="Least probability as a fraction of the best token's.")
+
+
+class RolloutSettings(PluginSections):
+    """Generation. The engine's own options stand in a section of its name, such as ``inline``."""
+
+    plugin_group: ClassVar[str] = "rlcore.rollout_engines"
+
+    engine: str = Field("inline", description="Rollout engine (`rlcore plugins` lists the installed ones).")
+    n: int = Field(8, ge=1, description="Completions per prompt.")
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature; training divides logits by it too.")
+    top_k: int = Field(0, ge=0, description="Sample among this many best tokens; 0: all.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus mass.")
+    min_p: float = Field(0.0, ge=0, le=1, description="Least probability as a fraction of the best token's.")
+    free_memory: bool = Field(
+        True,
+        description="Give the engine's memory (key-value cache; weights, if it has its own) back between rollouts.",
+    )
+    stop: list[str] = Field([], description="Strings that end a completion, besides the model's end of sequence.")
+    validation: ValidationSampling = Field(default_factory=ValidationSampling, description="Sampling in validation.")
+
+
+class RewardRole(RewardSettings, PluginSections):
+    """The reward. Its own options stand in a section of its name, such as ``function``."""
+
+    plugin_group: ClassVar[str] = "rlcore.rewards"
+    plugin_field: ClassVar[str] = "name"
+
+    name: str = Field(description="Reward (`rlcore plugins` lists the installed ones).")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _function_by_path(cls, given: Any) -> Any:
+        """``path=file.py:compute_score`` is short for ``name=function function.path=file.py:compute_score``."""
+        if not isinstance(given, dict) or "path" not in given:
+            return given
+        rest = {key: value for key, value in given.items() if key != "path"}
+        if rest.setdefault("name", "function") != "function":
+            raise ValueError(f"path names a function of yours and name another reward ({rest['name']!r}): keep one")
+        function = rest.get("function", {})
+        options = function.model_dump() if isinstance(function, Config) else dict(function)
+        return {**rest, "function": {**options, "path": given["path"]}}

@@ -1,0 +1,57 @@
+"""Settings of the run itself: how long, how often, where to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from rlcore.config import Config, PluginSections
+
+
+class ControllerSettings(Config):
+    """What runs the engines."""
+
+    kind: str = Field("local", description="'local': in this process, or in every process that torchrun starts.")
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.kind != "local":
+            yield "kind", f"unknown controller {self.kind!r}; this version has 'local'"
+
+
+class TrainerSettings(PluginSections):
+    """Length of the run, validation, checkpoints, tracking. Trackers' own options stand in sections of their names."""
+
+    plugin_group: ClassVar[str] = "rlcore.trackers"
+    plugin_field: ClassVar[str] = "trackers"
+
+    total_epochs: int = Field(1, ge=1, description="Passes over the training data; sets the number of steps.")
+    total_steps: int | None = Field(None, ge=1, description="Number of steps; overrides total_epochs.")
+    out_dir: Path = Field(description="Folder for configuration, metrics and checkpoints.")
+    project: str = Field("rlcore", description="Project name for trackers.")
+    name: str | None = Field(None, description="Run name for trackers; null: the name of out_dir.")
+    trackers: list[str] = Field(["console", "jsonl"], description="Where metrics go (`rlcore plugins`).")
+    test_freq: int = Field(-1, ge=-1, description="Validate every so many steps and at the end; -1: never.")
+    val_before_train: bool = Field(True, description="Validate before the first step too, unless test_freq is -1.")
+    log_val_generations: int = Field(0, ge=0, description="Validation completions to log as a table.")
+    save_freq: int = Field(-1, ge=-1, description="Checkpoint every so many steps and at the end; -1: never.")
+    keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints to keep.")
+    best_metric: str | None = Field(None, description="Keep the checkpoint that is best by this metric as well.")
+    best_mode: Literal["max", "min"] = Field("max", description="Whether more of best_metric is better, or less.")
+    resume: str = Field(
+        "auto",
+        description="'auto': continue from the newest checkpoint in out_dir, if there is one; 'never': start anew, in "
+        "a folder without another run; otherwise the checkpoint's folder.",
+    )
+    save_hf: bool = Field(False, description="Write the final model in Hugging Face format to out_dir/model.")
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        for name in ("test_freq", "save_freq"):
+            if getattr(self, name) == 0:
+                yield name, "0 is no interval: use -1 for never, or every so many steps"
+        if self.best_metric is not None and self.save_freq < 0:
+            yield "best_metric", f"{self.best_metric!r} picks among checkpoints, but save_freq is -1: none is written"
+        if self.test_freq < 0 and self.log_val_generations:
+            yield "log_val_generations", f"is {self.log_val_generations}, but test_freq is -1: nothing is validated"

@@ -1,0 +1,244 @@
+"""The loop around a recipe's step: validation, checkpoints, resuming, tracking, stopping."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import sys
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+
+from rlcore.config import Config
+from rlcore.engines import TrainEngine
+from rlcore.errors import CheckpointError
+from rlcore.tracking import RunInfo, Tracker
+from rlcore_recipes.checkpoint import CheckpointManager, load_state
+from rlcore_recipes.processes import all_gather, executor, is_main, on_rank_zero
+from rlcore_recipes.randomness import seed_generators
+from rlcore_recipes.run_folder import CHECKPOINTS, MODEL, write_config
+from rlcore_recipes.settings import TrainerSettings
+from rlcore_recipes.timing import Timings
+from rlcore_recipes.trackers import open_trackers
+from rlcore_recipes.validation import Validation
+
+
+class Stateful(Protocol):
+    """A small part of a run's state, as plain values (JSON)."""
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, state: Mapping[str, Any], /) -> None: ...
+
+
+@dataclass
+class Run:
+    """What the loop needs to know of a recipe.
+
+    Attributes:
+        step: makes the step of that number (from 1) and returns its metrics.
+        validate: None where nothing is validated.
+        engines: what they hold is in every checkpoint, under their names. "actor" is exported at the end.
+        parts: further state by name, restored with the engines'.
+        resumed: called after a checkpoint was loaded, with the number of steps done.
+        save_tokenizer: writes the tokenizer into a folder, beside an exported model.
+    """
+
+    recipe: str
+    config: Config
+    trainer: TrainerSettings
+    seed: int
+    total_steps: int
+    step: Callable[[int], dict[str, float]]
+    validate: Callable[[], Validation] | None
+    engines: Mapping[str, TrainEngine]
+    parts: Mapping[str, Stateful]
+    resumed: Callable[[int], None]
+    save_tokenizer: Callable[[Path], Any]
+    timed: Timings = field(default_factory=Timings)
+
+
+def train(run: Run) -> None:
+    """Make all steps of ``run``, from the beginning or from its checkpoint.
+
+    SIGTERM and SIGINT end it after the step under way, with a checkpoint.
+    """
+    trainer = run.trainer
+    checkpoints = CheckpointManager(
+        trainer.out_dir / CHECKPOINTS,
+        trainer.keep_checkpoints,
+        best_metric=trainer.best_metric,
+        best_mode=trainer.best_mode,
+        ranks=executor,
+    )
+    done, run_id = resume(run, checkpoints.resume_from(trainer.resume))
+    changed = on_rank_zero(lambda: write_config(trainer.out_dir, run.config, done))
+    if done and changed and is_main():
+        print(f"continuing with other settings than before: {', '.join(changed)}", file=sys.stderr)
+    with tracking(run, run_id, done) as tracker, stop_signals(is_main()) as stop:
+        if done == 0 and run.validate is not None and trainer.val_before_train:
+            tracker.log(validated(run, tracker, 0), 0)
+        while done < run.total_steps:
+            done += 1
+            metrics = timed_step(run, done)
+            last, stopping = done == run.total_steps, any(all_gather(bool(stop)))
+            if run.validate is not None and due(trainer.test_freq, done, last):
+                metrics |= validated(run, tracker, done)
+            if due(trainer.save_freq, done, last or stopping):
+                with run.timed("save_checkpoint"):
+                    checkpoints.save(done, lambda folder: write_engines(run, folder), state(run, done, run_id), metrics)
+            metrics |= {f"timing_s/{name}": seconds for name, seconds in run.timed.take().items()}
+            tracker.log(metrics, done)
+            if stopping and not last:
+                raise SystemExit(stopped(run, done, stop))
+        if trainer.save_hf:
+            export(run, trainer.out_dir / MODEL)
+
+
+def timed_step(run: Run, number: int) -> dict[str, float]:
+    seed_generators(run.seed, number)
+    with run.timed("step"):
+        metrics = run.step(number)
+    seconds = run.timed.seconds("step")
+    metrics |= {"training/global_step": number, "perf/time_per_step": seconds, **memory()}
+    if "perf/total_num_tokens" in metrics:
+        metrics["perf/throughput"] = metrics["perf/total_num_tokens"] / seconds / run.engines["actor"].dp_size
+    return metrics
+
+
+def validated(run: Run, tracker: Tracker, step: int) -> dict[str, float]:
+    assert run.validate is not None
+    with run.timed("testing"):
+        outcome = run.validate()
+    if outcome.rows:
+        tracker.log_table("val/generations", outcome.columns, outcome.rows, step)
+    return outcome.metrics
+
+
+def due(every: int, step: int, last: bool) -> bool:
+    return every > 0 and (last or step % every == 0)
+
+
+def memory() -> dict[str, float]:
+    """Peak memory of this process in GiB."""
+    found = {"perf/cpu_memory_used_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    if torch.cuda.is_available():
+        found["perf/max_memory_allocated_gb"] = torch.cuda.max_memory_allocated() / 2**30
+        found["perf/max_memory_reserved_gb"] = torch.cuda.max_memory_reserved() / 2**30
+    return found
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def state(run: Run, step: int, run_id: str) -> dict[str, Any]:
+    parts = {name: part.state() for name, part in run.parts.items()}
+    return {"recipe": run.recipe, "step": step, "run_id": run_id, "parts": parts}
+
+
+def write_engines(run: Run, folder: Path) -> None:
+    for name, engine in run.engines.items():
+        engine.save(folder / name)
+
+
+def resume(run: Run, checkpoint: Path | None) -> tuple[int, str]:
+    """Load ``checkpoint``; the steps done before, and the run's id."""
+    if checkpoint is None:
+        return 0, on_rank_zero(lambda: uuid.uuid4().hex[:12])
+    saved = load_state(checkpoint)
+    if saved["recipe"] != run.recipe:
+        raise CheckpointError(f"{checkpoint} is of the recipe {saved['recipe']}, not {run.recipe}")
+    missing = [name for name in run.engines if not (checkpoint / name).is_dir()]
+    if missing or set(saved["parts"]) != set(run.parts):
+        lacking = missing + sorted(set(saved["parts"]) ^ set(run.parts))
+        raise CheckpointError(
+            f"{checkpoint} was written under another configuration: it and this run differ in {', '.join(lacking)}"
+        )
+    for name, part in run.parts.items():
+        part.restore(saved["parts"][name])
+    for name, engine in run.engines.items():
+        engine.load(checkpoint / name)
+    run.resumed(saved["step"])
+    if is_main():
+        print(f"continuing after step {saved['step']} from {checkpoint}", file=sys.stderr)
+    return saved["step"], saved["run_id"]
+
+
+def export(run: Run, folder: Path) -> None:
+    run.engines["actor"].save_pretrained(folder)
+    on_rank_zero(lambda: run.save_tokenizer(folder))
+
+
+# --- tracking and stopping ------------------------------------------------------------------------------------------
+
+
+class _Silent(Tracker):
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        return
+
+
+@contextmanager
+def tracking(run: Run, run_id: str, done: int) -> Iterator[Tracker]:
+    """The run's trackers; on other ranks than the main one something that does nothing."""
+    if not is_main():
+        yield _Silent()
+        return
+    trainer = run.trainer
+    info = RunInfo(
+        out_dir=trainer.out_dir,
+        project=trainer.project,
+        name=trainer.name or trainer.out_dir.resolve().name,
+        run_id=run_id,
+        total_steps=run.total_steps,
+        config=run.config.model_dump(mode="json"),
+        start_step=done,
+    )
+    tracker = open_trackers({name: trainer.options_of(name) for name in trainer.trackers}, info)
+    try:
+        yield tracker
+    finally:
+        tracker.close()
+
+
+@contextmanager
+def stop_signals(announce: bool) -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT instead of dying of them; a second SIGINT interrupts at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and number in received:
+            raise KeyboardInterrupt
+        received.append(number)
+        if announce:
+            print("stopping after this step (Ctrl-C again: at once)", file=sys.stderr)
+
+    try:
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not in the main thread: whoever runs us there handles signals
+        yield received
+        return
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def stopped(run: Run, step: int, received: list[int]) -> int:
+    """Say how to go on; the exit code that shells give to what a signal ended."""
+    if is_main():
+        how = (
+            "run the same command again to continue"
+            if run.trainer.save_freq > 0 and run.trainer.resume != "never"
+            else "it cannot be continued: trainer.save_freq is -1"
+            if run.trainer.save_freq < 0
+            else "continue with trainer.resume=auto"
+        )
+        print(f"stopped after step {step} of {run.total_steps}; {how}", file=sys.stderr)
+    return 128 + (received[0] if received else signal.SIGTERM)

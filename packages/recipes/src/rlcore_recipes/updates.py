@@ -1,0 +1,88 @@
+"""Optimizer steps over a batch: epochs of mini-batches, with samples left out where that changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from rlcore.algorithms.objectives import PolicyObjective, ValueObjective
+from rlcore.batch import Batch, Jagged
+from rlcore.engines import ForwardRequest, Objective, TrainEngine
+from rlcore.metrics import Metrics
+from rlcore_recipes.batch_metrics import sequence_sums
+from rlcore_recipes.settings import CriticSettings, RLConfig
+
+LEFT_OUT = "left_out/"
+
+
+def update_actor(actor: TrainEngine, batch: Batch, config: RLConfig) -> Metrics:
+    """Train the policy on ``batch``; metrics under ``actor/``."""
+    settings = config.actor
+    objective = PolicyObjective(settings.objective, config.rollout.temperature)
+    parts: list[tuple[Batch, Objective]] = [
+        (part, objective) for part in training_columns(batch).split(config.mini_batch_size * config.rollout.n)
+    ]
+    if settings.drop_zero_advantage:
+        parts = [without_zero_advantage(part, objective, keep=actor.dp_size) for part, _ in parts]
+    return train_epochs(actor, parts, settings.epochs).prefixed("actor/")
+
+
+def update_critic(critic: TrainEngine, batch: Batch, settings: CriticSettings, config: RLConfig) -> Metrics:
+    """Train the critic on ``batch``; metrics under ``critic/``."""
+    objective = ValueObjective(settings.objective)
+    size = (settings.mini_batch_size or config.mini_batch_size) * config.rollout.n
+    parts = [(part, objective) for part in training_columns(batch).split(size)]
+    metrics = train_epochs(critic, parts, settings.epochs or config.actor.epochs).prefixed("critic/")
+    if settings.offload:
+        critic.offload()
+    return metrics
+
+
+def train_epochs(engine: TrainEngine, parts: Sequence[tuple[Batch, Objective]], epochs: int) -> Metrics:
+    """One optimizer step for each mini-batch with its objective, ``epochs`` times over."""
+    return Metrics.merge(engine.train(part, objective) for _ in range(epochs) for part, objective in parts)
+
+
+def training_columns(batch: Batch) -> Batch:
+    """What objectives may read: per-token columns. Texts and the like stay with the controller."""
+    return batch.select(*(name for name in batch.names if isinstance(batch[name], Jagged)))
+
+
+@dataclass(frozen=True)
+class CountingLeftOut:
+    """``objective`` on the samples that stay, with the denominators of all; those left out are recorded in columns."""
+
+    objective: Objective
+
+    @property
+    def request(self) -> ForwardRequest:
+        return self.objective.request
+
+    def denominators(self, batch: Batch) -> dict[str, float]:
+        counted = self.objective.denominators(batch)
+        return {name: value + float(batch[f"{LEFT_OUT}{name}"].sum()) for name, value in counted.items()}
+
+    def loss(
+        self, outputs: Mapping[str, torch.Tensor], batch: Batch, denominators: Mapping[str, float]
+    ) -> tuple[torch.Tensor, Metrics]:
+        return self.objective.loss(outputs, batch, denominators)
+
+
+def without_zero_advantage(batch: Batch, objective: Objective, keep: int) -> tuple[Batch, Objective]:
+    """The samples with an advantage that is not 0, and an objective that still counts the others.
+
+    A token without advantage adds nothing to a policy-gradient loss or its gradient, so only the denominators must know
+    of it. The first sample that stays carries what the others would have added to them. At least ``keep`` samples stay,
+    so that every rank takes part and the optimizer makes its step.
+    """
+    nonzero = sequence_sums(batch.with_columns(size=batch.jagged(batch.flat("advantages").abs())), "size") > 0
+    stays = nonzero.clone()
+    stays[(~nonzero).nonzero().squeeze(-1)[: max(keep - int(nonzero.sum()), 0)]] = True
+    kept = batch.take(stays.nonzero().squeeze(-1))
+    everything, remaining = objective.denominators(batch), objective.denominators(kept)
+    first = torch.zeros(len(kept), dtype=torch.float64)
+    first[0] = 1
+    missing = {f"{LEFT_OUT}{name}": first * (value - remaining[name]) for name, value in everything.items()}
+    return kept.with_columns(**missing), CountingLeftOut(objective)

@@ -1,0 +1,113 @@
+"""Validation: completions for held-out prompts, and their scores per data source."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from rlcore.batch import Batch
+from rlcore.engines import RewardResult
+from rlcore_recipes.data.prompts import PromptSample
+
+GENERATION_COLUMNS = ("prompt", "completion", "ground_truth", "score", "data_source", "finish_reason")
+LOGGED_ORDER_SEED = 42  # the same prompts are shown at every validation
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Metrics, and completions as a table."""
+
+    metrics: dict[str, float]
+    columns: Sequence[str] = ()
+    rows: Sequence[Sequence[Any]] = ()
+
+
+def validate(
+    prompts: Sequence[PromptSample],
+    answer: Callable[[Sequence[PromptSample]], Batch],
+    batch_size: int | None,
+    logged: int,
+) -> Validation:
+    """Metrics over all ``prompts``, and ``logged`` of the completions.
+
+    Args:
+        answer: generates and scores; the completions of one prompt have one ``group``.
+        batch_size: prompts at a time; None: all at once.
+    """
+    size = batch_size or len(prompts)
+    parts = [answer(prompts[start : start + size]) for start in range(0, len(prompts), size)]
+    columns = ("group", "score", "reward_result", "response_length", "data_source", "finish_reason")
+    texts = ("messages", "completion", "ground_truth")
+    batch = Batch.concat([part.select(*columns, *texts) for part in parts])
+    return Validation(validation_metrics(batch), GENERATION_COLUMNS, logged_rows(batch, logged))
+
+
+def validation_metrics(batch: Batch) -> dict[str, float]:
+    """Per data source, with N completions per prompt: ``mean@N``, and for N > 1 ``best@N``, ``worst@N``, ``maj@N``.
+
+    ``best@N`` (``worst@N``) is the mean over prompts of the best (worst) of the N scores; ``maj@N`` that of the score
+    of the most frequent answer, where the reward reads answers. Scores stand under ``val-core/{source}/reward``, the
+    reward's extra numbers under ``val-aux/{source}/{name}``.
+    """
+    by_source: defaultdict[str, defaultdict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for index, (source, group) in enumerate(zip(batch["data_source"], batch["group"].tolist())):
+        by_source[source][group].append(index)
+    scores, results = batch["score"].tolist(), batch["reward_result"]
+    found: dict[str, float] = {}
+    for source, groups in sorted(by_source.items()):
+        found |= group_metrics(f"val-core/{source}/reward", [[scores[i] for i in group] for group in groups.values()])
+        answers = [[results[i] for i in group] for group in groups.values()]
+        n = max(map(len, answers))
+        if n > 1 and any(result.answer is not None for group in answers for result in group):
+            found[f"val-core/{source}/reward/maj@{n}"] = fmean(map(majority_score, answers))
+        names = sorted({name for group in groups.values() for i in group for name in results[i].extras})
+        for name in names:
+            values = [
+                [results[i].extras[name] for i in group if name in results[i].extras] for group in groups.values()
+            ]
+            found |= group_metrics(f"val-aux/{source}/{name}", [group for group in values if group])
+    lengths: torch.Tensor = batch["response_length"]
+    found["val-aux/response_length/mean"] = float(lengths.float().mean())
+    found["val-aux/response_length/clip_ratio"] = batch["finish_reason"].count("length") / len(batch)
+    found["val-aux/reward_error_ratio"] = fmean(float(result.error is not None) for result in results)
+    return found
+
+
+def group_metrics(name: str, groups: Sequence[Sequence[float]]) -> Mapping[str, float]:
+    n = max(map(len, groups))
+    found = {f"{name}/mean@{n}": fmean(map(fmean, groups))}
+    if n > 1:
+        found[f"{name}/best@{n}"] = fmean(map(max, groups))
+        found[f"{name}/worst@{n}"] = fmean(map(min, groups))
+    return found
+
+
+def majority_score(results: Sequence[RewardResult]) -> float:
+    """The score of the most frequent answer, of the first of equally frequent ones; of any sample if none has one."""
+    votes = Counter(result.answer for result in results if result.answer is not None)
+    winner = votes.most_common(1)[0][0] if votes else None
+    return next(result.score for result in results if result.answer == winner)
+
+
+def logged_rows(batch: Batch, count: int) -> list[list[str | float]]:
+    """``count`` completions, the same prompts every time."""
+    chosen = list(range(len(batch)))
+    random.Random(LOGGED_ORDER_SEED).shuffle(chosen)
+    chosen = sorted(chosen[:count])
+    return [
+        [
+            "\n".join(f"{message['role']}: {message['content']}" for message in batch["messages"][i]),
+            batch["completion"][i],
+            str(batch["ground_truth"][i]),
+            float(batch["score"][i]),
+            batch["data_source"][i],
+            batch["finish_reason"][i],
+        ]
+        for i in chosen
+    ]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -79,8 +80,7 @@ class FSDPTrainEngine(TrainEngine):
         config = read_config(spec.model)
         if needs_sharding(settings, self._device, self._world, self.master_dtype != self.param_dtype):
             mesh = make_mesh(self._device, settings.replicate)
-            first = dist.get_rank() == 0
-            source = load_model(spec.model, config, spec.head, torch.get_default_dtype(), spec.seed) if first else None
+            source = self._load_on_first_rank(config)
             model = empty_model(spec.model, config, spec.head, self.master_dtype)
             self.root = PackedModel(model, spec.head, settings.logits_chunk)
             sharding.shard(self.root, mesh, settings, self.param_dtype, getattr(torch, settings.reduce_dtype))
@@ -98,6 +98,18 @@ class FSDPTrainEngine(TrainEngine):
         self._schedule_step = 0
         self._where: dict[Part, torch.device] = dict.fromkeys(_PARTS, self._device)
         self.step_count = 0
+
+    def _load_on_first_rank(self, config: Any) -> PreTrainedModel | None:
+        """The whole model on rank 0, None on the others; an error there is everyone's."""
+        spec, source, error = self.spec, None, None
+        if dist.get_rank() == 0:
+            try:
+                source = load_model(spec.model, config, spec.head, "auto", spec.seed)
+            except EngineError as problem:
+                error = str(problem)
+        if error := gather_objects(error, self._world)[0]:
+            raise EngineError(error)
+        return source
 
     @property
     def model(self) -> PreTrainedModel:
@@ -186,7 +198,7 @@ class FSDPTrainEngine(TrainEngine):
 
     @contextmanager
     def _recomputing(self) -> Iterator[None]:
-        """Let layers checkpoint their activations: they do in training mode only (their parts stay in evaluation mode)."""
+        """Let layers checkpoint their activations, which they do in training mode; their parts stay in evaluation."""
         layers = sharding.decoder_layers(self.model) if self.settings.gradient_checkpointing else []
         for layer in layers:
             layer.training = True
@@ -221,10 +233,10 @@ class FSDPTrainEngine(TrainEngine):
             self.step_count += 1
         optimizer.zero_grad()
         self._schedule_step += 1
-        metrics.mean("grad_norm", float(norm))
-        metrics.mean("lr", lr)
-        # Metrics of all ranks are merged: only one of them counts the step.
-        metrics.sum("skipped_steps", float(not finite and self.dp_rank == 0))
+        # The same on every rank, whose metrics are merged.
+        metrics.max("grad_norm", float(norm))
+        metrics.max("lr", lr)
+        metrics.max("skipped_steps", float(not finite))
 
     # --- weights -------------------------------------------------------------------------------------------------
 

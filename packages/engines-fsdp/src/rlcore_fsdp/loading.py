@@ -6,10 +6,11 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -50,8 +51,13 @@ def read_config(settings: ModelSettings) -> Any:
     return config
 
 
-def load_model(settings: ModelSettings, config: Any, head: Head, dtype: torch.dtype, seed: int) -> PreTrainedModel:
-    """The model with its weights, on the CPU, in evaluation mode. New heads are initialised from ``seed``."""
+def load_model(
+    settings: ModelSettings, config: Any, head: Head, dtype: torch.dtype | Literal["auto"], seed: int
+) -> PreTrainedModel:
+    """The model with its weights, on the CPU, in evaluation mode. New heads are initialised from ``seed``.
+
+    ``dtype`` "auto" is that of the files.
+    """
     cls = _auto_class(settings, config, head)
     with quiet(), torch.random.fork_rng(devices=[]):
         try:
@@ -63,7 +69,7 @@ def load_model(settings: ModelSettings, config: Any, head: Head, dtype: torch.dt
                 attn_implementation=IMPLEMENTATION,
                 output_loading_info=True,
             )
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise EngineError(f"weights of {settings.path!r} cannot be loaded: {_first_line(error)}") from error
     missing = set(info["missing_keys"])
     new = {name for name in missing if head != "policy" and name.startswith("score.")}
@@ -127,13 +133,13 @@ def _auto_class(settings: ModelSettings, config: Any, head: Head) -> Any:
 
 
 def _has_tensor(settings: ModelSettings, name: str) -> bool:
-    from safetensors import safe_open
-
-    folder = Path(settings.path).expanduser()
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, "pt") as tensors:
-            if name in tensors.keys():  # noqa: SIM118 (not a mapping)
-                return True
+    for file in Path(settings.path).expanduser().glob("*.safetensors"):
+        try:
+            with safe_open(file, "pt") as tensors:
+                if name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                    return True
+        except SafetensorError as error:
+            raise EngineError(f"{file} is damaged: {error}") from error
     return False
 
 

@@ -17,6 +17,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+# Importing torch on a busy machine takes its time.
+_START_S = 300
+
 
 class RankPool:
     """Worker processes that stay alive between calls, so that heavy imports are paid once.
@@ -94,6 +97,9 @@ class RankPool:
             process.start()
             theirs.close()
             self._ranks.append((process, ours))
+        for rank, (_, connection) in enumerate(self._ranks):
+            assert connection.poll(_START_S), f"rank {rank} did not start within {_START_S} s"
+            connection.recv()
 
 
 def _serve(connection: Connection, rank: int, world_size: int, port: int) -> None:
@@ -110,6 +116,7 @@ def _serve(connection: Connection, rank: int, world_size: int, port: int) -> Non
 
     torch.set_num_threads(1)
     modules: dict[str, ModuleType] = {}
+    connection.send("ready")
     while True:
         try:
             file, name, args = connection.recv()

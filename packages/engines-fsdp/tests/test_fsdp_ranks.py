@@ -1,0 +1,250 @@
+"""Two real processes give what one gives: sharded, hybrid, offloaded, with uneven work; checkpoints change ranks.
+
+Tolerances: fp32 sums are taken in another order over two ranks. The optimizer of most tests is AdamW with ε = 1, whose
+first steps are nearly plain gradient descent, so that weights can be compared as closely as gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from rlcore.batch import Batch
+from rlcore.controller.dispatch import gather
+from rlcore.engines import ForwardRequest, ModelSettings, OptimSettings, TrainEngineSpec
+from rlcore.errors import CheckpointError, EngineError
+from rlcore.testing.processes import RankPool
+from rlcore.testing.tiny_model import tiny_model
+from rlcore.testing.train_engine import SquaredError, WeightedLogprobs, exported, make_batch
+from rlcore_fsdp.config import FSDPSettings
+from rlcore_fsdp.engine import FSDPTrainEngine, build
+
+ATOL = 3e-6
+OPTIM = OptimSettings(lr=0.5, eps=1.0, clip_grad=1.0)
+REQUEST = ForwardRequest(("logprobs", "entropy"), temperature=0.9)
+
+
+def make_engine(path: Path, options: dict[str, Any], **overrides: Any) -> FSDPTrainEngine:
+    settings: dict[str, Any] = {"optim": OPTIM, "max_tokens": 40, **overrides}
+    return build(TrainEngineSpec(ModelSettings(path=str(path)), FSDPSettings(device="cpu", **options), **settings))
+
+
+def run(path: Path, options: dict[str, Any], batches: list[Batch], head: str = "policy") -> dict[str, Any]:
+    """Train one step per batch, then forward over the first; whole results on every rank."""
+    engine = make_engine(path, options, head=head)
+    objective = WeightedLogprobs(0.9) if head == "policy" else SquaredError()
+    request = REQUEST if head == "policy" else ForwardRequest(("values",))
+    metrics = [spread(engine, batch, lambda part: engine.train(part, objective)).to_dict() for batch in batches]
+    out = spread(engine, batches[0], lambda part: engine.forward(part, request))
+    result = {"metrics": metrics, "weights": exported(engine)}
+    return result | {name: out.flat(name) for name in out.names}
+
+
+def spread(engine: FSDPTrainEngine, batch: Batch, call: Any) -> Any:
+    parts = batch.partition(engine.dp_size)
+    mine = call(batch.take(parts[engine.dp_rank]))
+    if engine.dp_size == 1:
+        return mine
+    results: list[Any] = [None] * engine.dp_size
+    dist.all_gather_object(results, mine)
+    return gather(results, parts)
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[RankPool]:
+    pool = RankPool(2)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # 261 rows of embeddings and 63 of the MLP do not divide by two.
+    return tiny_model(tmp_path_factory.mktemp("model"), intermediate_size=63)
+
+
+BATCHES = [make_batch((50, 3, 3, 2, 31, 4), seed=1), make_batch((9, 9, 40), seed=2)]
+
+
+@pytest.fixture(scope="module")
+def alone(model_path: Path) -> dict[str, Any]:
+    return run(model_path, {}, BATCHES)
+
+
+def check_equal(result: dict[str, Any], expected: dict[str, Any], atol: float) -> None:
+    for ours, theirs in zip(result["metrics"], expected["metrics"]):
+        assert ours == pytest.approx(theirs, rel=max(1e-4, atol))
+    for name, tensor in expected["weights"].items():
+        torch.testing.assert_close(result["weights"][name], tensor, atol=atol, rtol=0, msg=name)
+    for name in set(expected) - {"metrics", "weights"}:
+        torch.testing.assert_close(result[name], expected[name], atol=5 * atol, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="sharded"),
+        pytest.param({"replicate": 2}, id="hybrid"),
+        pytest.param({"offload_params": True}, id="offloaded"),
+        pytest.param({"reshard_after_forward": False, "reduce_every_micro_batch": True}, id="eager-reduction"),
+        pytest.param({"gradient_checkpointing": True}, id="checkpointed"),
+    ],
+)
+def test_two_ranks_equal_one(ranks: RankPool, model_path: Path, alone: dict[str, Any], options: dict[str, Any]) -> None:
+    results = ranks.run(run, model_path, options, BATCHES)
+    for result in results:
+        check_equal(result, alone, ATOL)
+
+
+def test_untied_head_and_sliding_window(ranks: RankPool, tmp_path: Path) -> None:
+    path = tiny_model(tmp_path, architecture="Mistral", tie_word_embeddings=False, sliding_window=8, head_dim=8)
+    check_equal(ranks.run(run, path, {}, BATCHES)[0], run(path, {}, BATCHES), ATOL)
+
+
+@pytest.mark.parametrize("head", ["value", "score"])
+def test_scalar_heads(ranks: RankPool, model_path: Path, head: str) -> None:
+    # Values reach some tens, and so do the gradients.
+    check_equal(ranks.run(run, model_path, {}, BATCHES, head)[1], run(model_path, {}, BATCHES, head), 10 * ATOL)
+
+
+def test_a_rank_without_samples_takes_part(ranks: RankPool, model_path: Path) -> None:
+    batches = [make_batch((30,), seed=3)]
+    check_equal(ranks.run(run, model_path, {}, batches)[1], run(model_path, {}, batches), ATOL)
+
+
+def test_mixed_precision_over_fp32_weights(ranks: RankPool, model_path: Path, alone: dict[str, Any]) -> None:
+    """bf16 forward and backward: 8 bits of mantissa, so about a percent; one rank and two differ less than that."""
+    options = {"param_dtype": "bfloat16"}
+    one, two = run(model_path, options, BATCHES), ranks.run(run, model_path, options, BATCHES)[0]
+    for name, tensor in alone["weights"].items():
+        assert one["weights"][name].dtype == torch.bfloat16
+        torch.testing.assert_close(two["weights"][name].float(), tensor, atol=2e-2, rtol=2e-2, msg=name)
+        torch.testing.assert_close(two["weights"][name], one["weights"][name], atol=1e-2, rtol=1e-2, msg=name)
+    assert one["metrics"][0]["grad_norm"] == pytest.approx(alone["metrics"][0]["grad_norm"], rel=2e-2)
+    assert not torch.equal(one["logprobs"], alone["logprobs"])
+    torch.testing.assert_close(one["logprobs"], alone["logprobs"], atol=0.1, rtol=0)
+    torch.testing.assert_close(two["logprobs"], one["logprobs"], atol=0.05, rtol=0)
+
+
+def gather_for_generation(path: Path) -> dict[str, Any]:
+    engine = make_engine(path, {})
+    sharded = {name: type(p) is not torch.nn.Parameter or isinstance(p, DTensor) for name, p in named(engine)}
+    with engine.generation_weights() as model:
+        assert not model.training
+        whole = {name: p.detach().clone() for name, p in model.named_parameters()}
+        assert not any(isinstance(p, DTensor) for p in model.parameters())
+    again = {name: isinstance(p, DTensor) for name, p in named(engine)}
+    trained = engine.train(make_batch(seed=engine.dp_rank), WeightedLogprobs()).to_dict()
+    return {"before": sharded, "whole": whole, "after": again, "norm": trained["grad_norm"], "steps": engine.step_count}
+
+
+def named(engine: FSDPTrainEngine) -> list[tuple[str, torch.nn.Parameter]]:
+    return list(engine.model.named_parameters())
+
+
+def test_generation_weights_are_whole_for_a_while(ranks: RankPool, model_path: Path) -> None:
+    engine = make_engine(model_path, {})
+    for result in ranks.run(gather_for_generation, model_path):
+        assert all(result["before"].values())
+        assert all(result["after"].values())
+        assert result["steps"] == 1
+        for name, parameter in named(engine):
+            assert torch.equal(result["whole"][name], parameter), name
+
+
+def save_after_a_step(path: Path, folder: Path, options: dict[str, Any]) -> dict[str, torch.Tensor]:
+    engine = make_engine(path, options)
+    spread(engine, BATCHES[0], lambda part: engine.train(part, WeightedLogprobs()))
+    engine.save(folder)
+    spread(engine, BATCHES[1], lambda part: engine.train(part, WeightedLogprobs()))
+    return exported(engine)
+
+
+def continue_from(path: Path, folder: Path, options: dict[str, Any]) -> dict[str, torch.Tensor]:
+    engine = make_engine(path, options, seed=5)
+    engine.load(folder)
+    spread(engine, BATCHES[1], lambda part: engine.train(part, WeightedLogprobs()))
+    return exported(engine)
+
+
+@pytest.mark.parametrize("options", [{}, {"replicate": 2}], ids=["sharded", "hybrid"])
+def test_a_checkpoint_of_two_ranks_continues(
+    ranks: RankPool, model_path: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    expected = ranks.run(save_after_a_step, model_path, tmp_path / "two", options)[0]
+    same = ranks.run(continue_from, model_path, tmp_path / "two", options)[0]
+    assert all(torch.equal(same[name], expected[name]) for name in expected), "the same ranks: bit for bit"
+    resharded = continue_from(model_path, tmp_path / "two", {})
+    for name, tensor in expected.items():
+        torch.testing.assert_close(resharded[name], tensor, atol=ATOL, rtol=0, msg=name)
+
+
+def test_a_checkpoint_of_one_rank_continues_on_two(ranks: RankPool, model_path: Path, tmp_path: Path) -> None:
+    expected = save_after_a_step(model_path, tmp_path / "one", {})
+    for result in ranks.run(continue_from, model_path, tmp_path / "one", {}):
+        for name, tensor in expected.items():
+            torch.testing.assert_close(result[name], tensor, atol=ATOL, rtol=0, msg=name)
+
+
+def load_damaged(path: Path, folder: Path) -> tuple[str, bool]:
+    engine = make_engine(path, {})
+    before = exported(engine)
+    try:
+        engine.load(folder)
+    except CheckpointError as error:
+        after = exported(engine)
+        return str(error), all(torch.equal(before[name], after[name]) for name in before)
+    return "", False
+
+
+def test_damage_that_one_rank_sees_stops_both(ranks: RankPool, model_path: Path, tmp_path: Path) -> None:
+    ranks.run(save_after_a_step, model_path, tmp_path / "two", {})
+    (tmp_path / "two" / "rank-00001.safetensors").unlink()
+    for message, unchanged in ranks.run(load_damaged, model_path, tmp_path / "two"):
+        assert "rank-00001.safetensors" in message
+        assert unchanged
+
+
+def write_pretrained(path: Path, out: Path) -> dict[str, torch.Tensor]:
+    engine = make_engine(path, {})
+    spread(engine, BATCHES[0], lambda part: engine.train(part, WeightedLogprobs()))
+    engine.save_pretrained(out)
+    return exported(engine)
+
+
+def test_two_ranks_write_a_model_folder(ranks: RankPool, model_path: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    weights = ranks.run(write_pretrained, model_path, tmp_path / "out")[0]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(model).__name__ == "Qwen2ForCausalLM"
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, weights[name]), name
+
+
+def refuse(path: Path, options: dict[str, Any]) -> str:
+    try:
+        make_engine(path, options)
+    except EngineError as error:
+        return str(error)
+    return ""
+
+
+def test_replicas_must_divide_the_ranks(ranks: RankPool, model_path: Path, tmp_path: Path) -> None:
+    for message in ranks.run(refuse, model_path, {"replicate": 3}):
+        assert "replicate 3 does not divide the number of processes 2" in message
+
+
+def test_a_missing_model_fails_on_every_rank(ranks: RankPool, tmp_path: Path) -> None:
+    for message in ranks.run(refuse, tmp_path / "nowhere", {}, timeout=30):
+        assert "does not exist" in message
+    incomplete = tiny_model(tmp_path / "incomplete")
+    (incomplete / "model.safetensors").write_bytes(b"not a model")
+    for message in ranks.run(refuse, incomplete, {}, timeout=30):
+        assert "cannot be loaded" in message

@@ -10,10 +10,13 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from rlcore_fsdp.inline.kv_cache import KVCache, whole_blocks
+from rlcore_fsdp.inline.kv_cache import KVCache
 
 QUERY_CHUNK = 512
 """Queries of a prompt handled at once where a score matrix or a mask must be built."""
+
+SPAN_STEP = 16
+"""The past is read in steps of this many positions: kernels like round sizes, and reading is what attention costs."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class DecodeStep:
     _indices: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.span = min(whole_blocks(self.longest + 1), self.cache.width)
+        self.span = min(-(-(self.longest + 1) // SPAN_STEP) * SPAN_STEP, self.cache.width)
 
     def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the new ``[R, heads, dim]`` and return the layer's keys and values ``[R, heads, span, dim]``."""

@@ -128,11 +128,20 @@ def discover_shapes(model: nn.Module) -> list[LayerShape]:
 @contextmanager
 def own_attention(config: Any, step: PrefillStep | DecodeStep) -> Iterator[None]:
     """Our attention function in place of the model's, working on ``step``."""
-    before = config._attn_implementation
     token = _step.set(step)
-    config._attn_implementation = ATTENTION
+    try:
+        with attention_implementation(config, ATTENTION):
+            yield
+    finally:
+        _step.reset(token)
+
+
+@contextmanager
+def attention_implementation(config: Any, name: str) -> Iterator[None]:
+    """The model of ``config`` attends by the function registered as ``name``."""
+    before = config._attn_implementation
+    config._attn_implementation = name
     try:
         yield
     finally:
         config._attn_implementation = before
-        _step.reset(token)

@@ -9,6 +9,7 @@ from torch import nn
 
 from rlcore.errors import EngineError
 from rlcore_fsdp.inline.attention import DecodeStep, PrefillStep
+from rlcore_fsdp.inline.generic import attention_implementation
 from rlcore_fsdp.inline.kv_cache import BLOCK, KVCache
 from rlcore_fsdp.inline.scheduler import Decoder
 
@@ -41,7 +42,9 @@ def deviation(model: nn.Module, decoder: Decoder, device: torch.device) -> float
         ours.append(decoder.decode(new, DecodeStep(cache, positions, max(LENGTHS) + step)))
     worst = 0.0
     for row, length in enumerate(LENGTHS):
-        plain = model(input_ids=tokens[row : row + 1, : length + DECODED], use_cache=False).logits[0, length:].float()
+        whole = tokens[row : row + 1, : length + DECODED]
+        with attention_implementation(config, "eager"):
+            plain = model(input_ids=whole, use_cache=False).logits[0, length:].float()
         own = torch.stack([logits[row] for logits in ours]).float()
         worst = max(worst, float((own - plain).abs().max() / plain.std()))
     return worst

@@ -154,3 +154,11 @@ def test_controller_state_survives() -> None:
     fixed = FixedKL(0.1)
     fixed.update(5.0, samples=10)
     assert fixed.coeff == 0.1
+
+
+def test_k3_as_a_loss_has_the_gradient_of_the_other_kl() -> None:
+    logits, ref_logits = distributions()
+    logprobs, ref = logits.log_softmax(-1), ref_logits.log_softmax(-1)
+    other = torch.autograd.grad((ref.exp() * (ref - logprobs)).sum(), logits, retain_graph=True)[0]
+    actual = torch.autograd.grad((logprobs.detach().exp() * estimate("k3", logprobs, ref)).sum(), logits)[0]
+    torch.testing.assert_close(actual, other, rtol=1e-10, atol=1e-10)

@@ -45,7 +45,7 @@ class CommandTree(click.Group):
             return plugins.load_command(cmd_name)  # type: ignore[no-any-return]
         if ctx.resilient_parsing:
             return None
-        close = get_close_matches(cmd_name, [*self.list_commands(ctx), *_OURS], n=3)
+        close = get_close_matches(cmd_name, {*self.list_commands(ctx), *_OURS}, n=3)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
         raise click.UsageError(f"no such command {cmd_name!r}{hint}", ctx)
 

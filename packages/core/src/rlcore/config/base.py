@@ -6,8 +6,16 @@ from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    GetJsonSchemaHandler,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
 
 
 class Config(BaseModel):
@@ -51,6 +59,12 @@ def unknown_key(key: str, known: Iterable[str]) -> PydanticCustomError:
     close = get_close_matches(key, names, n=3)
     hint = f"did you mean {' or '.join(close)}?" if close else f"known here: {', '.join(names) or 'none'}"
     return PydanticCustomError("unknown_key", _literal(f"unknown key; {hint}"))
+
+
+def json_schema(model: type[BaseModel], handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+    """The JSON Schema of ``model`` inside of another model's; the outer definitions collect its own."""
+    # a handler called with a schema passes over that schema's own hooks, but not over those of a schema inside it
+    return handler(core_schema.definitions_schema(model.__pydantic_core_schema__, []))
 
 
 def _is_unknown_key(detail: Any) -> bool:

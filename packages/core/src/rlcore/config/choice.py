@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from rlcore.config.base import Config
+from rlcore.config.base import Config, json_schema
 from rlcore.errors import PluginError
 
 if TYPE_CHECKING:
@@ -51,6 +51,11 @@ class Choice:
         return _rebuild, (self.entry.kind, self.entry.function.__module__, self.name, self.params)
 
 
+def _dump(choice: Choice | str) -> dict[str, Any] | str:
+    """The serializer; pydantic puts a field's default into the JSON schema by it, and that is no `Choice` yet."""
+    return choice.dump() if isinstance(choice, Choice) else choice
+
+
 def _rebuild(kind: str, module: str, name: str, params: Config) -> Choice:
     """Unpickle by name: functions stay where they are registered, on every worker."""
     from importlib import import_module
@@ -70,13 +75,13 @@ class Chosen:
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(
             self._validate,
-            serialization=core_schema.plain_serializer_function_ser_schema(Choice.dump),
+            serialization=core_schema.plain_serializer_function_ser_schema(_dump),
         )
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         variants: list[dict[str, Any]] = [{"type": "string", "enum": [entry.name for entry in self.registry]}]
         for entry in self.registry:
-            params = handler.resolve_ref_schema(handler(entry.params.__pydantic_core_schema__))
+            params = handler.resolve_ref_schema(json_schema(entry.params, handler))
             variants.append(
                 {
                     "type": "object",

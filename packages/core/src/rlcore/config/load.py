@@ -21,7 +21,7 @@ C = TypeVar("C", bound=Config)
 
 DEFAULTS_KEY = "defaults"
 _COMMAND_LINE = "command line"
-_OVERRIDE = re.compile(r"(?P<key>[\w-]+(?:\.[\w-]+)*)=(?P<value>.*)", re.DOTALL)
+_OVERRIDE = re.compile(r"(?P<key>\w[\w-]*(?:\.\w[\w-]*)*)=(?P<value>.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)

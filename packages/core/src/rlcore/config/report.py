@@ -47,8 +47,9 @@ def _message(detail: Any) -> tuple[str, str]:
         return "is required", ""
     if kind == "model_type":
         return "must be a mapping of keys", _given(value)
-    if kind == "path_type":
-        return "must be a path", _given(value)
+    if kind in ("string_type", "path_type"):
+        quotes = "; in quotes it would be text" if isinstance(value, (int, float)) else ""
+        return ("must be text" if kind == "string_type" else "must be a path"), _given(value) + quotes
     if kind in ("value_error", "assertion_error"):
         return str(detail["ctx"]["error"]) if "ctx" in detail else detail["msg"].partition(", ")[2], ""
     message = detail["msg"].partition(", unable to")[0].partition(", got ")[0]

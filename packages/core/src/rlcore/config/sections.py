@@ -18,7 +18,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
 from rlcore import plugins
-from rlcore.config.base import Config, unknown_key
+from rlcore.config.base import Config, json_schema, unknown_key
 from rlcore.errors import PluginError
 
 # sections whose JSON schema is being made: one may hold plugins of its own group again (a reward made of rewards)
@@ -116,7 +116,7 @@ class PluginSections(Config):
                 schema["properties"][name] = {"type": "object", "description": f"See {model.__name__} above."}
                 continue
             token = _within.set(within | {model})
-            schema["properties"][name] = handler(model.__pydantic_core_schema__)
+            schema["properties"][name] = json_schema(model, handler)
             _within.reset(token)
         schema["additionalProperties"] = False
         return reference

@@ -1,0 +1,46 @@
+"""Third-party packages made on the spot, for tests of plugins."""
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from rlcore import plugins
+
+Distribution = Callable[..., Path]
+
+
+@pytest.fixture
+def distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Distribution]:
+    """``distribution(name, points, modules)`` installs version 1.5 of a package.
+
+    ``points`` maps groups to {name: "module:attribute"}, ``modules`` names to source text. Returns the folder to put on
+    another process's PYTHONPATH.
+    """
+    modules_before = set(sys.modules)
+    site = tmp_path / "site"
+    site.mkdir()
+    monkeypatch.syspath_prepend(str(site))
+
+    def install(name: str, points: Mapping[str, Mapping[str, str]], modules: Mapping[str, str]) -> Path:
+        info = site / f"{name.replace('-', '_')}-1.5.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.5\n")
+        sections = [
+            f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in members.items()) for group, members in points.items()
+        ]
+        (info / "entry_points.txt").write_text("\n".join(sections))
+        for module, source in modules.items():
+            (site / f"{module}.py").write_text(source)
+        importlib.invalidate_caches()
+        plugins.forget_installed()
+        return site
+
+    yield install
+    for module in set(sys.modules) - modules_before:
+        if str(getattr(sys.modules[module], "__file__", "")).startswith(str(site)):
+            del sys.modules[module]
+    monkeypatch.undo()
+    plugins.forget_installed()

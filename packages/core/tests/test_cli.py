@@ -1,0 +1,278 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+import rlcore
+from rlcore.cli.main import cli
+
+RECIPE = """
+import os, signal, sys, time
+from pydantic import Field
+from rlcore.config import Config
+from rlcore.errors import DataError
+from rlcore.plugins import Plugin
+
+class Optim(Config):
+    lr: float = Field(1e-6, gt=0, description="Learning rate.")
+
+class Settings(Config):
+    '''What to try.'''
+    outcome: str = Field("good", description="How it ends.")
+    optim: Optim = Optim()
+
+def run(config):
+    if config.outcome == "data":
+        raise DataError("train.parquet: no column 'prompt'")
+    if config.outcome == "bug":
+        raise ZeroDivisionError("a bug")
+    if config.outcome == "pipe":
+        raise BrokenPipeError("a worker went away")
+    if config.outcome == "interrupted":
+        print("ready", flush=True)
+        time.sleep(60)
+    print(f"ran with {config.optim.lr}")
+
+attempt = Plugin(interface=1, config="acme_recipe:Settings", factory="acme_recipe:run", summary="Try something.")
+"""
+COMMAND = """
+import click
+
+@click.command()
+@click.argument("what")
+def polish(what):
+    "Polish something."
+    click.echo(f"polished {what}")
+"""
+
+
+@pytest.fixture(autouse=True)
+def site(distribution):
+    points = {
+        "rlcore.recipes": {"attempt": "acme_recipe:attempt", "broken": "acme_gone:x"},
+        "rlcore.commands": {"polish": "acme_command:polish", "dull": "acme_gone:x"},
+        "rlcore.train_engines": {"acme": "acme_gone:x"},
+    }
+    return distribution("acme-things", points, {"acme_recipe": RECIPE, "acme_command": COMMAND})
+
+
+def rlcore_command(*arguments: str) -> Result:
+    return CliRunner().invoke(cli, arguments, prog_name="rlcore")
+
+
+def process(site, *arguments: str) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    code = "from rlcore.cli import main; main()"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        env=environment,
+        stdout=-1,
+        stderr=-1,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_version():
+    assert rlcore_command("--version").output == f"rlcore {rlcore.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_help_lists_commands_without_importing_them(arguments):
+    result = rlcore_command(*arguments)
+    assert result.exit_code == 0
+    for name in ("run", "config", "plugins", "completions", "polish", "dull"):
+        assert f"\n  {name} " in result.output
+    assert "From acme-things 1.5." in result.output
+    assert "acme_command" not in sys.modules
+
+
+def test_run_alone_lists_recipes():
+    result = rlcore_command("run")
+    assert result.exit_code == 0
+    assert "attempt  Try something." in result.output
+    assert "broken" in result.output
+    assert "does not work" in result.output
+
+
+def test_run_help_lists_every_key():
+    result = rlcore_command("run", "attempt", "--help")
+    assert result.exit_code == 0
+    assert "Usage: rlcore run attempt [OPTIONS] [KEY=VALUE]..." in result.output
+    for text in ("Try something.", "--config FILE", "outcome", "How it ends.", "optim.…", "lr", "1.0e-06", "float > 0"):
+        assert text in result.output, text
+
+
+def test_run_with_file_and_overrides(tmp_path):
+    (tmp_path / "run.yaml").write_text("optim: {lr: 0.5}\n")
+    assert rlcore_command("run", "attempt").output == "ran with 1e-06\n"
+    assert rlcore_command("run", "attempt", "--config", str(tmp_path / "run.yaml")).output == "ran with 0.5\n"
+    assert rlcore_command("run", "attempt", "optim.lr=2", "-c", str(tmp_path / "run.yaml")).output == "ran with 2.0\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "attempt", "outcome=data"], "error: train.parquet: no column 'prompt'\n"),
+        (["run", "attempt", "optim.lrr=2"], "optim.lrr: unknown key; did you mean lr?"),
+        (["run", "attempt", "-c", "gone.yaml"], "error: gone.yaml: no such configuration file\n"),
+        (["run", "atempt"], "error: unknown recipe 'atempt'; did you mean 'attempt'?\n"),
+        (["run", "broken"], "recipe 'broken' (acme-things 1.5) cannot be imported: ModuleNotFoundError"),
+        (["config", "show", "atempt"], "error: unknown recipe 'atempt'; did you mean 'attempt'?\n"),
+        (["config", "validate", "attempt", "optim.lr=0"], "optim.lr: must be greater than 0, not 0"),
+        (["dull"], "command 'dull' (acme-things 1.5) cannot be imported: ModuleNotFoundError"),
+    ],
+)
+def test_errors_in_the_input_are_one_message_on_standard_error(arguments, message):
+    result = rlcore_command(*arguments)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_debug_shows_the_traceback(capfd):
+    result = rlcore_command("--debug", "run", "attempt", "outcome=data")
+    assert result.exit_code == 1
+    assert "Traceback" in result.stderr
+    assert "DataError: train.parquet" in result.stderr
+
+
+def test_other_exceptions_are_bugs_and_keep_their_traceback():
+    result = rlcore_command("run", "attempt", "outcome=bug")
+    assert isinstance(result.exception, ZeroDivisionError)
+
+
+def test_a_broken_pipe_in_a_recipe_is_not_silent():
+    result = rlcore_command("run", "attempt", "outcome=pipe")
+    assert result.exit_code == 1
+    assert "a worker went away" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["rnu"], "no such command 'rnu'; did you mean run?"),
+        (["quikstart"], "no such command 'quikstart'; did you mean quickstart?"),
+        (["--what"], "No such option"),
+        (["run", "attempt", "--what"], "No such option"),
+        (["config", "show"], "Missing argument 'RECIPE'"),
+        (["completions", "tcsh"], "Invalid value"),
+    ],
+)
+def test_wrong_usage_exits_with_2(arguments, message):
+    result = rlcore_command(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_command_of_ours_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr("rlcore.plugins._points", lambda group: {})
+    result = rlcore_command("quickstart")
+    assert result.exit_code == 1
+    assert result.stderr == "error: command 'quickstart' is not installed; run: pip install 'rlcore[fsdp]'\n"
+
+
+def test_run_without_any_recipe_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("rlcore.plugins._points", lambda group: {})
+    assert "pip install 'rlcore[fsdp]'" in rlcore_command("run").output
+
+
+def test_command_of_another_package():
+    assert rlcore_command("polish", "shoes").output == "polished shoes\n"
+
+
+def test_config_show_validates_and_fills_in_defaults():
+    shown = yaml.safe_load(rlcore_command("config", "show", "attempt", "optim.lr=0.5").output)
+    assert shown == {"outcome": "good", "optim": {"lr": 0.5}}
+
+
+def test_config_validate():
+    assert rlcore_command("config", "validate", "attempt").output == "valid\n"
+
+
+def test_config_schema():
+    schema = json.loads(rlcore_command("config", "schema", "attempt").output)
+    assert schema["properties"]["outcome"]["description"] == "How it ends."
+
+
+def test_plugins_table():
+    result = rlcore_command("plugins")
+    assert result.exit_code == 0
+    rows = {tuple(line.split()[:2]): line for line in result.output.splitlines()}
+    assert "acme-things 1.5" in rows["recipes", "attempt"]
+    assert " ok " in rows["recipes", "attempt"]
+    assert "Try something." in rows["recipes", "attempt"]
+    assert " broken " in rows["train_engines", "acme"]
+    assert "not loaded" in rows["commands", "polish"]
+
+
+def test_plugins_check_imports_everything_and_fails_if_something_is_broken(monkeypatch):
+    monkeypatch.setattr("rlcore.plugins.GROUPS", {"rlcore.recipes": ("recipe", 1)})  # not the backends installed here
+    result = rlcore_command("plugins", "--check")
+    assert result.exit_code == 1
+    rows = {tuple(line.split()[:2]): line for line in result.output.splitlines()}
+    assert " ok " in rows["commands", "polish"]
+    assert " broken " in rows["commands", "dull"]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_scripts(shell):
+    result = rlcore_command("completions", shell)
+    assert result.exit_code == 0
+    assert f"_RLCORE_COMPLETE={shell}_complete" in result.output
+
+
+def test_completion_offers_commands_and_recipes(site):
+    def complete(words: str, index: int) -> str:
+        environment = {"PYTHONPATH": str(site), "COMP_WORDS": words, "COMP_CWORD": str(index)}
+        code = "from rlcore.cli import main; main()"
+        return subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, **environment, "_RLCORE_COMPLETE": "bash_complete"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        ).stdout
+
+    assert "plain,polish" in complete("rlcore pol", 1)
+    assert "plain,attempt" in complete("rlcore run att", 2)
+    assert "plain,attempt" in complete("rlcore config show att", 3)
+
+
+def test_interrupt_exits_with_130_quietly(site):
+    running = process(site, "run", "attempt", "outcome=interrupted")
+    try:
+        assert running.stdout.readline() == "ready\n"
+        running.send_signal(signal.SIGINT)
+        out, err = running.communicate(timeout=30)
+    finally:
+        running.kill()
+    assert (running.returncode, out, err) == (130, "", "")
+
+
+def test_process_exit_codes(site):
+    for outcome, code in (("good", 0), ("data", 1), ("bug", 1)):
+        running = process(site, "run", "attempt", f"outcome={outcome}")
+        _, err = running.communicate(timeout=60)
+        assert running.returncode == code
+        assert ("Traceback" in err) == (outcome == "bug")
+
+
+def test_module_of_a_recipe_is_the_same_command(site):
+    (site / "acme_module.py").write_text("from rlcore.cli import run_recipe_module\nrun_recipe_module('attempt')\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "acme_module", "optim.lr=3"],
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout == "ran with 3.0\n"

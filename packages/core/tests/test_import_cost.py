@@ -1,0 +1,42 @@
+import subprocess
+import sys
+import time
+
+import pytest
+
+HEAVY = {"torch", "transformers", "ray", "pyarrow", "numpy"}
+
+
+def modules_after(statement: str) -> set[str]:
+    code = f"import sys\n{statement}\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import rlcore",
+        "import rlcore.config, rlcore.plugins, rlcore.registry, rlcore.errors, rlcore.tracking",
+        "from rlcore.engines.settings import ModelSettings",
+        "from rlcore.engines import Reward, RewardSettings",
+        "from rlcore.cli.main import cli",
+        "from click.testing import CliRunner; from rlcore.cli.main import cli\n"
+        "assert CliRunner().invoke(cli, ['--help']).exit_code == 0",
+        "from click.testing import CliRunner; from rlcore.cli.main import cli\n"
+        "assert CliRunner().invoke(cli, ['plugins']).exit_code == 0",
+        "from click.testing import CliRunner; from rlcore.cli.main import cli\n"
+        "assert CliRunner().invoke(cli, ['run']).exit_code == 0",
+    ],
+)
+def test_loads_nothing_heavy(statement):
+    assert not modules_after(statement) & HEAVY
+
+
+def test_import_takes_less_than_half_a_second():
+    def seconds() -> float:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", "import rlcore"], check=True, timeout=60)
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(3)) < 0.5  # interpreter start included; the best of three, as machines are busy

@@ -1,0 +1,154 @@
+import pytest
+
+from rlcore import plugins
+from rlcore.errors import PluginError
+from rlcore.plugins import Plugin
+
+ENGINES = "rlcore.train_engines"
+PLUGIN = """
+from rlcore.config import Config
+from rlcore.plugins import Plugin
+
+class Settings(Config):
+    depth: int = 1
+
+def build(*args, **kwargs):
+    return args, kwargs
+
+engine = Plugin(interface=INTERFACE, config="MODULE:Settings", factory="MODULE:build", summary="A test engine.")
+"""
+
+
+def source(module: str, interface: int = 1) -> str:
+    return PLUGIN.replace("MODULE", module).replace("INTERFACE", str(interface))
+
+
+def test_third_party_plugin_is_found_configured_and_built(distribution):
+    distribution("acme-engines", {ENGINES: {"acme": "acme_plugin:engine"}}, {"acme_plugin": source("acme_plugin")})
+    assert "acme" in plugins.names(ENGINES)
+    plugin = plugins.get(ENGINES, "acme")
+    assert plugin.config_class()(depth=3).model_dump() == {"depth": 3}
+    assert plugin.build(1, two=2) == ((1,), {"two": 2})
+    assert plugins.origin(ENGINES, "acme") == "acme-engines 1.5"
+
+
+def test_listing_names_does_not_import_them(distribution):
+    distribution(
+        "acme-engines", {ENGINES: {"acme": "acme_broken:engine"}}, {"acme_broken": "raise SystemExit('imported')"}
+    )
+    assert "acme" in plugins.names(ENGINES)
+
+
+def test_unknown_name_suggests_close_ones(distribution):
+    distribution("acme-engines", {ENGINES: {"acmestyle": "acme_plugin:engine"}}, {"acme_plugin": source("acme_plugin")})
+    with pytest.raises(PluginError, match=r"unknown training engine 'acmestlye'; did you mean 'acmestyle'\?"):
+        plugins.get(ENGINES, "acmestlye")
+
+
+def test_unknown_name_without_close_ones_lists_what_is_installed(distribution):
+    distribution("acme-engines", {ENGINES: {"acme": "acme_plugin:engine"}}, {"acme_plugin": source("acme_plugin")})
+    with pytest.raises(PluginError, match=r"unknown training engine 'qqqqqq'; installed: .*acme"):
+        plugins.get(ENGINES, "qqqqqq")
+
+
+def test_missing_package_of_ours_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(plugins, "_points", lambda group: {})
+    with pytest.raises(
+        PluginError, match=r"training engine 'fsdp' is not installed; run: pip install 'rlcore\[fsdp\]'"
+    ):
+        plugins.get(ENGINES, "fsdp")
+
+
+def test_close_match_may_be_one_of_ours_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(plugins, "_points", lambda group: {})
+    with pytest.raises(PluginError, match="did you mean 'megatron'"):
+        plugins.get(ENGINES, "megatorn")
+
+
+def test_wrong_interface_version_names_both(distribution):
+    distribution("acme-engines", {ENGINES: {"acme": "acme_old:engine"}}, {"acme_old": source("acme_old", interface=7)})
+    with pytest.raises(PluginError, match=r"\(acme-engines 1\.5\) was written for interface 7, this rlcore speaks 1"):
+        plugins.get(ENGINES, "acme")
+
+
+def test_import_failure_says_whose_and_why(distribution):
+    distribution("acme-engines", {ENGINES: {"acme": "acme_plugin:engine"}}, {"acme_plugin": "import not_there"})
+    with pytest.raises(PluginError, match=r"\(acme-engines 1\.5\) cannot be imported: ModuleNotFoundError: ") as raised:
+        plugins.get(ENGINES, "acme")
+    assert isinstance(raised.value.__cause__, ModuleNotFoundError)
+
+
+def test_entry_point_that_is_no_plugin(distribution):
+    distribution("acme-engines", {ENGINES: {"acme": "acme_plugin:engine"}}, {"acme_plugin": "engine = 3"})
+    with pytest.raises(PluginError, match=r"acme_plugin:engine is not an rlcore\.plugins\.Plugin"):
+        plugins.get(ENGINES, "acme")
+
+
+def test_name_offered_twice_names_both_packages(distribution):
+    for name in ("acme-one", "acme-two"):
+        module = name.replace("-", "_")
+        distribution(name, {ENGINES: {"acme": f"{module}:engine"}}, {module: source(module)})
+    with pytest.raises(PluginError, match=r"offered by acme-(one|two) 1\.5 and acme-(one|two) 1\.5; uninstall"):
+        plugins.get(ENGINES, "acme")
+
+
+@pytest.mark.parametrize("attribute", ["config", "factory"])
+def test_backend_that_cannot_be_imported_is_a_plugin_error(attribute):
+    paths = {
+        "config": "rlcore.registry:NoParams",
+        "factory": "rlcore.registry:NoParams",
+        attribute: "no_such_backend:x",
+    }
+    plugin = Plugin(interface=1, **paths)
+    with pytest.raises(PluginError, match="no_such_backend:x cannot be imported: ModuleNotFoundError"):
+        plugin.config_class() if attribute == "config" else plugin.build()
+
+
+def test_errors_inside_a_factory_are_not_touched():
+    with pytest.raises(ZeroDivisionError):
+        Plugin(interface=1, config="", factory="operator:truediv").build(1, 0)
+
+
+def test_listing_reports_problems_and_goes_on(distribution):
+    distribution(
+        "acme-engines",
+        {ENGINES: {"acme": "acme_plugin:engine", "bad": "acme_bad:engine"}, "rlcore.algorithms": {"acme": "acme_bad"}},
+        {"acme_plugin": source("acme_plugin"), "acme_bad": "1 / 0"},
+    )
+    found = {(item.group, item.name): item for item in plugins.listing()}
+    assert found[ENGINES, "acme"].problem == ""
+    assert found[ENGINES, "acme"].distribution == "acme-engines 1.5"
+    assert "ZeroDivisionError" in found[ENGINES, "bad"].problem
+    assert found["rlcore.algorithms", "acme"].problem == "", "algorithms are not loaded by a listing"
+    assert "ZeroDivisionError" in plugins.check(found["rlcore.algorithms", "acme"]).problem
+
+
+def test_check_imports_the_backend(distribution):
+    broken = source("acme_plugin").replace('factory="acme_plugin:build"', 'factory="acme_backend:build"')
+    distribution("acme-engines", {ENGINES: {"acme": "acme_plugin:engine"}}, {"acme_plugin": broken})
+    item = next(item for item in plugins.listing() if item.name == "acme")
+    assert item.problem == ""
+    assert "factory acme_backend:build cannot be imported" in plugins.check(item).problem
+
+
+def test_algorithms_of_other_packages_are_imported_once_and_failures_named(distribution):
+    distribution(
+        "acme-algorithms",
+        {"rlcore.algorithms": {"acme": "acme_algorithms"}},
+        {
+            "acme_algorithms": "from rlcore.algorithms.registries import advantages\n"
+            "@advantages.register('acme_advantage')\ndef acme(batch, params):\n    '''Acme's.'''\n"
+        },
+    )
+    from rlcore.algorithms.registries import advantages
+
+    try:
+        assert advantages.get("acme_advantage").summary == "Acme's."
+    finally:
+        advantages._entries.pop("acme_advantage", None)
+
+
+def test_broken_algorithms_package_is_named(distribution):
+    distribution("acme-algorithms", {"rlcore.algorithms": {"acme": "acme_algorithms"}}, {"acme_algorithms": "1 / 0"})
+    with pytest.raises(PluginError, match=r"'acme' \(acme-algorithms 1\.5\) cannot be imported: ZeroDivision"):
+        plugins.import_algorithms()

@@ -1,0 +1,68 @@
+import pytest
+
+from rlcore.config import Config
+from rlcore.errors import PluginError
+from rlcore.registry import NoParams, Registry, registry_of_kind
+
+
+@pytest.fixture
+def shapes() -> Registry:
+    registry: Registry = Registry("shape")
+
+    class SquareParams(Config):
+        side: int = 1
+
+    @registry.register("square", params=SquareParams, needs={"corners"})
+    def square(params):
+        """Four sides.
+
+        More about it.
+        """
+
+    @registry.register("circle")
+    def circle(params): ...
+
+    return registry
+
+
+def test_entry_holds_what_was_registered(shapes):
+    entry = shapes.get("square")
+    assert (entry.kind, entry.name, entry.needs, entry.summary) == (
+        "shape",
+        "square",
+        frozenset({"corners"}),
+        "Four sides.",
+    )
+    assert entry.params().side == 1
+    assert shapes.get("circle").params is NoParams
+    assert shapes.get("circle").summary == ""
+
+
+def test_iterates_by_name(shapes):
+    assert [entry.name for entry in shapes] == ["circle", "square"]
+
+
+def test_unknown_name(shapes):
+    with pytest.raises(PluginError, match=r"unknown shape 'sqare'; did you mean 'square'\?"):
+        shapes.get("sqare")
+    with pytest.raises(PluginError, match="unknown shape 'xyz'; known: circle, square"):
+        shapes.get("xyz")
+
+
+def test_name_of_another_module_is_not_taken_over(shapes):
+    def impostor(params): ...
+
+    impostor.__module__ = "acme"
+    with pytest.raises(PluginError, match=r"shape 'square' is registered by .*test_registry already"):
+        shapes.register("square")(impostor)
+
+
+def test_module_may_register_again_when_it_is_reloaded(shapes):
+    def square(params): ...
+
+    shapes.register("square")(square)
+    assert shapes.get("square").function is square
+
+
+def test_found_by_kind(shapes):
+    assert registry_of_kind("shape") is shapes

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 from warnings import warn
 
+from rlcore.controller import LocalExecutor
 from rlcore.errors import CheckpointError
-from rlcore_recipes.processes import all_gather, on_rank_zero
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -35,6 +36,7 @@ class CheckpointManager:
     Args:
         keep: newest checkpoints that stay.
         best_metric: the best checkpoint by this metric stays too.
+        ranks: the processes that take part.
     """
 
     def __init__(
@@ -44,13 +46,15 @@ class CheckpointManager:
         *,
         best_metric: str | None = None,
         best_mode: Literal["max", "min"] = "max",
+        ranks: LocalExecutor | None = None,
     ) -> None:
         self.root = root
         self._keep = keep
         self._best_metric = best_metric
         self._sign = 1 if best_mode == "max" else -1
+        self._ranks = ranks or LocalExecutor()
         self._damaged: set[Path] = set()
-        on_rank_zero(self._clean_up)
+        self._ranks.on_main(self._clean_up, "clean_up_checkpoints")
 
     def save(
         self,
@@ -72,23 +76,24 @@ class CheckpointManager:
         """
         final = self.root / f"step-{step:06d}"
         temporary = final.with_name(f"{final.name}.tmp")
-        state_text = json.dumps(dict(state))
-        on_rank_zero(lambda: _make_room(final, temporary))
+        name = f"save_checkpoint {step}"
+        self._ranks.on_main(lambda: _make_room(final, temporary), name)
         try:
-            _on_all_ranks(lambda: write(temporary), f"cannot write {final}")
-            on_rank_zero(lambda: self._commit(step, temporary, final, state_text, metrics or {}))
+            self._on_all_ranks(lambda: write(temporary), f"cannot write {final}", name)
+            self._ranks.on_main(lambda: self._commit(step, temporary, final, state, metrics or {}), name)
         except Exception:
-            on_rank_zero(lambda: shutil.rmtree(temporary, ignore_errors=True))
+            if self._ranks.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
             raise
         return final
 
     def latest(self) -> Path | None:
         """The newest checkpoint that is whole, or None; damaged ones are passed over with a warning."""
-        return on_rank_zero(self._latest)
+        return self._ranks.on_main(self._latest, "latest_checkpoint")
 
     def best(self) -> Path | None:
         """The checkpoint that is best by ``best_metric``, if any."""
-        return on_rank_zero(self._best)
+        return self._ranks.on_main(self._best, "best_checkpoint")
 
     def resume_from(self, choice: str) -> Path | None:
         """The checkpoint to go on from, None to start afresh. ``choice`` is "auto" (the newest whole one),
@@ -98,7 +103,7 @@ class CheckpointManager:
             CheckpointError: the chosen one is missing or damaged, or the run would mix with later checkpoints that are
                 in ``root`` already.
         """
-        return on_rank_zero(lambda: self._resume_from(choice))
+        return self._ranks.on_main(lambda: self._resume_from(choice), "resume_from")
 
     def _resume_from(self, choice: str) -> Path | None:
         if choice == "auto":
@@ -129,18 +134,27 @@ class CheckpointManager:
         return None
 
     def _best(self) -> Path | None:
-        scores: list[tuple[float, int, Path]] = []
-        for path in self._checkpoints():
-            if path not in self._damaged and (path / MANIFEST).is_file():
-                score = _read_manifest(path)["metrics"].get(self._best_metric)
-                if score is not None and score == score:  # not NaN
-                    scores.append((self._sign * score, _step(path), path))
-        return max(scores)[-1] if scores else None
+        scored = [
+            (score, _step(path), path) for path in self._checkpoints() if (score := self._score(path)) is not None
+        ]
+        return max(scored)[-1] if scored else None
 
-    def _commit(self, step: int, temporary: Path, final: Path, state_text: str, metrics: Mapping[str, float]) -> None:
+    def _score(self, path: Path) -> float | None:
+        """How good a checkpoint is, larger being better; None if that is not known."""
+        if self._best_metric is None or path in self._damaged:
+            return None
+        try:
+            value = _read_manifest(path)["metrics"].get(self._best_metric)
+        except CheckpointError:
+            return None
+        return None if value is None or math.isnan(value) else self._sign * value
+
+    def _commit(
+        self, step: int, temporary: Path, final: Path, state: Mapping[str, Any], metrics: Mapping[str, float]
+    ) -> None:
         old = final.with_name(f"{final.name}.old")
         try:
-            (temporary / STATE).write_text(state_text)
+            (temporary / STATE).write_text(json.dumps(dict(state)))
             files = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
             with ThreadPoolExecutor(4) as pool:
                 records = list(pool.map(_flush_and_hash, files))
@@ -167,13 +181,16 @@ class CheckpointManager:
         self._rotate(step)
 
     def _rotate(self, step: int) -> None:
-        whole = [path for path in self._checkpoints() if path not in self._damaged and _step(path) <= step]
-        for path in set(whole[: -self._keep]) - {self._best()}:
-            if (path / MANIFEST).is_file():
-                # renamed first: a crash while deleting leaves nothing that looks like a checkpoint
-                doomed = path.with_name(f"{path.name}.tmp")
+        ours = [path for path in self._checkpoints() if (path / MANIFEST).is_file() and path not in self._damaged]
+        until_now = [path for path in ours if _step(path) <= step]
+        for path in set(until_now[: -self._keep]) - {self._best()}:
+            # renamed first: a crash while deleting leaves nothing that looks like a checkpoint
+            doomed = path.with_name(f"{path.name}.tmp")
+            try:
                 os.rename(path, doomed)
-                shutil.rmtree(doomed, ignore_errors=True)
+                shutil.rmtree(doomed)
+            except OSError as error:
+                warn(f"cannot delete the old checkpoint {path}: {error}", stacklevel=2)
 
     def _checkpoints(self) -> list[Path]:
         """Folders named like checkpoints, oldest first."""
@@ -192,23 +209,21 @@ class CheckpointManager:
             else:
                 shutil.rmtree(path, ignore_errors=True)
 
-
-def _on_all_ranks(action: Callable[[], None], what: str) -> None:
-    """Run ``action`` on every process; an error on any of them reaches all."""
-    problem: Exception | None = None
-    try:
-        action()
-    except OSError as error:
-        problem = CheckpointError(f"{what}: {error}")
-        problem.__cause__ = error
-    except Exception as error:
-        problem = error
-    problems = all_gather(problem and f"{type(problem).__name__}: {problem}")
-    if problem is not None:
-        raise problem
-    for rank, text in enumerate(problems):
-        if text is not None:
-            raise CheckpointError(f"{what}: rank {rank} failed: {text}")
+    def _on_all_ranks(self, action: Callable[[], None], what: str, name: str) -> None:
+        """Run ``action`` on every process; an error on any of them is raised on all."""
+        caught: Exception | None = None
+        try:
+            action()
+        except Exception as error:
+            caught = error
+        problems = self._ranks.all_gather(caught and f"{type(caught).__name__}: {caught}", name)
+        if isinstance(caught, OSError):
+            raise CheckpointError(f"{what}: {caught}") from caught
+        if caught is not None:
+            raise caught
+        for rank, text in enumerate(problems):
+            if text is not None:
+                raise CheckpointError(f"{what}: rank {rank} failed: {text}")
 
 
 def verify(path: Path) -> None:
@@ -239,34 +254,6 @@ def load_state(path: Path) -> dict[str, Any]:
         return json.loads((path / STATE).read_text())  # type: ignore[no-any-return]
     except (OSError, ValueError) as error:
         raise CheckpointError(f"the state of {path} cannot be read: {error}") from error
-
-
-def require_same(saved: Mapping[str, Any], current: Mapping[str, Any], keys: Sequence[str], path: Path) -> None:
-    """Check that a run continues under the settings it was started with, as far as it must.
-
-    Args:
-        saved: configuration stored in the checkpoint, as plain values.
-        keys: dotted paths that must not have changed, such as ``actor.model.path``.
-
-    Raises:
-        CheckpointError: names every difference.
-    """
-    changed = [
-        f"{key} was {_at(saved, key)!r} and is now {_at(current, key)!r}"
-        for key in keys
-        if _at(saved, key) != _at(current, key)
-    ]
-    if changed:
-        raise CheckpointError(
-            f"{path} cannot be continued under this configuration: {'; '.join(changed)}; change it back, or start "
-            "another run in another folder"
-        )
-
-
-def _at(values: Any, key: str) -> Any:
-    for part in key.split("."):
-        values = values.get(part) if isinstance(values, Mapping) else None
-    return values
 
 
 def _step(path: Path) -> int:

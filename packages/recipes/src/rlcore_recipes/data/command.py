@@ -63,16 +63,12 @@ def _command(name: str, prepare: Preparation) -> click.Command:
         for path, rows in write_splits(prepare(chosen), out, overwrite).items():
             click.echo(f"{path}: {rows:,} rows")
 
-    params: list[click.Parameter] = [
-        click.Option(
-            [f"--{field.replace('_', '-')}", field],
-            help=info.description,
-            default=None if info.is_required() or info.default is None else str(info.default),
-            show_default=True,
-            required=info.is_required(),
-        )
-        for field, info in options.model_fields.items()
-    ]
+    params: list[click.Parameter] = []
+    for field, info in options.model_fields.items():
+        default = {"required": True} if info.is_required() else {"default": info.default, "show_default": True}
+        flag = f"--{field.replace('_', '-')}"
+        # text: the options' model reads it, and reports everything that is wrong at once
+        params.append(click.Option([flag, field], type=str, help=info.description, **default))
     params += [
         click.Option(["--out"], type=click.Path(path_type=Path), required=True, help="Folder to write to."),
         click.Option(["--overwrite"], is_flag=True, help="Replace files that are there."),

@@ -38,7 +38,9 @@ class WandbSettings(Config):
 
     project: str | None = Field(None, description="Project; null takes the run's.")
     entity: str | None = Field(None, description="User or team; null takes the account's default.")
-    mode: Literal["online", "offline"] = Field("online", description="offline writes below the output folder only.")
+    mode: Literal["online", "offline"] | None = Field(
+        None, description="offline writes below the output folder only; null goes by WANDB_MODE, online without it."
+    )
     group: str | None = Field(None, description="Group of runs.")
     tags: list[str] = Field([], description="Tags of the run.")
 

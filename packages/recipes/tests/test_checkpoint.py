@@ -1,0 +1,324 @@
+"""Checkpoints survive crashes, full disks and damage."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlcore.errors import CheckpointError
+from rlcore_recipes import checkpoint
+from rlcore_recipes.checkpoint import MANIFEST, CheckpointManager, load_state, verify
+
+
+def weights(step: int) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / "actor").mkdir()
+        (folder / "actor" / "shard.bin").write_bytes(bytes([step]) * 1000)
+        (folder / "actor" / ".metadata").write_text(str(step))
+
+    return write
+
+
+def saved(root: Path, *steps: int, **options: Any) -> CheckpointManager:
+    manager = CheckpointManager(root, **options)
+    for step in steps:
+        manager.save(step, weights(step), {"step": step})
+    return manager
+
+
+def names(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir())
+
+
+def test_what_is_saved_is_found_again(tmp_path: Path) -> None:
+    manager = saved(tmp_path / "new" / "root", 7)
+    path = manager.latest()
+    assert path == tmp_path / "new" / "root" / "step-000007"
+    assert load_state(path) == {"step": 7}
+    assert (path / "actor" / "shard.bin").read_bytes() == bytes([7]) * 1000
+    assert set(json.loads((path / MANIFEST).read_text())["files"]) == {
+        "actor/shard.bin",
+        "actor/.metadata",
+        "state.json",
+    }
+
+
+def test_no_checkpoint(tmp_path: Path) -> None:
+    assert CheckpointManager(tmp_path / "none").latest() is None
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_newest_stay(tmp_path: Path) -> None:
+    saved(tmp_path, 1, 2, 3, keep=2)
+    assert names(tmp_path) == ["step-000002", "step-000003"]
+
+
+@pytest.mark.parametrize(("mode", "best"), [("max", 2), ("min", 3)])
+def test_the_best_stays_too(tmp_path: Path, mode: Any, best: int) -> None:
+    manager = CheckpointManager(tmp_path, 1, best_metric="acc", best_mode=mode)
+    for step, value in enumerate([0.5, 0.9, 0.1, float("nan"), 0.6], 1):
+        manager.save(step, weights(step), {}, {"acc": value, "loss": 1.0})
+    manager.save(6, weights(6), {})
+    assert manager.best() == tmp_path / f"step-{best:06d}"
+    assert names(tmp_path) == [f"step-{best:06d}", "step-000006"]
+
+
+def truncate(path: Path) -> None:
+    (path / "actor" / "shard.bin").write_bytes(b"short")
+
+
+def flip(path: Path) -> None:
+    (path / "actor" / "shard.bin").write_bytes(bytes([9]) * 1000)
+
+
+def remove(path: Path) -> None:
+    (path / "actor" / "shard.bin").unlink()
+
+
+def empty_manifest(path: Path) -> None:
+    (path / MANIFEST).write_text("")
+
+
+def no_manifest(path: Path) -> None:
+    (path / MANIFEST).unlink()
+
+
+def newer_format(path: Path) -> None:
+    (path / MANIFEST).write_text(json.dumps({"format": 99, "files": {}, "metrics": {}}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (truncate, "actor/shard.bin has 5 bytes instead of 1000"),
+        (flip, "the contents of actor/shard.bin have changed"),
+        (remove, "lacks actor/shard.bin"),
+        (empty_manifest, "cannot be read"),
+        (no_manifest, "has no manifest.json"),
+        (newer_format, "has format 99, this rlcore reads 1"),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over_with_the_reason(tmp_path: Path, damage: Any, reason: str) -> None:
+    saved(tmp_path, 1, 2)
+    damage(tmp_path / "step-000002")
+    with pytest.raises(CheckpointError, match=reason):
+        verify(tmp_path / "step-000002")
+    manager = CheckpointManager(tmp_path, best_metric="acc")
+    with pytest.warns(UserWarning, match=f"skipped a damaged checkpoint: .*{reason}"):
+        assert manager.latest() == tmp_path / "step-000001"
+    manager.save(3, weights(3), {})
+    assert manager.latest() == tmp_path / "step-000003"
+
+
+def test_damaged_checkpoints_do_not_push_whole_ones_out(tmp_path: Path) -> None:
+    saved(tmp_path, 1, 5, 9)
+    truncate(tmp_path / "step-000005")
+    truncate(tmp_path / "step-000009")
+    saved(tmp_path, 1)
+    manager = CheckpointManager(tmp_path)
+    with pytest.warns(UserWarning) as caught:
+        manager.latest()
+    assert [str(warning.message).split(": ")[0] for warning in caught] == ["skipped a damaged checkpoint"] * 2
+    manager.save(6, weights(6), {})
+    verify(tmp_path / "step-000001")
+    verify(tmp_path / "step-000006")
+
+
+def test_a_step_that_is_repeated_replaces_its_checkpoint(tmp_path: Path) -> None:
+    saved(tmp_path, 1)
+    truncate(tmp_path / "step-000001")
+    saved(tmp_path, 1)
+    verify(tmp_path / "step-000001")
+    assert names(tmp_path) == ["step-000001"]
+
+
+def test_a_folder_that_is_no_checkpoint_is_left_alone(tmp_path: Path) -> None:
+    for name in ("step-000002", "notes", "step-2.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").write_text("mine")
+    manager = saved(tmp_path, 1, keep=1)
+    with pytest.raises(CheckpointError, match=r"step-000002 exists but is not a checkpoint .*move it away"):
+        manager.save(2, weights(2), {})
+    manager.save(3, weights(3), {})
+    manager.save(4, weights(4), {})
+    assert names(tmp_path) == ["notes", "step-000002", "step-000004", "step-2.old"]
+    assert all((tmp_path / name / "mine.txt").exists() for name in ("notes", "step-000002", "step-2.old"))
+
+
+def full_disk(*arguments: Any, **options: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manager = saved(tmp_path, 1)
+    with pytest.raises(CheckpointError, match=r"cannot write .*step-000002: .*No space left"):
+        manager.save(2, full_disk, {})
+    for name in ("_flush_and_hash", "_flush"):
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, name, full_disk)
+            with pytest.raises(CheckpointError, match="No space left"):
+                manager.save(2, weights(2), {})
+    assert names(tmp_path) == ["step-000001"]
+    assert manager.latest() == tmp_path / "step-000001"
+
+
+def test_a_failed_replacement_puts_the_old_one_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manager = saved(tmp_path, 1)
+    rename = os.rename
+
+    def fail(source: Path, target: Path) -> None:
+        if Path(source).suffix == ".tmp":
+            full_disk()
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(CheckpointError, match="No space left"):
+        manager.save(1, weights(5), {"step": 5})
+    assert load_state(tmp_path / "step-000001") == {"step": 1}
+    verify(tmp_path / "step-000001")
+
+
+def test_errors_of_ours_keep_their_type(tmp_path: Path) -> None:
+    def broken(folder: Path) -> None:
+        raise ZeroDivisionError("bug")
+
+    with pytest.raises(ZeroDivisionError):
+        saved(tmp_path, 1).save(2, broken, {})
+    assert names(tmp_path) == ["step-000001"]
+
+
+def test_leftovers_of_a_crash_are_cleaned(tmp_path: Path) -> None:
+    saved(tmp_path, 1, 2)
+    shutil.copytree(tmp_path / "step-000002", tmp_path / "step-000003.tmp")
+    shutil.copytree(tmp_path / "step-000002", tmp_path / "step-000002.old")
+    os.rename(tmp_path / "step-000001", tmp_path / "step-000001.old")  # a crash between the two renames
+    manager = CheckpointManager(tmp_path)
+    assert names(tmp_path) == ["step-000001", "step-000002"]
+    verify(tmp_path / "step-000001")
+    assert manager.latest() == tmp_path / "step-000002"
+
+
+def test_which_checkpoint_a_run_goes_on_from(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    assert CheckpointManager(root).resume_from("never") is None
+    assert CheckpointManager(root).resume_from("auto") is None
+    manager = saved(root, 1, 2)
+    assert manager.resume_from("auto") == root / "step-000002"
+    assert manager.resume_from(str(root / "step-000002")) == root / "step-000002"
+    with pytest.raises(CheckpointError, match=r"step-000002 belongs to an earlier run that resume=never"):
+        manager.resume_from("never")
+    with pytest.raises(CheckpointError, match="step-000002 belongs to an earlier run"):
+        manager.resume_from(str(root / "step-000001"))
+    assert CheckpointManager(tmp_path / "other").resume_from(str(root / "step-000001")) == root / "step-000001"
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        manager.resume_from(str(root / "step-000009"))
+    truncate(root / "step-000002")
+    with pytest.raises(CheckpointError, match="5 bytes instead of 1000"):
+        manager.resume_from(str(root / "step-000002"))
+
+
+KILLER = """
+import os, signal, sys, time
+from pathlib import Path
+from rlcore_recipes.checkpoint import CheckpointManager
+
+def write(folder):
+    for part in range(20):
+        (folder / f"{part}.bin").write_bytes(bytes([step % 256]) * 100_000)
+
+for attempt in range(12):
+    root = Path(sys.argv[1]) / str(attempt)
+    child = os.fork()
+    if child == 0:
+        manager = CheckpointManager(root, keep=1)
+        for step in range(1, 1_000_000):
+            manager.save(step, write, {"step": step})
+    while not any(root.glob("step-??????")):
+        time.sleep(0.002)
+    time.sleep(0.0137 * attempt)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+"""
+
+
+def test_a_process_killed_at_any_time_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", KILLER, str(tmp_path)], check=True, timeout=120)
+    unfinished = 0
+    for root in tmp_path.iterdir():
+        unfinished += any(root.glob("*.tmp"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            path = CheckpointManager(root).latest()
+        assert path is not None
+        step = load_state(path)["step"]
+        assert (path / "19.bin").read_bytes() == bytes([step % 256]) * 100_000
+        assert not list(root.glob("*.tmp"))
+    assert unfinished > 0  # some were killed in the middle of writing
+
+
+RANKS = """
+import os, sys
+from pathlib import Path
+import torch.distributed as dist
+from rlcore.controller import LocalExecutor
+from rlcore.errors import CheckpointError
+from rlcore_recipes.checkpoint import CheckpointManager, verify
+
+rank, root = int(sys.argv[1]), Path(sys.argv[3])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+manager = CheckpointManager(root, ranks=LocalExecutor(timeout_s=60))
+manager.save(1, lambda folder: (folder / f"rank-{rank}").write_text("x"), {})
+path = manager.latest()
+assert path == root / "step-000001", path
+verify(path)
+assert {"rank-0", "rank-1"} <= {file.name for file in path.iterdir()}
+
+def fail_on_one(folder):
+    if rank == 1:
+        raise OSError(28, "No space left on device")
+
+try:
+    manager.save(2, fail_on_one, {})
+except CheckpointError as error:
+    print(error)
+else:
+    raise AssertionError("rank 1's failure was not noticed")
+assert manager.latest() == path
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_all_ranks_take_part_and_hear_of_a_failure(tmp_path: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    arguments = [str(tmp_path / "store"), str(tmp_path / "root")]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANKS, str(rank), *arguments],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    except subprocess.TimeoutExpired:
+        hanging = [rank for rank, process in enumerate(processes) if process.poll() is None]
+        pytest.fail(f"rank {hanging} did not end")
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    assert "step-000002: rank 1 failed: OSError: [Errno 28]" in outputs[0]
+    assert "No space left" in outputs[1]
+    assert names(tmp_path / "root") == ["step-000001"]

@@ -1,0 +1,256 @@
+"""Trackers write what they are given, and never end a run."""
+
+import io
+import json
+import math
+import struct
+import sys
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from rlcore import plugins
+from rlcore.errors import PluginError
+from rlcore.tracking import RunInfo, Tracker
+from rlcore_recipes.trackers import Trackers, open_trackers
+from rlcore_recipes.trackers.console import ConsoleTracker
+from rlcore_recipes.trackers.settings import ConsoleSettings, JsonlSettings, TensorboardSettings, WandbSettings
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunInfo:
+    return RunInfo(
+        tmp_path, project="p", name="n", run_id="abc123", total_steps=10, config={"lr": 0.1, "nested": {"a": 1}}
+    )
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
+
+
+# --- jsonl ----------------------------------------------------------------------------------------------------------
+
+
+def jsonl(run: RunInfo) -> Tracker:
+    return plugins.get("rlcore.trackers", "jsonl").build(JsonlSettings(), run)
+
+
+def test_jsonl_writes_metrics_and_tables(run: RunInfo) -> None:
+    tracker = jsonl(run)
+    tracker.log({"loss": 0.5, "bad": math.nan, "worse": math.inf}, 1)
+    tracker.log_table("val/generations", ["prompt", "score"], [["a\nü", 1.0], ["b", 0.0]], 1)
+    [line] = lines(run.out_dir / "metrics.jsonl")
+    assert {name: line[name] for name in line if name != "time"} == {"step": 1, "loss": 0.5, "bad": None, "worse": None}
+    assert lines(run.out_dir / "tables" / "val-generations.jsonl") == [
+        {"step": 1, "prompt": "a\nü", "score": 1.0},
+        {"step": 1, "prompt": "b", "score": 0.0},
+    ]
+
+
+def test_jsonl_of_a_resumed_run_has_every_step_once(run: RunInfo) -> None:
+    tracker = jsonl(run)
+    for step in range(5):
+        tracker.log({"loss": step}, step)
+        tracker.log_table("t", ["x"], [[step]], step)
+    with (run.out_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # cut off by a crash
+    tracker = jsonl(replace(run, start_step=2))
+    tracker.log({"loss": 30}, 3)
+    assert [(line["step"], line["loss"]) for line in lines(run.out_dir / "metrics.jsonl")] == [
+        (0, 0),
+        (1, 1),
+        (2, 2),
+        (3, 30),
+    ]
+    assert [line["step"] for line in lines(run.out_dir / "tables" / "t.jsonl")] == [0, 1, 2]
+    jsonl(run)
+    assert lines(run.out_dir / "metrics.jsonl") == []
+
+
+# --- console --------------------------------------------------------------------------------------------------------
+
+
+def console(run: RunInfo, terminal: bool) -> tuple[ConsoleTracker, io.StringIO]:
+    out = io.StringIO()
+    screen = Console(file=out, force_terminal=terminal, width=100)
+    return ConsoleTracker(ConsoleSettings().columns, run, screen), out
+
+
+def test_console_without_a_terminal_prints_plain_lines(run: RunInfo) -> None:
+    tracker, out = console(run, terminal=False)
+    tracker.log({"val-core/gsm8k/acc/mean@1": 0.125}, 0)
+    tracker.log({"critic/score/mean": 0.25, "actor/grad_norm": 1234.5678, "other": 1.0}, 1)
+    tracker.log({"critic/score/mean": 0.5, "actor/grad_norm": 1e-7}, 2)
+    tracker.log({"critic/score/mean": math.nan, "train/loss": 2.0}, 3)
+    tracker.close()
+    rows = [line.split() for line in out.getvalue().splitlines()]
+    assert rows[0] == ["step", "0", "val-core/gsm8k/acc/mean@1", "=", "0.125"]
+    assert rows[1] == ["step", "score", "grad", "eta"]
+    assert rows[2] == ["1/10", "0.25", "1234.6", "0:00:00"]
+    assert rows[3][:3] == ["2/10", "0.5", "1e-07"]
+    assert rows[4] == ["step", "loss", "score", "grad", "eta"]  # a new column: a new heading
+    assert rows[5][:3] == ["3/10", "2", "nan"]
+    assert "\x1b" not in out.getvalue()
+
+
+def test_console_on_a_terminal_shows_progress(run: RunInfo) -> None:
+    tracker, out = console(replace(run, start_step=4), terminal=True)
+    tracker.log({"critic/score/mean": 0.5}, 5)
+    tracker.close()
+    tracker.close()
+    assert "5/10" in out.getvalue()
+    assert "eta" in out.getvalue()
+
+
+def test_console_repeats_its_heading(run: RunInfo) -> None:
+    tracker, out = console(run, terminal=False)
+    for step in range(1, 31):
+        tracker.log({"train/loss": 1.0}, step)
+    assert out.getvalue().count("loss") == 2
+
+
+# --- wandb, tensorboard -----------------------------------------------------------------------------------------------
+
+
+def wandb_records(folder: Path) -> list:
+    """All records of the runs below ``folder``: protobuf messages in LevelDB's log format after 7 bytes of header."""
+    from wandb.proto import wandb_internal_pb2
+
+    block = 32768
+    records = []
+    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+        data, at, message = path.read_bytes(), 7, b""
+        assert data.startswith(b":W&B")
+        while at + 7 <= len(data):
+            if block - at % block < 7:  # too little room for a header is padded
+                at += block - at % block
+                continue
+            _, length, kind = struct.unpack_from("<IHB", data, at)
+            message += data[at + 7 : at + 7 + length]
+            at += 7 + length
+            if kind in (1, 4):  # a whole record, or the last part of one
+                record = wandb_internal_pb2.Record()
+                record.ParseFromString(message)
+                records.append(record)
+                message = b""
+    return records
+
+
+def wandb_history(records: list) -> list[dict]:
+    found = []
+    for record in records:
+        if record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            found.append({(item.key or ".".join(item.nested_key)): json.loads(item.value_json) for item in items})
+    return found
+
+
+@pytest.mark.slow
+def test_wandb_offline(run: RunInfo, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="the extra 'wandb' is not installed")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for start in (0, 2):  # the second is the first one, resumed
+        tracker = plugins.get("rlcore.trackers", "wandb").build(
+            WandbSettings(mode="offline", tags=["t"]), replace(run, start_step=start)
+        )
+        tracker.log({"actor/lr": 0.5}, start + 1)
+        tracker.log({"actor/lr": 0.25}, start + 2)
+        tracker.log_table("val/generations", ["prompt"], [["hello"]], start + 2)
+        tracker.close()
+    records = wandb_records(run.out_dir)
+    runs = [record.run for record in records if record.WhichOneof("record_type") == "run"]
+    assert {(item.run_id, item.project, item.display_name) for item in runs} == {("abc123", "p", "n")}
+    assert {item.key: json.loads(item.value_json) for item in runs[0].config.update}["nested"] == {"a": 1}
+    history = wandb_history(records)
+    assert [(row["global_step"], row["actor/lr"]) for row in history if "actor/lr" in row] == [
+        (1, 0.5),
+        (2, 0.25),
+        (3, 0.5),
+        (4, 0.25),
+    ]
+    tables = list(run.out_dir.glob("wandb/offline-run-*/files/media/table/val/*.json"))
+    assert [json.loads(path.read_text()) for path in sorted(tables)] == [
+        {"columns": ["step", "prompt"], "data": [[2, "hello"]]},
+        {"columns": ["step", "prompt"], "data": [[4, "hello"]]},
+    ]
+
+
+def test_tensorboard(run: RunInfo) -> None:
+    pytest.importorskip("tensorboard", reason="the extra 'tensorboard' is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for start in (0, 1):
+        tracker = plugins.get("rlcore.trackers", "tensorboard").build(
+            TensorboardSettings(), replace(run, start_step=start)
+        )
+        for step in range(start + 1, start + 3):
+            tracker.log({"loss": 10 * start + step}, step)
+        tracker.log_table("val", ["a", "b"], [["x|y", "1\n2"]], start + 2)
+        tracker.close()
+    events = EventAccumulator(str(run.out_dir / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 12.0), (3, 13.0)]
+    text = events.Tensors("val/text_summary")[-1].tensor_proto.string_val[0].decode()
+    assert text == "| a | b |\n| --- | --- |\n| x\\|y | 1<br>2 |"
+    assert '"lr": 0.1' in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "options"),
+    [("wandb", "wandb", WandbSettings()), ("tensorboard", "torch.utils.tensorboard", TensorboardSettings())],
+)
+def test_missing_package_names_what_to_install(
+    run: RunInfo, monkeypatch: pytest.MonkeyPatch, name: str, module: str, options: WandbSettings
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(PluginError, match=rf"pip install 'rlcore-recipes\[{name}\]'"):
+        open_trackers({name: options}, run)
+
+
+# --- fan-out --------------------------------------------------------------------------------------------------------
+
+
+class Broken(Tracker):
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        raise ConnectionError("service is down")
+
+    def close(self) -> None:
+        raise RuntimeError("still down")
+
+
+class Kept(Tracker):
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self.steps.append(step)
+
+
+def test_a_failing_tracker_is_warned_about_once() -> None:
+    kept = Kept()
+    trackers = Trackers({"broken": Broken(), "kept": kept})
+    with pytest.warns(UserWarning, match="tracker broken failed and may miss data: ConnectionError: service is down"):
+        trackers.log({}, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trackers.log({}, 2)
+        trackers.log_table("t", [], [], 2)
+        trackers.close()
+    assert kept.steps == [1, 2]
+
+
+def test_a_tracker_that_cannot_start_is_a_warning_and_jsonl_always_writes(
+    run: RunInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: ConsoleTracker, *arguments: object) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(ConsoleTracker, "__init__", refuse)
+    with pytest.warns(UserWarning, match="tracker console could not be started: ConnectionError: no network"):
+        trackers = open_trackers({"console": ConsoleSettings()}, run)
+    trackers.log({"a": 1.0}, 1)
+    assert len(lines(run.out_dir / "metrics.jsonl")) == 1

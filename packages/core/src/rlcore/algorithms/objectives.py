@@ -205,6 +205,6 @@ class _Terms:
 
     def record(self, name: str, share: torch.Tensor, metrics: Metrics) -> None:
         """Record so that the token-weighted mean over a mini-batch's micro-batches is the sum of their shares, and
-        over several mini-batches the mean of theirs."""
+        over several mini-batches the token-weighted mean of theirs."""
         tokens = self.mask.sum(dtype=torch.float64)
         metrics.mean(name, share.detach() * self.denominators["tokens"] / tokens.clamp(min=1), tokens)

@@ -122,7 +122,7 @@ def mismatch_summary(batch: Batch) -> Metrics:
     low, high = ratio.quantile(ratio.new_tensor([0.001, 0.999])).tolist()
     metrics.mean("rollout_ratio_p001", low)
     metrics.mean("rollout_ratio_p999", high)
-    x, y = (column.double().exp() - column.double().exp().mean() for column in (rollout, old))
+    x, y = (p - p.mean() for p in (rollout.double().exp(), old.double().exp()))
     scale = float((x.square().sum() * y.square().sum()).sqrt())
     metrics.mean("rollout_pearson", float((x * y).sum()) / scale if scale else 0.0)
     return metrics

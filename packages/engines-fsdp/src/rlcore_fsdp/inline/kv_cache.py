@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 BLOCK = 64
@@ -60,8 +61,8 @@ class KVCache:
         self.shapes = shapes
         self.budget = budget
         self.width = BLOCK
-        self._keys = [torch.empty(budget * s.heads * s.key_dim, dtype=s.dtype, device=device) for s in shapes]
-        self._values = [torch.empty(budget * s.heads * s.value_dim, dtype=s.dtype, device=device) for s in shapes]
+        self._keys = [_zeros(budget * s.heads * s.key_dim, s.dtype, device) for s in shapes]
+        self._values = [_zeros(budget * s.heads * s.value_dim, s.dtype, device) for s in shapes]
 
     @property
     def rows(self) -> int:
@@ -109,6 +110,16 @@ class KVCache:
                 kept = _grid(storage, rows, shape.heads, old, dim)[:, :, :length].clone()
                 _grid(storage, rows, shape.heads, width, dim)[:, :, :length] = kept
         self.width = width
+
+
+def _zeros(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """``[count]`` zeros: masked positions enter attention as 0 · value, so they must not hold NaN.
+
+    On the CPU memory is taken from the system only where it is written.
+    """
+    if device.type == "cpu":
+        return torch.from_numpy(np.zeros(count * dtype.itemsize, dtype=np.uint8)).view(dtype)
+    return torch.zeros(count, dtype=dtype, device=device)
 
 
 def _grid(storage: torch.Tensor, rows: int, heads: int, width: int, dim: int) -> torch.Tensor:

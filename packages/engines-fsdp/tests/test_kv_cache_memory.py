@@ -1,6 +1,7 @@
 """What stands in the KV cache before anything was written."""
 
 import torch
+
 from rlcore_fsdp.inline.kv_cache import KVCache, LayerShape
 
 

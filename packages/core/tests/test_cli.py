@@ -67,15 +67,8 @@ def rlcore_command(*arguments: str) -> Result:
 
 def process(site, *arguments: str) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(site)}
-    code = "from rlcore.cli import main; main()"
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *arguments],
-        env=environment,
-        stdout=-1,
-        stderr=-1,
-        text=True,
-        start_new_session=True,
-    )
+    command = [sys.executable, "-m", "rlcore", *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_version():
@@ -136,11 +129,21 @@ def test_errors_in_the_input_are_one_message_on_standard_error(arguments, messag
     assert "Traceback" not in result.stderr
 
 
-def test_debug_shows_the_traceback(capfd):
+def test_debug_shows_the_traceback():
     result = rlcore_command("--debug", "run", "attempt", "outcome=data")
     assert result.exit_code == 1
     assert "Traceback" in result.stderr
     assert "DataError: train.parquet" in result.stderr
+
+
+def test_debug_by_environment(monkeypatch):
+    monkeypatch.setenv("RLCORE_DEBUG", "1")
+    assert "Traceback" in rlcore_command("run", "attempt", "outcome=data").stderr
+
+
+def test_messages_are_printed_as_they_are():
+    result = rlcore_command("run", "attempt", "--config", "[bold]:smile:.yaml")
+    assert result.stderr == "error: [bold]:smile:.yaml: no such configuration file\n"
 
 
 def test_other_exceptions_are_bugs_and_keep_their_traceback():
@@ -231,9 +234,8 @@ def test_completion_scripts(shell):
 def test_completion_offers_commands_and_recipes(site):
     def complete(words: str, index: int) -> str:
         environment = {"PYTHONPATH": str(site), "COMP_WORDS": words, "COMP_CWORD": str(index)}
-        code = "from rlcore.cli import main; main()"
         return subprocess.run(
-            [sys.executable, "-c", code],
+            [sys.executable, "-m", "rlcore"],
             env={**os.environ, **environment, "_RLCORE_COMPLETE": "bash_complete"},
             capture_output=True,
             text=True,

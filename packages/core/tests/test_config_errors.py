@@ -182,6 +182,24 @@ def test_combinations_are_reported_together():
     ]
 
 
+def test_values_of_any_kind_can_be_reported():
+    with pytest.raises(ConfigError, match=r"batch: must be a valid integer, not <object object at .*>") as raised:
+        validate_config(Run, {"model": {"path": "m"}, "batch": object(), "mini": {1: Path("x")}})
+    assert "mini: must be a valid integer, not {1: x}" in str(raised.value).replace("'1'", "1")
+
+
+def test_several_combinations_of_one_key():
+    class Strict(Config):
+        size: int = 1
+
+        def problems(self):
+            yield "size", "is too small"
+            yield "size", "is odd"
+
+    with pytest.raises(ConfigError, match=r"\n  size: is too small; is odd$"):
+        validate_config(Strict, {})
+
+
 def test_validators_of_pydantic_keep_their_message():
     class Checked(Config):
         inner: Optim = Optim()

@@ -7,5 +7,6 @@ from rich.console import Console
 
 _PIPED_WIDTH = 120  # columns of tables in a pipe or file, which have no width of their own
 
-out = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPED_WIDTH)
-err = Console(highlight=False, stderr=True)
+_width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPED_WIDTH
+out = Console(highlight=False, emoji=False, width=_width)
+err = Console(highlight=False, emoji=False, stderr=True)

@@ -65,7 +65,7 @@ class CommandTree(click.Group):
                 traceback.print_exception(error)
             else:
                 err.print("[bold red]error:[/] ", end="")
-                err.print(error, markup=False, soft_wrap=True)
+                err.print(str(error), markup=False, soft_wrap=True)
             ctx.exit(1)
         except KeyboardInterrupt:
             ctx.exit(130)
@@ -76,7 +76,13 @@ class CommandTree(click.Group):
 
 @click.group(cls=CommandTree, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(rlcore.__version__, prog_name="rlcore", message="%(prog)s %(version)s")
-@click.option("--debug", is_flag=True, help="Show the traceback of errors in the input too.")
+@click.option(
+    "--debug",
+    is_flag=True,
+    envvar="RLCORE_DEBUG",
+    show_envvar=True,
+    help="Show the traceback of errors in the input too.",
+)
 @click.pass_context
 def cli(ctx: click.Context, debug: bool) -> None:
     """Reinforcement-learning post-training of large language models.

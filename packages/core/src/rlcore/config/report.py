@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import to_jsonable_python
 
 from rlcore.config.yaml_format import KeyPath, inline
 
@@ -29,14 +30,10 @@ def problem_lines(error: ValidationError, data: Any, place: Callable[[KeyPath], 
         values[path] = value
     lines = []
     for path, messages in problems.items():
-        where = place(path)
-        key = ".".join(map(str, path))
-        lines.append(
-            f"{key}: " * bool(key)
-            + " or ".join(messages)
-            + values[path]
-            + (f"  ({where})" if where is not None else "")
-        )
+        key = f"{'.'.join(map(str, path))}: " if path else ""
+        alternatives = all(message.startswith("must ") for message in messages)  # the branches of a union
+        where = f"  ({place(path)})" if place(path) is not None else ""
+        lines.append(key + (" or " if alternatives else "; ").join(messages) + values[path] + where)
     return lines
 
 
@@ -63,9 +60,7 @@ def _message(detail: Any) -> tuple[str, str]:
 
 
 def _given(value: Any) -> str:
-    if not isinstance(value, (str, int, float, bool, list, tuple, dict, type(None))):
-        return f", not {type(value).__name__}"
-    text = inline(list(value) if isinstance(value, tuple) else value)
+    text = inline(to_jsonable_python(value, fallback=repr))
     return f", not {text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + '…'}"
 
 

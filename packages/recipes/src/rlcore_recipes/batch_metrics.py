@@ -22,6 +22,7 @@ def batch_metrics(batch: Batch) -> dict[str, float]:
     reasons = batch["finish_reason"]
     found["response_length/clip_ratio"] = reasons.count("length") / max(len(reasons), 1)
     found["response/aborted_ratio"] = reasons.count("abort") / max(len(reasons), 1)
+    found["perf/total_num_tokens"] = float(batch.total_tokens)
     return found | reward_metrics(batch)
 
 

@@ -42,7 +42,7 @@ class Run:
     """What the loop needs to know of a recipe.
 
     Attributes:
-        step: makes the step of that number (from 1) and returns its metrics.
+        step: makes the step of that number (from 1) and returns its metrics, ``perf/total_num_tokens`` among them.
         validate: None where nothing is validated.
         engines: what they hold is in every checkpoint, under their names. "actor" is exported at the end.
         parts: further state by name, restored with the engines'.
@@ -107,8 +107,7 @@ def timed_step(run: Run, number: int) -> dict[str, float]:
         metrics = run.step(number)
     seconds = run.timed.seconds("step")
     metrics |= {"training/global_step": number, "perf/time_per_step": seconds, **memory()}
-    if "perf/total_num_tokens" in metrics:
-        metrics["perf/throughput"] = metrics["perf/total_num_tokens"] / seconds / run.engines["actor"].dp_size
+    metrics["perf/throughput"] = metrics["perf/total_num_tokens"] / seconds / run.engines["actor"].dp_size
     return metrics
 
 

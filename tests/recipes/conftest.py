@@ -1,0 +1,107 @@
+"""A task that a tiny model learns in seconds, and ways to run recipes on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from rlcore.cli.main import cli
+from rlcore.testing.tiny_model import tiny_model
+
+REWARD = """
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    '''The share of lower-case letters among eight characters.'''
+    return sum(c.isascii() and c.islower() for c in solution_str) / 8
+"""
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+Changes = Mapping[str, Any]
+
+
+class Task:
+    """Files of the task, and recipes run on it.
+
+    Attributes:
+        keys: overrides that every recipe but sft needs.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.model = tiny_model(folder / "model")
+        self.train = self.write("train.jsonl", 48)
+        self.val = self.write("test.jsonl", 6)
+        self.reward = folder / "reward.py"
+        self.reward.write_text(REWARD)
+        self.keys = {
+            "model.path": self.model,
+            "data.train_files": self.train,
+            "data.val_files": self.val,
+            "data.train_batch_size": 8,
+            "data.max_prompt_length": 32,
+            "data.max_response_length": 8,
+            "rollout.n": 4,
+            "reward.path": f"{self.reward}:compute_score",
+            "reward.workers": 1,
+            "trainer.trackers": "[jsonl]",
+            "trainer.total_steps": 3,
+        }
+
+    def write(self, name: str, rows: int, **columns: Any) -> Path:
+        path = self.folder / name
+        row = {"ground_truth": "x", "data_source": "letters", "response": "abcd", **columns}
+        prompts = [[{"role": "user", "content": f"say {number}"}] for number in range(rows)]
+        path.write_text("".join(json.dumps({"prompt": prompt, **row}) + "\n" for prompt in prompts))
+        return path
+
+    def arguments(self, recipe: str, out_dir: Path, changes: Changes) -> list[str]:
+        """Command line of a run: ``keys`` under ``changes``, of which None leaves a key out."""
+        keys = {**self.keys, "trainer.out_dir": out_dir, **changes}
+        return ["run", recipe, *(f"{key}={value}" for key, value in keys.items() if value is not None)]
+
+    def run(self, recipe: str, out_dir: Path, changes: Changes = {}) -> Result:  # noqa: B006 (it is only read)
+        """In this process."""
+        return CliRunner().invoke(cli, self.arguments(recipe, out_dir, changes), catch_exceptions=False)
+
+    def start(
+        self,
+        recipe: str,
+        out_dir: Path,
+        changes: Changes = {},
+        processes: int = 1,  # noqa: B006 (it is only read)
+    ) -> subprocess.Popen[str]:
+        """In processes of its own."""
+        launcher = [sys.executable, "-m"]
+        if processes > 1:
+            launcher += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+        arguments = self.arguments(recipe, out_dir, changes)[2:]
+        return subprocess.Popen(
+            [*launcher, f"rlcore_recipes.{recipe}", *arguments],
+            env={**os.environ, **ENVIRONMENT},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+
+@pytest.fixture(scope="session")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+    return Task(tmp_path_factory.mktemp("task"))
+
+
+@pytest.fixture(scope="session")
+def metrics_of() -> Callable[[Path], list[dict[str, float]]]:
+    """Lines of a run's ``metrics.jsonl``."""
+
+    def read(out_dir: Path) -> list[dict[str, float]]:
+        return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+
+    return read

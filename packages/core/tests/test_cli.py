@@ -38,7 +38,13 @@ def run(config):
         time.sleep(60)
     print(f"ran with {config.optim.lr}")
 
-attempt = Plugin(interface=1, config="acme_recipe:Settings", factory="acme_recipe:run", summary="Try something.")
+attempt = Plugin(
+    interface=1,
+    config="acme_recipe:Settings",
+    factory="acme_recipe:run",
+    summary="Try something.",
+    configs="acme_configs",
+)
 """
 COMMAND = """
 import click
@@ -58,7 +64,11 @@ def site(distribution):
         "rlcore.commands": {"polish": "acme_command:polish", "dull": "acme_gone:x"},
         "rlcore.train_engines": {"acme": "acme_gone:x"},
     }
-    return distribution("acme-things", points, {"acme_recipe": RECIPE, "acme_command": COMMAND})
+    site = distribution("acme-things", points, {"acme_recipe": RECIPE, "acme_command": COMMAND})
+    (site / "acme_configs").mkdir()
+    (site / "acme_configs" / "base.yaml").write_text("optim: {lr: 0.125}\n")
+    (site / "acme_configs" / "big.yaml").write_text("defaults: base.yaml\n")
+    return site
 
 
 def rlcore_command(*arguments: str) -> Result:
@@ -108,9 +118,20 @@ def test_run_with_file_and_overrides(tmp_path):
     assert rlcore_command("run", "attempt", "optim.lr=2", "-c", str(tmp_path / "run.yaml")).output == "ran with 2.0\n"
 
 
+def test_run_with_a_ready_made_configuration():
+    assert rlcore_command("run", "attempt", "--config", "big").output == "ran with 0.125\n"
+    assert (
+        "Ready-made configurations:\n  --config base\n  --config big\n" in rlcore_command("run", "attempt", "-h").output
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (
+            ["run", "attempt", "-c", "bgi"],
+            "bgi: neither a file nor a ready-made configuration of this recipe (base, big)",
+        ),
         (["run", "attempt", "outcome=data"], "error: train.parquet: no column 'prompt'\n"),
         (["run", "attempt", "optim.lrr=2"], "optim.lrr: unknown key; did you mean lr?"),
         (["run", "attempt", "-c", "gone.yaml"], "error: gone.yaml: no such configuration file\n"),

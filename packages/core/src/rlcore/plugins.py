@@ -13,6 +13,8 @@ from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlcore.errors import PluginError
@@ -54,12 +56,14 @@ class Plugin:
         config: ``module:attribute`` of its `Config` subclass (importable without the backend).
         factory: ``module:attribute`` of the callable that builds it; what it takes and returns is the group's contract.
         summary: one line for listings.
+        configs: package whose ``*.yaml`` files are ready-made configurations (recipes), or "".
     """
 
     interface: int
     config: str
     factory: str
     summary: str = ""
+    configs: str = ""
 
     def config_class(self) -> type[Config]:
         """Import the configuration model.
@@ -77,6 +81,13 @@ class Plugin:
         """
         factory: Callable[..., Any] = _import(self.factory, "factory")
         return factory(*args, **kwargs)
+
+    def ready_made(self) -> dict[str, Path]:
+        """Ready-made configurations by name."""
+        if not self.configs:
+            return {}
+        found = {path.name.removesuffix(".yaml"): Path(str(path)) for path in files(self.configs).iterdir()}
+        return {name: path for name, path in sorted(found.items()) if path.suffix == ".yaml"}
 
 
 @dataclass(frozen=True)

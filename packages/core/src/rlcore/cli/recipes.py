@@ -8,7 +8,9 @@ import click
 from click.shell_completion import CompletionItem
 
 from rlcore import plugins
-from rlcore.errors import PluginError
+from rlcore.config import Config, load_config
+from rlcore.errors import ConfigError, PluginError
+from rlcore.plugins import Plugin
 
 GROUP = "rlcore.recipes"
 
@@ -19,14 +21,30 @@ def recipe_parameter() -> click.Parameter:
 
 
 def configuration_parameters() -> list[click.Parameter]:
-    """``path`` (Path | None) and ``overrides`` (tuple of "a.b=value")."""
-    path = click.Option(
-        ["-c", "--config", "path"],
-        type=click.Path(path_type=Path),
+    """``file`` (str | None) and ``overrides`` (tuple of "a.b=value"), for `load`."""
+    file = click.Option(
+        ["-c", "--config", "file"],
+        type=click.Path(),
         metavar="FILE",
-        help="YAML file; defaults hold for what it does not set.",
+        help="YAML file, or the name of a ready-made configuration; defaults hold for what it does not set.",
     )
-    return [path, click.Argument(["overrides"], nargs=-1, metavar="[KEY=VALUE]...")]
+    return [file, click.Argument(["overrides"], nargs=-1, metavar="[KEY=VALUE]...")]
+
+
+def load(plugin: Plugin, file: str | None, overrides: tuple[str, ...]) -> Config:
+    """The configuration that `configuration_parameters` describe.
+
+    Raises:
+        ConfigError: there is no such file, or the configuration is not valid.
+    """
+    path = None if file is None else Path(file)
+    if path is not None and len(path.parts) == 1 and not path.suffix and not path.exists():
+        ready_made = plugin.ready_made()
+        if path.name not in ready_made:
+            names = ", ".join(ready_made) or "none"
+            raise ConfigError(f"{file}: neither a file nor a ready-made configuration of this recipe ({names})")
+        path = ready_made[path.name]
+    return load_config(plugin.config_class(), path, overrides)
 
 
 def summary(name: str) -> str:

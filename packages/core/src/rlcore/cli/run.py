@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from rlcore import plugins
 from rlcore.cli import recipes
 from rlcore.cli.console import out
 from rlcore.cli.key_table import print_keys
-from rlcore.config import load_config
 
 
 class _Recipe(click.Command):
@@ -25,14 +22,17 @@ class _Recipe(click.Command):
             help=f"{self._plugin.summary}\n\nValues are YAML: a.b=1e-6, a.b=[1, 2], a.b=null.",
         )
 
-    def _run(self, path: Path | None, overrides: tuple[str, ...]) -> None:
-        self._plugin.build(load_config(self._plugin.config_class(), path, overrides))
+    def _run(self, file: str | None, overrides: tuple[str, ...]) -> None:
+        self._plugin.build(recipes.load(self._plugin, file, overrides))
 
     def get_help(self, ctx: click.Context) -> str:
         with out.capture() as keys:
             print_keys(out, self._plugin.config_class())
         lines = [line.rstrip() for line in keys.get().splitlines()]
-        return "\n".join([super().get_help(ctx), "", "Keys, with default, type and meaning:", *lines])
+        ready_made = [f"  --config {name}" for name in self._plugin.ready_made()]
+        if ready_made:
+            ready_made = ["", "Ready-made configurations:", *ready_made]
+        return "\n".join([super().get_help(ctx), *ready_made, "", "Keys, with default, type and meaning:", *lines])
 
 
 class _Recipes(click.Group):

@@ -57,11 +57,11 @@ def load(options: Mapping[str, Any]) -> Callable[[RewardSample], Any]:
 
 def _from_file(file: Path) -> ModuleType:
     sys.path.insert(0, str(file.parent))  # its neighbours can be imported, as in a script
-    spec = spec_from_file_location(file.stem, file)
+    spec = spec_from_file_location(f"reward_function_{file.stem}", file)
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
-    sys.modules[file.stem] = module
+    sys.modules[spec.name] = module  # where dataclasses and the like look for their own module
     spec.loader.exec_module(module)
     return module
 

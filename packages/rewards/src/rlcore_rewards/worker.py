@@ -70,8 +70,9 @@ def _load(setup: dict[str, Any]) -> tuple[Callable[[Any], Any] | None, bytes]:
         return None, encode_failure(failure.kind, str(failure))
     except BaseException as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        message = f"importing it fails with {type(error).__name__}: {error} ({where.filename}, line {where.lineno})"
-        return None, encode_failure("startup", message[-MAX_MESSAGE:])
+        text = str(error).partition("\n")[0][:MAX_MESSAGE]
+        message = f"importing it fails with {type(error).__name__}: {text} ({where.filename}, line {where.lineno})"
+        return None, encode_failure("startup", message)
 
 
 def _attempt(score: Callable[[Any], Any], request: bytes) -> bytes:
@@ -81,14 +82,17 @@ def _attempt(score: Callable[[Any], Any], request: bytes) -> bytes:
         return encode_failure(failure.kind, str(failure))
     except MemoryError:
         return encode_failure("memory", "the function asked for more memory than memory_mb allows")
-    except SystemExit:
-        return encode_failure("exit", _traceback())
-    except BaseException:
-        return encode_failure("exception", _traceback())
+    except SystemExit as error:
+        return encode_failure("exit", _traceback(error))
+    except BaseException as error:
+        return encode_failure("exception", _traceback(error))
 
 
-def _traceback() -> str:
-    return traceback.format_exc()[-MAX_MESSAGE:].strip()
+def _traceback(error: BaseException) -> str:
+    try:
+        return "".join(traceback.format_exception(error))[-MAX_MESSAGE:].strip()
+    except BaseException as another:  # its text is the function's too, and may be huge or raise
+        return f"{type(error).__name__}, whose text cannot be made: {type(another).__name__}"
 
 
 if __name__ == "__main__":

@@ -167,7 +167,12 @@ class WorkerProcess:
             return outgoing[:0]
 
     def _death(self, last_words: bytes) -> WorkerFailure:
-        code = self._process.wait()
+        with contextlib.suppress(BlockingIOError):
+            last_words = (last_words + os.read(self._output, 65536))[-LAST_WORDS:]
+        try:
+            code = self._process.wait(1)
+        except subprocess.TimeoutExpired:
+            return WorkerFailure("died", "the worker closed its pipe")
         if code == guard.MEMORY:
             return WorkerFailure("memory", f"the worker held more than memory_mb={self._settings.memory_mb}")
         if code == guard.PROCESSES:

@@ -40,13 +40,13 @@ class RewardConformance(ABC):
 
     @abstractmethod
     def make(self) -> Reward:
-        """A fresh reward."""
+        """A new reward; the tests share one, save that which closes it."""
 
     @abstractmethod
     def cases(self) -> Sequence[tuple[RewardSample, float]]:
         """Samples and their scores; at least two different scores among them."""
 
-    @pytest.fixture
+    @pytest.fixture(scope="class")
     def reward(self) -> Iterator[Reward]:
         reward = self.make()
         yield reward

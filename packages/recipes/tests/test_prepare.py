@@ -207,28 +207,35 @@ def test_arithmetic_command_and_its_errors(tmp_path: Path) -> None:
     assert "level: must be 'easy', 'medium' or 'hard'" in str(wrong)
 
 
-def test_own_data_set_from_a_file(tmp_path: Path) -> None:
-    (tmp_path / "riddles.py").write_text(
-        '''
-from __future__ import annotations
-from pydantic import Field
-from rlcore.config import Config
-from rlcore_recipes.data.prepare import Splits, prompt_row
-
-class Options(Config):
-    count: int = Field(description="How many.")
-
-def riddles(options: Options) -> Splits:
-    """Riddles."""
-    return {"train": [prompt_row(f"r{i}", str(i), "riddles", level=i) for i in range(options.count)]}
-'''
-    )
+def test_own_data_set_as_the_documentation_has_it(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "data.md").read_text()
+    code = re.search(r"```python\n(# riddles.py.*?)```", page, re.DOTALL)[1]  # type: ignore[index]
+    (tmp_path / "riddles.py").write_text(f"from __future__ import annotations\n{code}")
+    write_lines(tmp_path / "in" / "train.jsonl", [{"text": f"r{i}", "answer": str(i), "level": i} for i in range(3)])
     name = f"{tmp_path / 'riddles.py'}:riddles"
-    result = run(name, "--count", 3, "--out", tmp_path / "out")
+    result = run(name, "--source", tmp_path / "in", "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert rows(tmp_path / "out" / "train.parquet")[2]["extra_info"] == {"level": 2}
-    assert "Missing option '--count'" in run(name, "--out", tmp_path).output
-    assert "has no function 'none'" in str(run(f"{tmp_path / 'riddles.py'}:none", "--out", tmp_path).exception)
+
+
+def test_own_data_set_with_a_required_option_and_its_errors(tmp_path: Path) -> None:
+    file = tmp_path / "needy.py"
+    file.write_text(
+        """
+from pydantic import Field
+from rlcore.config import Config
+
+class Options(Config):
+    max_count: int = Field(description="How many.")
+
+def needy(options: Options):
+    return {"train": [{"a": options.max_count}]}
+"""
+    )
+    assert run(f"{file}:needy", "--max-count", 3, "--out", tmp_path / "out").exit_code == 0
+    assert rows(tmp_path / "out" / "train.parquet") == [{"a": 3}]
+    assert "Missing option '--max-count'" in run(f"{file}:needy", "--out", tmp_path).output
+    assert "has no function 'none'" in str(run(f"{file}:none", "--out", tmp_path).exception)
     assert "does not exist" in str(run(f"{tmp_path / 'no.py'}:none", "--out", tmp_path).exception)
     assert "No such command" in run("gsm9k", "--out", tmp_path).output
 

@@ -3,8 +3,10 @@
 import io
 import json
 import math
+import re
 import struct
 import sys
+import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -82,13 +84,13 @@ def console(run: RunInfo, terminal: bool) -> tuple[ConsoleTracker, io.StringIO]:
 
 def test_console_without_a_terminal_prints_plain_lines(run: RunInfo) -> None:
     tracker, out = console(run, terminal=False)
-    tracker.log({"val-core/gsm8k/acc/mean@1": 0.125}, 0)
+    tracker.log({"val-core/gsm8k/reward/mean@1": 0.125}, 0)
     tracker.log({"critic/score/mean": 0.25, "actor/grad_norm": 1234.5678, "other": 1.0}, 1)
     tracker.log({"critic/score/mean": 0.5, "actor/grad_norm": 1e-7}, 2)
     tracker.log({"critic/score/mean": math.nan, "train/loss": 2.0}, 3)
     tracker.close()
     rows = [line.split() for line in out.getvalue().splitlines()]
-    assert rows[0] == ["step", "0", "val-core/gsm8k/acc/mean@1", "=", "0.125"]
+    assert rows[0] == ["step", "0", "val-core/gsm8k/reward/mean@1", "=", "0.125"]
     assert rows[1] == ["step", "score", "grad", "eta"]
     assert rows[2] == ["1/10", "0.25", "1234.6", "0:00:00"]
     assert rows[3][:3] == ["2/10", "0.5", "1e-07"]
@@ -154,6 +156,7 @@ def test_wandb_offline(run: RunInfo, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb", reason="the extra 'wandb' is not installed")
     monkeypatch.setenv("WANDB_SILENT", "true")
     for start in (0, 2):  # the second is the first one, resumed
+        time.sleep(1.1 if start else 0)  # wandb names folders by the second
         tracker = plugins.get("rlcore.trackers", "wandb").build(
             WandbSettings(mode="offline", tags=["t"]), replace(run, start_step=start)
         )
@@ -161,6 +164,10 @@ def test_wandb_offline(run: RunInfo, monkeypatch: pytest.MonkeyPatch) -> None:
         tracker.log({"actor/lr": 0.25}, start + 2)
         tracker.log_table("val/generations", ["prompt"], [["hello"]], start + 2)
         tracker.close()
+    deadline = time.monotonic() + 60
+    while sum(record.WhichOneof("record_type") == "exit" for record in wandb_records(run.out_dir)) < 2:
+        assert time.monotonic() < deadline, "wandb's own process did not finish its files"
+        time.sleep(0.1)
     records = wandb_records(run.out_dir)
     runs = [record.run for record in records if record.WhichOneof("record_type") == "run"]
     assert {(item.run_id, item.project, item.display_name) for item in runs} == {("abc123", "p", "n")}
@@ -254,3 +261,13 @@ def test_a_tracker_that_cannot_start_is_a_warning_and_jsonl_always_writes(
         trackers = open_trackers({"console": ConsoleSettings()}, run)
     trackers.log({"a": 1.0}, 1)
     assert len(lines(run.out_dir / "metrics.jsonl")) == 1
+
+
+def test_own_tracker_as_the_documentation_has_it(run: RunInfo, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "checkpoints.md").read_text()
+    code = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]  # type: ignore[index]
+    members: dict = {}
+    exec(code, members)
+    members["open_tracker"](members["Options"](), run).log({"loss": 1.0}, 3)
+    assert capsys.readouterr().out == "3 {'loss': 1.0}\n"
+    assert members["plugin"].factory == "my_package.tracker:open_tracker"

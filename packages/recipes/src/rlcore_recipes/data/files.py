@@ -71,7 +71,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
 def read_hub(name: str, config: str | None, split: str) -> list[Row]:
     """The rows of a Hub data set (needs the extra ``hub``)."""
     try:
-        from datasets import load_dataset
+        from datasets import load_dataset  # type: ignore[import-not-found, unused-ignore]
     except ImportError as error:
         raise DataError(
             f"reading {name} from the Hub needs the package 'datasets'; run: pip install 'rlcore-recipes[hub]'"

@@ -59,7 +59,7 @@ class ConsoleTracker(Tracker):
             cells = ["" if value is None else _short(value) for value in values]
             self._print([f"{step}/{self._run.total_steps}", *cells, eta])
         for name, value in metrics.items():
-            if name.startswith("val-core/"):
+            if name.startswith(("val-core/", "val/")):
                 self._console.print(Text(f"step {step}  {name} = {_short(value)}", style="green"), soft_wrap=True)
 
     def close(self) -> None:
@@ -79,10 +79,12 @@ class ConsoleTracker(Tracker):
 
 
 def _short(value: float) -> str:
-    """At most four significant digits, in at most nine characters."""
-    if value == int(value) if abs(value) < 1e6 else False:
+    """About four significant digits, in at most nine characters."""
+    if abs(value) >= 1e6 or value != value:
+        return f"{value:.3g}"
+    if value == int(value):
         return str(int(value))
-    return f"{value:.1f}" if 1000 <= abs(value) < 1e6 else f"{value:.4g}"
+    return f"{value:.1f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def open_console(options: Config, run: RunInfo) -> Tracker:

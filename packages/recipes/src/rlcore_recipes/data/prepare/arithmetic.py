@@ -150,7 +150,7 @@ def _draw(task: ArithmeticTask, rng: random.Random) -> Problem:
     steps: list[tuple[Operation, int]] = []
     sentences = [f"{name} has {_number(task, value)} {item}."]
     for _ in range(task.steps):
-        operation = rng.choice([sign for sign in task.operations if sign != "-" or value > 0] or ["+"])
+        operation: Operation = rng.choice([sign for sign in task.operations if sign != "-" or value > 0] or ["+"])
         if operation == "*":
             number = rng.randint(2, 9)
         else:

@@ -33,7 +33,7 @@ class _Layer:
     places: Mapping[yaml_format.KeyPath, str] = field(default_factory=dict)
 
 
-def load_config(model: type[C], path: Path | None = None, overrides: Sequence[str] = ()) -> C:
+def load_config(model: type[C], path: Path | str | None = None, overrides: Sequence[str] = ()) -> C:
     """The configuration in the YAML file ``path`` (the model's defaults alone where None) under ``overrides``.
 
     Args:

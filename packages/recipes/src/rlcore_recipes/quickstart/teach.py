@@ -1,0 +1,75 @@
+"""SFT until the model is mediocre."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from rlcore import plugins
+from rlcore.algorithms.objectives import SFTObjectiveSettings
+from rlcore.engines import ModelSettings, Reward, RolloutEngine, RolloutSpec, TrainEngine, sync_weights
+from rlcore.errors import RlcoreError
+from rlcore_recipes import sft
+from rlcore_recipes.data.loader import BatchLoader
+from rlcore_recipes.data.prompts import load_prompts
+from rlcore_recipes.data.settings import SFTDataSettings
+from rlcore_recipes.data.sft import load_sft
+from rlcore_recipes.data.tokenizer import load_tokenizer
+from rlcore_recipes.grpo import GRPOConfig
+from rlcore_recipes.quickstart import settings
+from rlcore_recipes.roles import train_engine
+from rlcore_recipes.rollouts import generate, validation_sampling
+from rlcore_recipes.scoring import score
+
+
+def teach(base: Path, out: Path, config: GRPOConfig, report: Callable[[int, float, float], None]) -> int:
+    """Train the model in ``base`` on worked solutions until it answers `settings.MEDIOCRE` of the problems; write it
+    to ``out``.
+
+    Args:
+        config: the GRPO run that follows; its data, reward and validation sampling are used here too.
+        report: called after every check with the step, the loss and the fraction of right answers.
+
+    Returns:
+        the optimizer steps made.
+    """
+    model = ModelSettings(path=str(base))
+    tokenizer = load_tokenizer(model)
+    data = SFTDataSettings(train_files=config.data.train_files, train_batch_size=settings.SFT_BATCH)
+    solutions = load_sft(data, data.train_files, tokenizer)
+    batches = BatchLoader(solutions.batch, solutions.file_sizes, settings.SFT_BATCH, seed=config.seed)
+    problems = load_prompts(config.data, config.data.val_files, tokenizer, settings.SFT_CHECK_PROBLEMS)
+    sampling = validation_sampling(config.rollout, config.data.max_response_length)
+    with ExitStack() as stack:
+        engine: TrainEngine = train_engine(config.actor, model, optim=settings.SFT_OPTIM, seed=config.seed)
+        stack.callback(engine.close)
+        rollout: RolloutEngine = plugins.get(config.rollout.plugin_group, config.rollout.engine).build(
+            RolloutSpec(
+                model=model,
+                options=config.rollout.options,
+                max_model_len=settings.MAX_PROMPT + settings.MAX_RESPONSE,
+                train_engine=engine,
+            )
+        )
+        stack.callback(rollout.close)
+        reward: Reward = plugins.get(config.reward.plugin_group, config.reward.name).build(
+            config.reward.options, config.reward
+        )
+        stack.callback(reward.close)
+        for number in range(1, settings.SFT_MOST_STEPS + 1):
+            metrics = sft.step(engine, next(batches), SFTObjectiveSettings())
+            if number % settings.SFT_CHECK_EVERY:
+                continue
+            sync_weights(engine, rollout, version=number)
+            answers = generate(rollout, list(problems), sampling, 1, config.seed, purpose=f"sft {number}")
+            right = float(score(reward, tokenizer, answers)["score"].mean())
+            report(number, metrics["train/loss"], right)
+            if right >= settings.MEDIOCRE:
+                engine.save_pretrained(out)
+                tokenizer.save_pretrained(out)
+                return number
+    raise RlcoreError(
+        f"after {settings.SFT_MOST_STEPS} steps of SFT fewer than {settings.MEDIOCRE:.0%} of the answers are right; "
+        "try another --seed"
+    )

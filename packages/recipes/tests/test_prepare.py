@@ -230,11 +230,15 @@ class Options(Config):
 
 def needy(options: Options):
     return {"train": [{"a": options.max_count}]}
+
+def bare(options):
+    return {}
 """
     )
     assert run(f"{file}:needy", "--max-count", 3, "--out", tmp_path / "out").exit_code == 0
     assert rows(tmp_path / "out" / "train.parquet") == [{"a": 3}]
     assert "Missing option '--max-count'" in run(f"{file}:needy", "--out", tmp_path).output
+    assert "must be annotated with its options" in str(run(f"{file}:bare", "--out", tmp_path).exception)
     assert "has no function 'none'" in str(run(f"{file}:none", "--out", tmp_path).exception)
     assert "does not exist" in str(run(f"{tmp_path / 'no.py'}:none", "--out", tmp_path).exception)
     assert "No such command" in run("gsm9k", "--out", tmp_path).output

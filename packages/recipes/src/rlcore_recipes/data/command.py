@@ -53,7 +53,9 @@ def data() -> None:
 
 def _command(name: str, prepare: Preparation) -> click.Command:
     """The command of a data set: an option for every field of its options, and where to write."""
-    options: type[Config] = next(iter(get_type_hints(prepare).values()))
+    options = next(iter(get_type_hints(prepare).values()), None)
+    if not (isinstance(options, type) and issubclass(options, Config)):
+        raise DataError(f"{name}: the function's argument must be annotated with its options, an rlcore.config.Config")
 
     def run(out: Path, overwrite: bool, **given: Any) -> None:
         from rlcore.config.load import validate_config
@@ -90,11 +92,11 @@ def _load(point: EntryPoint) -> Preparation:
 def _from_file(path: Path, function: str) -> Preparation:
     if not path.is_file():
         raise DataError(f"{path} does not exist")
-    spec = spec_from_file_location(path.stem, path)
+    spec = spec_from_file_location(f"rlcore_data_set_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
-    sys.modules[path.stem] = module  # where annotations are looked up
+    sys.modules[module.__name__] = module  # where annotations are looked up
     try:
         spec.loader.exec_module(module)
     except Exception as error:

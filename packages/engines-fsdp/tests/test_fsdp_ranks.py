@@ -132,6 +132,23 @@ def test_mixed_precision_over_fp32_weights(ranks: RankPool, model_path: Path, al
     torch.testing.assert_close(two["logprobs"], one["logprobs"], atol=0.05, rtol=0)
 
 
+def test_an_architecture_is_verified_on_all_ranks(ranks: RankPool, tmp_path: Path) -> None:
+    path = tiny_model(tmp_path, architecture="Phi3")
+    check_equal(ranks.run(run, path, {}, BATCHES)[1], run(path, {}, BATCHES), ATOL)
+
+
+def count_layer_calls(path: Path) -> int:
+    engine = make_engine(path, {"gradient_checkpointing": True}, max_tokens=1000)
+    calls: list[int] = []
+    engine.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    engine.train(make_batch(), WeightedLogprobs())
+    return len(calls)
+
+
+def test_shards_recompute_their_activations(ranks: RankPool, model_path: Path) -> None:
+    assert ranks.run(count_layer_calls, model_path) == [2, 2]
+
+
 def gather_for_generation(path: Path) -> dict[str, Any]:
     engine = make_engine(path, {})
     sharded = {name: type(p) is not torch.nn.Parameter or isinstance(p, DTensor) for name, p in named(engine)}

@@ -23,7 +23,7 @@ IMPLEMENTATION = "rlcore_packed"
 Kernel = Literal["sdpa", "varlen", "flash_attention_2"]
 
 # Layer keywords that change the mathematics of attention and that no kernel below computes.
-_UNSUPPORTED = ("softcap", "s_aux", "position_bias", "indexer")
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,6 +33,7 @@ from rlcore_fsdp.distributed import (
 from rlcore_fsdp.loading import empty_model, load_model, read_config
 from rlcore_fsdp.optimizer import learning_rate, make_optimizer
 from rlcore_fsdp.packed_model import PackedModel, check_request, full_columns
+from rlcore_fsdp.verification import TESTED, verify
 from rlcore_fsdp.weights import buckets, full_weights, named_weights, write_model
 
 _PARTS: tuple[Part, ...] = ("params", "optimizer")
@@ -98,6 +99,9 @@ class FSDPTrainEngine(TrainEngine):
         self._schedule_step = 0
         self._where: dict[Part, torch.device] = dict.fromkeys(_PARTS, self._device)
         self.step_count = 0
+        if config.model_type not in TESTED:
+            with self.generation_weights():
+                verify(self.root, self._kernel, self._device)
 
     def _load_on_first_rank(self, config: Any) -> PreTrainedModel | None:
         """The whole model on rank 0, None on the others; an error there is everyone's."""

@@ -105,7 +105,7 @@ class Metrics(dict[str, Metric]):
 
 
 def _scalar(name: str, value: Number) -> Number:
-    """``value`` without its graph.
+    """``value`` without its graph, in double precision as Python's floats: sums of counts must not round.
 
     Raises:
         ValueError: it is a tensor of more (or less) than one number.
@@ -114,15 +114,14 @@ def _scalar(name: str, value: Number) -> Number:
         return float(value)
     if value.numel() != 1:
         raise ValueError(f"metric {name!r} must be one number, not a tensor of shape {list(value.shape)}")
-    return value.detach().reshape(())
+    return value.detach().reshape(()).double()
 
 
 def _extreme(reduction: Reduction, a: Number, b: Number) -> Number:
-    tensors = [number for number in (a, b) if isinstance(number, torch.Tensor)]
-    if tensors:
-        device = tensors[0].device
-        pick = torch.maximum if reduction == "max" else torch.minimum
-        return pick(torch.as_tensor(a, device=device), torch.as_tensor(b, device=device))
+    like = a if isinstance(a, torch.Tensor) else b
+    if isinstance(like, torch.Tensor):
+        x, y = (n.to(like.device) if isinstance(n, torch.Tensor) else like.new_tensor(n) for n in (a, b))
+        return torch.maximum(x, y) if reduction == "max" else torch.minimum(x, y)
     if math.isnan(a) or math.isnan(b):
         return math.nan
     return max(a, b) if reduction == "max" else min(a, b)

@@ -117,7 +117,7 @@ class Ranks:
             lost = f"{call}: lost the connection to rank 0, which holds the processes together; see its output"
             raise WorkerError(lost) from failure or error
         if missing:
-            late = f"{call}: after {patience.total_seconds():.0f} s still no answer from rank {_listed(missing)}"
+            late = f"{call}: after {patience.total_seconds():g} s still no answer from rank {_listed(missing)}"
             if failure is None:
                 raise WorkerError(late)
             _raise(self.rank, self.rank, status, failure, note=f" ({late}; it stops when this process ends)")

@@ -128,7 +128,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 10) -> bool:
         ("raise Unprintable", "exception", "Unprintable"),
         ("raise KeyboardInterrupt", "exception", "KeyboardInterrupt"),
         ("raise ValueError('x' * 10**7)", "exception", "xxx"),
-        ("raise ValueError('x' * 10**8)", "exception", "ValueError, whose text cannot be made: MemoryError"),
+        ("raise ValueError('x' * 200_000_000)", "exception", "ValueError, whose text cannot be made: MemoryError"),
         ("(g := lambda: g())()", "exception", "RecursionError|NameError"),
         ("raise asyncio.CancelledError", "exception", "CancelledError"),
         ("sys.exit(0)", "exit", "SystemExit"),

@@ -177,9 +177,8 @@ class WorkerProcess:
             return WorkerFailure("memory", f"the worker held more than memory_mb={self._settings.memory_mb}")
         if code == guard.PROCESSES:
             return WorkerFailure("processes", f"the worker had more than max_processes={self._settings.max_processes}")
-        how = (
-            f"by signal {signal.Signals(code - 128).name}" if code - 128 in set(signal.Signals) else f"with code {code}"
-        )
+        number = -code if code < 0 else code - 128  # negative: the guard itself was killed
+        how = f"by signal {signal.Signals(number).name}" if number in set(signal.Signals) else f"with code {code}"
         said = last_words.decode(errors="replace").strip()
         return WorkerFailure("died", f"the worker process ended {how}{f'; it printed last: {said}' if said else ''}")
 

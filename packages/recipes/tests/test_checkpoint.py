@@ -51,6 +51,13 @@ def test_what_is_saved_is_found_again(tmp_path: Path) -> None:
     }
 
 
+def test_a_relative_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = saved(Path("runs/checkpoints"), 1).latest()
+    assert path == Path("runs/checkpoints/step-000001")
+    verify(path)
+
+
 def test_no_checkpoint(tmp_path: Path) -> None:
     assert CheckpointManager(tmp_path / "none").latest() is None
     assert not (tmp_path / "none").exists()

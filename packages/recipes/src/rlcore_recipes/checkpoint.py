@@ -166,7 +166,7 @@ class CheckpointManager:
             }
             (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
             _flush(temporary / MANIFEST)
-            for folder in {temporary, *(parent for path in files for parent in path.relative_to(temporary).parents)}:
+            for folder in {Path(), *(parent for path in files for parent in path.relative_to(temporary).parents)}:
                 _flush(temporary / folder)
             if final.exists():
                 os.rename(final, old)

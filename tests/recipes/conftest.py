@@ -25,6 +25,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALL
 
 
 Changes = Mapping[str, Any]
+NO_CHANGES: Changes = {}
 
 
 class Task:
@@ -67,7 +68,7 @@ class Task:
         keys = {**self.keys, "trainer.out_dir": out_dir, **changes}
         return ["run", recipe, *(f"{key}={value}" for key, value in keys.items() if value is not None)]
 
-    def run(self, recipe: str, out_dir: Path, changes: Changes = {}) -> Result:  # noqa: B006 (it is only read)
+    def run(self, recipe: str, out_dir: Path, changes: Changes = NO_CHANGES) -> Result:
         """In this process."""
         return CliRunner().invoke(cli, self.arguments(recipe, out_dir, changes), catch_exceptions=False)
 
@@ -75,8 +76,8 @@ class Task:
         self,
         recipe: str,
         out_dir: Path,
-        changes: Changes = {},
-        processes: int = 1,  # noqa: B006 (it is only read)
+        changes: Changes = NO_CHANGES,
+        processes: int = 1,
     ) -> subprocess.Popen[str]:
         """In processes of its own."""
         launcher = [sys.executable, "-m"]

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 
 class Timings:
-    """``with timings("gen"): …`` adds to the seconds of "gen"; `take` gives and forgets them."""
+    """``with timings("gen"): …`` adds to the seconds of "gen"."""
 
     def __init__(self) -> None:
         self._seconds: defaultdict[str, float] = defaultdict(float)
@@ -27,5 +27,6 @@ class Timings:
         return self._seconds[name]
 
     def take(self) -> dict[str, float]:
-        taken, self._seconds = dict(self._seconds), defaultdict(float)
-        return taken
+        """All seconds since the last call, as metrics ``timing_s/…``."""
+        taken, self._seconds = self._seconds, defaultdict(float)
+        return {f"timing_s/{name}": seconds for name, seconds in taken.items()}

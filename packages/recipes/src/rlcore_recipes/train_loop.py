@@ -90,11 +90,11 @@ def train(run: Run) -> None:
             last, stopping = done == run.total_steps, any(all_gather(bool(stop)))
             if run.validate is not None and due(trainer.test_freq, done, last):
                 metrics |= validated(run, tracker, done)
+            # logged first: a run killed while it saves repeats the step, one killed after it does not log it again
+            tracker.log(metrics | run.timed.take(), done)
             if due(trainer.save_freq, done, last or stopping):
-                with run.timed("save_checkpoint"):
+                with run.timed("save_checkpoint"):  # reported with the next step
                     checkpoints.save(done, lambda folder: write_engines(run, folder), state(run, done, run_id), metrics)
-            metrics |= {f"timing_s/{name}": seconds for name, seconds in run.timed.take().items()}
-            tracker.log(metrics, done)
             if stopping and not last:
                 raise SystemExit(stopped(run, done, stop))
         if trainer.save_hf:

@@ -26,16 +26,14 @@ def balanced_partitions(lengths: Sequence[int], parts: int) -> list[list[int]]:
     if parts == 1 or not lengths:
         return [list(range(len(lengths))), *([] for _ in range(parts - 1))]
     # a division: (-(heaviest - lightest), age, its parts from heavy to light as (tokens, number of sequences, indices))
-    divisions = [
-        (-length, index, [(length, 1, [index]), *((0, 0, list[int]()) for _ in range(parts - 1))])
-        for index, length in enumerate(lengths)
-    ]
+    nothing: list[tuple[int, int, list[int]]] = [(0, 0, [])] * (parts - 1)
+    divisions = [(-length, index, [(length, 1, [index]), *nothing]) for index, length in enumerate(lengths)]
     heapq.heapify(divisions)
     while len(divisions) > 1:
         _, _, heavy = heapq.heappop(divisions)
         _, age, light = heapq.heappop(divisions)
         merged = [(a + b, n + m, i + j) for (a, n, i), (b, m, j) in zip(heavy, reversed(light))]
-        merged.sort(key=lambda part: part[:2], reverse=True)
+        merged.sort(reverse=True)
         heapq.heappush(divisions, (merged[-1][0] - merged[0][0], age, merged))
     return [sorted(indices) for _, _, indices in divisions[0][2]]
 

@@ -171,6 +171,7 @@ class InlineRollout(RolloutEngine):
                 decoder, cache = self._wake()
                 ended = self._scheduler.step(decoder, cache)
             except Exception as error:
+                self._cache = None  # it may hold NaN by now
                 for sequence in self._scheduler.clear():
                     sequence.done(error)
                 return True

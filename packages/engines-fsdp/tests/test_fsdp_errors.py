@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from rlcore import plugins
 from rlcore.engines import ModelSettings, OptimSettings, TrainEngineSpec
-from rlcore.errors import EngineError
+from rlcore.errors import CheckpointError, EngineError
 from rlcore.testing.tiny_model import tiny_model
 from rlcore_fsdp.attention import choose_kernel
 from rlcore_fsdp.config import FSDPSettings
@@ -139,6 +139,31 @@ def test_architectures_that_are_verified_when_loaded(
         monkeypatch.setattr("rlcore_fsdp.packed_model.logits_rule", lambda config: LogitsRule())
         with pytest.raises(EngineError, match="packed log-probs differ"):
             make_engine(path)
+
+
+def test_a_manifest_that_names_too_few_rows(tmp_path: Path, tiny_model_path: Path) -> None:
+    engine = make_engine(tiny_model_path)
+    engine.save(tmp_path)
+    file = tmp_path / "checkpoint.json"
+    manifest = json.loads(file.read_text())
+    del manifest["ranks"][0]["weight/model.norm.weight"]
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"names 0 rows of weight/model\.norm\.weight"):
+        engine.load(tmp_path)
+    del manifest["adam_steps"]
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="damaged: KeyError: 'adam_steps'"):
+        engine.load(tmp_path)
+
+
+def test_folders_that_cannot_be_written(tmp_path: Path, tiny_model_path: Path) -> None:
+    engine = make_engine(tiny_model_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EngineError, match="could not be written"):
+        engine.save_pretrained(tmp_path / "file")
+    with pytest.raises(CheckpointError, match="could not be written"):
+        engine.save(tmp_path / "file")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_head_the_architecture_does_not_have(tmp_path: Path) -> None:

@@ -106,10 +106,13 @@ def read_manifest(path: Path, shapes: Mapping[str, Iterable[int]]) -> dict[str, 
         raise CheckpointError(f"{path} holds no complete checkpoint: {MANIFEST} is missing")
     try:
         manifest: dict[str, Any] = json.loads(file.read_text())
-        saved = {name: shape for name, shape in manifest["shapes"].items() if name.startswith("weight/")}
         version = manifest["format"]
+        saved = {name: shape for name, shape in manifest["shapes"].items() if name.startswith("weight/")}
+        missing = {"ranks", "optimizer", "schedule_step", "adam_steps"} - manifest.keys()
+        if missing:
+            raise KeyError(min(missing))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file} is damaged: {error}") from error
+        raise CheckpointError(f"{file} is damaged: {type(error).__name__}: {error}") from error
     if version != _FORMAT:
         raise CheckpointError(f"{path} has checkpoint format {version}, this version reads {_FORMAT}")
     ours = {name: list(shape) for name, shape in shapes.items()}
@@ -130,6 +133,7 @@ def read(path: Path, manifest: Mapping[str, Any], wanted: Mapping[str, Piece]) -
         CheckpointError: a file is missing or damaged.
     """
     values = {name: torch.empty(part.local.shape, dtype=part.local.dtype) for name, part in wanted.items()}
+    found = dict.fromkeys(wanted, 0)
     for rank, entries in enumerate(manifest["ranks"]):
         here = [
             (name, part, *entries[name]["rows"])
@@ -146,12 +150,16 @@ def read(path: Path, manifest: Mapping[str, Any], wanted: Mapping[str, Piece]) -
                     if _checksum(rows) != entries[name]["crc32"]:
                         raise CheckpointError(f"{file} is damaged: {name} does not match its checksum")
                     low, high = max(start, part.start), min(stop, part.stop)
+                    found[name] += high - low
                     if part.shape:
                         values[name][low - part.start : high - part.start] = rows[low - start : high - start]
                     else:
                         values[name].copy_(rows)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{file} is missing or damaged: {error}") from error
+    for name, part in wanted.items():
+        if found[name] != part.stop - part.start:
+            raise CheckpointError(f"{path / MANIFEST} is damaged: it names {found[name]} rows of {name} for this rank")
     return values
 
 

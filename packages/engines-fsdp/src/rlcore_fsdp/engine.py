@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
@@ -94,11 +95,16 @@ class FSDPTrainEngine(TrainEngine):
             self.root = PackedModel(model, spec.head, settings.logits_chunk)
         self.root.eval().requires_grad_(spec.optim is not None)
         if settings.gradient_checkpointing:
+            if not self.model.supports_gradient_checkpointing:
+                raise EngineError(
+                    f"{type(self.model).__name__} does not support gradient_checkpointing in transformers"
+                )
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self._optimizer = make_optimizer(self.root.parameters(), spec.optim) if spec.optim else None
         self._schedule_step = 0
         self._where: dict[Part, torch.device] = dict.fromkeys(_PARTS, self._device)
         self.step_count = 0
+        self._broken = False
         if config.model_type not in TESTED:
             with self.generation_weights():
                 verify(self.root, self._kernel, self._device)
@@ -140,6 +146,7 @@ class FSDPTrainEngine(TrainEngine):
     @torch.no_grad()
     def forward(self, batch: Batch, request: ForwardRequest) -> Batch:
         check_request(request, self.spec.head)
+        self._check_tokens(batch)
         self.onload("params")
         batch = batch.select(*(name for name in ("tokens", "loss_mask") if name in batch))
         order: list[int] = []
@@ -157,26 +164,42 @@ class FSDPTrainEngine(TrainEngine):
     def train(self, batch: Batch, objective: Objective) -> Metrics:
         if self._optimizer is None or self.spec.optim is None:
             raise EngineError("this engine was built without an optimizer (a frozen model) and cannot train")
+        if self._broken:
+            raise EngineError("an error broke off an earlier training step of this engine; build a new one to go on")
         request = objective.request
         check_request(request, self.spec.head)
+        self._check_tokens(batch)
         self.onload("params")
         denominators = sum_over_ranks(objective.denominators(batch), self._world)
         divided = self._micro_batches(batch)
         parts: list[Metrics] = []
-        for index, members in enumerate(divided):
-            self._accumulate(last=index == len(divided) - 1)
-            micro = batch.take(members)
-            with self._recomputing():
-                outputs = self._outputs(micro, request)
-            if members:
-                loss, metrics = objective.loss(outputs, micro.to(self._device), denominators)
-                parts.append(metrics)
-            else:  # other ranks still have sequences: take part in their communication
-                loss = torch.stack([output.sum() for output in outputs.values()]).sum() * 0.0
-            (loss * self._world).backward()  # FSDP averages gradients over ranks, the objective wants their sum
+        try:
+            for index, members in enumerate(divided):
+                self._accumulate(last=index == len(divided) - 1)
+                micro = batch.take(members)
+                with self._recomputing():
+                    outputs = self._outputs(micro, request)
+                if members:
+                    loss, metrics = objective.loss(outputs, micro.to(self._device), denominators)
+                    parts.append(metrics)
+                else:  # other ranks still have sequences: take part in their communication
+                    loss = torch.stack([output.sum() for output in outputs.values()]).sum() * 0.0
+                (loss * self._world).backward()  # FSDP averages gradients over ranks, the objective wants their sum
+        except BaseException:
+            self._optimizer.zero_grad()
+            self._broken = self._sharded  # FSDP2 holds unreduced gradients where nobody can drop them
+            raise
         metrics = Metrics.merge(parts)
         self._step(metrics)
         return metrics
+
+    def _check_tokens(self, batch: Batch) -> None:
+        tokens, size = batch.flat("tokens"), self.model.get_input_embeddings().num_embeddings
+        if len(tokens) and (int(tokens.min()) < 0 or int(tokens.max()) >= size):
+            raise EngineError(
+                f"tokens from {int(tokens.min())} to {int(tokens.max())} do not fit the vocabulary of {size} of "
+                f"{self.spec.model.path!r}; does the tokenizer belong to the model?"
+            )
 
     def _micro_batches(self, batch: Batch) -> list[list[int]]:
         """Indices per micro-batch; as many micro-batches on every rank, empty ones where there is less to do."""
@@ -275,7 +298,7 @@ class FSDPTrainEngine(TrainEngine):
         if self.dp_rank == 0:
             try:
                 write_model(self.model, state, self.param_dtype, Path(path))
-            except OSError as problem:
+            except (OSError, SafetensorError) as problem:
                 error = str(problem)
         if error := gather_objects(error, self._world)[0]:
             raise EngineError(f"model folder {path} could not be written: {error}")

@@ -41,7 +41,8 @@ def read_config(settings: ModelSettings) -> Any:
         with quiet():
             config = AutoConfig.from_pretrained(**_source(settings))
     except (OSError, ValueError) as error:
-        raise EngineError(f"model {settings.path!r} cannot be read: {_first_line(error)}") from error
+        where = "cannot be read" if path.is_dir() else "is no folder here and cannot be fetched from the Hub"
+        raise EngineError(f"model {settings.path!r} {where}: {_first_line(error)}") from error
     strange = sorted(set(getattr(config.get_text_config(), "layer_types", None) or ()) - _LAYER_TYPES)
     if strange:
         raise EngineError(

@@ -64,8 +64,8 @@ def fill(
             filled[id(parameter)] = nn.Parameter(local, parameter.requires_grad)
         state[name] = filled[id(parameter)]
     model.load_state_dict(state, strict=False, assign=True)
-    buffers = dict(source.named_buffers()) if source is not None else {}
-    for name, buffer in list(model.named_buffers()):
+    buffers = dict(source.named_buffers(remove_duplicate=False)) if source is not None else {}
+    for name, buffer in list(model.named_buffers(remove_duplicate=False)):
         value = buffers[name].to(device) if buffers else torch.empty_like(buffer, device=device)
         dist.broadcast(value, src=0)
         owner, _, attribute = name.rpartition(".")
@@ -83,8 +83,10 @@ def reshard(root: nn.Module) -> None:
 def gathered(root: PackedModel, settings: FSDPSettings) -> Iterator[None]:
     """Every parameter whole, in compute precision, on the device."""
     assert isinstance(root, FSDPModule)
+    # A layer that is called before its root would take itself for the root; torch 2.13 has no public way to say so.
+    root._get_fsdp_state()._lazy_init()
     modules = [module for module in root.modules() if isinstance(module, FSDPModule)]
-    for module in modules:  # the root first: it prepares the others
+    for module in modules:
         module.unshard()
     root.set_reshard_after_forward(False)
     try:

@@ -115,7 +115,8 @@ class TrainEngine(ABC):
             (before clipping), ``lr`` and ``skipped_steps``, which are the same on all ranks and recorded as "max".
 
         Raises:
-            EngineError: the engine was built without an optimizer.
+            EngineError: the engine was built without an optimizer; or an error (of the objective, say) broke off an
+                earlier step and left gradients that the backend cannot drop.
         """
 
     @abstractmethod

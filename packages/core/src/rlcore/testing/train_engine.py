@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import weakref
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
@@ -24,7 +25,7 @@ import torch
 
 from rlcore.batch import Batch, Jagged
 from rlcore.config import Config
-from rlcore.engines import ForwardRequest, ModelSettings, OptimSettings, TrainEngine, TrainEngineSpec
+from rlcore.engines import ForwardRequest, ModelSettings, OptimSettings, TrainEngine, TrainEngineSpec, WeightBucket
 from rlcore.errors import CheckpointError, EngineError
 from rlcore.metrics import Metrics
 from rlcore.testing.tiny_model import tiny_model
@@ -32,7 +33,7 @@ from rlcore.testing.tiny_model import tiny_model
 LENGTHS = (5, 30, 17, 2, 40, 1, 9)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class WeightedLogprobs:
     """Loss ``−Σ(w · log π + 0.05 · H) / N`` with the column ``weights``; ``scale`` makes it non-finite on demand."""
 
@@ -57,6 +58,21 @@ class WeightedLogprobs:
         )
         metrics.sum("samples", len(batch))
         return -weighted * self.scale / denominators["tokens"], metrics
+
+
+@dataclasses.dataclass
+class BreaksOff(WeightedLogprobs):
+    """Fails in the second micro-batch, after the first one's gradient."""
+
+    calls: int = 0
+
+    def loss(
+        self, outputs: Mapping[str, torch.Tensor], batch: Batch, denominators: Mapping[str, float]
+    ) -> tuple[torch.Tensor, Metrics]:
+        self.calls += 1
+        if self.calls > 1:
+            raise RuntimeError("broken objective")
+        return super().loss(outputs, batch, denominators)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,6 +285,24 @@ class TrainEngineConformance:
         with pytest.raises(EngineError, match="optimizer"):
             self.engine(model_path, optim=None).train(make_batch(), WeightedLogprobs())
 
+    def test_a_step_that_broke_off_leaves_nothing(self, model_path: Path) -> None:
+        """The next step is as if nothing had been, or refused."""
+        engine, control = self.engine(model_path), self.engine(model_path)
+        with pytest.raises(RuntimeError, match="broken objective"):
+            engine.train(make_batch(), BreaksOff())
+        batch = make_batch(seed=1)
+        expected = control.train(batch, WeightedLogprobs()).to_dict()
+        try:
+            metrics = engine.train(batch, WeightedLogprobs()).to_dict()
+        except EngineError:
+            return
+        assert metrics == expected
+
+    def test_tokens_outside_the_vocabulary_are_refused(self, model_path: Path) -> None:
+        batch = Batch({"tokens": Jagged.from_list([torch.tensor([5, 9999])])})
+        with pytest.raises(EngineError, match="vocabulary"):
+            self.engine(model_path).forward(batch, ForwardRequest())
+
     def test_a_schedule_that_falls_needs_its_length(self, model_path: Path) -> None:
         with pytest.raises(EngineError, match="total_steps"):
             self.engine(model_path, optim=OptimSettings(schedule="cosine"))
@@ -334,6 +368,13 @@ class TrainEngineConformance:
         for bucket in buckets:
             for name, tensor in bucket.tensors:
                 torch.testing.assert_close(tensor.cpu().float(), expected[name], atol=0, rtol=0, msg=name)
+
+    def test_export_holds_two_buckets_at_most(self, model_path: Path) -> None:
+        seen: list[weakref.ref[WeightBucket]] = []
+        for bucket in self.engine(model_path).export_weights(5_000):
+            seen.append(weakref.ref(bucket))
+            assert sum(reference() is not None for reference in seen) <= 2
+        assert len(seen) > 3
 
     def test_export_gives_the_weights_that_compute(self, model_path: Path) -> None:
         engine, model, batch = self.engine(model_path), self.reference(model_path), make_batch()

@@ -53,11 +53,14 @@ SAMPLE = RewardSample(
 
 
 class TestFunctionConformance(RewardConformance):
+    path: str
+
     @pytest.fixture(scope="class", autouse=True)
-    def file(self, tmp_path_factory: pytest.TempPathFactory) -> None:
+    @classmethod
+    def file(cls, tmp_path_factory: pytest.TempPathFactory) -> None:
         file = tmp_path_factory.mktemp("function") / "same.py"
         file.write_text("def compute_score(solution_str, ground_truth): return solution_str == ground_truth\n")
-        type(self).path = f"{file}:compute_score"
+        cls.path = f"{file}:compute_score"
 
     def make(self) -> Reward:
         return build_from(self.path)

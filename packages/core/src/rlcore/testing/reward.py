@@ -47,8 +47,9 @@ class RewardConformance(ABC):
         """Samples and their scores; at least two different scores among them."""
 
     @pytest.fixture(scope="class")
-    def reward(self) -> Iterator[Reward]:
-        reward = self.make()
+    @classmethod
+    def reward(cls) -> Iterator[Reward]:
+        reward = cls().make()
         yield reward
         reward.close()
 

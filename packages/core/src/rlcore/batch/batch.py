@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from rlcore.batch.balance import balanced_partitions
-from rlcore.batch.jagged import Jagged, PickledTensor
-from rlcore.batch.memory import dtype_name, to_numpy
+from rlcore.batch.jagged import Jagged
+from rlcore.batch.memory import PickledTensor, dtype_name, to_numpy
 from rlcore.errors import BatchError
 
 if TYPE_CHECKING:

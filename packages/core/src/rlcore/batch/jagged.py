@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rlcore.batch.memory import dtype_name, from_numpy, to_numpy
+from rlcore.batch.memory import PickledTensor, dtype_name
 from rlcore.errors import BatchError
 
 
@@ -100,12 +100,8 @@ class Jagged:
         """The same sequences with other values ``[T, ...]``."""
         return Jagged(values, self.lengths)
 
-    def take(self, indices: torch.Tensor) -> Jagged:
-        """The sequences at ``indices`` (``[N]`` int64, CPU, not negative), in that order, copied."""
-        return Jagged(self.values[self.positions(indices).to(self.values.device)], self.lengths[indices])
-
     def positions(self, indices: torch.Tensor) -> torch.Tensor:
-        """Where the values of the sequences at ``indices`` (as in `take`) stand: int64, on the CPU."""
+        """Where the values of the sequences at ``indices`` (``[N]`` int64, CPU, not negative) stand: int64, CPU."""
         lengths = self.lengths[indices]
         shift = self.offsets[indices] - (lengths.cumsum(0) - lengths)
         return torch.arange(int(lengths.sum())) + shift.repeat_interleave(lengths)
@@ -123,18 +119,3 @@ def _as_lengths(given: torch.Tensor | Sequence[int]) -> torch.Tensor:
             f"{list(lengths.shape)}" + (f" with {lengths.min().item()}" if integral and lengths.numel() else "")
         )
     return lengths.to("cpu", torch.int64)
-
-
-class PickledTensor:
-    """Pickles only what a tensor shows of its storage, out of band where the pickler can (protocol 5); it comes back
-    as a plain tensor over the pickler's own buffer. torch would pickle the whole storage behind a slice."""
-
-    __slots__ = ("tensor",)
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        if self.tensor.device.type == "cpu":
-            return from_numpy, (to_numpy(self.tensor), self.tensor.dtype)
-        return torch.detach, (self.tensor.detach().clone(),)  # the storage of a clone holds its values only

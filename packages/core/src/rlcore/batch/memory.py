@@ -35,3 +35,18 @@ def from_numpy(array: np.ndarray[Any, Any], dtype: torch.dtype) -> torch.Tensor:
         warnings.simplefilter("ignore", UserWarning)
         tensor = torch.from_numpy(array)
     return tensor.view(dtype)
+
+
+class PickledTensor:
+    """Pickles only what a tensor shows of its storage, out of band where the pickler can (protocol 5); it comes back
+    as a plain tensor over the pickler's own buffer. torch would pickle the whole storage behind a slice."""
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.tensor.device.type == "cpu":
+            return from_numpy, (to_numpy(self.tensor), self.tensor.dtype)
+        return torch.detach, (self.tensor.detach().clone(),)  # the storage of a clone holds its values only

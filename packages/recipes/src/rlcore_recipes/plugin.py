@@ -6,24 +6,28 @@ sft = Plugin(
     interface=1,
     config="rlcore_recipes.sft:SFTConfig",
     factory="rlcore_recipes.sft:run",
+    configs="rlcore_recipes.configs.sft",
     summary="Supervised fine-tuning on conversations or prompts with responses.",
 )
 grpo = Plugin(
     interface=1,
     config="rlcore_recipes.grpo:GRPOConfig",
     factory="rlcore_recipes.grpo:run",
+    configs="rlcore_recipes.configs.grpo",
     summary="Group-relative policy optimisation (Shao et al., 2024).",
 )
 ppo = Plugin(
     interface=1,
     config="rlcore_recipes.ppo:PPOConfig",
     factory="rlcore_recipes.ppo:run",
+    configs="rlcore_recipes.configs.ppo",
     summary="Proximal policy optimisation with a critic (Schulman et al., 2017).",
 )
 dapo = Plugin(
     interface=1,
     config="rlcore_recipes.dapo:DAPOConfig",
     factory="rlcore_recipes.dapo:run",
+    configs="rlcore_recipes.configs.dapo",
     summary="GRPO with clip-higher, dynamic sampling and overlong shaping (Yu et al., 2025).",
 )
 

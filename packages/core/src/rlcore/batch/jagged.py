@@ -100,8 +100,12 @@ class Jagged:
         """The same sequences with other values ``[T, ...]``."""
         return Jagged(values, self.lengths)
 
+    def take(self, indices: torch.Tensor) -> Jagged:
+        """The sequences at ``indices`` (``[N]`` int64, CPU, not negative), in that order, copied."""
+        return Jagged(self.values[self.positions(indices).to(self.values.device)], self.lengths[indices])
+
     def positions(self, indices: torch.Tensor) -> torch.Tensor:
-        """Where the values of the sequences at ``indices`` (``[N]`` int64, CPU, not negative) stand: int64, CPU."""
+        """Where the values of the sequences at ``indices`` (as in `take`) stand: int64, CPU."""
         lengths = self.lengths[indices]
         shift = self.offsets[indices] - (lengths.cumsum(0) - lengths)
         return torch.arange(int(lengths.sum())) + shift.repeat_interleave(lengths)

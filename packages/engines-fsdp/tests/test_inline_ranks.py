@@ -67,10 +67,8 @@ def generate_train_generate(path: Path, decoder: str) -> dict[str, Any]:
     nothing = rollout.generate_batch(requests(1) if rollout.dp_rank == 1 else [])
 
     async def singly() -> list[Any]:
-        results = []
-        for request in requests(rollout.dp_rank)[: 2 + 3 * rollout.dp_rank]:  # idle in between
-            results.append(await rollout.generate(request))
-        return results
+        few = requests(rollout.dp_rank)[: 2 + 3 * rollout.dp_rank]
+        return [await rollout.generate(request) for request in few]  # idle in between
 
     rollout.wake()
     single = asyncio.run(singly())

@@ -215,9 +215,9 @@ class RolloutEngineConformance:
     def test_stop_strings(self, engine: RolloutEngine, model: Path) -> None:
         from transformers import AutoTokenizer
 
-        decode = AutoTokenizer.from_pretrained(model).decode
+        tokenizer: Any = AutoTokenizer.from_pretrained(model)
         (whole,) = engine.generate_batch([_request(60, seed=4)])
-        texts = [decode([token]) for token in whole.tokens]
+        texts: list[str] = [tokenizer.decode([token]) for token in whole.tokens]
         pairs = [
             index
             for index, (first, second) in enumerate(pairwise(texts))
@@ -226,7 +226,7 @@ class RolloutEngineConformance:
         assert pairs, "the fixed seed gave no printable text"
         stop = texts[pairs[-1]] + texts[pairs[-1] + 1]
         (stopped,) = engine.generate_batch([_request(60, seed=4, stop=("no such text", stop))])
-        ends = next(end for end in range(1, len(texts) + 1) if stop in decode(whole.tokens[:end]))
+        ends = next(end for end in range(1, len(texts) + 1) if stop in tokenizer.decode(whole.tokens[:end]))
         assert stopped.finish_reason == "stop"
         assert stopped.tokens == whole.tokens[:ends]
 
@@ -380,7 +380,8 @@ def _sharp_model(path: Path, seed: int) -> Path:
 def _load(path: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    return model.eval()
 
 
 def _vocabulary(reference: Any) -> int:

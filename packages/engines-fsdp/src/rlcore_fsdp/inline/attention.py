@@ -157,8 +157,8 @@ def _attend(
     """
     if kind.softcap is None and sinks is None:
         heads, group = query.shape[1:3]
-        spread = [grid.expand(-1, -1, group, -1, -1).flatten(1, 2) for grid in (keys, values)]
-        output = scaled_dot_product_attention(query.flatten(1, 2), *spread, attn_mask=mask, scale=kind.scale)
+        keys, values = (grid.expand(-1, -1, group, -1, -1).flatten(1, 2) for grid in (keys, values))
+        output = scaled_dot_product_attention(query.flatten(1, 2), keys, values, attn_mask=mask, scale=kind.scale)
         return output.unflatten(1, (heads, group))
     scale = kind.scale if kind.scale is not None else query.shape[-1] ** -0.5
     scores = query @ keys.transpose(-1, -2) * scale

@@ -218,6 +218,14 @@ def test_a_worker_that_dies_while_idle_harms_no_sample(build: Callable[..., Pool
     assert reward.stats()["errors"] == 0
 
 
+def test_can_be_closed_when_a_worker_has_died(build: Callable[..., PooledReward], pids: Any) -> None:
+    reward = build(workers=1)
+    reward.score_batch([do("threading.Timer(0.1, os._exit, [0]).start()")])
+    assert wait_until(lambda: not alive(pids()[0]))
+    time.sleep(0.2)  # its guard ends, too
+    reward.close()
+
+
 def test_a_forked_copy_of_a_worker_does_not_answer(build: Callable[..., PooledReward]) -> None:
     reward = build(workers=1)
     assert [result.score for result in reward.score_batch([do("os.fork()")] * 5)] == [1.0] * 5

@@ -19,6 +19,7 @@ import os
 import resource
 import select
 import signal
+import time
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
@@ -130,6 +131,7 @@ def _kill_family(worker: int) -> None:
         for pid in family:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        time.sleep(0.001)
         _reap(worker)
 
 

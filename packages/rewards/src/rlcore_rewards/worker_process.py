@@ -98,7 +98,7 @@ class WorkerProcess:
         """End the worker from another thread than the one that uses it, which then sees it die."""
         with self._closing:
             if not self._closed:
-                os.write(self._control, QUIT)
+                self._tell(QUIT)
 
     def kill(self) -> None:
         """End the worker and all its descendants; idempotent."""
@@ -157,8 +157,11 @@ class WorkerProcess:
                 raise WorkerFailure("timeout", f"took longer than {limit}={seconds:g}")
             if now >= check:
                 check = now + CHECK_INTERVAL
-                with contextlib.suppress(BrokenPipeError):  # its death shows above
-                    os.write(self._control, CHECK)
+                self._tell(CHECK)
+
+    def _tell(self, command: bytes) -> None:
+        with contextlib.suppress(BrokenPipeError):  # the guard is gone, and the worker with it
+            os.write(self._control, command)
 
     def _write(self, outgoing: memoryview) -> memoryview:
         try:

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -17,7 +18,7 @@ import torch
 
 from rlcore.config import Config
 from rlcore.engines import TrainEngine
-from rlcore.errors import CheckpointError
+from rlcore.errors import CheckpointError, ConfigError
 from rlcore.tracking import RunInfo, Tracker
 from rlcore_recipes.checkpoint import CheckpointManager, load_state
 from rlcore_recipes.processes import all_gather, executor, is_main, on_rank_zero
@@ -115,6 +116,10 @@ def validated(run: Run, tracker: Tracker, step: int) -> dict[str, float]:
     assert run.validate is not None
     with run.timed("testing"):
         outcome = run.validate()
+    best = run.trainer.best_metric
+    if best is not None and best.startswith("val") and best not in outcome.metrics:
+        close = get_close_matches(best, outcome.metrics, n=3) or list(outcome.metrics)
+        raise ConfigError(f"trainer.best_metric={best} is no validation metric; did you mean {' or '.join(close)}?")
     if outcome.rows:
         tracker.log_table("val/generations", outcome.columns, outcome.rows, step)
     return outcome.metrics

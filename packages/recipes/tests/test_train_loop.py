@@ -1,0 +1,204 @@
+"""The loop around a step, with a model that is one number."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from rlcore.config import Config, load_config
+from rlcore.errors import CheckpointError, ConfigError
+from rlcore_recipes.run_folder import check_free, write_config
+from rlcore_recipes.settings import TrainerSettings
+from rlcore_recipes.train_loop import Run, due, train
+from rlcore_recipes.validation import Validation
+
+
+class Number(SimpleNamespace):
+    """A model whose state is one float."""
+
+    value: float
+    dp_size = 1
+
+    def save(self, path: Path) -> None:
+        path.mkdir(parents=True)
+        (path / "value").write_text(repr(self.value))
+
+    def load(self, path: Path) -> None:
+        self.value = float((path / "value").read_text())
+
+    def save_pretrained(self, path: Path) -> None:
+        path.mkdir(parents=True)
+        (path / "weights").write_text(repr(self.value))
+
+
+class Counter(SimpleNamespace):
+    count: int = 0
+
+    def state(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.count = state["count"]
+
+
+class RunConfig(Config):
+    trainer: TrainerSettings
+    lr: float = 0.1
+
+
+def make(tmp_path: Path, *keys: str, recipe: str = "number", steps: int = 4, parts: bool = True) -> tuple[Run, Number]:
+    settings = [f"trainer.out_dir={tmp_path}", "trainer.trackers=[jsonl]", *(f"trainer.{key}" for key in keys)]
+    config = load_config(RunConfig, None, settings)
+    model, counter = Number(value=0.0), Counter()
+
+    def step(number: int) -> dict[str, float]:
+        counter.count += 1
+        model.value += counter.count * random.random() + float(torch.rand(()))
+        return {"loss": model.value, "perf/total_num_tokens": 10.0}
+
+    validates = config.trainer.test_freq > 0
+    check_free(config.trainer, config)
+    return Run(
+        recipe=recipe,
+        config=config,
+        trainer=config.trainer,
+        seed=3,
+        total_steps=steps,
+        step=step,
+        validate=(lambda: Validation({"val/score": model.value}, ("text",), [["hi"]])) if validates else None,
+        engines={"actor": model},  # type: ignore[dict-item]
+        parts={"counter": counter} if parts else {},
+        resumed=lambda done: None,
+        save_tokenizer=lambda folder: (folder / "tokenizer").write_text("words"),
+    ), model
+
+
+def lines(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_validation_and_checkpoints_come_when_due(tmp_path: Path) -> None:
+    run, model = make(tmp_path, "test_freq=2", "save_freq=3", "save_hf=true", "log_val_generations=1", steps=5)
+    train(run)
+    assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2, 3, 4, 5]
+    assert [line["step"] for line in lines(tmp_path) if "val/score" in line] == [0, 2, 4, 5]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000003", "step-000005"]
+    assert float((tmp_path / "model" / "weights").read_text()) == model.value
+    assert (tmp_path / "model" / "tokenizer").exists()
+    assert len((tmp_path / "tables" / "val-generations.jsonl").read_text().splitlines()) == 4
+    last = lines(tmp_path)[-1]
+    assert last["training/global_step"] == 5
+    assert last["perf/throughput"] > 0
+    assert last["timing_s/step"] > 0
+    assert last["timing_s/testing"] >= 0
+
+
+@pytest.mark.parametrize(("every", "expected"), [(-1, []), (1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (9, [5])])
+def test_due(every: int, expected: list[int]) -> None:
+    assert [step for step in range(1, 6) if due(every, step, last=step == 5)] == expected
+
+
+def test_resumed_run_draws_the_same_random_numbers(tmp_path: Path) -> None:
+    whole, model = make(tmp_path / "whole", "save_freq=1")
+    train(whole)
+    first, _ = make(tmp_path / "parts", "save_freq=1", steps=2)
+    train(first)
+    random.seed(99)
+    second, continued = make(tmp_path / "parts", "save_freq=1")
+    train(second)
+    assert continued.value == model.value
+    assert [line["loss"] for line in lines(tmp_path / "parts")] == [line["loss"] for line in lines(tmp_path / "whole")]
+
+
+def test_finished_run_does_nothing_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(make(tmp_path, "save_freq=1")[0])
+    before = lines(tmp_path)
+    again, model = make(tmp_path, "save_freq=1")
+    train(again)
+    assert lines(tmp_path) == before
+    assert model.value == before[-1]["loss"]
+    assert "continuing after step 4" in capsys.readouterr().err
+
+
+def test_checkpoints_of_other_recipes_and_parts_are_refused(tmp_path: Path) -> None:
+    train(make(tmp_path, "save_freq=1", steps=1)[0])
+    with pytest.raises(CheckpointError, match="of the recipe number, not other"):
+        train(make(tmp_path, "save_freq=1", recipe="other")[0])
+    with pytest.raises(CheckpointError, match="differ in counter"):
+        train(make(tmp_path, "save_freq=1", parts=False)[0])
+
+
+def test_changed_settings_are_named_and_the_old_ones_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(make(tmp_path, "save_freq=1", steps=1)[0])
+    train(make(tmp_path, "save_freq=2", steps=2)[0])
+    assert "other settings than before: trainer.save_freq" in capsys.readouterr().err
+    assert yaml.safe_load((tmp_path / "config-until-step-1.yaml").read_text())["trainer"]["save_freq"] == 1
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["trainer"]["save_freq"] == 2
+
+
+def test_interrupt_stops_after_the_step_with_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, _ = make(tmp_path, "save_freq=100")
+    plain = run.step
+
+    def interrupted(number: int) -> dict[str, float]:
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return plain(number)
+
+    run.step = interrupted
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as stop:
+        train(run)
+    assert stop.value.code == 130
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
+    assert "stopped after step 2 of 4; run the same command again to continue" in capsys.readouterr().err
+    train(make(tmp_path, "save_freq=100")[0])
+    assert [line["step"] for line in lines(tmp_path)][-3:] == [2, 3, 4]
+
+
+def test_best_checkpoint_is_kept_and_an_unknown_metric_named(tmp_path: Path) -> None:
+    keys = ("save_freq=1", "test_freq=1", "keep_checkpoints=1")
+    train(make(tmp_path / "best", *keys, "best_metric=val/score", "best_mode=min")[0])
+    names = sorted(path.name for path in (tmp_path / "best" / "checkpoints").iterdir())
+    assert names == ["step-000001", "step-000004"]
+    with pytest.raises(ConfigError, match=r"trainer\.best_metric=val/scor .*did you mean val/score"):
+        train(make(tmp_path / "typo", *keys, "best_metric=val/scor")[0])
+
+
+def test_a_folder_with_foreign_files_may_be_used(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    train(make(tmp_path, "resume=never", steps=1)[0])
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    with pytest.raises(ConfigError, match="holds a run already"):
+        make(tmp_path, "resume=never")
+
+
+def test_a_run_without_checkpoints_may_start_again_as_it_was(tmp_path: Path) -> None:
+    train(make(tmp_path, steps=1)[0])
+    train(make(tmp_path, steps=1)[0])
+    with pytest.raises(ConfigError, match=r"holds another run, without checkpoints \(trainer.project differ"):
+        make(tmp_path, "project=other")
+
+
+def test_out_dir_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file"):
+        make(tmp_path / "file")
+
+
+def test_configuration_is_written_once(tmp_path: Path) -> None:
+    config = load_config(RunConfig, None, [f"trainer.out_dir={tmp_path}"])
+    assert write_config(tmp_path, config, 0) == []
+    assert write_config(tmp_path, config, 5) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]

@@ -1,0 +1,109 @@
+"""Mini-batches, epochs, and samples that are left out without changing the loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from rlcore.algorithms.objectives import PolicyObjective, PolicyObjectiveSettings
+from rlcore.batch import Batch, Jagged
+from rlcore.engines import Objective
+from rlcore.metrics import Metrics
+from rlcore_recipes.settings.roles import LOSSES_ZERO_WITH_ADVANTAGE
+from rlcore_recipes.updates import CountingLeftOut, train_epochs, training_columns, without_zero_advantage
+
+LENGTHS = [5, 3, 6, 2, 4, 7]
+
+
+def batch_of(advantages: list[float], seed: int = 0) -> Batch:
+    """Sequences of `LENGTHS` with one advantage each, two prompt tokens, fp64."""
+    random = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor(LENGTHS)
+    total = int(lengths.sum())
+    mask = Jagged.from_list([[0.0] * 2 + [1.0] * (length - 2) for length in LENGTHS], torch.float64)
+    per_token = torch.tensor(advantages, dtype=torch.float64).repeat_interleave(lengths)
+    return Batch(
+        {
+            "tokens": Jagged(torch.randint(0, 11, (total,), generator=random), lengths),
+            "loss_mask": mask,
+            "advantages": Jagged(per_token * mask.values, lengths),
+            "old_logprobs": Jagged(-torch.rand(total, generator=random, dtype=torch.float64), lengths),
+        }
+    )
+
+
+def loss_and_gradient(batch: Batch, objective: Objective) -> tuple[float, torch.Tensor]:
+    weights = torch.linspace(-1, 0.2, 11, dtype=torch.float64, requires_grad=True)
+    outputs = {
+        "logprobs": weights[batch.flat("tokens")],
+        "entropy": weights.square()[batch.flat("tokens")],
+    }
+    loss, _ = objective.loss(outputs, batch, objective.denominators(batch))
+    loss.backward()
+    assert weights.grad is not None
+    return float(loss.detach()), weights.grad
+
+
+@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])
+@pytest.mark.parametrize("policy_loss", LOSSES_ZERO_WITH_ADVANTAGE)
+def test_loss_and_gradient_do_not_change(policy_loss: str, aggregation: str) -> None:
+    settings = PolicyObjectiveSettings(policy_loss=policy_loss, aggregation=aggregation)
+    objective = PolicyObjective(settings)
+    batch = batch_of([0.5, 0.0, -1.2, 0.0, 0.0, 2.0])
+    kept, counting = without_zero_advantage(batch, objective, keep=1)
+    assert len(kept) == 3
+    before, after = loss_and_gradient(batch, objective), loss_and_gradient(kept, counting)
+    assert after[0] == pytest.approx(before[0], rel=1e-12)
+    torch.testing.assert_close(after[1], before[1], rtol=1e-12, atol=1e-15)
+    assert float(before[1].abs().max()) > 0
+
+
+def test_denominators_add_up_however_the_samples_are_divided() -> None:
+    objective = PolicyObjective(PolicyObjectiveSettings())
+    batch = batch_of([0.5, 0.0, -1.2, 0.0, 1.0, 2.0])
+    kept, counting = without_zero_advantage(batch, objective, keep=1)
+    halves = [counting.denominators(part) for part in kept.split(2)]
+    assert {name: sum(half[name] for half in halves) for name in halves[0]} == objective.denominators(batch)
+
+
+def test_some_samples_stay_when_no_advantage_is_left() -> None:
+    batch = batch_of([0.0] * 6)
+    kept, counting = without_zero_advantage(batch, PolicyObjective(PolicyObjectiveSettings()), keep=2)
+    assert len(kept) == 2
+    loss, gradient = loss_and_gradient(kept, counting)
+    assert loss == 0
+    assert float(gradient.abs().max()) == 0
+
+
+def test_an_objective_that_counts_is_data() -> None:
+    import pickle
+
+    objective = CountingLeftOut(PolicyObjective(PolicyObjectiveSettings()))
+    assert pickle.loads(pickle.dumps(objective)) == objective
+
+
+class Recorder:
+    """Remembers the mini-batches it is trained on."""
+
+    def __init__(self) -> None:
+        self.trained: list[tuple[Batch, Any]] = []
+
+    def train(self, batch: Batch, objective: Objective) -> Metrics:
+        self.trained.append((batch, objective))
+        metrics = Metrics()
+        metrics.mean("loss", float(len(self.trained)), 1.0)
+        return metrics
+
+
+def test_epochs_go_over_the_mini_batches_in_order() -> None:
+    engine, parts = Recorder(), [(batch_of([1.0] * 6, seed), None) for seed in range(3)]
+    metrics = train_epochs(engine, parts, epochs=2)  # type: ignore[arg-type]
+    assert [batch for batch, _ in engine.trained] == [batch for batch, _ in parts] * 2
+    assert metrics.to_dict() == {"loss": 3.5}
+
+
+def test_texts_stay_with_the_controller() -> None:
+    batch = batch_of([1.0] * 6).with_columns(completion=["text"] * 6, score=torch.zeros(6))
+    assert training_columns(batch).names == ("tokens", "loss_mask", "advantages", "old_logprobs")

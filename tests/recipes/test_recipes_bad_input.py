@@ -1,0 +1,126 @@
+"""What a user gets wrong: one clear error each, and nothing written."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlcore.testing.tiny_model import tiny_model
+
+
+def fails(task: Any, out_dir: Path, changes: dict[str, Any], *texts: str, recipe: str = "grpo") -> None:
+    before = sorted(out_dir.rglob("*"))
+    result = task.run(recipe, out_dir, changes)
+    message = " ".join(result.output.split())
+    assert result.exit_code == 1, message
+    assert message.startswith("error:"), message
+    for text in texts:
+        assert text in message
+    assert sorted(out_dir.rglob("*")) == before
+
+
+CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "missing file": ({"data.train_files": "nowhere.parquet"}, ["nowhere.parquet", "does not exist"]),
+    "wrong column": ({"data.prompt_key": "question"}, ["no column 'question'", "prompt, ground_truth"]),
+    "unknown key": ({"actor.optim.learning_rate": 1}, ["actor.optim.learning_rate", "unknown key"]),
+    "misspelt key": ({"rollout.temprature": 1}, ["rollout.temprature", "did you mean temperature"]),
+    "unknown engine": ({"actor.engine": "fsdq"}, ["actor.engine", "'fsdp'"]),
+    "unknown estimator": ({"algorithm.advantage": "grop"}, ["algorithm.advantage", "'grpo'"]),
+    "estimator that needs a critic": ({"algorithm.advantage": "gae"}, ["gae needs the values of a critic", "ppo"]),
+    "over-long prompt": (
+        {"data.max_prompt_length": 4, "data.overlong_prompts": "error"},
+        ["row 0", "data.max_prompt_length=4"],
+    ),
+    "all prompts too long": ({"data.max_prompt_length": 4}, ["none of the 48 prompts", "data.max_prompt_length=4"]),
+    "batch larger than the data": (
+        {"data.train_batch_size": 64},
+        ["data.train_batch_size=64", "48 samples"],
+    ),
+    "indivisible batch": (
+        {"actor.mini_batch_size": 3},
+        ["data.train_batch_size=8 is no multiple of actor.mini_batch_size=3"],
+    ),
+    "no validation data": ({"trainer.test_freq": 1, "data.val_files": "[]"}, ["data.val_files is empty"]),
+    "interval of zero": ({"trainer.save_freq": 0}, ["trainer.save_freq", "-1 for never"]),
+    "two rewards": ({"reward.name": "gsm8k"}, ["reward", "keep one"]),
+    "unknown controller": ({"controller.kind": "rai"}, ["controller.kind", "unknown controller 'rai'"]),
+    "unknown tracker": ({"trainer.trackers": "[wandbb]"}, ["trainer.trackers", "'wandb'"]),
+    "zero advantage with entropy bonus": (
+        {"actor.drop_zero_advantage": True, "actor.objective.entropy_coeff": 0.1},
+        ["actor.drop_zero_advantage", "entropy_coeff=0.1"],
+    ),
+    "missing checkpoint": ({"trainer.resume": "nowhere/step-000001"}, ["nowhere/step-000001"]),
+    "missing reward function": ({"reward.path": "nowhere.py:f"}, ["nowhere.py"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_clear_error(task: Any, tmp_path: Path, case: str) -> None:
+    changes, texts = CASES[case]
+    fails(task, tmp_path / "out", changes, *texts)
+
+
+def test_all_problems_at_once(task: Any, tmp_path: Path) -> None:
+    changes = {"actor.mini_batch_size": 3, "critic.mini_batch_size": 5, "trainer.test_freq": 1, "data.val_files": "[]"}
+    texts = ["actor.mini_batch_size=3", "critic.mini_batch_size=5", "data.val_files is empty"]
+    fails(task, tmp_path, changes, *texts, recipe="ppo")
+
+
+def test_empty_file(task: Any, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    fails(task, tmp_path / "out", {"data.train_files": empty}, "empty.jsonl", "no rows")
+
+
+def test_model_folder_without_tokenizer(task: Any, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(task.model, bare)
+    for file in bare.glob("token*"):
+        file.unlink()
+    fails(task, tmp_path / "out", {"model.path": bare}, "no tokenizer", "model.tokenizer_path")
+
+
+def test_model_folder_that_is_not_there(task: Any, tmp_path: Path) -> None:
+    fails(task, tmp_path / "out", {"model.path": tmp_path / "nowhere"}, "model.path", "nowhere")
+
+
+@pytest.fixture
+def finished(task: Any, tmp_path: Path) -> Path:
+    """A run of one step with a checkpoint."""
+    result = task.run("grpo", tmp_path / "run", {"trainer.total_steps": 1, "trainer.save_freq": 1})
+    assert result.exit_code == 0, result.output
+    return tmp_path / "run"
+
+
+def test_folder_of_another_run(task: Any, finished: Path) -> None:
+    fails(task, finished, {"trainer.resume": "never"}, "holds a run already", "trainer.resume=auto")
+
+
+def test_folder_of_another_run_without_checkpoints(task: Any, tmp_path: Path) -> None:
+    assert task.run("grpo", tmp_path, {"trainer.total_steps": 1}).exit_code == 0
+    fails(task, tmp_path, {"trainer.total_steps": 1, "seed": 7}, "holds another run", "seed")
+
+
+def test_checkpoint_of_another_model(task: Any, tmp_path: Path, finished: Path) -> None:
+    other = tiny_model(tmp_path / "wider", hidden_size=64)
+    step = finished / "checkpoints" / "step-000001"
+    fails(task, tmp_path / "out", {"model.path": other, "trainer.resume": step}, "step-000001/actor")
+
+
+def test_checkpoint_of_another_recipe(task: Any, tmp_path: Path, finished: Path) -> None:
+    step = finished / "checkpoints" / "step-000001"
+    fails(task, tmp_path / "out", {"trainer.resume": step}, "is of the recipe grpo, not ppo", recipe="ppo")
+
+
+def test_truncated_checkpoint(
+    task: Any, tmp_path: Path, finished: Path, metrics_of: Callable[[Path], list[dict[str, float]]]
+) -> None:
+    step = finished / "checkpoints" / "step-000001"
+    largest = max((file for file in step.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+    with largest.open("r+b") as file:
+        file.truncate(largest.stat().st_size // 2)
+    fails(task, tmp_path / "out", {"trainer.resume": step}, largest.name, "bytes instead of")

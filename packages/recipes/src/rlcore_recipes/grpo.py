@@ -7,14 +7,13 @@ needs no critic.
 from __future__ import annotations
 
 from rlcore.cli import run_recipe_module
-from rlcore.engines import sync_weights
 from rlcore_recipes.batch_metrics import batch_metrics
 from rlcore_recipes.collect import generate_and_score
 from rlcore_recipes.credit import with_advantages
 from rlcore_recipes.forward import with_old_logprobs, with_ref_logprobs
 from rlcore_recipes.session import Session, open_session, train_rl
 from rlcore_recipes.settings import RLConfig
-from rlcore_recipes.updates import update_actor
+from rlcore_recipes.updates import sync_policy, update_actor
 
 
 class GRPOConfig(RLConfig):
@@ -42,7 +41,7 @@ def step(session: Session[GRPOConfig], number: int) -> dict[str, float]:
     with timed("update_actor"):
         metrics.update(update_actor(roles.actor, batch, config))
     with timed("update_weights"):
-        sync_weights(roles.actor, roles.rollout, version=number)
+        sync_policy(roles, config, version=number)
     return batch_metrics(batch) | metrics.to_dict()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import TypeVar
 
 from rlcore import plugins
 from rlcore.engines import (
@@ -17,7 +18,9 @@ from rlcore.engines import (
 )
 from rlcore.engines.settings import Head
 from rlcore_recipes.processes import executor
-from rlcore_recipes.settings import CriticSettings, ModelRole, RLConfig
+from rlcore_recipes.settings import CriticSettings, ModelRole, RewardRole, RLConfig
+
+Closable = TypeVar("Closable", TrainEngine, RolloutEngine, Reward)
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,27 @@ def train_engine(
         max_tokens=role.max_tokens_per_micro_batch,
         seed=seed,
     )
-    return plugins.get(role.plugin_group, role.engine).build(spec)  # type: ignore[no-any-return]
+    engine: TrainEngine = plugins.get(role.plugin_group, role.engine).build(spec)
+    if role.offload:
+        engine.offload()  # it comes back by itself when it is used
+    return engine
+
+
+def rollout_engine(config: RLConfig, actor: TrainEngine) -> RolloutEngine:
+    """The engine that ``config.rollout`` names, beside ``actor`` (itself, not its worker group)."""
+    spec = RolloutSpec(
+        model=config.model,
+        options=config.rollout.options,
+        max_model_len=config.data.max_prompt_length + config.data.max_response_length,
+        seed=config.seed,
+        train_engine=actor,
+    )
+    return plugins.get(config.rollout.plugin_group, config.rollout.engine).build(spec)  # type: ignore[no-any-return]
+
+
+def reward_of(role: RewardRole) -> Reward:
+    """The reward that ``role`` names."""
+    return plugins.get(role.plugin_group, role.name).build(role.options, role)  # type: ignore[no-any-return]
 
 
 def build_roles(config: RLConfig, critic: CriticSettings | None, total_steps: int, stack: ExitStack) -> Roles:
@@ -57,37 +80,23 @@ def build_roles(config: RLConfig, critic: CriticSettings | None, total_steps: in
         total_steps: steps of the run, from which learning-rate schedules get their length.
         critic: its settings; None where the run has none.
     """
-    reward: Reward = plugins.get(config.reward.plugin_group, config.reward.name).build(
-        config.reward.options, config.reward
-    )
-    stack.callback(reward.close)
 
+    def closing(engine: Closable) -> Closable:
+        stack.callback(engine.close)
+        return engine
+
+    reward = closing(reward_of(config.reward))
     updates = (total_steps - skipped_by_warmup(critic)) * config.updates_per_step
     optim = with_total_steps(config.actor.optim, updates)
-    actor = train_engine(config.actor, config.model, optim=optim, seed=config.seed)
-    stack.callback(actor.close)
-
-    ref = train_engine(config.ref, config.ref.model or config.model, seed=config.seed) if config.needs_ref else None
-    if ref is not None:
-        stack.callback(ref.close)
-
-    value = None
+    actor = closing(train_engine(config.actor, config.model, optim=optim, seed=config.seed))
+    ref = value = None
+    if config.needs_ref:
+        ref = closing(train_engine(config.ref, config.ref.model or config.model, seed=config.seed))
     if critic is not None:
         optim = with_total_steps(critic.optim, total_steps * critic_updates_per_step(critic, config))
-        value = train_engine(critic, critic.model or config.model, head="value", optim=optim, seed=config.seed)
-        stack.callback(value.close)
-
-    rollout: RolloutEngine = plugins.get(config.rollout.plugin_group, config.rollout.engine).build(
-        RolloutSpec(
-            model=config.model,
-            options=config.rollout.options,
-            max_model_len=config.data.max_prompt_length + config.data.max_response_length,
-            seed=config.seed,
-            train_engine=actor,
-        )
-    )
-    stack.callback(rollout.close)
-
+        model = critic.model or config.model
+        value = closing(train_engine(critic, model, head="value", optim=optim, seed=config.seed))
+    rollout = closing(rollout_engine(config, actor))
     return Roles(
         actor=grouped(actor, "actor"),
         rollout=executor.group(RolloutEngine, rollout, "rollout"),  # type: ignore[type-abstract]

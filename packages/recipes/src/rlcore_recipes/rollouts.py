@@ -67,7 +67,8 @@ def generate(
 def trajectories(prompts: Sequence[PromptSample], completions: Sequence[Completion], n: int) -> Batch:
     """Join each prompt with its ``n`` completions.
 
-    Per token: ``tokens`` int64, ``loss_mask`` fp32 (1 on the completion), ``rollout_logprobs`` fp32 (0 on the prompt).
+    Per token: ``tokens`` int64, ``loss_mask`` fp32 (1 on the completion), ``rollout_logprobs`` fp32 (0 on the prompt;
+    only if the engine gave them).
     Per sample: ``group`` (the prompt's position in the data stream), ``prompt_length``, ``response_length``,
     ``policy_version`` (of the oldest token), all int64. Objects: ``finish_reason``, ``messages``, ``ground_truth``,
     ``data_source``, ``extra``.
@@ -76,14 +77,16 @@ def trajectories(prompts: Sequence[PromptSample], completions: Sequence[Completi
     tokens = Jagged.from_list([[*prompt.prompt_tokens, *completion.tokens] for prompt, completion in rows], torch.int64)
     prompt_length = torch.tensor([len(prompt.prompt_tokens) for prompt, _ in rows], dtype=torch.int64)
     loss_mask = completion_mask(tokens.lengths, prompt_length)
-    logprobs = torch.zeros(len(tokens.values))
+    sampled: dict[str, Jagged] = {}
     if all(len(completion.logprobs) == len(completion.tokens) for _, completion in rows):
+        logprobs = torch.zeros(len(tokens.values))
         logprobs[loss_mask.bool()] = torch.tensor([value for _, completion in rows for value in completion.logprobs])
+        sampled["rollout_logprobs"] = tokens.with_values(logprobs)
     return Batch(
         {
             "tokens": tokens,
             "loss_mask": tokens.with_values(loss_mask),
-            "rollout_logprobs": tokens.with_values(logprobs),
+            **sampled,
             "group": torch.tensor([prompt.position for prompt, _ in rows], dtype=torch.int64),
             "prompt_length": prompt_length,
             "response_length": tokens.lengths - prompt_length,

@@ -9,7 +9,6 @@ from typing import Any, Generic, TypeVar
 
 from rlcore.algorithms.kl import KLController, kl_controller
 from rlcore.batch import Batch
-from rlcore.engines import sync_weights
 from rlcore_recipes.data.loader import PromptLoader
 from rlcore_recipes.data.prompts import PromptDataset, PromptSample, load_prompts
 from rlcore_recipes.data.tokenizer import load_tokenizer
@@ -20,6 +19,7 @@ from rlcore_recipes.scoring import score
 from rlcore_recipes.settings import CriticSettings, RLConfig
 from rlcore_recipes.timing import Timings
 from rlcore_recipes.train_loop import Run, Stateful, train
+from rlcore_recipes.updates import sync_policy
 from rlcore_recipes.validation import Validation, validate
 
 C = TypeVar("C", bound=RLConfig)
@@ -99,7 +99,7 @@ def train_rl(session: Session[C], recipe: str, step: Callable[[Session[C], int],
             validate=None if session.val_prompts is None else lambda: validate_policy(session),
             engines=roles.trained(),
             parts=parts,
-            resumed=lambda done: sync_weights(roles.actor, roles.rollout, version=done),
+            resumed=lambda done: sync_policy(roles, session.config, version=done),
             save_tokenizer=session.tokenizer.save_pretrained,
             timed=session.timed,
         )

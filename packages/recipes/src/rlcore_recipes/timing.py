@@ -27,6 +27,6 @@ class Timings:
         return self._seconds[name]
 
     def take(self) -> dict[str, float]:
-        """All seconds since the last call, as metrics ``timing_s/…``."""
-        taken, self._seconds = self._seconds, defaultdict(float)
-        return {f"timing_s/{name}": seconds for name, seconds in taken.items()}
+        """All seconds since the last call, by name."""
+        taken, self._seconds = dict(self._seconds), defaultdict(float)
+        return taken

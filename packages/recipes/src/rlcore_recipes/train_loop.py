@@ -92,7 +92,7 @@ def train(run: Run) -> None:
             if run.validate is not None and due(trainer.test_freq, done, last):
                 metrics |= validated(run, tracker, done)
             # logged first: a run killed while it saves repeats the step, one killed after it does not log it again
-            tracker.log(metrics | run.timed.take(), done)
+            tracker.log(metrics | timings(run, metrics), done)
             if due(trainer.save_freq, done, last or stopping):
                 with run.timed("save_checkpoint"):  # reported with the next step
                     checkpoints.save(done, lambda folder: write_engines(run, folder), state(run, done, run_id), metrics)
@@ -110,6 +110,18 @@ def timed_step(run: Run, number: int) -> dict[str, float]:
     metrics |= {"training/global_step": number, "perf/time_per_step": seconds, **memory()}
     metrics["perf/throughput"] = metrics["perf/total_num_tokens"] / seconds / run.engines["actor"].dp_size
     return metrics
+
+
+def timings(run: Run, metrics: Mapping[str, float]) -> dict[str, float]:
+    """Seconds of each part, and for the step's parts their milliseconds per token of its batch."""
+    seconds = run.timed.take()
+    tokens = max(metrics["perf/total_num_tokens"], 1.0)
+    found = {f"timing_s/{name}": value for name, value in seconds.items()}
+    return found | {
+        f"timing_per_token_ms/{name}": value * 1000 / tokens
+        for name, value in seconds.items()
+        if name not in ("step", "testing", "save_checkpoint")
+    }
 
 
 def validated(run: Run, tracker: Tracker, step: int) -> dict[str, float]:

@@ -9,9 +9,10 @@ import torch
 
 from rlcore.algorithms.objectives import PolicyObjective, ValueObjective
 from rlcore.batch import Batch, Jagged
-from rlcore.engines import ForwardRequest, Objective, TrainEngine
+from rlcore.engines import ForwardRequest, Objective, TrainEngine, sync_weights
 from rlcore.metrics import Metrics
 from rlcore_recipes.batch_metrics import sequence_sums
+from rlcore_recipes.roles import Roles
 from rlcore_recipes.settings import CriticSettings, RLConfig
 
 LEFT_OUT = "left_out/"
@@ -27,6 +28,15 @@ def update_actor(actor: TrainEngine, batch: Batch, config: RLConfig) -> Metrics:
     if settings.drop_zero_advantage:
         parts = [without_zero_advantage(part, objective, keep=actor.dp_size) for part, _ in parts]
     return train_epochs(actor, parts, settings.epochs).prefixed("actor/")
+
+
+def sync_policy(roles: Roles, config: RLConfig, version: int) -> None:
+    """Make the rollout engine generate with the actor's weights; the actor rests in host memory if so configured."""
+    sync_weights(roles.actor, roles.rollout, version)
+    if config.actor.offload and roles.rollout.shares_weights:
+        roles.actor.offload("optimizer")
+    elif config.actor.offload:
+        roles.actor.offload()
 
 
 def update_critic(critic: TrainEngine, batch: Batch, settings: CriticSettings, config: RLConfig) -> Metrics:

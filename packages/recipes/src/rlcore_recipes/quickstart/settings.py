@@ -18,6 +18,7 @@ MEDIOCRE = 0.4
 SFT_BATCH, SFT_CHECK_EVERY, SFT_MOST_STEPS, SFT_CHECK_PROBLEMS = 64, 20, 600, 200
 SFT_OPTIM = OptimSettings(lr=2e-3, betas=(0.9, 0.95), warmup_steps=20)
 
+LR = 2.5e-4
 MAX_PROMPT, MAX_RESPONSE = 64, 48
 METRIC = "val-core/arithmetic/reward/mean@1"
 
@@ -38,7 +39,7 @@ def grpo_config(out: Path, seed: int, steps: int) -> GRPOConfig:
             "mini_batch_size": 24,
             "old_logprobs": "rollout",
             "drop_zero_advantage": True,
-            "optim": {"lr": 2.5e-4, "betas": [0.9, 0.95], "schedule": "linear", "warmup_steps": 20, "min_lr_ratio": 0.1},
+            "optim": {"lr": LR, "betas": [0.9, 0.95], "schedule": "linear", "warmup_steps": 20, "min_lr_ratio": 0.1},
             "objective": {"policy_loss": {"name": "ppo", "clip_low": 0.2, "clip_high": 0.28}},
         },
         "rollout": {"n": 4, "validation": {"temperature": 1.0}},

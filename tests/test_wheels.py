@@ -49,7 +49,7 @@ def test_wheels_carry_types_licence_and_configs(dist: Path) -> None:
         assert any(name.endswith("LICENSE") for name in names), wheel.name
         assert not any("/tests/" in name for name in names), wheel.name
     recipes = next(dist.glob("rlcore_recipes-*.whl"))
-    assert any(name.endswith("configs/grpo_gsm8k.yaml") for name in zipfile.ZipFile(recipes).namelist())
+    assert any(name.endswith("configs/grpo/grpo_gsm8k.yaml") for name in zipfile.ZipFile(recipes).namelist())
 
 
 @pytest.mark.slow

@@ -105,6 +105,19 @@ def test_folder_of_another_run_without_checkpoints(task: Any, tmp_path: Path) ->
     fails(task, tmp_path, {"trainer.total_steps": 1, "seed": 7}, "holds another run", "seed")
 
 
+def test_checkpoint_of_another_run_does_not_continue_in_a_taken_folder(
+    task: Any, tmp_path: Path, finished: Path
+) -> None:
+    assert task.run("grpo", tmp_path / "taken", {"trainer.total_steps": 1}).exit_code == 0
+    step = finished / "checkpoints" / "step-000001"
+    fails(task, tmp_path / "taken", {"trainer.resume": step}, "holds a run already", "is of another")
+
+
+def test_folder_that_cannot_be_written(task: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    fails(task, tmp_path / "file" / "below", {}, "cannot be written to")
+
+
 def test_checkpoint_of_another_model(task: Any, tmp_path: Path, finished: Path) -> None:
     other = tiny_model(tmp_path / "wider", hidden_size=64)
     step = finished / "checkpoints" / "step-000001"
@@ -124,3 +137,7 @@ def test_truncated_checkpoint(
     with largest.open("r+b") as file:
         file.truncate(largest.stat().st_size // 2)
     fails(task, tmp_path / "out", {"trainer.resume": step}, largest.name, "bytes instead of")
+    before = metrics_of(finished)
+    with pytest.warns(UserWarning, match="skipped a damaged checkpoint"):
+        fails(task, finished, {}, "no checkpoint in", "is whole", "move them away")
+    assert metrics_of(finished) == before

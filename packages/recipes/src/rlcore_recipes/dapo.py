@@ -74,8 +74,9 @@ def run(config: DAPOConfig) -> None:
 
 def step(session: Session[DAPOConfig], number: int) -> dict[str, float]:
     """Generate and score until the batch is full of groups that teach something, compare within groups, update."""
-    config, roles, timed, sampled = session.config, session.roles, session.timed, {}
-    if (dynamic := config.algorithm.dynamic_sampling) is None:
+    config, roles, timed = session.config, session.roles, session.timed
+    dynamic, sampled = config.algorithm.dynamic_sampling, dict[str, float]()
+    if dynamic is None:
         batch = generate_and_score(session, next(session.prompts))
     else:
         batch, sampled = refill(session, dynamic.filter, dynamic.max_generations)

@@ -37,13 +37,18 @@ def check_free(trainer: TrainerSettings, config: Config) -> None:
             f"trainer.out_dir={folder} holds a run already ({', '.join(traces)}) and trainer.resume is never; name "
             "another folder, or continue the run with trainer.resume=auto"
         )
-    if trainer.resume == "auto" and not any((folder / CHECKPOINTS).glob("step-*")):
-        changed = changed_keys(folder / CONFIG, config)
+    if trainer.resume == "auto":
+        changed = [] if any((folder / CHECKPOINTS).glob("step-*")) else changed_keys(folder / CONFIG, config)
         if changed:
             raise ConfigError(
                 f"trainer.out_dir={folder} holds another run, without checkpoints ({', '.join(changed[:5])} differ); "
                 "name another folder"
             )
+    elif not Path(trainer.resume).resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(
+            f"trainer.out_dir={folder} holds a run already ({', '.join(traces)}), and trainer.resume={trainer.resume} "
+            "is of another; name another folder, or continue the run that is there with trainer.resume=auto"
+        )
 
 
 def write_config(folder: Path, config: Config, step: int) -> list[str]:
@@ -51,13 +56,20 @@ def write_config(folder: Path, config: Config, step: int) -> list[str]:
 
     Returns:
         the keys that changed since.
+
+    Raises:
+        ConfigError: the folder cannot be written to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path, text = folder / CONFIG, dump_config(config)
-    changed = changed_keys(path, config)
-    if changed:
-        path.rename(folder / f"config-until-step-{step}.yaml")
-    path.write_text(text, encoding="utf-8")
+    path, temporary = folder / CONFIG, folder / f"{CONFIG}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(dump_config(config), encoding="utf-8")
+        changed = changed_keys(path, config)
+        if changed:
+            path.rename(folder / f"config-until-step-{step}.yaml")
+        temporary.rename(path)
+    except OSError as error:
+        raise ConfigError(f"trainer.out_dir={folder} cannot be written to: {error}") from error
     return changed
 
 

@@ -78,7 +78,12 @@ def train(run: Run) -> None:
         best_mode=trainer.best_mode,
         ranks=executor,
     )
-    done, run_id = resume(run, checkpoints.resume_from(trainer.resume))
+    start = checkpoints.resume_from(trainer.resume)
+    if start is None and any(checkpoints.root.glob("step-*")):
+        raise CheckpointError(
+            f"no checkpoint in {checkpoints.root} is whole (the warnings say why); move them away to start anew"
+        )
+    done, run_id = resume(run, start)
     changed = on_rank_zero(lambda: write_config(trainer.out_dir, run.config, done))
     if done and changed and is_main():
         print(f"continuing with other settings than before: {', '.join(changed)}", file=sys.stderr)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from rlcore.algorithms.filters import nonzero_spread
 from rlcore.batch import Batch
+from rlcore.registry import NoParams
 
 
 def batch_metrics(batch: Batch) -> dict[str, float]:
@@ -33,16 +35,8 @@ def reward_metrics(batch: Batch) -> dict[str, float]:
     for name in sorted({name for result in results for name in result.extras}):
         values = [result.extras[name] for result in results if name in result.extras]
         found[f"reward/{name}"] = sum(values) / len(values)
-    return found | {"reward/equal_score_groups": 1 - float(has_spread(batch)[1].float().mean())}
-
-
-def has_spread(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Group numbers ``[G]``, and for each ``[G]`` bool whether its scores differ."""
-    groups, member = batch["group"].unique(return_inverse=True)
-    scores = batch["score"]
-    low = scores.new_full((len(groups),), torch.inf).scatter_reduce(0, member, scores, "amin")
-    high = scores.new_full((len(groups),), -torch.inf).scatter_reduce(0, member, scores, "amax")
-    return groups, high > low
+    differs = nonzero_spread(batch["score"], batch["group"], NoParams())  # per sample; groups are of one size
+    return found | {"reward/equal_score_groups": 1 - float(differs.float().mean())}
 
 
 def sequence_sums(batch: Batch, column: str) -> torch.Tensor:

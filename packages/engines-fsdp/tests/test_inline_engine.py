@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -308,3 +309,13 @@ def test_several_end_tokens(source: Source, path: Path) -> None:
     assert completion.finish_reason == "stop"
     assert completion.tokens[-1] >= 130
     assert all(token < 130 for token in completion.tokens[:-1])
+
+
+def test_the_documentations_examples_run() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "rollouts.md").read_text(encoding="utf-8")
+    namespace: dict[str, Any] = {}
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    for block in blocks:
+        exec(block, namespace)
+    assert len(blocks) == 3
+    assert namespace["completion"].finish_reason in ("stop", "length")

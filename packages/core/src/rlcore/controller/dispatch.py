@@ -21,12 +21,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Dispatch(Enum):
-    """SHARD: divide the first argument (a `Batch` or a sequence) over data-parallel ranks by tokens, and gather the
-        results: a `Batch` or list with one entry per sample in the order of the samples, `Metrics` that each rank
-        recorded of its own part (merged), or None.
-    BROADCAST: every worker gets the same arguments; worker 0 answers.
-    RANK_ZERO: only worker 0 is called.
-    STREAM: every worker yields; the caller iterates over worker 0's items, to the end.
+    """The ways to spread a call.
+
+    Attributes:
+        SHARD: divide the first argument (a `Batch` or a sequence) over data-parallel ranks by tokens, and gather the
+            results: a `Batch` or list with one entry per sample in the order of the samples, `Metrics` that each rank
+            recorded of its own part (merged), or None.
+        BROADCAST: every worker gets the same arguments; worker 0 answers.
+        RANK_ZERO: only worker 0 is called.
+        STREAM: every worker yields; the caller iterates over worker 0's items, to the end.
     """
 
     SHARD = "shard"

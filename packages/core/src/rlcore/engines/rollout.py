@@ -20,7 +20,9 @@ FinishReason = Literal["stop", "length", "abort"]
 class SamplingParams:
     """How one completion is sampled.
 
-    Filters apply in this order: temperature, top-k, top-p, min-p. Attributes:
+    Filters apply in this order: temperature, top-k, top-p, min-p.
+
+    Attributes:
         max_tokens: most tokens to generate.
         temperature: 0 is greedy.
         top_k: 0 keeps all.

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from rlcore import plugins
 from rlcore.algorithms.objectives import SFTObjectiveSettings
-from rlcore.engines import ModelSettings, Reward, RolloutEngine, RolloutSpec, TrainEngine, sync_weights
+from rlcore.engines import ModelSettings, sync_weights
 from rlcore.errors import RlcoreError
 from rlcore_recipes import sft
 from rlcore_recipes.data.loader import BatchLoader
@@ -18,7 +17,7 @@ from rlcore_recipes.data.sft import load_sft
 from rlcore_recipes.data.tokenizer import load_tokenizer
 from rlcore_recipes.grpo import GRPOConfig
 from rlcore_recipes.quickstart import settings
-from rlcore_recipes.roles import train_engine
+from rlcore_recipes.roles import reward_of, rollout_engine, train_engine
 from rlcore_recipes.rollouts import generate, validation_sampling
 from rlcore_recipes.scoring import score
 
@@ -42,20 +41,11 @@ def teach(base: Path, out: Path, config: GRPOConfig, report: Callable[[int, floa
     problems = load_prompts(config.data, config.data.val_files, tokenizer, settings.SFT_CHECK_PROBLEMS)
     sampling = validation_sampling(config.rollout, config.data.max_response_length)
     with ExitStack() as stack:
-        engine: TrainEngine = train_engine(config.actor, model, optim=settings.SFT_OPTIM, seed=config.seed)
+        engine = train_engine(config.actor, model, optim=settings.SFT_OPTIM, seed=config.seed)
         stack.callback(engine.close)
-        rollout: RolloutEngine = plugins.get(config.rollout.plugin_group, config.rollout.engine).build(
-            RolloutSpec(
-                model=model,
-                options=config.rollout.options,
-                max_model_len=settings.MAX_PROMPT + settings.MAX_RESPONSE,
-                train_engine=engine,
-            )
-        )
+        rollout = rollout_engine(config, engine)
         stack.callback(rollout.close)
-        reward: Reward = plugins.get(config.reward.plugin_group, config.reward.name).build(
-            config.reward.options, config.reward
-        )
+        reward = reward_of(config.reward)
         stack.callback(reward.close)
         for number in range(1, settings.SFT_MOST_STEPS + 1):
             metrics = sft.step(engine, next(batches), SFTObjectiveSettings())

@@ -5,6 +5,7 @@
 
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import nox
 
@@ -14,7 +15,12 @@ nox.options.sessions = ["lint", "typecheck", "tests", "docs", "integration"]
 
 PACKAGES = sorted(path.parent.name for path in Path("packages").glob("*/pyproject.toml"))
 # One thread per process: tests start several processes, and threads that compete are slower than one.
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "WANDB_MODE": "offline",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
 
 def sync(session: nox.Session, *arguments: str) -> None:
@@ -53,6 +59,30 @@ def tests(session: nox.Session) -> None:
         session.notify(f"tests-{package}")
 
 
+def tests_with(session: nox.Session, resolution: str) -> None:
+    """The tests of all that ``rlcore[fsdp]`` installs, with versions of dependencies that are not the lock file's."""
+    packages = [Path("packages", name).absolute() for name in ("core", "engines-fsdp", "rewards", "recipes")]
+    editable = [argument for package in packages for argument in ("--editable", str(package))]
+    group = f"{packages[-1] / 'pyproject.toml'}:test"  # the recipes' tests need every other package's too
+    # from outside the workspace, whose constraints would choose torch and transformers
+    with TemporaryDirectory() as elsewhere, session.chdir(elsewhere):
+        session.install("--upgrade", "--resolution", resolution, *editable, "--group", group)
+    for package in packages:
+        pytest(session, str(package / "tests"))
+
+
+@nox.session(name="tests-lowest", default=False)
+def tests_lowest(session: nox.Session) -> None:
+    """The lowest versions that the packages say they work with."""
+    tests_with(session, "lowest-direct")
+
+
+@nox.session(name="tests-newest", default=False)
+def tests_newest(session: nox.Session) -> None:
+    """The newest versions that there are."""
+    tests_with(session, "highest")
+
+
 @nox.session
 def integration(session: nox.Session) -> None:
     """Cross-package, end-to-end, fault-injection and installation tests."""
@@ -84,4 +114,6 @@ def docs(session: nox.Session) -> None:
 def quickstart(session: nox.Session) -> None:
     """The README's learning curve, made anew."""
     sync(session, "--all-packages")
-    session.run("rlcore", "quickstart", *session.posargs, env={"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")})
+    session.run(
+        "rlcore", "quickstart", *session.posargs, env={"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
+    )

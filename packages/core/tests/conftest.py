@@ -1,4 +1,4 @@
-"""Third-party packages made on the spot, for tests of plugins."""
+"""Third-party packages made on the spot, for tests of plugins; and no deadlines, which a busy machine misses."""
 
 import importlib
 import sys
@@ -6,8 +6,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from rlcore import plugins
+
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 Distribution = Callable[..., Path]
 

@@ -1,6 +1,7 @@
 """Models that name a plugin and hold the plugin's own section beside the name."""
 
-from __future__ import annotations
+# Without postponed annotations: pydantic below 2.13 looks for the names in an inherited `__pydantic_extra__` in the
+# subclass's module, where they are missing.
 
 from collections.abc import Mapping
 from contextvars import ContextVar

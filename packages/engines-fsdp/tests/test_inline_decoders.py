@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from rlcore.engines import GenerationRequest, ModelSettings, RolloutSpec, SamplingParams
 from rlcore.errors import EngineError
@@ -211,3 +212,25 @@ def test_low_precision() -> None:
             logits = model(input_ids=torch.tensor([[5, 6, 7, *completion.tokens]])).logits[0, 2:-1].float()
         expected = logits.log_softmax(-1).gather(-1, torch.tensor(completion.tokens)[:, None])[:, 0]
         assert completion.logprobs == pytest.approx(expected.tolist(), abs=0.3)
+
+
+class OwnModel(transformers.LlamaForCausalLM):
+    """A custom architecture that knows only what it needs to; without ``logits_to_keep``, and with scaled logits."""
+
+    def forward(self, input_ids, position_ids=None, past_key_values=None, use_cache=None):  # type: ignore[override]
+        outputs = self.model(
+            input_ids=input_ids, position_ids=position_ids, past_key_values=past_key_values, use_cache=use_cache
+        )
+        return CausalLMOutputWithPast(logits=self.lm_head(outputs.last_hidden_state) * 1.5)
+
+
+def test_custom_architectures() -> None:
+    model = load("llama")
+    model.__class__ = OwnModel
+    request = GenerationRequest([5, 6, 7], SamplingParams(max_tokens=30, seed=1, ignore_eos=True))
+    engine = rollout(model)
+    (completion,) = engine.generate_batch([request])
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[5, 6, 7, *completion.tokens]])).logits[0, 2:-1]
+    expected = logits.log_softmax(-1).gather(-1, torch.tensor(completion.tokens)[:, None])[:, 0]
+    assert completion.logprobs == pytest.approx(expected.tolist(), abs=1e-5)

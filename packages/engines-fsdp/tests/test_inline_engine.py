@@ -23,11 +23,14 @@ from rlcore.engines import (
     RolloutEngine,
     RolloutSpec,
     SamplingParams,
+    TrainEngineSpec,
     WeightBucket,
 )
 from rlcore.errors import EngineError
 from rlcore.plugins import get
 from rlcore.testing.tiny_model import tiny_model
+from rlcore_fsdp import engine as fsdp
+from rlcore_fsdp.config import FSDPSettings
 from rlcore_fsdp.inline.config import InlineSettings
 from rlcore_fsdp.inline.direct import DirectDecoder
 from rlcore_fsdp.inline.engine import InlineRollout, build
@@ -101,6 +104,9 @@ def test_the_plugin_builds_it(source: Source, path: Path) -> None:
 def test_a_policy_in_the_same_process_is_needed(path: Path, given: Any, found: str) -> None:
     with pytest.raises(EngineError, match=found):
         make(given, path)
+    critic = fsdp.build(TrainEngineSpec(ModelSettings(path=str(path)), FSDPSettings(device="cpu"), head="value"))
+    with pytest.raises(EngineError, match="got FSDPTrainEngine with a value head"):
+        make(critic, path)
 
 
 @pytest.mark.parametrize("wrong", [{"max_running": 0}, {"decoder": "fast"}, {"kv_cache_fraction": 1.5}, {"slots": 1}])

@@ -56,7 +56,7 @@ def unsupported(model: nn.Module) -> str | None:
     replaced = [
         name
         for name, module in model.named_modules()
-        if name.endswith("_proj") and type(module) is not nn.Linear and getattr(module, "weight", None) is not None
+        if name.endswith(("_proj", "lm_head")) and type(module) is not nn.Linear
     ]
     if replaced:
         return f"{replaced[0]} is a {type(model.get_submodule(replaced[0])).__name__}, not a plain linear layer"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
+import math
 import random
 import threading
 import time
@@ -30,8 +32,12 @@ from rlcore_fsdp.inline.stopping import StopStrings
 from rlcore_fsdp.inline.verification import verify
 from rlcore_fsdp.inline.weights import WeightSource
 
+logger = logging.getLogger(__name__)
+
 POLL_S = 0.005
 """How often a paused engine looks whether it may go on."""
+STANDING_STILL_S = 60
+"""When a batch says that it is waiting for a paused engine."""
 
 
 def build(spec: RolloutSpec) -> InlineRollout:
@@ -41,8 +47,9 @@ def build(spec: RolloutSpec) -> InlineRollout:
         EngineError: ``spec.train_engine`` is no FSDP policy in this process.
     """
     source = spec.train_engine
-    if not isinstance(source, WeightSource):
-        found = "none was given" if source is None else f"got {type(source).__name__}"
+    head = getattr(getattr(source, "spec", None), "head", "policy")
+    if not isinstance(source, WeightSource) or head != "policy":
+        found = "none was given" if source is None else f"got {type(source).__name__} with a {head} head"
         raise EngineError(
             f"the inline rollout generates with the weights of an fsdp policy in its own process, but {found}; put the "
             "rollout and an fsdp actor on the same pool, or choose another rollout engine"
@@ -74,6 +81,7 @@ class InlineRollout(RolloutEngine):
         self._cache: KVCache | None = None
         self._held: ExitStack | None = None  # holds the whole weights
         self._held_at = -1  # the source's step_count then
+        self._kept = False  # until `sleep`, whether there are requests or not
         self._decoder: Decoder | None = None  # valid while they are held
         self._decoder_class: type[Decoder] | None = None  # once chosen and verified
         self._shapes: list[LayerShape] = []
@@ -110,10 +118,14 @@ class InlineRollout(RolloutEngine):
         future: asyncio.Future[Completion] = loop.create_future()
 
         def done(outcome: Completion | Exception) -> None:
-            loop.call_soon_threadsafe(_settle, future, outcome)
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_settle, future, outcome)
 
         with self._between_steps():
-            sequence = self._submit(request, done)
+            try:
+                sequence = self._submit(request, done)
+            finally:
+                self._release_if_idle()
         driver = self._drivers.get(loop)
         if driver is None or driver.done():
             self._drivers = {known: task for known, task in self._drivers.items() if not known.is_closed()}
@@ -128,7 +140,7 @@ class InlineRollout(RolloutEngine):
     def generate_batch(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
         outcomes: dict[int, Completion | Exception] = {}
         submitted: list[RunningSequence] = []
-        held_before = self._held is not None
+        patience = time.monotonic() + STANDING_STILL_S
         try:
             with self._between_steps():
                 self._wake()
@@ -137,11 +149,14 @@ class InlineRollout(RolloutEngine):
             while len(outcomes) < len(requests):
                 if not self._advance():
                     time.sleep(POLL_S)
+                    if time.monotonic() > patience:
+                        patience = math.inf
+                        logger.warning("generate_batch waits: the engine is paused or asleep; call resume() or wake()")
         finally:
             with self._between_steps():
                 if len(outcomes) < len(submitted):
                     self._scheduler.remove(submitted, self._cache)
-                if not held_before and not self._scheduler.unfinished:
+                if not self._kept and not self._scheduler.unfinished:
                     self._release()
         completions: list[Completion] = []
         for index in range(len(requests)):
@@ -155,10 +170,8 @@ class InlineRollout(RolloutEngine):
         """Step until nothing is unfinished, giving way to the event loop after every step."""
         while self._scheduler.unfinished:
             await asyncio.sleep(0 if self._advance() else POLL_S)
-        if self.dp_size == 1:
-            with self._between_steps():
-                if not self._scheduler.unfinished:
-                    self._release()
+        with self._between_steps():
+            self._release_if_idle()
 
     def _advance(self) -> bool:
         """Make one step; False if the engine stands still for now."""
@@ -253,11 +266,13 @@ class InlineRollout(RolloutEngine):
         with self._between_steps():
             self._scheduler.evict_all()
             self._cache = None
+            self._kept = False
             self._release()
 
     def wake(self) -> None:
         with self._between_steps():
             self._wake()
+            self._kept = True
 
     def close(self) -> None:
         self.abort()
@@ -303,6 +318,11 @@ class InlineRollout(RolloutEngine):
             held.close()
             raise
         self._held, self._held_at = held, self._source.step_count
+
+    def _release_if_idle(self) -> None:
+        """Let go of the weights after the last request, unless other ranks would have to follow."""
+        if self.dp_size == 1 and not self._kept and not self._scheduler.unfinished:
+            self._release()
 
     def _release(self) -> None:
         if self._held is not None:

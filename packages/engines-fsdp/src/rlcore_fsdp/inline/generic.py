@@ -7,6 +7,7 @@ every such model, custom ones included.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -82,6 +83,8 @@ class GenericDecoder:
     def __init__(self, model: nn.Module, shapes: list[LayerShape] | None = None) -> None:
         self.model = model
         self.shapes = discover_shapes(model) if shapes is None else shapes
+        knows = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._options = {"logits_to_keep": 1} if knows else {}
 
     def prefill(self, tokens: Tensor, step: PrefillStep) -> None:
         """Cache the prompts ``tokens`` ``[N, S]``."""
@@ -99,10 +102,11 @@ class GenericDecoder:
                 position_ids=positions,
                 past_key_values=_StepCache(step),
                 use_cache=True,
-                logits_to_keep=1,
+                **self._options,
             ).logits
 
 
+@torch.no_grad()
 def discover_shapes(model: nn.Module) -> list[LayerShape]:
     """What each layer caches, learnt from a forward pass over two tokens."""
     config: Any = model.config

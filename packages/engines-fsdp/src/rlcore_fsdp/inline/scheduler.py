@@ -84,7 +84,7 @@ class Scheduler:
             heapq.heappush(self.waiting, sequence)
         self.running, self._sampler = [], None
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def step(self, decoder: Decoder, cache: KVCache) -> list[tuple[Sequence, FinishReason]]:
         """Admit what fits, decode one token for every row; returns what ended."""
         self._admit(decoder, cache)

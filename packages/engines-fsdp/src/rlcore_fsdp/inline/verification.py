@@ -21,7 +21,7 @@ TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-6}
 LOW_PRECISION_TOLERANCE = 0.25
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def deviation(model: nn.Module, decoder: Decoder, device: torch.device) -> float:
     """Largest difference of logits, in standard deviations, to the model's plain forward pass over whole sequences.
 

@@ -185,7 +185,8 @@ def prepare(folder: Path, steps: int) -> None:
     for name in WORLD:
         (folder / name).mkdir()
         model.save_pretrained(folder / name / "model")
-        tokenizer.save_pretrained(folder / name / "model")
+        # not beside the model: there transformers would take a word tokenizer for Qwen2's
+        tokenizer.save_pretrained(folder / name / "tokenizer")
         rows = {"prompt": prompts, "ground_truth": [""] * len(prompts), "data_source": ["words"] * len(prompts)}
         pq.write_table(pa.table(rows), folder / name / "train.parquet")
 
@@ -255,10 +256,9 @@ def work_trl(arguments: argparse.Namespace) -> None:
             turn.done(generated["tokens"], generate_part_s=generated["seconds"])
             turn.wait()
 
-    model_path = arguments.folder / "model"
     trainer = Trainer(
-        model=AutoModelForCausalLM.from_pretrained(model_path),
-        processing_class=AutoTokenizer.from_pretrained(model_path, padding_side="left"),
+        model=AutoModelForCausalLM.from_pretrained(arguments.folder / "model"),
+        processing_class=AutoTokenizer.from_pretrained(arguments.folder / "tokenizer", padding_side="left"),
         reward_funcs=lambda completions, **_: [even_words(completion) for completion in completions],
         train_dataset=Dataset.from_list(
             pq.read_table(arguments.folder / "train.parquet").select(["prompt"]).to_pylist()
@@ -297,7 +297,7 @@ def work_rlcore(arguments: argparse.Namespace) -> None:
     turn = Turn(sys.stdout)
     sys.stdout = sys.stderr
     values: dict[str, Any] = {
-        "model": {"path": str(arguments.folder / "model")},
+        "model": {"path": str(arguments.folder / "model"), "tokenizer_path": str(arguments.folder / "tokenizer")},
         "data": {
             "train_files": [str(arguments.folder / "train.parquet")],
             "train_batch_size": PROMPTS,

@@ -12,15 +12,13 @@ from rlcore.config import Config
 from rlcore.errors import DataError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import Qwen2Tokenizer
 
 PAD, END, USER, ASSISTANT, SYSTEM = "<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-# Words with their leading space, single digits (so that arithmetic is digit by digit), punctuation runs, white space.
-WORD_PATTERN = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
 
 
 class SmallModelSettings(Config):
@@ -36,35 +34,19 @@ class SmallModelSettings(Config):
     seed: int = Field(0, ge=0, description="Seed of the initial weights.")
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer (Sennrich et al., 2016) with a chat template, trained on ``texts``."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
+    """Qwen2's byte-level BPE, which splits numbers into digits, with merges learned from ``texts`` and a chat template.
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(WORD_PATTERN), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
+    It is that very class because transformers picks a tokenizer's class by the type of the model beside it.
+    """
+    from transformers import Qwen2Tokenizer
+
+    blank = Qwen2Tokenizer(eos_token=END, pad_token=PAD, unk_token=None)
+    trained: Qwen2Tokenizer = blank.train_new_from_iterator(
+        texts, vocab_size, new_special_tokens=[USER, ASSISTANT, SYSTEM], show_progress=False
     )
-    tokenizer.decoder = decoders.ByteLevel()
-    special = [PAD, END, USER, ASSISTANT, SYSTEM]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD,
-        eos_token=END,
-        extra_special_tokens=special[2:],
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-    )
+    trained.chat_template = CHAT_TEMPLATE
+    return trained
 
 
 def write_small_model(out: Path, texts: Iterable[str], settings: SmallModelSettings) -> int:

@@ -41,7 +41,7 @@ def test_it_leaves_curves_samples_and_metrics(folder: Path) -> None:
     assert "before, " in samples
     assert "after, " in samples
     steps = [json.loads(line)["step"] for line in (folder / "grpo/metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(101))
+    assert steps == list(range(141))
 
 
 @pytest.mark.slow
@@ -61,9 +61,9 @@ def test_the_printed_command_goes_on(folder: Path) -> None:
     command = json.loads((folder / "summary.json").read_text())["continue"]
     program, *arguments = shlex.split(command)
     assert program == "rlcore"
-    done = run(*RLCORE, *arguments, "trainer.total_steps=101", cwd=folder.parent)
+    done = run(*RLCORE, *arguments, "trainer.total_steps=141", cwd=folder.parent)
     assert done.returncode == 0, done.stderr
-    assert "continuing after step 100" in done.stderr
+    assert "continuing after step 140" in done.stderr
 
 
 def test_a_folder_that_is_not_empty_is_left_alone(tmp_path: Path) -> None:

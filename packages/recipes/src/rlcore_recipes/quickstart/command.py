@@ -14,7 +14,7 @@ import click
     help="Folder to write; must be empty or new.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of everything.")
-@click.option("--steps", type=click.IntRange(min=1), default=100, show_default=True, help="Steps of GRPO.")
+@click.option("--steps", type=click.IntRange(min=1), default=140, show_default=True, help="Steps of GRPO.")
 def quickstart(out: Path, seed: int, steps: int) -> None:
     """Train a small model from scratch on this machine: no GPU, no network, about three minutes on two cores.
 

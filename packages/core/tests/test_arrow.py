@@ -130,6 +130,13 @@ def test_text_that_utf8_lacks_survives() -> None:
     assert Batch.from_arrow(batch.to_arrow()).equals(batch)
 
 
+@pytest.mark.parametrize("first", [["0", None], ["0", "1"], ["\r0", "\r"]], ids=["json", "text", "marked"])
+def test_tables_put_together_keep_their_objects(first: list[str | None]) -> None:
+    batches = [Batch({"x": first}), Batch({"x": ["0", "x"]}), Batch({"x": [0, {"y": "z"}]})]
+    table = pa.concat_tables([batch.to_arrow() for batch in batches])
+    assert Batch.from_arrow(table)["x"] == [*first, "0", "x", 0, {"y": "z"}]
+
+
 def test_json_brings_tuples_back_as_lists() -> None:
     assert Batch.from_arrow(Batch({"x": [(1, 2)]}).to_arrow())["x"] == [[1, 2]]
 

@@ -38,6 +38,9 @@ from rlcore.errors import BatchError, DataError
 
 FORMAT = "1"
 _FORMAT_KEY, _FIELD_KEY = b"rlcore.batch", b"rlcore.column"
+# White space in front of every JSON text, which parsers skip. The texts are marked, not the column: where tables are
+# put together, Arrow keeps the metadata of the first one only.
+_JSON = "\r"
 
 
 def to_arrow(batch: Batch) -> pa.Table:
@@ -133,16 +136,16 @@ def _to_array(name: str, column: Column) -> tuple[pa.Array, dict[str, Any]]:
         return array, {"kind": "jagged", "dtype": dtype_name(column.values.dtype)}
     if isinstance(column, torch.Tensor):
         return _tensor_to_array(name, column), {"kind": "dense", "dtype": dtype_name(column.dtype)}
-    if all(isinstance(value, str) for value in column):
+    if all(isinstance(value, str) and not value.startswith(_JSON) for value in column):
         try:
-            return pa.array(column, pa.large_string()), {"kind": "objects", "encoding": "text"}
+            return pa.array(column, pa.large_string()), {"kind": "objects"}
         except UnicodeEncodeError:  # lone surrogates; JSON escapes them
             pass
     try:
-        texts = [json.dumps(value) for value in column]
+        texts = [_JSON + json.dumps(value) for value in column]
     except (TypeError, ValueError) as error:
         raise BatchError(f"column {name!r} holds objects that JSON cannot express: {error}") from error
-    return pa.array(texts, pa.large_string()), {"kind": "objects", "encoding": "json"}
+    return pa.array(texts, pa.large_string()), {"kind": "objects"}
 
 
 def _tensor_to_array(name: str, tensor: torch.Tensor) -> pa.Array:
@@ -159,8 +162,7 @@ def _from_array(array: pa.Array, field: pa.Field) -> Column | Sequence[Any]:
     if array.null_count or "kind" not in about:
         raise DataError(f"column {field.name!r} was not written by Batch")
     if about["kind"] == "objects":
-        texts = array.to_pylist()
-        return texts if about["encoding"] == "text" else [json.loads(text) for text in texts]
+        return [json.loads(text) if text.startswith(_JSON) else text for text in array.to_pylist()]
     dtype = getattr(torch, about["dtype"])
     if about["kind"] == "dense":
         return _tensor_from_array(array, dtype)

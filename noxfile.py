@@ -42,9 +42,7 @@ def pytest(session: nox.Session, *arguments: str) -> None:
 
 def package_tests(session: nox.Session, package: str) -> None:
     name = {"core": "rlcore"}.get(package, f"rlcore-{package}")
-    # so that no test of a tracker is skipped
-    extras = ["--extra", "wandb", "--extra", "tensorboard"] if package == "recipes" else []
-    sync(session, "--package", name, "--group", "test", *extras)
+    sync(session, "--package", name, "--group", "test")
     pytest(session, f"packages/{package}/tests")
 
 

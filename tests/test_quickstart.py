@@ -51,7 +51,9 @@ def test_transformers_loads_the_model_and_it_answers(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder / "grpo/model")
     tokenizer = AutoTokenizer.from_pretrained(folder / "grpo/model")
     question = {"role": "user", "content": "Ada has 12 beads. Ada buys 34 more. How many beads does Ada have now?"}
-    prompt = tokenizer.apply_chat_template([question], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    prompt = tokenizer.apply_chat_template(
+        [question], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     answer = model.generate(**prompt, max_new_tokens=48, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert "####" in tokenizer.decode(answer, skip_special_tokens=True)
 

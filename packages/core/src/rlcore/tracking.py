@@ -32,7 +32,10 @@ class RunInfo:
 
 
 class Tracker(ABC):
-    """Receives numbers and tables; called on rank zero only. A tracker must never end the run: it warns once instead."""
+    """Receives numbers and tables; called on rank zero only.
+
+    A tracker must never end the run: it warns once instead.
+    """
 
     @abstractmethod
     def log(self, metrics: Mapping[str, float], step: int) -> None: ...

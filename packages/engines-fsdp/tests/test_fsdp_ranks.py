@@ -6,6 +6,7 @@ first steps are nearly plain gradient descent, so that weights can be compared a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,36 @@ def test_generation_weights_are_whole_for_a_while(ranks: RankPool, model_path: P
         assert result["steps"] == 1
         for name, parameter in named(engine):
             assert torch.equal(result["whole"][name], parameter), name
+
+
+def use_while_generating(path: Path, folder: Path) -> dict[str, Any]:
+    """Read the engine in every way while somebody holds the whole weights; what they then hold."""
+    engine = make_engine(path, {})
+    engine.train(make_batch(seed=engine.dp_rank), WeightedLogprobs())
+    expected = exported(engine)
+    uses: dict[str, Any] = {
+        "forward": lambda: engine.forward(make_batch(seed=engine.dp_rank), REQUEST),
+        "save": lambda: engine.save(folder / "checkpoint"),
+        "export": lambda: exported(engine),
+        "save_pretrained": lambda: engine.save_pretrained(folder / "model"),
+    }
+    intact = {}
+    with engine.generation_weights() as model:
+        held = dict(model.named_parameters())
+        for use, call in uses.items():
+            call()
+            stored = all(weight.untyped_storage().nbytes() for weight in held.values())
+            intact[use] = stored and all(torch.equal(held[name], expected[name]) for name in held)
+    return {"intact": intact, "sharded": [isinstance(p, DTensor) for _, p in named(engine)]}
+
+
+def test_weights_lent_for_generating_stay_whole(ranks: RankPool, model_path: Path, tmp_path: Path) -> None:
+    for result in ranks.run(use_while_generating, model_path, tmp_path):
+        assert result["intact"] == dict.fromkeys(("forward", "save", "export", "save_pretrained"), True)
+        assert all(result["sharded"])
+    manifest = json.loads((tmp_path / "checkpoint" / "checkpoint.json").read_text())
+    moments = [name for name in manifest["shapes"] if name.startswith("exp_avg/")]
+    assert len(moments) == len(manifest["adam_steps"]) > 0
 
 
 def save_after_a_step(path: Path, folder: Path, options: dict[str, Any]) -> dict[str, torch.Tensor]:

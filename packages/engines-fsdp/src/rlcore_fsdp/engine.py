@@ -104,6 +104,7 @@ class FSDPTrainEngine(TrainEngine):
         self._schedule_step = 0
         self._where: dict[Part, torch.device] = dict.fromkeys(_PARTS, self._device)
         self.step_count = 0
+        self._lent = False  # somebody generates with the whole weights
         self._broken = False
         if config.model_type not in TESTED:
             with self.generation_weights():
@@ -155,7 +156,7 @@ class FSDPTrainEngine(TrainEngine):
             outputs = self._outputs(batch.take(members), request)
             order += members
             parts.append({name: value.float().cpu() for name, value in outputs.items()})
-        if self._sharded:
+        if self._sharded and not self._lent:
             sharding.reshard(self.root)
         lengths = batch.lengths[order]
         columns = {name: torch.cat([part[name] for part in parts]) for name in request.outputs}
@@ -276,7 +277,22 @@ class FSDPTrainEngine(TrainEngine):
         """
         self.onload("params")
         with sharding.gathered(self.root, self.settings) if self._sharded else nullcontext():
-            yield self.model
+            self._lent = True
+            try:
+                yield self.model
+            finally:
+                self._lent = False
+
+    @contextmanager
+    def _as_shards(self) -> Iterator[None]:
+        """The parameters as shards, which are those of the optimizer; whole again afterwards if they are lent."""
+        if self._sharded:
+            sharding.reshard(self.root)
+        try:
+            yield
+        finally:
+            if self._sharded and self._lent:
+                sharding.unshard(self.root)
 
     @torch.no_grad()
     def export_weights(self, bucket_bytes: int = 512 << 20) -> Iterator[WeightBucket]:
@@ -285,33 +301,36 @@ class FSDPTrainEngine(TrainEngine):
         Without FSDP they are the live parameters, not copies: take them over before the next `train`.
         """
         self.onload("params")
-        yield from buckets(full_weights(self.model, self.param_dtype, self._device), bucket_bytes)
+        with self._as_shards():
+            yield from buckets(full_weights(self.model, self.param_dtype, self._device), bucket_bytes)
 
     @torch.no_grad()
     def save_pretrained(self, path: Path) -> None:
         """See `TrainEngine`; weights have compute precision and are gathered in rank 0's host memory."""
         state = {}
-        for name, tensor in full_weights(self.model, self.param_dtype, self._device):
-            if self.dp_rank == 0:
-                state[name] = tensor.cpu()
         error = None
-        if self.dp_rank == 0:
-            try:
-                write_model(self.model, state, self.param_dtype, Path(path))
-            except (OSError, SafetensorError) as problem:
-                error = str(problem)
+        with self._as_shards():
+            for name, tensor in full_weights(self.model, self.param_dtype, self._device):
+                if self.dp_rank == 0:
+                    state[name] = tensor.cpu()
+            if self.dp_rank == 0:
+                try:
+                    write_model(self.model, state, self.param_dtype, Path(path))
+                except (OSError, SafetensorError) as problem:
+                    error = str(problem)
         if error := gather_objects(error, self._world)[0]:
             raise EngineError(f"model folder {path} could not be written: {error}")
 
     def save(self, path: Path) -> None:
         """See `TrainEngine`; the layout is that of `rlcore_fsdp.checkpoint`."""
-        facts = {
-            "head": self.spec.head,
-            "optimizer": self._optimizer is not None,
-            "schedule_step": self._schedule_step,
-            "adam_steps": {name: float(state["step"]) for name, state in self._adam_states().items()},
-        }
-        checkpoint.write(Path(path), self._checkpoint_tensors(), facts, self.dp_rank, self._world)
+        with self._as_shards():
+            facts = {
+                "head": self.spec.head,
+                "optimizer": self._optimizer is not None,
+                "schedule_step": self._schedule_step,
+                "adam_steps": {name: float(state["step"]) for name, state in self._adam_states().items()},
+            }
+            checkpoint.write(Path(path), self._checkpoint_tensors(), facts, self.dp_rank, self._world)
 
     @torch.no_grad()
     def load(self, path: Path) -> None:

@@ -79,6 +79,13 @@ def reshard(root: nn.Module) -> None:
             module.reshard()
 
 
+def unshard(root: nn.Module) -> None:
+    """Gather all parameters; collective."""
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+
+
 @contextmanager
 def gathered(root: PackedModel, settings: FSDPSettings) -> Iterator[None]:
     """Every parameter whole, in compute precision, on the device."""
@@ -86,8 +93,7 @@ def gathered(root: PackedModel, settings: FSDPSettings) -> Iterator[None]:
     # A layer that is called before its root would take itself for the root; torch 2.13 has no public way to say so.
     root._get_fsdp_state()._lazy_init()
     modules = [module for module in root.modules() if isinstance(module, FSDPModule)]
-    for module in modules:
-        module.unshard()
+    unshard(root)
     root.set_reshard_after_forward(False)
     try:
         yield

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from rlcore import plugins
 from rlcore.engines import ModelSettings, OptimSettings, TrainEngineSpec
+from rlcore.engines.settings import names_a_folder
 from rlcore.errors import CheckpointError, EngineError
 from rlcore.testing.tiny_model import tiny_model
 from rlcore_fsdp.attention import choose_kernel
@@ -78,6 +79,15 @@ def test_attention_that_is_unknown_or_not_here(tiny_model_path: Path) -> None:
     with pytest.raises(EngineError, match="'flash_attention_2' needs CUDA"):
         make_engine(tiny_model_path, attn_implementation="flash_attention_2")
     assert choose_kernel(None, torch.device("cpu"), torch.bfloat16) == "sdpa"
+
+
+def test_a_mistyped_folder_is_not_looked_for_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(EngineError, match="model folder runs/modle does not exist"):
+        make_engine("runs/modle")
+    assert all(map(names_a_folder, ("runs", "/runs", "./x", "a/b/c")))
+    assert not any(map(names_a_folder, ("gpt2", "org/name")))
 
 
 def test_folders_that_are_no_models(tmp_path: Path) -> None:

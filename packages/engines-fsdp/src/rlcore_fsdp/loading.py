@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from rlcore.engines import ModelSettings
-from rlcore.engines.settings import Head
+from rlcore.engines.settings import Head, names_a_folder
 from rlcore.errors import EngineError
 from rlcore_fsdp.attention import IMPLEMENTATION
 
@@ -35,7 +35,7 @@ def read_config(settings: ModelSettings) -> Any:
             raise EngineError(f"model folder {path} has no config.json")
         if not any(path.glob("*.safetensors")):
             raise EngineError(f"model folder {path} has no weights (*.safetensors)")
-    elif path.is_absolute() or settings.path.startswith((".", "~")) or settings.path.count("/") > 1:
+    elif names_a_folder(settings.path):
         raise EngineError(f"model folder {path} does not exist")
     try:
         with quiet():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -13,6 +14,16 @@ if TYPE_CHECKING:
     from rlcore.engines.train import TrainEngine
 
 Head = Literal["policy", "value", "score"]
+
+
+def names_a_folder(model: str) -> bool:
+    """Whether a model's name means a folder, there or not, and not ``name`` or ``org/name`` on the Hub.
+
+    ``runs/model`` does where there is a folder ``runs``: a mistyped folder should not be looked for on the Hub.
+    """
+    path = Path(model).expanduser()
+    local = path.is_absolute() or model.startswith(("./", "../")) or model.count("/") > 1
+    return local or path.is_dir() or (model.count("/") == 1 and path.parent.is_dir())
 
 
 class ModelSettings(Config):

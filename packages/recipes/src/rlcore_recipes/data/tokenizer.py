@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rlcore.engines.settings import ModelSettings
+from rlcore.engines.settings import ModelSettings, names_a_folder
 from rlcore.errors import DataError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -27,6 +27,8 @@ def load_tokenizer(model: ModelSettings) -> Any:
             f"{key}={source} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy the model's tokenizer files "
             "there or name its folder in model.tokenizer_path"
         )
+    if names_a_folder(source) and not folder.is_dir():
+        raise DataError(f"{key}={source}: there is no such folder")
     try:
         return AutoTokenizer.from_pretrained(
             str(folder) if folder.is_dir() else source, trust_remote_code=model.trust_remote_code

@@ -174,7 +174,7 @@ def test_finds_functions_by_import_path(tmp_path: Path, monkeypatch: pytest.Monk
         ("def f(): ...", "{file}:f", r"one RewardSample, but f\(\) cannot be called so"),
         ("def f(completion, truth): ...", "{file}:f", "missing a required argument: 'truth'"),
         ("def f(solution_str, scale): ...", "{file}:f", "missing a required argument: 'scale'"),
-        ("def f(solution_str", "{file}:f", "importing it fails with SyntaxError"),
+        ("def f(solution_str", "{file}:f", r"importing it fails with SyntaxError: .* \(reward.py, line 1\)$"),
         ("import nothing_like_this", "{file}:f", "ModuleNotFoundError.*reward.py, line 1"),
         ("x = 1\n1 / 0", "{file}:f", "ZeroDivisionError.*reward.py, line 2"),
         ("import sys\nsys.exit(1)", "{file}:f", "importing it fails with SystemExit"),

@@ -69,9 +69,11 @@ def _load(setup: dict[str, Any]) -> tuple[Callable[[Any], Any] | None, bytes]:
     except WorkerFailure as failure:
         return None, encode_failure(failure.kind, str(failure))
     except BaseException as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
         text = str(error).partition("\n")[0][:MAX_MESSAGE]
-        message = f"importing it fails with {type(error).__name__}: {text} ({where.filename}, line {where.lineno})"
+        if not isinstance(error, SyntaxError):  # which says where it is itself
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            text += f" ({where.filename}, line {where.lineno})"
+        message = f"importing it fails with {type(error).__name__}: {text}"
         return None, encode_failure("startup", message)
 
 

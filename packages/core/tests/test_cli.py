@@ -12,10 +12,10 @@ import rlcore
 from rlcore.cli.main import cli
 
 RECIPE = """
-import os, signal, sys, time
+import os, signal, sys, time, warnings
 from pydantic import Field
 from rlcore.config import Config
-from rlcore.errors import DataError
+from rlcore.errors import DataError, RlcoreWarning
 from rlcore.plugins import Plugin
 
 class Optim(Config):
@@ -31,6 +31,8 @@ def run(config):
         raise DataError("train.parquet: no column 'prompt'")
     if config.outcome == "bug":
         raise ZeroDivisionError("a bug")
+    if config.outcome == "warning":
+        warnings.warn("skipped [a]", RlcoreWarning, stacklevel=1)
     if config.outcome == "pipe":
         raise BrokenPipeError("a worker went away")
     if config.outcome == "interrupted":
@@ -286,6 +288,10 @@ def test_process_exit_codes(site):
         _, err = running.communicate(timeout=60)
         assert running.returncode == code
         assert ("Traceback" in err) == (outcome == "bug")
+
+
+def test_our_warnings_are_one_line(site):
+    assert process(site, "run", "attempt", "outcome=warning").communicate(timeout=60)[1] == "warning: skipped [a]\n"
 
 
 def test_module_of_a_recipe_is_the_same_command(site):

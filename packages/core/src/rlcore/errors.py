@@ -33,6 +33,10 @@ class CheckpointError(RlcoreError):
     """A checkpoint is missing, damaged, or belongs to another model."""
 
 
+class RlcoreWarning(UserWarning):
+    """Something the user should know of while the run goes on. The command line prints the message alone."""
+
+
 class WorkerError(Exception):
     """A rank or worker failed, hangs, or is out of step; the message names it and holds its traceback.
 

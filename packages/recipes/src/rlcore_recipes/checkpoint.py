@@ -19,7 +19,7 @@ from typing import Any, Literal
 from warnings import warn
 
 from rlcore.controller import LocalExecutor
-from rlcore.errors import CheckpointError
+from rlcore.errors import CheckpointError, RlcoreWarning
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -128,7 +128,7 @@ class CheckpointManager:
                 verify(path)
             except CheckpointError as error:
                 self._damaged.add(path)
-                warn(f"skipped a damaged checkpoint: {error}", stacklevel=2)
+                warn(f"skipped a damaged checkpoint: {error}", RlcoreWarning, stacklevel=2)
             else:
                 return path
         return None
@@ -190,7 +190,7 @@ class CheckpointManager:
                 os.rename(path, doomed)
                 shutil.rmtree(doomed)
             except OSError as error:
-                warn(f"cannot delete the old checkpoint {path}: {error}", stacklevel=2)
+                warn(f"cannot delete the old checkpoint {path}: {error}", RlcoreWarning, stacklevel=2)
 
     def _checkpoints(self) -> list[Path]:
         """Folders named like checkpoints, oldest first."""

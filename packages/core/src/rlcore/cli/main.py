@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+import warnings
 from difflib import get_close_matches
 from typing import Any
 
@@ -11,7 +12,7 @@ import click
 import rlcore
 from rlcore import plugins
 from rlcore.cli.console import err
-from rlcore.errors import RlcoreError
+from rlcore.errors import RlcoreError, RlcoreWarning
 
 # name -> (module:attribute, help); help stands here so that listing commands imports none of them
 _OWN = {
@@ -26,6 +27,18 @@ _OURS = {
     "data": "Prepare data sets.",
     "model": "Make and convert models.",
 }
+
+
+_with_place = warnings.formatwarning
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Our own warnings are for the user, whom the line of code they come from tells nothing."""
+    if issubclass(category, RlcoreWarning):
+        return f"warning: {message}\n"
+    return _with_place(message, category, filename, lineno, line)
 
 
 class CommandTree(click.Group):
@@ -58,6 +71,7 @@ class CommandTree(click.Group):
             formatter.write_dl(rows)
 
     def invoke(self, ctx: click.Context) -> Any:
+        warnings.formatwarning = _format_warning
         try:
             return super().invoke(ctx)
         except RlcoreError as error:

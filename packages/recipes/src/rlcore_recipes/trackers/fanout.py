@@ -8,7 +8,7 @@ from warnings import warn
 
 from rlcore import plugins
 from rlcore.config import Config
-from rlcore.errors import RlcoreError
+from rlcore.errors import RlcoreError, RlcoreWarning
 from rlcore.tracking import RunInfo, Tracker
 from rlcore_recipes.trackers.settings import JsonlSettings
 
@@ -38,7 +38,11 @@ class Trackers(Tracker):
             except Exception as error:  # whatever a tracking service does, training goes on
                 if name not in self._warned:
                     self._warned.add(name)
-                    warn(f"tracker {name} failed and may miss data: {type(error).__name__}: {error}", stacklevel=3)
+                    warn(
+                        f"tracker {name} failed and may miss data: {type(error).__name__}: {error}",
+                        RlcoreWarning,
+                        stacklevel=3,
+                    )
 
 
 def open_trackers(sections: Mapping[str, Config], run: RunInfo) -> Trackers:
@@ -57,5 +61,5 @@ def open_trackers(sections: Mapping[str, Config], run: RunInfo) -> Trackers:
         except RlcoreError:
             raise
         except Exception as error:  # no connection, no account …
-            warn(f"tracker {name} could not be started: {type(error).__name__}: {error}", stacklevel=2)
+            warn(f"tracker {name} could not be started: {type(error).__name__}: {error}", RlcoreWarning, stacklevel=2)
     return Trackers(trackers)

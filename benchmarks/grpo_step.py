@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=15, help="steps of each contestant, warm-up included")
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2, help="threads of the single-process contestants")
-    parser.add_argument("--micro-batch-tokens", type=int, default=4096, help="rlcore's token budget of one micro-batch")
+    parser.add_argument("--micro-batch-tokens", type=int, default=1024, help="rlcore's token budget of one micro-batch")
     parser.add_argument("--contestants", nargs="+", default=["trl", "rlcore", "rlcore-dp2"], choices=sorted(WORLD))
     parser.add_argument("--worker", choices=["trl", "rlcore"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

@@ -7,7 +7,7 @@ import torch
 
 from rlcore.batch import Batch, Jagged
 from rlcore.engines import RewardResult
-from rlcore_recipes.batch_metrics import batch_metrics, explained_variance, sequence_sums
+from rlcore_recipes.batch_metrics import batch_metrics
 
 
 def batch() -> Batch:
@@ -51,16 +51,3 @@ def test_reward_extras_errors_and_groups_without_spread() -> None:
     assert found["reward/format"] == 0.5
     assert found["reward/error_ratio"] == 0.25
     assert found["reward/equal_score_groups"] == 0.5
-
-
-def test_sums_per_sequence() -> None:
-    assert sequence_sums(batch(), "loss_mask").tolist() == [2.0, 1.0, 3.0, 1.0]
-
-
-def test_explained_variance() -> None:
-    returns = torch.tensor([0.0, 1.0, 2.0])
-    name = "critic/vf_explained_var"
-    assert explained_variance(returns, returns)[name] == 1.0
-    assert explained_variance(torch.ones(3), returns)[name] == 0.0
-    assert explained_variance(-returns, returns)[name] == pytest.approx(-3.0)
-    assert explained_variance(returns, torch.ones(3)) == {}

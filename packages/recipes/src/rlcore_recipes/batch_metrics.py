@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 from rlcore.algorithms.filters import nonzero_spread
+from rlcore.algorithms.sequences import sequence_sums
+from rlcore.algorithms.value_loss import explained_variance
 from rlcore.batch import Batch
 from rlcore.registry import NoParams
 
@@ -13,12 +15,12 @@ def batch_metrics(batch: Batch) -> dict[str, float]:
     """Scores, rewards, advantages, returns, values and lengths, under the names that people know."""
     mask = batch.flat("loss_mask").bool()
     found = spread("critic/score", batch["score"])
-    found |= spread("critic/rewards", sequence_sums(batch, "token_rewards"))
+    found |= spread("critic/rewards", sequence_sums(batch.flat("token_rewards"), batch.lengths))
     for column in ("advantages", "returns", "values"):
         if column in batch:
             found |= spread(f"critic/{column}", batch.flat(column)[mask])
     if "returns" in batch and "values" in batch:
-        found |= explained_variance(batch.flat("values")[mask], batch.flat("returns")[mask])
+        found["critic/vf_explained_var"] = explained_variance(batch)
     found |= spread("response_length", batch["response_length"])
     found |= spread("prompt_length", batch["prompt_length"])
     reasons = batch["finish_reason"]
@@ -39,12 +41,6 @@ def reward_metrics(batch: Batch) -> dict[str, float]:
     return found | {"reward/equal_score_groups": 1 - float(differs.float().mean())}
 
 
-def sequence_sums(batch: Batch, column: str) -> torch.Tensor:
-    """``[B]``: the sum of a per-token column over each sample."""
-    sample = torch.arange(len(batch)).repeat_interleave(batch.lengths)
-    return torch.zeros(len(batch)).index_add(0, sample, batch.flat(column).float())
-
-
 def spread(name: str, values: torch.Tensor) -> dict[str, float]:
     if not len(values):
         return {}
@@ -54,11 +50,3 @@ def spread(name: str, values: torch.Tensor) -> dict[str, float]:
         f"{name}/max": float(values.max()),
         f"{name}/min": float(values.min()),
     }
-
-
-def explained_variance(values: torch.Tensor, returns: torch.Tensor) -> dict[str, float]:
-    """1 - Var(returns - values) / Var(returns): 1 for a perfect critic, 0 for one that knows only the mean."""
-    variance = returns.var(correction=0)
-    if not len(returns) or not float(variance):
-        return {}
-    return {"critic/vf_explained_var": float(1 - (returns - values).var(correction=0) / variance)}

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from rlcore.algorithms.objectives import PolicyObjective, ValueObjective
+from rlcore.algorithms.sequences import sequence_sums
 from rlcore.batch import Batch, Jagged
 from rlcore.engines import ForwardRequest, Objective, TrainEngine, sync_weights
 from rlcore.metrics import Metrics
-from rlcore_recipes.batch_metrics import sequence_sums
 from rlcore_recipes.roles import Roles
 from rlcore_recipes.settings import CriticSettings, RLConfig
 
@@ -87,7 +87,7 @@ def without_zero_advantage(batch: Batch, objective: Objective, keep: int) -> tup
     of it. The first sample that stays carries what the others would have added to them. At least ``keep`` samples stay,
     so that every rank takes part and the optimizer makes its step.
     """
-    nonzero = sequence_sums(batch.with_columns(size=batch.jagged(batch.flat("advantages").abs())), "size") > 0
+    nonzero = sequence_sums(batch.flat("advantages").abs(), batch.lengths) > 0
     stays = nonzero.clone()
     stays[(~nonzero).nonzero().squeeze(-1)[: max(keep - int(nonzero.sum()), 0)]] = True
     kept = batch.take(stays.nonzero().squeeze(-1))

@@ -191,6 +191,12 @@ def test_a_run_without_checkpoints_may_start_again_as_it_was(tmp_path: Path) -> 
         make(tmp_path, "project=other")
 
 
+def test_a_run_that_failed_before_its_first_step_may_start_again_corrected(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("seed: 7\n")
+    train(make(tmp_path, steps=1)[0])
+    assert (tmp_path / "config-until-step-0.yaml").read_text() == "seed: 7\n"
+
+
 def test_out_dir_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="is a file"):

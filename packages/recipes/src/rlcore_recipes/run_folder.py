@@ -30,7 +30,7 @@ def check_free(trainer: TrainerSettings, config: Config) -> None:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"trainer.out_dir={folder} is a file; name a folder")
     traces = [name for name in TRACES if (folder / name).exists()]
-    if not traces:
+    if not traces or (traces == [CONFIG] and trainer.resume == "auto"):  # a run that failed before its first step
         return
     if trainer.resume == "never":
         raise ConfigError(

@@ -80,7 +80,15 @@ def rlcore_command(*arguments: str) -> Result:
 def process(site, *arguments: str) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(site)}
     command = [sys.executable, "-m", "rlcore", *arguments]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell that runs these tests in the background has SIGINT ignored, which is inherited
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def test_version():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,17 @@ def read_rows(file: str | Path, default_split: str = "train") -> list[Row]:
     if not rows:
         raise DataError(f"{file} has no rows")
     return rows
+
+
+def read_files(files: Sequence[str], limit: int | None = None) -> Iterator[tuple[str, list[Row]]]:
+    """Each file and its rows, until ``limit`` rows of all files together."""
+    for file in files:
+        if limit is not None and limit <= 0:
+            return
+        rows = read_rows(file)[:limit]
+        if limit is not None:
+            limit -= len(rows)
+        yield file, rows
 
 
 def _read_file(path: Path) -> list[Row]:

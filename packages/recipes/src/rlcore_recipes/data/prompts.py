@@ -9,7 +9,7 @@ from typing import Any, overload
 
 from rlcore.errors import DataError
 from rlcore_recipes.data.chat import Message, Renderer, as_prompt
-from rlcore_recipes.data.files import Row, column, read_rows, require_columns
+from rlcore_recipes.data.files import Row, column, read_files, require_columns
 from rlcore_recipes.data.settings import DataSettings
 
 
@@ -77,10 +77,7 @@ def load_prompts(
     samples: list[PromptSample] = []
     sizes: list[int] = []
     rows_read = 0
-    for file in files:
-        if limit is not None and rows_read >= limit:
-            break
-        rows = read_rows(file)[: None if limit is None else limit - rows_read]
+    for file, rows in read_files(files, limit):
         rows_read += len(rows)
         new = _file_samples(settings, renderer, rows, file, first_index=len(samples))
         sizes.append(len(new))

@@ -12,7 +12,7 @@ import torch
 from rlcore.batch import Batch, Jagged
 from rlcore.errors import DataError
 from rlcore_recipes.data.chat import Message, Renderer, as_prompt
-from rlcore_recipes.data.files import Row, column, read_rows, require_columns
+from rlcore_recipes.data.files import Row, column, read_files, require_columns
 from rlcore_recipes.data.settings import SFTDataSettings
 
 Segment = tuple[str, bool]  # text, and whether it is learned
@@ -56,10 +56,7 @@ def load_sft(settings: SFTDataSettings, files: Sequence[str], tokenizer: Any, li
     sources: list[str] = []
     sizes: list[int] = []
     rows_read = 0
-    for file in files:
-        if limit is not None and rows_read >= limit:
-            break
-        rows = read_rows(file)[: None if limit is None else limit - rows_read]
+    for file, rows in read_files(files, limit):
         rows_read += len(rows)
         before = len(tokens)
         for number, (ids, mask) in enumerate(_encode(settings, renderer, rows, file)):

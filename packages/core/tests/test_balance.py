@@ -3,6 +3,7 @@
 import heapq
 import random
 import time
+import tracemalloc
 from itertools import pairwise, product
 
 import pytest
@@ -103,10 +104,38 @@ def test_micro_batches_of_many_sequences_are_quick(budget: int) -> None:
     assert time.process_time() - start < 1.5
 
 
-def test_many_sequences_over_many_ranks_are_quick() -> None:
-    start = time.process_time()
-    balanced_partitions(heavy_tailed(10_000, 0), 64)
-    assert time.process_time() - start < 5
+@given(lengths_lists, st.integers(1, 9))
+def test_largest_differencing_by_its_definition(lengths: list[int], parts: int) -> None:
+    """Against the textbook's form, in which every division has all its parts, empty ones too."""
+    divisions = [(length, -index, [(length, 1)] + [(0, 0)] * (parts - 1)) for index, length in enumerate(lengths)]
+    while len(divisions) > 1:
+        divisions.sort()
+        _, _, heavy = divisions.pop()
+        _, age, light = divisions.pop()
+        merged = sorted(((a + b, n + m) for (a, n), (b, m) in zip(heavy, light[::-1])), reverse=True)
+        divisions.append((merged[0][0] - merged[-1][0], age, merged))
+    expected = divisions[0][2] if divisions else [(0, 0)] * parts
+    found = balanced_partitions(lengths, parts)
+    assert [(sum(lengths[i] for i in part), len(part)) for part in found] == expected
+
+
+@pytest.mark.parametrize(("n", "parts"), [(512, 64), (4096, 64), (4096, 200), (65_536, 512)])
+def test_heavy_tails_are_even_to_two_percent(n: int, parts: int) -> None:
+    """Wherever it is possible: no sequence is longer than the mean load, or that sequence alone is the fullest rank."""
+    lengths = heavy_tailed(n, 3)
+    fullest = max(loads(lengths, balanced_partitions(lengths, parts)))
+    assert fullest <= max(1.02 * sum(lengths) / parts, max(lengths))
+
+
+def test_memory_does_not_grow_with_sequences_times_ranks() -> None:
+    """One number for each sequence and rank would be 200 MB and more."""
+    lengths = heavy_tailed(50_000, 0)
+    tracemalloc.start()
+    try:
+        balanced_partitions(lengths, 512)
+        assert tracemalloc.get_traced_memory()[1] < 40e6
+    finally:
+        tracemalloc.stop()
 
 
 def test_errors() -> None:

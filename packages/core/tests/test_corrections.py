@@ -37,11 +37,19 @@ def expected_weights(name: str, seed: int, **params: float | str) -> list[float]
     weights = []
     for sample in zip(rollout, old, mask):
         tokens = [(o - r, m) for r, o, m in zip(*(column.tolist() for column in sample))]
-        total = sum(d for d, m in tokens if m)
+        trained = [d for d, m in tokens if m]
         for d, _ in tokens:
-            rho = math.exp(total if params.get("level") == "sequence" else d)
+            if params.get("level") == "sequence":
+                rho = math.exp(sum(trained))
+            elif params.get("level") == "geometric":
+                rho = math.prod(math.exp(d) for d in trained) ** (1 / max(len(trained), 1))
+            else:
+                rho = math.exp(d)
             if name == "tis":
                 weights.append(min(rho, params.get("cap", 2.0)))
+            elif name == "mis":
+                inside = params.get("low", 0.5) <= rho <= params.get("high", 2.0)
+                weights.append((1.0 if params.get("weight") == "one" else rho) if inside else 0.0)
             else:
                 weights.append(rho if params.get("low", 0.5) <= rho <= params.get("high", 5.0) else 0.0)
     return weights
@@ -55,6 +63,13 @@ def expected_weights(name: str, seed: int, **params: float | str) -> list[float]
         ("tis", {"level": "sequence", "cap": 1.5}),
         ("icepop", {}),
         ("icepop", {"low": 0.9, "high": 1.2}),
+        ("mis", {}),
+        ("mis", {"low": 0.0, "high": 1.5}),
+        ("mis", {"level": "sequence", "low": 0.3, "high": 3.0}),
+        ("mis", {"level": "sequence", "low": 0.3, "high": 3.0, "weight": "one"}),
+        ("mis", {"level": "geometric", "low": 0.8, "high": 1.25}),
+        ("mis", {"level": "geometric", "low": 0.8, "high": 1.25, "weight": "one"}),
+        ("mis", {"weight": "one"}),
     ],
 )
 @pytest.mark.parametrize("seed", range(5))
@@ -71,15 +86,33 @@ def test_fraction_of_changed_weights() -> None:
     rollout = torch.zeros(5, dtype=torch.float64)
     old = torch.tensor([1.0, 0.2, 5.0, 1.5, 9.0], dtype=torch.float64).log()
     mask = torch.tensor([1.0, 1, 1, 1, 0], dtype=torch.float64)
-    for name, fraction in (("tis", 1 / 4), ("icepop", 1 / 4)):  # 5 > cap; 0.2 < low, and 5 is still inside
+    # 5 > cap; 0.2 < low, and 5 is still inside; both are outside
+    for name, fraction in (("tis", 1 / 4), ("icepop", 1 / 4), ("mis", 2 / 4)):
         entry = corrections.get(name)
         _, metrics = entry.function(rollout, old, mask, torch.tensor([5]), entry.params())
         assert metrics.to_dict()["correction_clipfrac"] == fraction
 
 
-def test_icepop_bounds_must_be_ordered() -> None:
+def test_sequences_are_masked_as_wholes() -> None:
+    """Both levels drop a sequence of many small deviations or of one large one; tokens apart would be kept."""
+    lengths = torch.tensor([20, 20, 20])
+    old = torch.zeros(60, dtype=torch.float64)
+    old[:20] = 0.05  # product e, geometric mean 1.05
+    old[25] = 0.6  # product 1.8, geometric mean 1.03
+    mask, rollout = torch.ones(60, dtype=torch.float64), torch.zeros(60, dtype=torch.float64)
+    entry = corrections.get("mis")
+    for level, high, kept in (("token", 2.0, [1, 1, 1]), ("sequence", 2.0, [0, 1, 1]), ("geometric", 1.04, [0, 1, 1])):
+        weights, metrics = entry.function(
+            rollout, old, mask, lengths, entry.params(level=level, high=high, weight="one", low=0.9)
+        )
+        assert weights.view(3, 20).unique(dim=1).squeeze(1).tolist() == kept
+        assert metrics.to_dict()["correction_clipfrac"] == pytest.approx(1 - sum(kept) / 3)
+
+
+@pytest.mark.parametrize("name", ["icepop", "mis"])
+def test_bounds_must_be_ordered(name: str) -> None:
     with pytest.raises(ValidationError, match="must not exceed"):
-        corrections.get("icepop").params(low=2, high=1)
+        corrections.get(name).params(low=2, high=1)
 
 
 def batch_of(rollout: torch.Tensor, old: torch.Tensor, mask: torch.Tensor, lengths: torch.Tensor) -> Batch:
@@ -101,17 +134,22 @@ def test_mismatch_summary(seed: int) -> None:
         "rollout_ratio_p999": np.quantile(ratio, 0.999),
         "rollout_pearson": np.corrcoef(np.exp(x), np.exp(y))[0, 1],
         "rollout_ratio_max": ratio.max(),
+        "rollout_clipfrac": np.mean(ratio > 2),
+        "rollout_maskfrac": np.mean((ratio < 0.5) | (ratio > 2)),
     }
     garbage = old.masked_fill(mask == 0, math.nan)
-    assert mismatch_summary(batch_of(rollout, garbage, mask, LENGTHS)).to_dict() == pytest.approx(expected, rel=1e-9)
+    measured = mismatch_summary(batch_of(rollout, garbage, mask, LENGTHS)).to_dict()
+    # of so few tokens these are the smallest and the largest
+    assert measured.pop("rollout_log_ratio_p001") == pytest.approx((y - x).min(), rel=0.065)
+    assert measured.pop("rollout_log_ratio_p999") == pytest.approx((y - x).max(), rel=0.065)
+    assert measured == pytest.approx(expected, rel=1e-9)
 
 
 def test_mismatch_of_equal_logprobs_is_none() -> None:
     rollout, _, mask = case(0)
     measured = mismatch_summary(batch_of(rollout, rollout, mask, LENGTHS)).to_dict()
-    assert measured == pytest.approx(
-        {name: float("ratio" in name or name == "rollout_pearson") for name in measured}, abs=1e-12
-    )
+    ones = {"rollout_ratio_max", "rollout_ratio_p001", "rollout_ratio_p999", "rollout_pearson"}
+    assert measured == pytest.approx({name: float(name in ones) for name in measured}, abs=1e-12)
 
 
 def test_mismatch_merges_over_micro_batches() -> None:

@@ -129,3 +129,44 @@ def test_errors_name_the_metric() -> None:
         metrics.sum("loss", 1.0)
     with pytest.raises(ValueError, match=r"metric 'loss' must be one number, not a tensor of shape \[2\]"):
         metrics.mean("loss", torch.zeros(2))
+
+
+# --- quantiles -------------------------------------------------------------------------------------------------------
+
+
+@given(seed=st.integers(0, 2**31), q=st.sampled_from([0.0, 0.001, 0.1, 0.5, 0.9, 0.999, 1.0]), parts=st.integers(1, 5))
+def test_quantiles_of_merged_parts_are_those_of_the_whole(seed: int, q: float, parts: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(300, generator=generator) * 10 ** (4 * torch.rand(300, generator=generator) - 3)
+    mask = (torch.rand(300, generator=generator) < 0.7).float()
+    measured = []
+    for chosen in torch.arange(300).chunk(parts):
+        metrics = Metrics()
+        metrics.quantile("x", values[chosen], q, mask[chosen])
+        measured.append(pickle.loads(pickle.dumps(metrics)))
+    found = Metrics.merge(measured).to_dict()["x"]
+    ordered = values[mask.bool()].sort().values.tolist()
+    expected = ordered[max(math.ceil(q * len(ordered)) - 1, 0)]
+    assert found == pytest.approx(expected, rel=0.065, abs=1e-7)
+
+
+def test_quantiles_of_extremes_and_of_nothing() -> None:
+    metrics = Metrics()
+    metrics.quantile("none", torch.tensor([1.0, 2.0]), 0.5, torch.zeros(2))
+    metrics.quantile("empty", torch.zeros(0), 0.5, torch.zeros(0))
+    metrics.quantile("zero", torch.zeros(3), 0.5, torch.ones(3))
+    metrics.quantile("huge", torch.tensor([math.inf, 1e30, math.nan]), 0.5, torch.ones(3))
+    metrics.quantile("low", torch.tensor([-math.inf, 0.0, 1.0]), 0.0, torch.ones(3))
+    found = metrics.to_dict()
+    assert set(found) == {"zero", "huge", "low"}
+    assert found["zero"] == 0
+    assert found["huge"] > 5e7
+    assert found["low"] < -5e7
+    assert math.isnan(metrics["none"].value)
+
+
+def test_different_quantiles_do_not_merge() -> None:
+    metrics = Metrics()
+    metrics.quantile("x", torch.ones(1), 0.5, torch.ones(1))
+    with pytest.raises(ValueError, match=r"metric 'x' was recorded as the quantiles 0\.5 and 0\.9"):
+        metrics.quantile("x", torch.ones(1), 0.9, torch.ones(1))

@@ -266,6 +266,23 @@ def test_mismatch_is_measured_wherever_the_rollout_says_its_logprobs() -> None:
     assert "rollout_kl" not in evaluate(objective, batch.drop("rollout_logprobs"), outputs, sums)[2]
 
 
+@pytest.mark.parametrize("old", ["missing", "of the rollout"])
+def test_mismatch_is_that_of_the_trainer_where_old_logprobs_are_not_its_own(old: str) -> None:
+    batch, outputs = mini_batch(8)
+    objective = policy()
+    sums = objective.denominators(batch)
+    recomputed = batch.with_columns(old_logprobs=batch.jagged(outputs["logprobs"]))
+    expected = evaluate(objective, recomputed, outputs, sums)[2].to_dict()
+    other = batch.drop("old_logprobs")
+    if old == "of the rollout":
+        other = batch.with_columns(old_logprobs=batch["rollout_logprobs"])
+    measured = evaluate(objective, other, outputs, sums)[2].to_dict()
+    names = {name for name in expected if name.startswith("rollout_")}
+    assert {"rollout_kl", "rollout_kl_k3", "rollout_ratio_max", "rollout_log_ratio_p999", "rollout_clipfrac"} <= names
+    assert {name: measured[name] for name in names} == {name: expected[name] for name in names}
+    assert measured["rollout_kl"] != 0
+
+
 def test_mini_batches_merge_to_the_mean_of_their_losses() -> None:
     losses, parts = [], []
     for seed in (1, 2):

@@ -33,6 +33,14 @@ class CheckpointError(RlcoreError):
     """A checkpoint is missing, damaged, or belongs to another model."""
 
 
+class PlacementError(RlcoreError):
+    """The processes that the configuration asks for do not fit into the cluster."""
+
+
+class RestartsExhausted(RlcoreError):
+    """A worker died after as many restarts as the configuration allows; the message says how to continue."""
+
+
 class RlcoreWarning(UserWarning):
     """Something the user should know of while the run goes on. The command line prints the message alone."""
 
@@ -42,3 +50,7 @@ class WorkerError(Exception):
 
     Not an `RlcoreError`: what went wrong in the worker was not the user's to act on.
     """
+
+
+class WorkerDied(WorkerError):
+    """A worker process is gone, or the node that it ran on; what it held is lost."""

@@ -64,7 +64,8 @@ class PolicyObjective:
     as on-policy, with the current log-probs, without gradient, as old ones. That saves a forward pass.
 
     Metrics: ``loss``, ``pg_loss``, ``entropy``, ``kl_loss`` (before its coefficient), those of the policy loss, the
-    correction and the mismatch.
+    correction and the mismatch (of the old log-probs to the rollout's; of the current ones where the old ones are the
+    rollout's).
     """
 
     settings: PolicyObjectiveSettings
@@ -89,7 +90,10 @@ class PolicyObjective:
         )
         if settings.correction is not None or "rollout_logprobs" in batch:
             rollout_logprobs = terms.column("rollout_logprobs")
-            metrics.update(mismatch_metrics(rollout_logprobs, old_logprobs, terms.mask))
+            # the rollout's own log-probs in place of the trainer's would show no mismatch
+            same = (old_logprobs == rollout_logprobs).all()
+            trainers = torch.where(same, logprobs.detach(), old_logprobs)
+            metrics.update(mismatch_metrics(rollout_logprobs, trainers, terms.mask))
             if settings.correction is not None:
                 weights, measured = settings.correction(rollout_logprobs, old_logprobs, terms.mask, batch.lengths)
                 token_losses = token_losses * weights

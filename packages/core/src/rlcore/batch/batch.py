@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from rlcore.batch.balance import balanced_partitions
+from rlcore.batch.indexing import kept_samples, sample_indices
 from rlcore.batch.jagged import Jagged
 from rlcore.batch.memory import PickledTensor, dtype_name, to_numpy
 from rlcore.errors import BatchError
@@ -106,6 +107,16 @@ class Batch:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self._columns)
+
+    @property
+    def jagged_names(self) -> tuple[str, ...]:
+        """The per-token columns."""
+        return tuple(name for name, column in self._columns.items() if isinstance(column, Jagged))
+
+    @property
+    def object_names(self) -> tuple[str, ...]:
+        """The columns of plain values."""
+        return tuple(name for name, column in self._columns.items() if isinstance(column, list))
 
     @property
     def lengths(self) -> torch.Tensor:
@@ -228,19 +239,7 @@ class Batch:
 
     def take(self, indices: torch.Tensor | Sequence[int]) -> Batch:
         """The samples at ``indices`` (negative ones count from the end), in that order, repeats allowed; copied."""
-        index = torch.as_tensor(indices).cpu()
-        integral = not (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool)
-        if index.dim() != 1 or not (integral or len(index) == 0):
-            hint = "; use filter for a mask" if index.dtype == torch.bool else ""
-            raise BatchError(
-                f"indices must be one row of integers, not {dtype_name(index.dtype)} of shape {list(index.shape)}{hint}"
-            )
-        index = index.to(torch.int64)
-        outside = index[(index < -self._size) | (index >= self._size)]
-        if len(outside):
-            raise BatchError(f"index {int(outside[0])} is outside a batch of {self._size} samples")
-        index = torch.where(index < 0, index + self._size, index)
-
+        index = sample_indices(indices, self._size)
         sequences = self._sequences()
         positions, chosen = sequences.positions(index), index.tolist()
         return self._changed(
@@ -252,13 +251,7 @@ class Batch:
 
     def filter(self, mask: torch.Tensor | Sequence[bool]) -> Batch:
         """The samples where ``mask`` (one bool per sample) is true."""
-        keep = torch.as_tensor(mask).cpu()
-        if keep.shape != (self._size,) or (keep.dtype != torch.bool and len(keep)):
-            raise BatchError(
-                f"the mask is {dtype_name(keep.dtype)} of shape {list(keep.shape)}; one bool for each of the "
-                f"{self._size} samples is needed"
-            )
-        return self.take(keep.nonzero().flatten())
+        return self.take(kept_samples(mask, self._size))
 
     def slice(self, start: int, stop: int) -> Batch:
         """Samples ``start`` to ``stop`` (exclusive, as in Python), as views."""

@@ -12,11 +12,12 @@ import click
 import rlcore
 from rlcore import plugins
 from rlcore.cli.console import err
-from rlcore.errors import RlcoreError, RlcoreWarning
+from rlcore.errors import RlcoreError, RlcoreWarning, WorkerDied, WorkerError
 
 # name -> (module:attribute, help); help stands here so that listing commands imports none of them
 _OWN = {
     "run": ("rlcore.cli.run:run", "Run a recipe, or list recipes."),
+    "plan": ("rlcore.cli.plan:plan", "Print what a run would start, and where, before it does."),
     "config": ("rlcore.cli.config:config", "Show, check or describe the configuration of a recipe."),
     "plugins": ("rlcore.cli.plugins:list_plugins", "List installed plugins, and why one does not work."),
     "completions": ("rlcore.cli.completions:completions", "Print a shell's completion script."),
@@ -44,8 +45,8 @@ def _format_warning(
 class CommandTree(click.Group):
     """Finds commands when they are called, and turns exceptions into exit codes.
 
-    1 is an `RlcoreError`, whose message goes to standard error; 2 wrong usage; 130 an interrupt. Any other exception is
-    a bug and keeps its traceback.
+    1 is an `RlcoreError`, whose message goes to standard error, or a `WorkerError`, whose message holds the worker's
+    own traceback; 2 wrong usage; 130 an interrupt. Any other exception is a bug and keeps its traceback.
     """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -74,7 +75,9 @@ class CommandTree(click.Group):
         warnings.formatwarning = _format_warning
         try:
             return super().invoke(ctx)
-        except RlcoreError as error:
+        except (RlcoreError, WorkerError) as error:
+            if isinstance(error, WorkerError) and error.__cause__ is not None and not isinstance(error, WorkerDied):
+                raise  # it failed in this very process, and the cause has the traceback
             if ctx.params["debug"]:
                 traceback.print_exception(error)
             else:
@@ -95,7 +98,7 @@ class CommandTree(click.Group):
     is_flag=True,
     envvar="RLCORE_DEBUG",
     show_envvar=True,
-    help="Show the traceback of errors in the input too.",
+    help="Show the traceback of errors in the input and in workers too.",
 )
 @click.pass_context
 def cli(ctx: click.Context, debug: bool) -> None:

@@ -38,11 +38,18 @@ class Dispatch(Enum):
     STREAM = "stream"
 
 
-def dispatch(how: Dispatch) -> Callable[[F], F]:
-    """Declare how calls of an interface method are spread."""
+def dispatch(how: Dispatch, *, lazy: bool = False) -> Callable[[F], F]:
+    """Declare how calls of an interface method are spread.
+
+    Args:
+        lazy: the caller need not wait, if the engine is elsewhere. A SHARD method returns a batch of nothing but
+            per-token columns over the tokens that it was given, so that their lengths are known already; others return
+            None. What fails is raised by a later call.
+    """
 
     def mark(method: F) -> F:
         method.__dispatch__ = how  # type: ignore[attr-defined]
+        method.__lazy__ = lazy  # type: ignore[attr-defined]
         return method
 
     return mark
@@ -50,11 +57,19 @@ def dispatch(how: Dispatch) -> Callable[[F], F]:
 
 def dispatch_of(interface: type, method: str) -> Dispatch | None:
     """The declaration on ``interface`` or the nearest base that has one; None for a plain attribute."""
-    for base in interface.__mro__:
-        how = getattr(base.__dict__.get(method), "__dispatch__", None)
-        if how is not None:
-            return Dispatch(how)
-    return None
+    declared = _declared(interface, method)
+    return None if declared is None else Dispatch(declared.__dispatch__)
+
+
+def is_lazy(interface: type, method: str) -> bool:
+    """Whether the caller of ``method`` need not wait for it."""
+    declared = _declared(interface, method)
+    return declared is not None and bool(declared.__lazy__)
+
+
+def _declared(interface: type, method: str) -> Any:
+    own = (base.__dict__.get(method) for base in interface.__mro__)
+    return next((found for found in own if hasattr(found, "__dispatch__")), None)
 
 
 def first_argument(
@@ -65,7 +80,8 @@ def first_argument(
         return args[0], lambda part: method(part, *args[1:], **kwargs)
     name = next(iter(inspect.signature(method).parameters))
     if name not in kwargs:
-        raise TypeError(f"{method.__qualname__}() needs {name!r}, which is divided over the ranks")
+        called = getattr(method, "func", method).__qualname__  # an interface's method is bound by `partial`
+        raise TypeError(f"{called}() needs {name!r}, which is divided over the ranks")
     return kwargs[name], lambda part: method(**{**kwargs, name: part})
 
 
@@ -75,7 +91,7 @@ def partition(argument: Batch | Sequence[Any], parts: int) -> list[list[int]]:
     Batches are balanced by tokens. Sequences of requests stay in runs of one ``group`` (so that a shared prompt is
     prefilled once), and the runs are balanced by their number of requests.
     """
-    if isinstance(argument, Batch):
+    if not isinstance(argument, Sequence):  # a batch, here or in the workers
         return argument.partition(parts)
     runs: dict[Any, list[int]] = {}
     for index, item in enumerate(argument):
@@ -89,7 +105,7 @@ def partition(argument: Batch | Sequence[Any], parts: int) -> list[list[int]]:
 
 
 def take(argument: Batch | Sequence[Any], indices: Sequence[int]) -> Any:
-    return argument.take(indices) if isinstance(argument, Batch) else [argument[index] for index in indices]
+    return [argument[index] for index in indices] if isinstance(argument, Sequence) else argument.take(indices)
 
 
 def gather(results: Sequence[Any], parts: Sequence[Sequence[int]]) -> Any:
@@ -103,8 +119,8 @@ def gather(results: Sequence[Any], parts: Sequence[Sequence[int]]) -> Any:
         return None
     if all(isinstance(result, Metrics) for result in results):
         return Metrics.merge(results)
-    batches = all(isinstance(result, Batch) for result in results)
-    if not batches and not all(isinstance(result, list) for result in results):
+    lists = all(isinstance(result, list) for result in results)
+    if not lists and (not hasattr(results[0], "concat") or len(set(map(type, results))) > 1):
         kinds = ", ".join(type(result).__name__ for result in results)
         raise TypeError(f"SHARD joins Batch, list, Metrics or None from every rank; it got {kinds}")
     for rank, (result, part) in enumerate(zip(results, parts)):
@@ -112,8 +128,8 @@ def gather(results: Sequence[Any], parts: Sequence[Sequence[int]]) -> Any:
             raise ValueError(f"data-parallel rank {rank} returned {len(result)} entries for {len(part)} samples")
     origin = [index for part in parts for index in part]
     order = sorted(range(len(origin)), key=origin.__getitem__)
-    if batches:
+    if not lists:  # batches, here or in the workers
         # a rank without samples has nothing to add, not even columns
-        return Batch.concat([result for result in results if len(result)] or results[:1]).take(order)
+        return results[0].concat([result for result in results if len(result)] or results[:1]).take(order)
     joined = [item for result in results for item in result]
     return [joined[index] for index in order]

@@ -12,16 +12,23 @@ Every call but the last kind is a meeting of all ranks: what fails on one raises
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
 from rlcore.controller.dispatch import Dispatch, dispatch_of, first_argument, gather, partition, take
+from rlcore.controller.executor import Event, Factory, name_of
+from rlcore.controller.pending import Done, Pending
+from rlcore.metrics import Metrics
 
 if TYPE_CHECKING:
     from rlcore.controller.spmd import Ranks
+    from rlcore.engines.settings import WeightSyncSettings
 
 T = TypeVar("T")
 
@@ -36,10 +43,19 @@ class LocalExecutor:
         grace_s: how long a rank that failed waits for the others to hear of it.
     """
 
+    overlaps = False
+
     def __init__(self, timeout_s: float = 3600.0, grace_s: float = 30.0) -> None:
         self._timeout_s = timeout_s
         self._grace_s = grace_s
         self._met: tuple[Any, Ranks] | None = None
+        self._engines: dict[str, Any] = {}
+
+    def build(self, role: str, interface: type[T], factory: Factory) -> T:
+        """The worker group of a new engine; ``factory`` is given the engines built before, by role."""
+        engine = factory(dict(self._engines))
+        self._engines[role] = engine
+        return cast(T, self.group(interface, engine, role))
 
     def group(self, interface: type[T], engine: T, role: str = "") -> T:
         """``engine`` behind the dispatch of ``interface``, typed as the interface; ``role`` names it in errors."""
@@ -68,6 +84,78 @@ class LocalExecutor:
         """Do ``work`` on rank 0 only; every rank gets its result, or its error."""
         ranks = self._ranks()
         return work() if ranks is None else cast(T, ranks.first(name, work, everywhere=False))
+
+    def apply(self, group: Any, function: Callable[..., T], *args: Any) -> list[T]:
+        """``function(engine, *args)`` in every process of ``group``; the results by rank."""
+        ranks, engine = self._ranks(), group._engine
+        if ranks is None:
+            return [function(engine, *args)]
+        return ranks.every(f"{group._role}: {name_of(function)}", lambda: function(engine, *args))
+
+    def one(self, group: Any, function: Callable[..., T], *args: Any) -> Done[T]:
+        """``function(engine, *args)`` in the main process of ``group``; it may be a coroutine function."""
+
+        def work() -> Any:
+            result = function(group._engine, *args)
+            return asyncio.run(result) if inspect.iscoroutine(result) else result
+
+        return Done(self.on_main(work, f"{group._role}: {name_of(function)}"))
+
+    def wait(self, pending: Sequence[Pending[Any]], timeout_s: float) -> list[Pending[Any]]:
+        """All of ``pending``: here everything is done at once."""
+        return list(pending)
+
+    def stream(
+        self, group: Any, function: Callable[..., Iterator[tuple[list[int], T]]], items: Sequence[Any], *args: Any
+    ) -> Iterator[tuple[list[int], T]]:
+        """``function(engine, items, *args)`` over the group's processes, each with its part of ``items``.
+
+        The function yields results with the places of the items that they answer. Under ``torchrun`` all results are
+        exchanged before the first is yielded.
+        """
+        ranks, engine = self._ranks(), group._engine
+        if ranks is None or engine.dp_size == 1:
+            yield from function(engine, items, *args)
+            return
+        parts = partition(items, engine.dp_size)
+        own = parts[engine.dp_rank]
+        answers = ranks.every(
+            f"{group._role}: {name_of(function)}",
+            lambda: (engine.dp_rank, list(function(engine, take(items, own), *args))),
+        )
+        for dp_rank, results in sorted(dict(reversed(answers)).items()):
+            for places, result in results:
+                yield [parts[dp_rank][place] for place in places], result
+
+    def compute(self, function: Callable[..., T], *args: Any) -> T:
+        """``function(*args)`` where the data is: here, on every rank."""
+        return function(*args)
+
+    def sync_weights(self, trainer: Any, rollout: Any, version: int, settings: WeightSyncSettings) -> Metrics:
+        """Make ``rollout`` generate with the weights of ``trainer`` (`rlcore.engines.sync_weights`)."""
+        from rlcore.engines.weight_sync import sync_weights
+
+        sync_weights(trainer, rollout, version, settings.bucket_mb << 20)
+        return Metrics()
+
+    def on_replaced(self, catch_up: Callable[[], None] | None) -> None:
+        """No process of this executor is ever replaced."""
+        return
+
+    def behind(self, group: Any) -> bool:
+        return False
+
+    @contextmanager
+    def labelled(self, label: str) -> Iterator[None]:
+        """Nothing is labelled: the caller sees how long its calls take."""
+        yield
+
+    def timeline(self) -> list[Event]:
+        return []
+
+    def close(self) -> None:
+        """Engines are closed by whoever built them."""
+        return
 
     def _ranks(self) -> Ranks | None:
         """The ranks of the present default process group; None without one, or alone in it."""

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rlcore.engines.reward import Reward, RewardResult, RewardSample
     from rlcore.engines.rollout import Completion, GenerationRequest, RolloutEngine, SamplingParams
-    from rlcore.engines.settings import ModelSettings, OptimSettings, RewardSettings, RolloutSpec, TrainEngineSpec
+    from rlcore.engines.settings import (
+        ModelSettings,
+        OptimSettings,
+        RewardSettings,
+        RolloutSpec,
+        TrainEngineSpec,
+        WeightSyncSettings,
+    )
     from rlcore.engines.train import ForwardRequest, Objective, TrainEngine
     from rlcore.engines.weight_sync import WeightBucket, sync_weights
 
@@ -30,6 +37,7 @@ _HOMES = {
     "TrainEngine": "train",
     "TrainEngineSpec": "settings",
     "WeightBucket": "weight_sync",
+    "WeightSyncSettings": "settings",
     "sync_weights": "weight_sync",
 }
 
@@ -50,6 +58,7 @@ __all__ = [
     "TrainEngine",
     "TrainEngineSpec",
     "WeightBucket",
+    "WeightSyncSettings",
     "sync_weights",
 ]
 

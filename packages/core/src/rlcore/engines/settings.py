@@ -68,6 +68,22 @@ class RewardSettings(Config):
     error_score: float = Field(0.0, allow_inf_nan=False, description="Score of a sample whose reward failed.")
 
 
+class WeightSyncSettings(Config):
+    """How weights get from a trainer into rollout engines of other processes."""
+
+    transport: Literal["auto", "gloo", "nccl", "shm", "ipc"] = Field(
+        "auto",
+        description="'auto' takes shared memory (shm) or CUDA IPC (ipc) on one machine or GPU, else gloo or NCCL.",
+    )
+    bucket_mb: int = Field(512, gt=0, description="Weights that travel at a time, in MiB; two exist at most.")
+    delta: bool = Field(
+        False,
+        description="Send only the elements whose bits changed: fewer bytes for a copy of the weights in host memory, "
+        "at both ends.",
+    )
+    timeout_s: float = Field(300.0, gt=0, description="Longest wait for the other end.")
+
+
 @dataclass(frozen=True)
 class TrainEngineSpec:
     """Everything a plugin needs to build one `TrainEngine`.

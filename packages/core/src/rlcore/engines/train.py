@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypedDict
 
 import torch
 
@@ -19,6 +19,13 @@ TRAIN_ENGINE_INTERFACE = 1
 
 Output = Literal["logprobs", "entropy", "values"]
 Part = Literal["params", "optimizer"]
+
+
+class FileRecord(TypedDict):
+    """What a file holds: its ``size`` in bytes and the hexadecimal ``sha256`` of its contents."""
+
+    size: int
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,7 @@ class TrainEngine(ABC):
     def device(self) -> torch.device: ...
 
     @abstractmethod
-    @dispatch(Dispatch.SHARD)
+    @dispatch(Dispatch.SHARD, lazy=True)
     def forward(self, batch: Batch, request: ForwardRequest) -> Batch:
         """Compute per-token columns without gradient.
 
@@ -131,7 +138,38 @@ class TrainEngine(ABC):
     @abstractmethod
     @dispatch(Dispatch.BROADCAST)
     def save(self, path: Path) -> None:
-        """Write weights, optimizer, schedule and RNG states to the folder ``path``, sharded; all ranks take part."""
+        """Write weights, optimizer, schedule and RNG states to the folder ``path``, sharded; all ranks take part.
+
+        Raises:
+            CheckpointError: a file could not be written; the message names it.
+        """
+
+    @dispatch(Dispatch.BROADCAST)
+    def start_save(self, path: Path) -> None:
+        """Begin what `save` does, and return when its contents are safe from what training does next.
+
+        ``path`` may be another folder in every process. `finish_save` comes before the next save. An engine that
+        overrides none of these methods saves at once.
+        """
+        self.save(path)
+
+    @dispatch(Dispatch.BROADCAST)
+    def save_done(self) -> bool:
+        """Whether this process has nothing left to write, or has failed, so that `finish_save` need not wait for it."""
+        return True
+
+    @dispatch(Dispatch.BROADCAST)
+    def finish_save(self) -> dict[str, FileRecord]:
+        """Wait until all ranks have written what `start_save` began.
+
+        Returns:
+            the files that this process wrote in the last save (`save` included), by their paths in its folder; empty
+            if the engine computes no checksums, or if this has been asked before.
+
+        Raises:
+            CheckpointError: a file could not be written on some rank; the message names it.
+        """
+        return {}
 
     @abstractmethod
     @dispatch(Dispatch.BROADCAST)
@@ -148,7 +186,7 @@ class TrainEngine(ABC):
         """Write a folder that ``transformers.AutoModel….from_pretrained`` loads (weights and config)."""
 
     @abstractmethod
-    @dispatch(Dispatch.BROADCAST)
+    @dispatch(Dispatch.BROADCAST, lazy=True)
     def offload(self, *parts: Part) -> None:
         """Move parts (all by default) to host memory; idempotent."""
 

@@ -299,23 +299,41 @@ class RolloutEngineConformance:
         assert again.tokens == before.tokens
         self._check_logprobs(reference, request, again)
 
-    def test_new_weights_under_way(self, engine: RolloutEngine, model: Path, other_model: Path) -> None:
-        async def scenario() -> Completion:
-            running = asyncio.create_task(engine.generate(_endless("a")))
+    def test_new_weights_under_way(self, engine: RolloutEngine, model: Path, other_model: Path, reference: Any) -> None:
+        """Tokens before the update have the log-probs of the old weights, those after it of the new ones alone."""
+        requests = [replace(_endless(name), prompt=[30 + index] * (1 + 5 * index)) for index, name in enumerate("abcd")]
+
+        async def scenario() -> list[Completion]:
+            running = [asyncio.create_task(engine.generate(request)) for request in requests]
             await engine.generate(_request(6))
             self.load_weights(engine, other_model, 51)
             await engine.generate(_request(6))
-            engine.abort(["a"])
-            return await running
+            engine.pause()
+            self.load_weights(engine, model, 52)
+            engine.resume()
+            await engine.generate(_request(6))
+            engine.abort([request.request_id for request in requests])
+            return list(await asyncio.gather(*running))
 
         try:
             self.load_weights(engine, model, 50)
-            completion = self._run(scenario())
+            completions = self._run(scenario())
         finally:
-            self.load_weights(engine, model, 52)
-        assert [version for version, _ in completion.versions] == [50, 51]
-        assert sum(count for _, count in completion.versions) == len(completion.tokens)
-        assert all(count > 0 for _, count in completion.versions)
+            self.load_weights(engine, model, 53)
+        other = _load(other_model)
+        for request, completion in zip(requests, completions, strict=True):
+            assert completion.finish_reason == "abort"
+            assert [version for version, _ in completion.versions] == [50, 51, 52]
+            assert sum(count for _, count in completion.versions) == len(completion.tokens) == len(completion.logprobs)
+            start = 0
+            for version, count in completion.versions:
+                assert count > 0
+                logits = _logits(other if version == 51 else reference, request, completion)[start : start + count]
+                tokens = torch.tensor(completion.tokens[start : start + count])
+                expected = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0].tolist()
+                found = completion.logprobs[start : start + count]
+                assert found == pytest.approx(expected, abs=self.logprob_tolerance)
+                start += count
 
     def test_sleep_and_wake(self, engine: RolloutEngine) -> None:
         request = _request(10, seed=2)

@@ -13,6 +13,7 @@ plain torch. Engines must compute in fp32 here (or the tolerances below be raise
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import shutil
 import weakref
 from collections.abc import Mapping
@@ -420,6 +421,49 @@ class TrainEngineConformance:
         assert resumed == straight
         first, second = exported(engine), exported(other)
         assert all(torch.equal(first[name], second[name]) for name in first)
+
+    def test_training_goes_on_while_a_checkpoint_is_written(self, model_path: Path, tmp_path: Path) -> None:
+        """What `start_save` began is what `save` writes at that moment, and stays so."""
+        engine = self.engine(model_path)
+        assert engine.save_done()
+        assert engine.finish_save() == {}
+        for step in range(2):  # the second time with whatever the first one has left behind
+            engine.train(make_batch(seed=step), WeightedLogprobs())
+            now, later = tmp_path / f"now{step}", tmp_path / f"later{step}"
+            engine.save(now)
+            engine.finish_save()
+            engine.start_save(later)
+            drawn = torch.rand(3)
+            straight = engine.train(make_batch(seed=9), WeightedLogprobs()).to_dict()
+            records = engine.finish_save()
+            assert engine.save_done()
+            assert engine.finish_save() == {}
+            files = {path.relative_to(now).as_posix(): path.read_bytes() for path in now.rglob("*") if path.is_file()}
+            assert files.keys() == {path.relative_to(later).as_posix() for path in later.rglob("*") if path.is_file()}
+            for name, content in files.items():
+                assert (later / name).read_bytes() == content, name
+                if records:
+                    assert records[name] == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            other = self.engine(model_path)
+            other.load(later)
+            assert torch.equal(torch.rand(3), drawn)
+            assert other.train(make_batch(seed=9), WeightedLogprobs()).to_dict() == straight
+
+    def test_a_checkpoint_that_cannot_be_written_is_named(self, model_path: Path, tmp_path: Path) -> None:
+        engine = self.engine(model_path)
+        (tmp_path / "file").write_text("mine")
+
+        def begin_and_finish(path: Path) -> None:
+            engine.start_save(path)
+            engine.finish_save()
+
+        for save in (engine.save, begin_and_finish):
+            with pytest.raises(CheckpointError, match=str(tmp_path / "file")):
+                save(tmp_path / "file")
+        assert (tmp_path / "file").read_text() == "mine"
+        engine.start_save(tmp_path / "good")
+        engine.finish_save()
+        engine.load(tmp_path / "good")
 
     def test_a_checkpoint_before_the_first_step_forgets_later_ones(self, model_path: Path, tmp_path: Path) -> None:
         engine = self.engine(model_path)

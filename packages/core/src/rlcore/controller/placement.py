@@ -1,0 +1,79 @@
+"""Which role runs in which processes: plain configuration, read without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
+from typing import Literal
+
+from pydantic import Field
+
+from rlcore.config import Config
+
+DEFAULT_POOL = "default"
+CPU_POOL = "cpu"
+"""Where rewards and the controller's work on tokens run unless they are placed elsewhere."""
+CPU_ROLES = ("reward", "compute")
+REPLACEABLE = ("rollout", *CPU_ROLES)
+"""Roles whose engines can be built anew in the middle of a run."""
+
+
+class ResourcePool(Config):
+    """Equal processes, and what each of them gets. Roles on one pool share its processes."""
+
+    processes: int = Field(1, ge=1, description="Worker processes.")
+    cpus_per_process: float = Field(1.0, ge=0, description="CPU cores of each process (fractions share a core).")
+    gpus_per_process: float = Field(
+        0.0, ge=0, description="GPUs of each process; pools with fractions (0.5) may share one GPU."
+    )
+    strategy: Literal["pack", "spread", "strict_pack", "strict_spread"] = Field(
+        "pack", description="Processes on few nodes or on many; the strict ones fail where that is impossible."
+    )
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.gpus_per_process > 1 and not self.gpus_per_process.is_integer():
+            yield "gpus_per_process", f"{self.gpus_per_process:g} is neither whole GPUs nor a fraction of one"
+
+
+def replaceable(roles: Iterable[str]) -> bool:
+    """Whether each process of a pool with these roles is a replica of its own, which is replaced when it dies.
+
+    The processes of other pools form one world of ``torch.distributed``, and live and die together.
+    """
+    return all(role in REPLACEABLE for role in roles)
+
+
+def pools_of(pools: Mapping[str, ResourcePool], placement: Mapping[str, str], roles: Iterable[str]) -> dict[str, str]:
+    """The pool of every role: as placed; else `CPU_POOL` for rewards and the like, `DEFAULT_POOL` for models.
+
+    With a single pool of one's own, models go there whatever its name is.
+
+    Raises:
+        ValueError: a role is placed on a pool that is not there; the message names it and those that are (see
+            `unknown_pool`).
+    """
+    own = [name for name in pools if name != CPU_POOL]
+    found = {}
+    for role in roles:
+        default = CPU_POOL if role in CPU_ROLES else own[0] if len(own) == 1 else DEFAULT_POOL
+        name = placement.get(role, default)
+        problem = unknown_pool(name, pools)
+        if problem is not None:
+            raise ValueError(f"{role} cannot be placed: {problem}")
+        found[role] = name
+    return found
+
+
+def complete(pools: Mapping[str, ResourcePool], used: Iterable[str]) -> dict[str, ResourcePool]:
+    """The pools in ``used``; the two that always exist get their defaults where they are not configured."""
+    return {name: pools[name] if name in pools else ResourcePool() for name in dict.fromkeys(used)}
+
+
+def unknown_pool(name: str, pools: Iterable[str]) -> str | None:
+    """What is wrong with placing a role on ``name``; None if there is such a pool."""
+    known = list(dict.fromkeys([*pools, DEFAULT_POOL, CPU_POOL]))
+    if name in known:
+        return None
+    close = get_close_matches(name, known, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    return f"there is no pool {name!r}{hint}; the pools are {', '.join(pools) or 'none'}"

@@ -61,4 +61,14 @@ class TestLittleMemory(InlineConformance):
     settings = InlineSettings(max_running=12, kv_cache_tokens=4096, prefill_tokens=64)
 
 
+class TestWeightsOfItsOwn(RolloutEngineConformance):
+    """Without a policy in the process; weights come in buckets, as the kit sends them."""
+
+    logprob_tolerance = 1e-5
+
+    def make_engine(self, model: Path, max_model_len: int) -> InlineRollout:
+        settings = InlineSettings(device="cpu")
+        return build(RolloutSpec(ModelSettings(path=str(model)), settings, max_model_len))
+
+
 del InlineConformance, RolloutEngineConformance

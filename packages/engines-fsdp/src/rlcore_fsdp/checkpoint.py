@@ -1,16 +1,15 @@
 """Sharded checkpoints: one safetensors file per rank and a manifest, without any pickle.
 
 A folder holds ``rank-NNNNN.safetensors`` (the rows of every weight and optimizer state that the rank owns, and its
-random states) and ``checkpoint.json``, written last: which rows stand where, their checksums, and the shapes that
+random states) and ``checkpoint.json``, written last: which rows stand where, the files' checksums, and the shapes that
 identify the model. Any number of ranks can load it: each reads the rows that it needs from whichever files hold them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import random
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
+from rlcore.engines.train import FileRecord
 from rlcore.errors import CheckpointError
 from rlcore_fsdp.distributed import gather_objects
+from rlcore_fsdp.tensor_file import flush, write_tensors
 
 MANIFEST = "checkpoint.json"
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -58,41 +58,85 @@ def piece(tensor: torch.Tensor, rank: int) -> Piece:
     return Piece(local, start, stop, shape, first_replica)
 
 
-def write(path: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any], rank: int, world: int) -> None:
-    """Write this rank's part of ``tensors``; rank 0 adds the manifest with ``facts`` once all are done.
+@dataclass(frozen=True)
+class Part:
+    """What one rank writes.
+
+    Attributes:
+        tensors: rows that this rank owns, by name, on any device; live views or copies.
+        rows: ``[start, stop)`` of each of them in the whole tensor.
+        random: random states as text (the rest of them is among ``tensors``).
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    rows: Mapping[str, tuple[int, int]]
+    random: str
+
+
+def part(tensors: Mapping[str, torch.Tensor], rank: int) -> Part:
+    """This rank's part of ``tensors`` (live views), with its present random states."""
+    held: dict[str, torch.Tensor] = {}
+    rows: dict[str, tuple[int, int]] = {}
+    for name, tensor in tensors.items():
+        own = piece(tensor, rank)
+        if own.writes and own.stop > own.start:
+            held[name] = own.local.detach()
+            rows[name] = (own.start, own.stop)
+    states, text = _random_states()
+    return Part({**held, **states}, rows, json.dumps(text))
+
+
+def write_part(path: Path, part: Part, rank: int) -> FileRecord:
+    """Write ``part`` to the folder ``path`` and flush it to disk; its checksum is taken on the way. No collective.
+
+    Raises:
+        CheckpointError: names the file.
+    """
+    file = path / _file(rank)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if rank == 0:  # of an earlier checkpoint, which this one replaces
+            (path / MANIFEST).unlink(missing_ok=True)
+        return write_tensors(file, part.tensors, {"random": part.random})
+    except OSError as problem:
+        raise CheckpointError(f"rank {rank}: cannot write {file}: {problem.strerror or problem}") from problem
+
+
+def complete(
+    path: Path, part: Part, written: FileRecord | CheckpointError, facts: Mapping[str, Any], rank: int, world: int
+) -> dict[str, FileRecord]:
+    """Add the manifest once all ranks have written their parts; collective.
+
+    Args:
+        written: what became of this rank's part.
+        facts: of the engine, the same on all ranks; "shapes" of all tensors among them.
+
+    Returns:
+        the files that this rank wrote.
 
     Raises:
         CheckpointError: a rank could not write; the folder then has no manifest.
     """
-    error: str | None = None
-    entries: dict[str, Any] = {}
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        if rank == 0:
-            (path / MANIFEST).unlink(missing_ok=True)
-        held: dict[str, torch.Tensor] = {}
-        for name, tensor in tensors.items():
-            part = piece(tensor, rank)
-            if part.writes and part.stop > part.start:
-                held[name] = part.local.detach().cpu().contiguous()
-                entries[name] = {"rows": [part.start, part.stop], "crc32": _checksum(held[name])}
-        states, text = _random_states()
-        file = path / _file(rank)
-        save_file({**held, **states}, file, metadata={"random": json.dumps(text)})
-        _flush(file)
-    except (OSError, SafetensorError) as problem:
-        error = f"rank {rank}: {problem}"
-    reports = gather_objects((error, entries), world)
+    failed = isinstance(written, CheckpointError)
+    reports = gather_objects((str(written) if failed else None, None if failed else written, part.rows), world)
     _raise_first(f"checkpoint {path} could not be written", (report[0] for report in reports))
+    assert not isinstance(written, CheckpointError)
+    records = {_file(rank): written}
+    error = None
     if rank == 0:
-        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-        manifest = {"format": _FORMAT, **facts, "shapes": shapes, "ranks": [report[1] for report in reports]}
-        temporary = path / f"{MANIFEST}.partial"
-        temporary.write_text(json.dumps(manifest))
-        _flush(temporary)
-        temporary.replace(path / MANIFEST)
-        _flush(path)
-    gather_objects(None, world)  # nobody returns before the manifest stands
+        manifest = {
+            "format": _FORMAT,
+            **facts,
+            "files": {_file(other): report[1] for other, report in enumerate(reports)},
+            "ranks": [report[2] for report in reports],
+        }
+        try:
+            records[MANIFEST] = _write_manifest(path, manifest)
+        except OSError as problem:
+            error = f"rank 0: cannot write {path / MANIFEST}: {problem.strerror or problem}"
+    # nobody returns before the manifest stands
+    _raise_first(f"checkpoint {path} could not be written", gather_objects(error, world))
+    return records
 
 
 def read_manifest(path: Path, shapes: Mapping[str, Iterable[int]]) -> dict[str, Any]:
@@ -107,14 +151,14 @@ def read_manifest(path: Path, shapes: Mapping[str, Iterable[int]]) -> dict[str, 
     try:
         manifest: dict[str, Any] = json.loads(file.read_text())
         version = manifest["format"]
+        if version != _FORMAT:
+            raise CheckpointError(f"{path} has checkpoint format {version}, this version reads {_FORMAT}")
         saved = {name: shape for name, shape in manifest["shapes"].items() if name.startswith("weight/")}
-        missing = {"ranks", "optimizer", "schedule_step", "adam_steps"} - manifest.keys()
+        missing = {"ranks", "files", "optimizer", "schedule_step", "adam_steps"} - manifest.keys()
         if missing:
             raise KeyError(min(missing))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} is damaged: {type(error).__name__}: {error}") from error
-    if version != _FORMAT:
-        raise CheckpointError(f"{path} has checkpoint format {version}, this version reads {_FORMAT}")
     ours = {name: list(shape) for name, shape in shapes.items()}
     for name in sorted(saved.keys() | ours.keys()):
         if saved.get(name) != ours.get(name):
@@ -126,19 +170,35 @@ def read_manifest(path: Path, shapes: Mapping[str, Iterable[int]]) -> dict[str, 
     return manifest
 
 
+def check_files(path: Path, manifest: Mapping[str, Any], rank: int, world: int) -> None:
+    """Compare this rank's share of the files with their checksums: together all ranks read each of them once.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    for name, record in list(manifest["files"].items())[rank::world]:
+        try:
+            with (path / name).open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise CheckpointError(f"{path / name} is missing or damaged: {error}") from error
+        if found != record["sha256"]:
+            raise CheckpointError(f"{path / name} is damaged: it does not match its checksum")
+
+
 def read(path: Path, manifest: Mapping[str, Any], wanted: Mapping[str, Piece]) -> dict[str, torch.Tensor]:
-    """The rows of every wanted piece, checked, in new CPU tensors.
+    """The rows of every wanted piece, in new CPU tensors.
 
     Raises:
         CheckpointError: a file is missing or damaged.
     """
     values = {name: torch.empty(part.local.shape, dtype=part.local.dtype) for name, part in wanted.items()}
     found = dict.fromkeys(wanted, 0)
-    for rank, entries in enumerate(manifest["ranks"]):
+    for rank, held in enumerate(manifest["ranks"]):
         here = [
-            (name, part, *entries[name]["rows"])
+            (name, part, *held[name])
             for name, part in wanted.items()
-            if name in entries and entries[name]["rows"][0] < part.stop and part.start < entries[name]["rows"][1]
+            if name in held and held[name][0] < part.stop and part.start < held[name][1]
         ]
         if not here:
             continue
@@ -147,8 +207,6 @@ def read(path: Path, manifest: Mapping[str, Any], wanted: Mapping[str, Piece]) -
             with safe_open(file, "pt") as tensors:
                 for name, part, start, stop in here:
                     rows = tensors.get_tensor(name)
-                    if _checksum(rows) != entries[name]["crc32"]:
-                        raise CheckpointError(f"{file} is damaged: {name} does not match its checksum")
                     low, high = max(start, part.start), min(stop, part.stop)
                     found[name] += high - low
                     if part.shape:
@@ -201,21 +259,18 @@ def _random_states() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return states, {"python": random.getstate(), "numpy": [kind, position, has_gauss, cached]}
 
 
-def _checksum(tensor: torch.Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+def _write_manifest(path: Path, manifest: Mapping[str, Any]) -> FileRecord:
+    content = json.dumps(manifest).encode()
+    temporary = path / f"{MANIFEST}.partial"
+    temporary.write_bytes(content)
+    flush(temporary)
+    temporary.replace(path / MANIFEST)
+    flush(path)
+    return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def _file(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
-
-
-def _flush(path: Path) -> None:
-    """Make sure that what was written survives a power failure."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _raise_first(what: str, errors: Iterable[str | None]) -> None:

@@ -17,11 +17,12 @@ from transformers import PreTrainedModel
 
 from rlcore.batch import Batch, Jagged, micro_batches, predicted_positions
 from rlcore.engines import ForwardRequest, Objective, TrainEngine, TrainEngineSpec, WeightBucket
-from rlcore.engines.train import Part
+from rlcore.engines.train import FileRecord, Part
 from rlcore.errors import CheckpointError, EngineError
 from rlcore.metrics import Metrics
-from rlcore_fsdp import checkpoint, sharding
+from rlcore_fsdp import checkpoint, saved_state, sharding
 from rlcore_fsdp.attention import Packing, choose_kernel
+from rlcore_fsdp.background_save import BackgroundSave
 from rlcore_fsdp.config import FSDPSettings
 from rlcore_fsdp.distributed import (
     choose_device,
@@ -34,11 +35,11 @@ from rlcore_fsdp.distributed import (
 from rlcore_fsdp.loading import empty_model, load_model, read_config
 from rlcore_fsdp.optimizer import learning_rate, make_optimizer
 from rlcore_fsdp.packed_model import PackedModel, check_request, full_columns
+from rlcore_fsdp.saved_state import MOMENTS
 from rlcore_fsdp.verification import TESTED, verify
 from rlcore_fsdp.weights import buckets, full_weights, named_weights, write_model
 
 _PARTS: tuple[Part, ...] = ("params", "optimizer")
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def build(spec: TrainEngineSpec) -> FSDPTrainEngine:
@@ -104,6 +105,7 @@ class FSDPTrainEngine(TrainEngine):
         self._schedule_step = 0
         self._where: dict[Part, torch.device] = dict.fromkeys(_PARTS, self._device)
         self.step_count = 0
+        self._saving = BackgroundSave(self.dp_rank, self._world)
         self._lent = False  # somebody generates with the whole weights
         self._broken = False
         if config.model_type not in TESTED:
@@ -323,14 +325,27 @@ class FSDPTrainEngine(TrainEngine):
 
     def save(self, path: Path) -> None:
         """See `TrainEngine`; the layout is that of `rlcore_fsdp.checkpoint`."""
+        path, rank = Path(path), self.dp_rank
+        written: FileRecord | CheckpointError
         with self._as_shards():
-            facts = {
-                "head": self.spec.head,
-                "optimizer": self._optimizer is not None,
-                "schedule_step": self._schedule_step,
-                "adam_steps": {name: float(state["step"]) for name, state in self._adam_states().items()},
-            }
-            checkpoint.write(Path(path), self._checkpoint_tensors(), facts, self.dp_rank, self._world)
+            part, facts = self._saved_state()
+            try:
+                written = checkpoint.write_part(path, part, rank)
+            except CheckpointError as error:
+                written = error
+        self._saving.written = checkpoint.complete(path, part, written, facts, rank, self._world)
+
+    @torch.no_grad()
+    def start_save(self, path: Path) -> None:
+        """See `TrainEngine`. Takes as much host memory as this rank's weights and optimizer states, and keeps it."""
+        with self._as_shards():
+            self._saving.start(Path(path), *self._saved_state())
+
+    def save_done(self) -> bool:
+        return self._saving.done()
+
+    def finish_save(self) -> dict[str, FileRecord]:
+        return self._saving.finish()
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
@@ -347,11 +362,12 @@ class FSDPTrainEngine(TrainEngine):
             if self._optimizer is not None and not manifest["optimizer"]:
                 raise CheckpointError(f"{path} was saved by a frozen engine: it has no optimizer states to go on with")
             wanted = {name: checkpoint.piece(tensor, rank) for name, tensor in weights.items()}
-            parameters = dict(self.model.named_parameters()) if self._optimizer is not None else {}
-            adam = {name: step for name, step in manifest["adam_steps"].items() if name in parameters}
+            trained = {name for name, _ in self.model.named_parameters()} if self._optimizer is not None else set()
+            adam = {name: step for name, step in manifest["adam_steps"].items() if name in trained}
             for name in adam:
-                for moment in _MOMENTS:
+                for moment in MOMENTS:
                     wanted[f"{moment}/{name}"] = wanted[f"weight/{name}"]
+            checkpoint.check_files(path, manifest, rank, self._world)
             values = checkpoint.read(path, manifest, wanted)
             random_states = checkpoint.read_random_states(path, manifest, rank)
         except CheckpointError as problem:
@@ -361,30 +377,14 @@ class FSDPTrainEngine(TrainEngine):
         for name, tensor in weights.items():
             sharding.local(tensor).copy_(values[name])
         if self._optimizer is not None:
-            self._optimizer.state.clear()
-            for name, step in adam.items():
-                parameter = parameters[name]
-                state = {moment: torch.zeros_like(parameter) for moment in _MOMENTS}
-                for moment, tensor in state.items():
-                    sharding.local(tensor).copy_(values[f"{moment}/{name}"])
-                state["step"] = torch.tensor(step, dtype=torch.float32, device=sharding.local(parameter).device)
-                self._optimizer.state[parameter] = state
+            saved_state.restore_adam_states(self.model, self._optimizer, adam, values)
             self._schedule_step = manifest["schedule_step"]
             checkpoint.restore_random_states(*random_states)
         self.step_count += 1
 
-    def _adam_states(self) -> dict[str, dict[str, torch.Tensor]]:
-        if self._optimizer is None:
-            return {}
-        states = self._optimizer.state
-        return {name: states[p] for name, p in self.model.named_parameters() if p in states}
-
-    def _checkpoint_tensors(self) -> dict[str, torch.Tensor]:
-        tensors = {f"weight/{name}": tensor for name, tensor in named_weights(self.model)}
-        for name, state in self._adam_states().items():
-            for moment in _MOMENTS:
-                tensors[f"{moment}/{name}"] = state[moment]
-        return tensors
+    def _saved_state(self) -> tuple[checkpoint.Part, dict[str, Any]]:
+        part, facts = saved_state.collect(self.model, self._optimizer, self.dp_rank)
+        return part, {"head": self.spec.head, "schedule_step": self._schedule_step, **facts}
 
     # --- memory --------------------------------------------------------------------------------------------------
 
@@ -406,7 +406,7 @@ class FSDPTrainEngine(TrainEngine):
                 self.root.to(where)
             elif self._optimizer is not None:
                 for state in self._optimizer.state.values():
-                    for moment in _MOMENTS:
+                    for moment in MOMENTS:
                         state[moment] = state[moment].to(where)
             self._where[part] = where
             moved = True

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from rlcore.config import Config
+from rlcore_fsdp.config import DType
 
 
 class InlineSettings(Config):
@@ -30,4 +31,20 @@ class InlineSettings(Config):
         description="'direct' computes Llama-like models straight from their parameters, 'generic' goes through the "
         "model's own forward and serves any architecture that uses transformers' attention interface; 'auto' takes "
         "'direct' where it is known to be right.",
+    )
+    batch_invariant: bool = Field(
+        False,
+        description="Make a request's tokens and log-probs the same, bit by bit, whatever else runs: a request that is "
+        "made again gives the same completion. For float32 on the CPU; checked before the first use. Costs little with "
+        "many short sequences, up to half of the speed with few.",
+    )
+    device: Literal["cpu", "cuda"] | None = Field(
+        None,
+        description="Where to compute with weights of its own; null takes CUDA if there is one. In the policy's "
+        "process it computes where the policy does.",
+    )
+    dtype: DType | None = Field(
+        None,
+        description="Precision of weights of its own; null is bfloat16 on CUDA and float32 on the CPU. In the policy's "
+        "process it is the policy's param_dtype.",
     )

@@ -1,4 +1,4 @@
-"""`InlineRollout`: the `RolloutEngine` that generates with the training engine's own weights."""
+"""`InlineRollout`: the `RolloutEngine` in pure PyTorch, with the training engine's own weights or a copy of its own."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from rlcore_fsdp.inline.kv_cache import KVCache, LayerShape, free_memory, whole_
 from rlcore_fsdp.inline.randomness import stream_start
 from rlcore_fsdp.inline.scheduler import Decoder, Scheduler
 from rlcore_fsdp.inline.sequence import Sequence as RunningSequence
-from rlcore_fsdp.inline.stopping import StopStrings
-from rlcore_fsdp.inline.verification import verify
-from rlcore_fsdp.inline.weights import WeightSource
+from rlcore_fsdp.inline.stopping import StopStrings, end_tokens
+from rlcore_fsdp.inline.verification import verify, verify_invariance
+from rlcore_fsdp.inline.weights import OwnWeights, WeightSource
 
 logger = logging.getLogger(__name__)
 
@@ -41,18 +41,20 @@ STANDING_STILL_S = 60
 
 
 def build(spec: RolloutSpec) -> InlineRollout:
-    """The plugin's factory.
+    """The plugin's factory: with the weights of ``spec.train_engine``, or of its own where there is none.
 
     Raises:
-        EngineError: ``spec.train_engine`` is no FSDP policy in this process.
+        EngineError: ``spec.train_engine`` is no FSDP policy, or the model cannot be loaded or generated with.
     """
     source = spec.train_engine
+    if source is None:
+        return InlineRollout(OwnWeights(spec.model, cast(InlineSettings, spec.options)), spec)
     head = getattr(getattr(source, "spec", None), "head", "policy")
     if not isinstance(source, WeightSource) or head != "policy":
-        found = "none was given" if source is None else f"got {type(source).__name__} with a {head} head"
         raise EngineError(
-            f"the inline rollout generates with the weights of an fsdp policy in its own process, but {found}; put the "
-            "rollout and an fsdp actor on the same pool, or choose another rollout engine"
+            "the inline rollout generates with the weights of an fsdp policy in its own process, but got "
+            f"{type(source).__name__} with a {head} head; put the rollout on a pool of its own, or choose another "
+            "rollout engine"
         )
     return InlineRollout(source, spec)
 
@@ -68,6 +70,9 @@ class InlineRollout(RolloutEngine):
     is a collective operation, which must not depend on when a rank runs out of requests: `generate_batch`, `wake`,
     `update_weights` and `sleep` are called on every rank, as dispatch does, and before `generate` is used alone, `wake`
     is. Weights held that way are let go by `sleep`, which must come before training.
+
+    With `OwnWeights` there are no collective operations. Weights come by `update_weights`; while they come decoding
+    stands still, and everything else may be called.
     """
 
     def __init__(self, source: WeightSource, spec: RolloutSpec) -> None:
@@ -77,7 +82,10 @@ class InlineRollout(RolloutEngine):
         self._max_model_len = spec.max_model_len
         self._seeds = random.Random(f"{spec.seed}/{source.dp_rank}")
         self._arrivals = itertools.count()
-        self._scheduler = Scheduler(self._settings.max_running, self._settings.prefill_tokens, source.device)
+        settings = self._settings
+        self._scheduler = Scheduler(
+            settings.max_running, settings.prefill_tokens, source.device, settings.batch_invariant
+        )
         self._cache: KVCache | None = None
         self._held: ExitStack | None = None  # holds the whole weights
         self._held_at = -1  # the source's step_count then
@@ -91,9 +99,14 @@ class InlineRollout(RolloutEngine):
         self._version = 0
         self._paused = False
         self._asleep = False
+        self._loading = False  # weights come in, nothing may be computed with them
+        self._updates = threading.Lock()  # held while weights of our own change or move; before self._lock
         self._lock = threading.RLock()
         self._intruders: list[None] = []  # one entry per caller that wants the lock between two steps
         self._drivers: dict[asyncio.AbstractEventLoop, asyncio.Task[None]] = {}
+        if not self.shares_weights:
+            self._hold()  # errors come now, and requests can be checked while weights come in
+            self._release()
 
     @property
     def version(self) -> int:
@@ -101,7 +114,7 @@ class InlineRollout(RolloutEngine):
 
     @property
     def shares_weights(self) -> bool:
-        return True
+        return not isinstance(self._source, OwnWeights)
 
     @property
     def dp_rank(self) -> int:
@@ -175,14 +188,18 @@ class InlineRollout(RolloutEngine):
 
     def _advance(self) -> bool:
         """Make one step; False if the engine stands still for now."""
-        if self._paused or self._asleep or self._intruders:
+        if self._intruders:
             return False
         with self._lock:
+            if self._paused or self._asleep or self._loading:
+                return False
             if not self._scheduler.unfinished:
                 return True
             try:
-                decoder, cache = self._wake()
-                ended = self._scheduler.step(decoder, cache)
+                self._wake()
+                assert self._decoder is not None
+                assert self._cache is not None
+                ended = self._scheduler.step(self._decoder, self._cache)
             except Exception as error:
                 self._cache = None  # it may hold NaN by now
                 for sequence in self._scheduler.clear():
@@ -225,21 +242,34 @@ class InlineRollout(RolloutEngine):
     # --- control ---------------------------------------------------------------------------------------------------
 
     def update_weights(self, buckets: Iterable[WeightBucket], version: int) -> None:
-        """Call the present weights ``version``. Unfinished requests are prefilled anew with their tokens so far.
+        """Take over the weights in ``buckets``; with the trainer's own weights there are none, only the version.
+
+        Unfinished requests are prefilled anew with their tokens so far.
 
         Raises:
-            EngineError: ``buckets`` is not empty.
+            EngineError: ``buckets`` is not empty though the weights are the trainer's, or does not hold the model's
+                parameters (then requests fail until an update succeeds).
         """
-        for _ in buckets:
-            raise EngineError("the inline rollout generates with the trainer's weights and takes no others")
-        with self._between_steps():
-            for sequence in (*self._scheduler.waiting, *self._scheduler.running):
-                sequence.close_span(self._version)
-            self._scheduler.evict_all()
-            self._version = version
-            if self._held is not None:
+        with self._updates:
+            with self._between_steps():
+                for sequence in (*self._scheduler.waiting, *self._scheduler.running):
+                    sequence.close_span(self._version)
+                self._scheduler.evict_all()
+                held = self._held is not None
                 self._release()
-                self._hold()
+                self._loading = True
+            try:
+                if isinstance(self._source, OwnWeights):
+                    self._source.load(buckets)
+                else:
+                    for _ in buckets:
+                        raise EngineError("the inline rollout generates with the trainer's weights and takes no others")
+                with self._between_steps():
+                    self._version = version
+                    if held:
+                        self._hold()
+            finally:
+                self._loading = False
 
     def pause(self) -> None:
         self._paused = True
@@ -262,12 +292,14 @@ class InlineRollout(RolloutEngine):
 
     def sleep(self) -> None:
         """Free the cache and let go of the whole weights. Unfinished requests wait, and are prefilled anew later."""
-        self._asleep = True
-        with self._between_steps():
+        with self._updates, self._between_steps():
+            self._asleep = True
             self._scheduler.evict_all()
             self._cache = None
             self._kept = False
             self._release()
+            if isinstance(self._source, OwnWeights):
+                self._source.rest()
 
     def wake(self) -> None:
         with self._between_steps():
@@ -290,9 +322,11 @@ class InlineRollout(RolloutEngine):
 
     # --- weights and cache -----------------------------------------------------------------------------------------
 
-    def _wake(self) -> tuple[Decoder, KVCache]:
-        """Have weights, decoder and cache at hand."""
+    def _wake(self) -> None:
+        """Have weights, decoder and cache at hand; later, if weights are coming in."""
         self._asleep = False
+        if self._loading:
+            return
         if self._held is not None and self._held_at != self._source.step_count:
             if self.dp_size > 1:
                 raise EngineError(
@@ -306,7 +340,6 @@ class InlineRollout(RolloutEngine):
         assert self._decoder is not None
         if self._cache is None:
             self._cache = self._allocate(self._decoder)
-        return self._decoder, self._cache
 
     def _hold(self) -> None:
         """Take hold of the whole weights; with data parallelism on all ranks together."""
@@ -341,9 +374,11 @@ class InlineRollout(RolloutEngine):
         use_direct = obstacle is None and self._settings.decoder != "generic"
         decoder: Decoder = DirectDecoder(model) if use_direct else GenericDecoder(model)
         verify(model, decoder, self._source.device)
+        if self._settings.batch_invariant:
+            verify_invariance(model, decoder, self._source.device)
         self._decoder_class, self._shapes = type(decoder), decoder.shapes
         self._vocabulary = model.get_input_embeddings().num_embeddings
-        self._end_tokens = _end_tokens(model)
+        self._end_tokens = end_tokens(model)
         return decoder
 
     def _allocate(self, decoder: Decoder) -> KVCache:
@@ -369,15 +404,6 @@ class InlineRollout(RolloutEngine):
                 trust_remote_code=self._model_settings.trust_remote_code,
             )
         return self._tokenizer
-
-
-def _end_tokens(model: PreTrainedModel) -> frozenset[int]:
-    """The model's end-of-sequence tokens: of its generation settings, else of its configuration."""
-    for config in (model.generation_config, model.config.get_text_config()):
-        tokens = getattr(config, "eos_token_id", None)
-        if tokens is not None:
-            return frozenset([tokens] if isinstance(tokens, int) else tokens)
-    return frozenset()
 
 
 def _settle(future: asyncio.Future[Completion], outcome: Completion | Exception) -> None:

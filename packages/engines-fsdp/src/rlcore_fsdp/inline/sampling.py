@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from rlcore.engines.rollout import SamplingParams
+from rlcore_fsdp.inline.rounding import in_whole_vectors
 
 CHUNK_ELEMENTS = 1 << 24
 """Logits handled at once, which bounds the memory of the float64 sums (128 MiB)."""
@@ -100,7 +101,7 @@ class Sampler:
             tokens[filters.rows] = _pick_filtered(probs[filters.rows], uniform[filters.rows], filters)
         if self.greedy is not None:
             tokens = torch.where(self.greedy[rows], logits.argmax(-1), tokens)
-        return tokens, probs.gather(-1, tokens[:, None])[:, 0].log()
+        return tokens, in_whole_vectors(torch.log, probs.gather(-1, tokens[:, None])[:, 0])
 
 
 def _pick_filtered(probs: torch.Tensor, uniform: torch.Tensor, filters: _Filters) -> torch.Tensor:

@@ -23,6 +23,12 @@ from rlcore_fsdp.inline.randomness import uniforms
 from rlcore_fsdp.inline.sampling import Sampler
 from rlcore_fsdp.inline.sequence import Sequence
 
+LEAST_ROWS = 16
+"""Rows of a matrix product from which on its kernel, and so every row's sum, does not depend on their number (MKL's
+sgemm on AVX-512: 1 row, few rows and 16 or more differ; 6 or 11 are enough for narrow layers)."""
+PREFILL_STEP = 32
+"""Lengths to which prompts are padded where their results shall not depend on their company."""
+
 
 class Decoder(Protocol):
     """A model that reads and writes the cache."""
@@ -44,18 +50,23 @@ class Scheduler:
     Args:
         max_running: most rows.
         prefill_tokens: most tokens in one prefill, padding included.
+        invariant: compute so that a request's tokens and log-probs do not depend, bit by bit, on what else runs (see
+            `InlineSettings.batch_invariant`). Matrix products have at least `LEAST_ROWS` rows, prompts are prefilled
+            with others of their padded length only, and a request that gives way draws its tokens again when it
+            returns instead of prefilling them, since a prefill sums in another order than decoding.
     """
 
-    def __init__(self, max_running: int, prefill_tokens: int, device: torch.device) -> None:
+    def __init__(self, max_running: int, prefill_tokens: int, device: torch.device, invariant: bool = False) -> None:
         self.max_running = max_running
         self.prefill_tokens = prefill_tokens
         self.device = device
+        self.invariant = invariant
         self.waiting: list[Sequence] = []  # a heap
         self.running: list[Sequence] = []  # by row
         self._sampler: Sampler | None = None  # of the running rows; rebuilt when they change
         self._longest = 0  # tokens of the longest running request
         # per row: the token to decode next, its position, the start of the random stream, draws taken from it
-        self._state = torch.zeros(4, max_running, dtype=torch.int64, device=device)
+        self._state = torch.zeros(4, max(max_running, LEAST_ROWS), dtype=torch.int64, device=device)
 
     @property
     def unfinished(self) -> bool:
@@ -90,8 +101,10 @@ class Scheduler:
         self._admit(decoder, cache)
         self._make_room(cache)
         rows = len(self.running)
+        padded = max(rows, LEAST_ROWS) if self.invariant else rows  # with what stands there from earlier rows
+        step = DecodeStep(cache, self._state[1, :padded], self._longest - 1, rows, self.invariant)
+        logits = decoder.decode(self._state[0, :padded], step)[:rows]
         token, position, stream, draw = self._state[:, :rows]
-        logits = decoder.decode(token, DecodeStep(cache, position, self._longest - 1))
         if self._sampler is None:
             self._sampler = Sampler.build(
                 [sequence.request.sampling for sequence in self.running], logits.shape[1], self.device
@@ -150,11 +163,16 @@ class Scheduler:
     def _fill(self, admitted: list[Sequence], decoder: Decoder, cache: KVCache) -> None:
         """Cache the histories of the admitted: each different one is computed once, known prompts are copied."""
         first = admitted[0].row
-        owners = {sequence.prompt[:-1]: sequence.row for sequence in self.running[:first]}
+        owners = {
+            sequence.prompt[:-1]: sequence.row
+            for sequence in self.running[:first]
+            if not self.invariant or sequence.prefilled == len(sequence.prompt) - 1
+        }
         fresh: dict[tuple[int, ...], int] = {}
         copies: list[tuple[int, int, int]] = []
         for sequence in admitted:
             history = sequence.history()
+            sequence.prefilled = len(history)
             if not history:
                 continue
             if history in owners:
@@ -163,8 +181,8 @@ class Scheduler:
                 copies.append((fresh[history], sequence.row, len(history)))
             else:
                 fresh[history] = sequence.row
-        for chunk in _chunks(sorted(fresh, key=len), self.prefill_tokens):
-            width = len(chunk[-1])
+        for chunk in _chunks(sorted(fresh, key=len), self.prefill_tokens, self.invariant):
+            width = _padded(len(chunk[-1])) if self.invariant else len(chunk[-1])
             tokens = torch.tensor([[*history, *[0] * (width - len(history))] for history in chunk], device=self.device)
             rows = torch.tensor([fresh[history] for history in chunk], device=self.device)
             decoder.prefill(tokens, PrefillStep(cache, rows))
@@ -184,6 +202,8 @@ class Scheduler:
             leaving = sorted(self.running)[keep:]
             self._vacate(leaving, cache)
             for sequence in leaving:
+                if self.invariant:
+                    sequence.rewind()
                 heapq.heappush(self.waiting, sequence)
         self._fit(cache, rows_in_use=len(self.running))
 
@@ -224,16 +244,24 @@ def _affordable(cache: KVCache, rows: int) -> int:
     return cache.budget // rows // BLOCK * BLOCK
 
 
-def _chunks(histories: list[tuple[int, ...]], most: int) -> list[list[tuple[int, ...]]]:
-    """Divide histories, shortest first, into prefills of at most ``most`` tokens, little of it padding."""
+def _chunks(histories: list[tuple[int, ...]], most: int, invariant: bool) -> list[list[tuple[int, ...]]]:
+    """Divide histories, shortest first, into prefills of at most ``most`` tokens, little of it padding.
+
+    If ``invariant``, only those that are padded to the same length go together.
+    """
     chunks: list[list[tuple[int, ...]]] = []
     used = 0
     for history in histories:
-        size = (len(chunks[-1]) + 1) * len(history) if chunks else 0
-        padding = size - used - len(history)
-        if not chunks or size > most or padding > max(BLOCK * 4, size // 8):
+        length = _padded(len(history)) if invariant else len(history)
+        size = (len(chunks[-1]) + 1) * length if chunks else 0
+        padding = size - used - length
+        if not chunks or size > most or (padding > 0 if invariant else padding > max(BLOCK * 4, size // 8)):
             chunks.append([])
             used = 0
         chunks[-1].append(history)
-        used += len(history)
+        used += length
     return chunks
+
+
+def _padded(length: int) -> int:
+    return -(-length // PREFILL_STEP) * PREFILL_STEP

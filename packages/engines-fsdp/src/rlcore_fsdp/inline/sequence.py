@@ -20,6 +20,7 @@ class Sequence:
         limit: most tokens to generate, by the request and by ``max_model_len``.
         stream: start of the request's random numbers.
         done: called once with the completion, or with the error that ended it.
+        prefilled: tokens in the prefill that it last began with; what follows them was decoded.
     """
 
     request: GenerationRequest
@@ -34,6 +35,7 @@ class Sequence:
     logprobs: list[float] = field(default_factory=list)
     versions: list[tuple[int, int]] = field(default_factory=list)
     row: int = -1
+    prefilled: int = 0
 
     def __lt__(self, other: Sequence) -> bool:
         return self.order < other.order
@@ -64,6 +66,13 @@ class Sequence:
         count = len(self.tokens) - sum(count for _, count in self.versions)
         if count:
             self.versions.append((version, count))
+
+    def rewind(self) -> None:
+        """Forget the tokens since the last span: they will be drawn again, the same ones."""
+        kept = sum(count for _, count in self.versions)
+        del self.tokens[kept:], self.logprobs[kept:]
+        if self.stop_strings is not None:
+            self.stop_strings.restart(self.tokens)
 
     def finish(self, reason: FinishReason, version: int) -> None:
         self.close_span(version)

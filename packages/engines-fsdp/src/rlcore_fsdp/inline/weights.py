@@ -1,12 +1,23 @@
-"""What the inline rollout needs from a training engine."""
+"""Where the inline rollout's weights come from: a training engine in this process, or a copy of the model."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol, runtime_checkable
 
 import torch
 from transformers import PreTrainedModel
+
+from rlcore.engines import ModelSettings
+from rlcore.engines.weight_sync import WeightBucket
+from rlcore.errors import EngineError
+from rlcore_fsdp.distributed import choose_device
+from rlcore_fsdp.inline.config import InlineSettings
+from rlcore_fsdp.loading import load_model, read_config
+
+NAMED = 3
+"""Most missing parameters that an error names."""
 
 
 @runtime_checkable
@@ -33,3 +44,71 @@ class WeightSource(Protocol):
         With ``dp_size > 1`` entering is a collective operation, leaving is not.
         """
         ...
+
+
+class OwnWeights:
+    """A `WeightSource` that owns a copy of the model, of this process alone whatever process groups there are.
+
+    Raises:
+        EngineError: the model cannot be loaded.
+    """
+
+    dp_rank, dp_size = 0, 1
+
+    def __init__(self, model: ModelSettings, settings: InlineSettings) -> None:
+        self.device = choose_device(settings.device)
+        dtype = settings.dtype or ("bfloat16" if self.device.type == "cuda" else "float32")
+        loaded = load_model(model, read_config(model), "policy", getattr(torch, dtype), seed=0)
+        self.model = loaded.to(self.device).requires_grad_(False)
+        self.step_count = 0
+        self._whole = True
+
+    @contextmanager
+    def generation_weights(self) -> Iterator[PreTrainedModel]:
+        if not self._whole:
+            raise EngineError("the last weight update failed midway; send the whole weights again before generating")
+        self.model.to(self.device)
+        yield self.model
+
+    @torch.no_grad()
+    def load(self, buckets: Iterable[WeightBucket]) -> None:
+        """Copy whole tensors under their Hugging Face names into the model; tied weights come under any of their names.
+
+        Nothing may be generated meanwhile, nor after an error in the middle until a later call succeeds.
+
+        Raises:
+            EngineError: a name that the model does not have, another shape, or parameters that did not come.
+        """
+        own = self.model.state_dict(keep_vars=True)
+        came: set[int] = set()
+        for bucket in buckets:
+            for name, tensor in bucket.tensors:
+                target = own.get(name)
+                if target is None:
+                    raise EngineError(
+                        f"the weight update holds {name}, which {type(self.model).__name__} does not have"
+                    )
+                if target.shape != tensor.shape:
+                    raise EngineError(
+                        f"the weight update holds {name} of shape {list(tensor.shape)}, but the rollout's model has "
+                        f"{list(target.shape)} there"
+                    )
+                self._whole = False  # a stream that breaks before it begins does no harm
+                target.copy_(tensor)
+                came.add(id(target))
+            if self.device.type == "cuda":  # the sender may use the bucket's memory again for the next one
+                torch.cuda.synchronize(self.device)
+        missing = [name for name, parameter in self.model.named_parameters() if id(parameter) not in came]
+        if missing:
+            named = ", ".join(missing[:NAMED]) + (", …" if len(missing) > NAMED else "")
+            raise EngineError(
+                f"the weight update lacks {len(missing)} of {len(list(self.model.parameters()))} parameters: {named}"
+            )
+        self._whole = True
+        self.step_count += 1
+
+    def rest(self) -> None:
+        """Move to host memory until `generation_weights`."""
+        if self.device.type == "cuda":
+            self.model.to("cpu")
+            torch.cuda.empty_cache()

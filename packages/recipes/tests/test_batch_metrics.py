@@ -23,6 +23,8 @@ def batch() -> Batch:
             "group": torch.tensor([5, 5, 6, 6]),
             "prompt_length": torch.tensor([1, 1, 1, 1]),
             "response_length": torch.tensor([2, 1, 3, 1]),
+            "policy_version": torch.tensor([7, 8, 5, 8]),
+            "later_version_tokens": torch.tensor([0, 0, 2, 0]),
             "finish_reason": ["stop", "length", "stop", "abort"],
             "reward_result": [RewardResult(1, {"format": 1.0}), RewardResult(0, error="timeout"),
                               RewardResult(2, {"format": 0.0}), RewardResult(2, {"format": 0.5})],
@@ -51,3 +53,11 @@ def test_reward_extras_errors_and_groups_without_spread() -> None:
     assert found["reward/format"] == 0.5
     assert found["reward/error_ratio"] == 0.25
     assert found["reward/equal_score_groups"] == 0.5
+
+
+def test_staleness() -> None:
+    found = batch_metrics(batch(), version=8)
+    assert found["rollout/staleness_mean"] == 1.0
+    assert found["rollout/staleness_max"] == 3.0
+    assert found["rollout/later_version_ratio"] == pytest.approx(2 / 7)
+    assert "rollout/staleness_max" not in batch_metrics(batch())

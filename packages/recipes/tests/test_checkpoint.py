@@ -13,18 +13,50 @@ from typing import Any
 
 import pytest
 
+from rlcore.controller import LocalExecutor
+from rlcore.engines import TrainEngine
 from rlcore.errors import CheckpointError
-from rlcore_recipes import checkpoint
-from rlcore_recipes.checkpoint import MANIFEST, CheckpointManager, load_state, verify
+from rlcore_recipes.checkpoint import MANIFEST, CheckpointManager, folder, verify
 
 
-def weights(step: int) -> Callable[[Path], None]:
+class Files:
+    """An engine that writes with a function and reads everything; it saves at once and knows no checksums."""
+
+    start_save = TrainEngine.start_save
+    save_done = TrainEngine.save_done
+    finish_save = TrainEngine.finish_save
+
+    def __init__(self, write: Callable[[Path], None]) -> None:
+        self.write = write
+        self.loaded: dict[str, bytes] = {}
+
+    def save(self, path: Path) -> None:
+        path.mkdir(parents=True)
+        self.write(path)
+
+    def load(self, path: Path) -> None:
+        self.loaded = {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()}
+
+
+def engines(write: Callable[[Path], None], executor: LocalExecutor | None = None) -> dict[str, Any]:
+    return {"actor": (executor or LocalExecutor()).group(Files, Files(write), "actor")}
+
+
+def weights(step: int) -> dict[str, Any]:
     def write(folder: Path) -> None:
-        (folder / "actor").mkdir()
-        (folder / "actor" / "shard.bin").write_bytes(bytes([step]) * 1000)
-        (folder / "actor" / ".metadata").write_text(str(step))
+        (folder / "shard.bin").write_bytes(bytes([step]) * 1000)
+        (folder / ".metadata").write_text(str(step))
 
-    return write
+    return engines(write)
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    return json.loads((path / "state.json").read_text())
+
+
+def latest(manager: CheckpointManager) -> Path | None:
+    found = manager.latest()
+    return None if found is None else Path(found.location)
 
 
 def saved(root: Path, *steps: int, **options: Any) -> CheckpointManager:
@@ -40,7 +72,8 @@ def names(root: Path) -> list[str]:
 
 def test_what_is_saved_is_found_again(tmp_path: Path) -> None:
     manager = saved(tmp_path / "new" / "root", 7)
-    path = manager.latest()
+    path = latest(manager)
+    assert path is not None
     assert path == tmp_path / "new" / "root" / "step-000007"
     assert load_state(path) == {"step": 7}
     assert (path / "actor" / "shard.bin").read_bytes() == bytes([7]) * 1000
@@ -53,13 +86,13 @@ def test_what_is_saved_is_found_again(tmp_path: Path) -> None:
 
 def test_a_relative_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    path = saved(Path("runs/checkpoints"), 1).latest()
-    assert path == Path("runs/checkpoints/step-000001")
+    path = latest(saved(Path("runs/checkpoints"), 1))
+    assert path == tmp_path / "runs/checkpoints/step-000001"
     verify(path)
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:
-    assert CheckpointManager(tmp_path / "none").latest() is None
+    assert latest(CheckpointManager(tmp_path / "none")) is None
     assert not (tmp_path / "none").exists()
 
 
@@ -74,7 +107,7 @@ def test_the_best_stays_too(tmp_path: Path, mode: Any, best: int) -> None:
     for step, value in enumerate([0.5, 0.9, 0.1, float("nan"), 0.6], 1):
         manager.save(step, weights(step), {}, {"acc": value, "loss": 1.0})
     manager.save(6, weights(6), {})
-    assert manager.best() == tmp_path / f"step-{best:06d}"
+    assert manager.best() == str(tmp_path / f"step-{best:06d}")
     assert names(tmp_path) == [f"step-{best:06d}", "step-000006"]
 
 
@@ -120,9 +153,9 @@ def test_a_damaged_checkpoint_is_passed_over_with_the_reason(tmp_path: Path, dam
         verify(tmp_path / "step-000002")
     manager = CheckpointManager(tmp_path, best_metric="acc")
     with pytest.warns(UserWarning, match=f"skipped a damaged checkpoint: .*{reason}"):
-        assert manager.latest() == tmp_path / "step-000001"
+        assert latest(manager) == tmp_path / "step-000001"
     manager.save(3, weights(3), {})
-    assert manager.latest() == tmp_path / "step-000003"
+    assert latest(manager) == tmp_path / "step-000003"
 
 
 def test_damaged_checkpoints_do_not_push_whole_ones_out(tmp_path: Path) -> None:
@@ -132,7 +165,7 @@ def test_damaged_checkpoints_do_not_push_whole_ones_out(tmp_path: Path) -> None:
     saved(tmp_path, 1)
     manager = CheckpointManager(tmp_path)
     with warnings.catch_warnings(record=True, action="always") as caught:
-        manager.latest()
+        latest(manager)
     assert [str(warning.message).split(": ")[0] for warning in caught] == ["skipped a damaged checkpoint"] * 2
     manager.save(6, weights(6), {})
     verify(tmp_path / "step-000001")
@@ -166,15 +199,15 @@ def full_disk(*arguments: Any, **options: Any) -> None:
 
 def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manager = saved(tmp_path, 1)
-    with pytest.raises(CheckpointError, match=r"cannot write .*step-000002: .*No space left"):
-        manager.save(2, full_disk, {})
-    for name in ("_flush_and_hash", "_flush"):
+    with pytest.raises(CheckpointError, match=r"cannot write .*step-000002.*: .*No space left"):
+        manager.save(2, engines(full_disk), {})
+    for name in ("records_of", "flush"):
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, name, full_disk)
+            patch.setattr(folder, name, full_disk)
             with pytest.raises(CheckpointError, match="No space left"):
                 manager.save(2, weights(2), {})
     assert names(tmp_path) == ["step-000001"]
-    assert manager.latest() == tmp_path / "step-000001"
+    assert latest(manager) == tmp_path / "step-000001"
 
 
 def test_a_failed_replacement_puts_the_old_one_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +231,7 @@ def test_errors_of_ours_keep_their_type(tmp_path: Path) -> None:
         raise ZeroDivisionError("bug")
 
     with pytest.raises(ZeroDivisionError):
-        saved(tmp_path, 1).save(2, broken, {})
+        saved(tmp_path, 1).save(2, engines(broken), {})
     assert names(tmp_path) == ["step-000001"]
 
 
@@ -210,36 +243,56 @@ def test_leftovers_of_a_crash_are_cleaned(tmp_path: Path) -> None:
     manager = CheckpointManager(tmp_path)
     assert names(tmp_path) == ["step-000001", "step-000002"]
     verify(tmp_path / "step-000001")
-    assert manager.latest() == tmp_path / "step-000002"
+    assert latest(manager) == tmp_path / "step-000002"
 
 
 def test_which_checkpoint_a_run_goes_on_from(tmp_path: Path) -> None:
     root = tmp_path / "run"
-    assert CheckpointManager(root).resume_from("never") is None
-    assert CheckpointManager(root).resume_from("auto") is None
+
+    def choose(manager: CheckpointManager, choice: str) -> Path | None:
+        found = manager.resume_from(choice)
+        return None if found is None else Path(found.location)
+
+    assert choose(CheckpointManager(root), "never") is None
+    assert choose(CheckpointManager(root), "auto") is None
     manager = saved(root, 1, 2)
-    assert manager.resume_from("auto") == root / "step-000002"
-    assert manager.resume_from(str(root / "step-000002")) == root / "step-000002"
+    assert choose(manager, "auto") == root / "step-000002"
+    assert choose(manager, str(root / "step-000002")) == root / "step-000002"
+    assert choose(manager, f"file://{root}/step-000002/") == root / "step-000002"
     with pytest.raises(CheckpointError, match=r"step-000002 belongs to an earlier run that resume=never"):
-        manager.resume_from("never")
+        choose(manager, "never")
     with pytest.raises(CheckpointError, match="step-000002 belongs to an earlier run"):
-        manager.resume_from(str(root / "step-000001"))
-    assert CheckpointManager(tmp_path / "other").resume_from(str(root / "step-000001")) == root / "step-000001"
+        choose(manager, str(root / "step-000001"))
+    assert choose(CheckpointManager(tmp_path / "other"), str(root / "step-000001")) == root / "step-000001"
     with pytest.raises(CheckpointError, match="there is no checkpoint"):
-        manager.resume_from(str(root / "step-000009"))
+        choose(manager, str(root / "step-000009"))
     truncate(root / "step-000002")
     with pytest.raises(CheckpointError, match="5 bytes instead of 1000"):
-        manager.resume_from(str(root / "step-000002"))
+        choose(manager, str(root / "step-000002"))
+
+
+def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
+    manager, group = saved(tmp_path, 1), weights(0)
+    found = manager.resume_from("auto", group)
+    assert found is not None
+    manager.load(found, group)
+    assert group["actor"].loaded == {"shard.bin": bytes([1]) * 1000, ".metadata": b"1"}
 
 
 KILLER = """
 import os, signal, sys, time
 from pathlib import Path
+from rlcore.controller import LocalExecutor
+from rlcore.engines import TrainEngine
 from rlcore_recipes.checkpoint import CheckpointManager
 
-def write(folder):
-    for part in range(20):
-        (folder / f"{part}.bin").write_bytes(bytes([step % 256]) * 100_000)
+class Files:
+    start_save, save_done, finish_save = TrainEngine.start_save, TrainEngine.save_done, TrainEngine.finish_save
+
+    def save(self, folder):
+        folder.mkdir(parents=True)
+        for part in range(20):
+            (folder / f"{part}.bin").write_bytes(bytes([step % 256]) * 100_000)
 
 for attempt in range(12):
     root = Path(sys.argv[1]) / str(attempt)
@@ -247,7 +300,7 @@ for attempt in range(12):
     if child == 0:
         manager = CheckpointManager(root, keep=1)
         for step in range(1, 1_000_000):
-            manager.save(step, write, {"step": step})
+            manager.save(step, {"actor": LocalExecutor().group(TrainEngine, Files(), "actor")}, {"step": step})
     while not any(root.glob("step-??????")):
         time.sleep(0.002)
     time.sleep(0.0137 * attempt)
@@ -263,10 +316,10 @@ def test_a_process_killed_at_any_time_leaves_a_whole_checkpoint(tmp_path: Path) 
         unfinished += any(root.glob("*.tmp"))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            path = CheckpointManager(root).latest()
+            path = latest(CheckpointManager(root))
         assert path is not None
         step = load_state(path)["step"]
-        assert (path / "19.bin").read_bytes() == bytes([step % 256]) * 100_000
+        assert (path / "actor" / "19.bin").read_bytes() == bytes([step % 256]) * 100_000
         assert not list(root.glob("*.tmp"))
     assert unfinished > 0  # some were killed in the middle of writing
 
@@ -276,29 +329,43 @@ import os, sys
 from pathlib import Path
 import torch.distributed as dist
 from rlcore.controller import LocalExecutor
+from rlcore.engines import TrainEngine
 from rlcore.errors import CheckpointError
 from rlcore_recipes.checkpoint import CheckpointManager, verify
 
+class Files:
+    start_save, save_done, finish_save = TrainEngine.start_save, TrainEngine.save_done, TrainEngine.finish_save
+    dp_size = 2
+
+    def __init__(self, write):
+        self.write = write
+
+    def save(self, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.write(folder)
+
 rank, root = int(sys.argv[1]), Path(sys.argv[3])
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
-manager = CheckpointManager(root, ranks=LocalExecutor(timeout_s=60))
-manager.save(1, lambda folder: (folder / f"rank-{rank}").write_text("x"), {})
-path = manager.latest()
-assert path == root / "step-000001", path
-verify(path)
-assert {"rank-0", "rank-1"} <= {file.name for file in path.iterdir()}
+executor = LocalExecutor(timeout_s=60)
+group = lambda write: {"actor": executor.group(TrainEngine, Files(write), "actor")}
+manager = CheckpointManager(root, ranks=executor)
+manager.save(1, group(lambda folder: (folder / f"rank-{rank}").write_text("x")), {})
+path = manager.latest().location
+assert path == str(root / "step-000001"), path
+verify(Path(path))
+assert {"rank-0", "rank-1"} <= {file.name for file in (Path(path) / "actor").iterdir()}
 
 def fail_on_one(folder):
     if rank == 1:
         raise OSError(28, "No space left on device")
 
 try:
-    manager.save(2, fail_on_one, {})
+    manager.save(2, group(fail_on_one), {})
 except CheckpointError as error:
     print(error)
 else:
     raise AssertionError("rank 1's failure was not noticed")
-assert manager.latest() == path
+assert manager.latest().location == path
 dist.barrier()
 dist.destroy_process_group()
 """
@@ -326,6 +393,7 @@ def test_all_ranks_take_part_and_hear_of_a_failure(tmp_path: Path) -> None:
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
-    assert "step-000002: rank 1 failed: OSError: [Errno 28]" in outputs[0]
+    assert "failed on rank 1: cannot write" in outputs[0]
+    assert "step-000002.tmp/actor: [Errno 28]" in outputs[0]
     assert "No space left" in outputs[1]
     assert names(tmp_path / "root") == ["step-000001"]

@@ -53,6 +53,7 @@ def test_trajectories_align_tokens_masks_and_logprobs() -> None:
         Completion([], [], "abort"),
         Completion([6], [-0.4], "stop"),
     ]
+    versions = [[-1, -1, -1, 4, 5], [-1, -1, -1, 5], [-1], [-1, 0]]
     batch = trajectories([prompt(20, [1, 2, 3]), prompt(21, [4])], completions, n=2)
     assert [row.tolist() for row in batch["tokens"].to_list()] == [[1, 2, 3, 7, 8], [1, 2, 3, 9], [4], [4, 6]]
     assert [row.tolist() for row in batch["loss_mask"].to_list()] == [[0, 0, 0, 1, 1], [0, 0, 0, 1], [0], [0, 1]]
@@ -62,8 +63,25 @@ def test_trajectories_align_tokens_masks_and_logprobs() -> None:
     assert batch["prompt_length"].tolist() == [3, 3, 1, 1]
     assert batch["response_length"].tolist() == [2, 1, 0, 1]
     assert batch["policy_version"].tolist() == [4, 5, 0, 0]
+    assert [row.tolist() for row in batch["token_version"].to_list()] == versions
+    assert batch["token_version"].values.dtype == torch.int32
+    assert batch["later_version_tokens"].tolist() == [1, 0, 0, 0]
     assert batch["finish_reason"] == ["stop", "length", "abort", "stop"]
     assert batch["ground_truth"] == ["truth 20", "truth 20", "truth 21", "truth 21"]
+
+
+def test_every_token_knows_its_version() -> None:
+    completion = Completion([1, 2, 3, 4, 5, 6], [0.0] * 6, "length", [(7, 2), (8, 3), (9, 1)])
+    batch = trajectories([prompt(0, [5, 5])], [completion], n=1)
+    assert batch["token_version"].to_list()[0].tolist() == [-1, -1, 7, 7, 8, 8, 8, 9]
+    assert batch["policy_version"].tolist() == [7]
+    assert batch["later_version_tokens"].tolist() == [4]
+
+
+def test_trajectories_of_nothing() -> None:
+    batch = trajectories([], [], n=4)
+    assert len(batch) == 0
+    assert len(batch.flat("token_version")) == 0
 
 
 def test_a_sample_does_not_depend_on_what_runs_beside_it() -> None:

@@ -16,7 +16,9 @@ import torch
 import yaml
 
 from rlcore.config import Config, load_config
+from rlcore.engines import TrainEngine
 from rlcore.errors import CheckpointError, ConfigError
+from rlcore_recipes.processes import executor
 from rlcore_recipes.run_folder import check_free, write_config
 from rlcore_recipes.settings import TrainerSettings
 from rlcore_recipes.train_loop import Run, due, train
@@ -28,6 +30,9 @@ class Number(SimpleNamespace):
 
     value: float
     dp_size = 1
+    start_save = TrainEngine.start_save
+    save_done = TrainEngine.save_done
+    finish_save = TrainEngine.finish_save
 
     def save(self, path: Path) -> None:
         path.mkdir(parents=True)
@@ -76,7 +81,7 @@ def make(tmp_path: Path, *keys: str, recipe: str = "number", steps: int = 4, par
         total_steps=steps,
         step=step,
         validate=(lambda: Validation({"val/score": model.value}, ("text",), [["hi"]])) if validates else None,
-        engines={"actor": model},  # type: ignore[dict-item]
+        engines={"actor": executor.group(TrainEngine, model, "actor")},  # type: ignore[type-abstract]
         parts={"counter": counter} if parts else {},
         resumed=lambda done: None,
         save_tokenizer=lambda folder: (folder / "tokenizer").write_text("words"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from rlcore.batch import Batch
+from rlcore.controller import LocalExecutor
 from rlcore.engines import RewardResult
 from rlcore_recipes.data.prompts import PromptSample
 from rlcore_recipes.validation import GENERATION_COLUMNS, majority_score, validate, validation_metrics
@@ -90,11 +91,11 @@ def test_batches_and_logged_completions() -> None:
         asked.append(len(part))
         return answers({("a", prompt.position): [result(float(prompt.position))] for prompt in part})
 
-    outcome = validate(prompts, answer, batch_size=2, logged=3)
+    outcome = validate(LocalExecutor(), prompts, answer, batch_size=2, logged=3)
     assert asked == [2, 2, 1]
     assert outcome.metrics["val-core/a/reward/mean@1"] == 2.0
     assert outcome.columns == GENERATION_COLUMNS
     assert len(outcome.rows) == 3
-    again = validate(prompts, answer, batch_size=2, logged=3)
+    again = validate(LocalExecutor(), prompts, answer, batch_size=2, logged=3)
     assert [row[0] for row in again.rows] == [row[0] for row in outcome.rows]
     assert outcome.rows[0][0].startswith("user: q")

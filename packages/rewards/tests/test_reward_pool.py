@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -330,3 +331,25 @@ def test_workers_end_with_a_trainer_that_forgets_to_close(
     command = [sys.executable, "-c", TRAINER, str(tmp_path / "mischief.py"), "daemon()", "pass"]
     assert subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout == "[1.0, 1.0]\n"
     assert wait_until(lambda: not any(map(alive, pids())))
+
+
+def test_a_sample_whose_worker_was_killed_is_scored_again(
+    build: Callable[..., PooledReward], pids: Any, tmp_path: Path
+) -> None:
+    """From outside: once. What kills its workers again and again fails at the second."""
+    reward = build(workers=1, timeout_s=60)
+    going = tmp_path / "going on"
+    sample = do(f"[time.sleep(0.01) for _ in iter(lambda: os.path.exists({str(going)!r}), True)]")
+    results: list[RewardResult] = []
+    thread = threading.Thread(target=lambda: results.extend(reward.score_batch([sample])))
+    thread.start()
+    assert wait_until(lambda: len(pids()) == 1)
+    os.kill(pids()[0], signal.SIGKILL)
+    assert wait_until(lambda: len(pids()) == 2)
+    going.touch()
+    thread.join(10)
+    assert [(result.score, result.error) for result in results] == [(1.0, None)]
+    assert reward.stats() == {"samples": 1, "errors": 0}
+    assert reward.score_batch([do("os.kill(os.getpid(), signal.SIGKILL)")])[0].error == "died"
+    assert len(pids()) == 3  # the second one, and one more
+    assert reward.stats() == {"samples": 2, "errors": 1, "errors/died": 1}

@@ -11,10 +11,16 @@ from rlcore.batch import Batch
 from rlcore.registry import NoParams
 
 
-def batch_metrics(batch: Batch) -> dict[str, float]:
-    """Scores, rewards, advantages, returns, values and lengths, under the names that people know."""
+def batch_metrics(batch: Batch, version: int | None = None) -> dict[str, float]:
+    """Scores, rewards, advantages, returns, values and lengths, under the names that people know, and staleness.
+
+    Args:
+        version: of the policy that the batch is about to train; None leaves out how far behind it the samples are.
+    """
     mask = batch.flat("loss_mask").bool()
     found = spread("critic/score", batch["score"])
+    if "reward_model_score" in batch:
+        found |= spread("reward_model/score", batch["reward_model_score"])
     found |= spread("critic/rewards", sequence_sums(batch.flat("token_rewards"), batch.lengths))
     for column in ("advantages", "returns", "values"):
         if column in batch:
@@ -27,7 +33,18 @@ def batch_metrics(batch: Batch) -> dict[str, float]:
     found["response_length/clip_ratio"] = reasons.count("length") / max(len(reasons), 1)
     found["response/aborted_ratio"] = reasons.count("abort") / max(len(reasons), 1)
     found["perf/total_num_tokens"] = float(batch.total_tokens)
-    return found | reward_metrics(batch)
+    return found | staleness(batch, version) | reward_metrics(batch)
+
+
+def staleness(batch: Batch, version: int | None) -> dict[str, float]:
+    """How many versions behind the samples' oldest tokens are, and the share of tokens that a later version made."""
+    found = {}
+    if version is not None and len(batch):
+        behind = version - batch["policy_version"]
+        found["rollout/staleness_mean"] = float(behind.double().mean())
+        found["rollout/staleness_max"] = float(behind.max())
+    made = float(batch["response_length"].sum())
+    return found | {"rollout/later_version_ratio": float(batch["later_version_tokens"].sum()) / max(made, 1.0)}
 
 
 def reward_metrics(batch: Batch) -> dict[str, float]:

@@ -2,9 +2,32 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from rlcore.batch import Batch
 from rlcore.engines import ForwardRequest, TrainEngine
 from rlcore_recipes.settings import CriticSettings, RLConfig
+
+if TYPE_CHECKING:
+    from rlcore_recipes.session import Session
+
+
+def judged(session: Session[Any], batch: Batch) -> Batch:
+    """Add ``old_logprobs``, ``ref_logprobs`` and ``values``, as far as the run needs them.
+
+    Where the models run in other processes, this only asks for them: those on different pools work at the same time.
+    """
+    config, roles, timed = session.config, session.roles, session.timed
+    if config.needs_old_logprobs:
+        with timed("old_log_prob"):
+            batch = with_old_logprobs(roles.actor, batch, config)
+    if roles.ref is not None:
+        with timed("ref"):
+            batch = with_ref_logprobs(roles.ref, batch, config)
+    if roles.critic is not None:
+        with timed("values"):
+            batch = with_values(roles.critic, batch, config.critic)
+    return batch
 
 
 def with_old_logprobs(actor: TrainEngine, batch: Batch, config: RLConfig) -> Batch:

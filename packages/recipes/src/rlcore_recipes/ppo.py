@@ -8,9 +8,10 @@ from pydantic import Field
 
 from rlcore.cli import run_recipe_module
 from rlcore_recipes.batch_metrics import batch_metrics
-from rlcore_recipes.collect import generate_and_score
+from rlcore_recipes.collect import training_batch
 from rlcore_recipes.credit import with_advantages
-from rlcore_recipes.forward import with_old_logprobs, with_ref_logprobs, with_values
+from rlcore_recipes.forward import judged
+from rlcore_recipes.restarts import restarting
 from rlcore_recipes.session import Session, open_session, train_rl
 from rlcore_recipes.settings import AlgorithmSettings, CriticSettings, RLConfig, RolloutSettings
 from rlcore_recipes.settings.reinforcement import indivisible
@@ -31,6 +32,10 @@ class PPOConfig(RLConfig):
         needed = "values" in self.algorithm.advantage.entry.needs
         return needed if self.critic.enable is None else self.critic.enable
 
+    @property
+    def critic_sizes(self) -> tuple[int, int]:
+        return self.critic.mini_batch_size or self.mini_batch_size, self.critic.epochs or self.actor.epochs
+
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from super().problems()
         if self.has_critic:
@@ -43,6 +48,7 @@ class PPOConfig(RLConfig):
                 yield "critic.enable", f"is true, but the advantage estimator {name} gives a critic nothing to learn"
 
 
+@restarting
 def run(config: PPOConfig) -> None:
     """Train, from the beginning or from the last checkpoint, to the last step."""
     with open_session(config, critic=config.critic if config.has_critic else None) as session:
@@ -52,27 +58,18 @@ def run(config: PPOConfig) -> None:
 def step(session: Session[PPOConfig], number: int) -> dict[str, float]:
     """Generate, score, estimate advantages with the critic, update the critic and the policy."""
     config, roles, timed = session.config, session.roles, session.timed
-    batch = generate_and_score(session, next(session.prompts))
-    if config.needs_old_logprobs:
-        with timed("old_log_prob"):
-            batch = with_old_logprobs(roles.actor, batch, config)
-    if roles.ref is not None:
-        with timed("ref"):
-            batch = with_ref_logprobs(roles.ref, batch, config)
-    if roles.critic is not None:
-        with timed("values"):
-            batch = with_values(roles.critic, batch, config.critic)
+    batch, sampled = training_batch(session, number, judged)
     with timed("adv"):
-        batch, metrics = with_advantages(batch, config.algorithm, session.kl, config.data.max_response_length)
+        batch, metrics = with_advantages(session, batch)
     if roles.critic is not None:
         with timed("update_critic"):
             metrics.update(update_critic(roles.critic, batch, config.critic, config))
     if roles.critic is None or number >= config.critic.warmup_steps:
         with timed("update_actor"):
-            metrics.update(update_actor(roles.actor, batch, config))
-        with timed("update_weights"):
-            sync_policy(roles, config, version=number)
-    return batch_metrics(batch) | metrics.to_dict()
+            metrics.update(update_actor(session, batch))
+    with timed("update_weights"):
+        metrics.update(sync_policy(session, version=number))
+    return session.executor.compute(batch_metrics, batch, number - 1) | sampled | metrics.to_dict()
 
 
 if __name__ == "__main__":

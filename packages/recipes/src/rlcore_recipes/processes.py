@@ -13,6 +13,7 @@ from rlcore.controller import LocalExecutor
 T = TypeVar("T")
 
 executor = LocalExecutor()
+"""Keeps processes that run the same program in step; a driver of Ray workers is alone, and every call a plain one."""
 
 
 def is_main() -> bool:

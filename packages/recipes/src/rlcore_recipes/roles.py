@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rlcore import plugins
 from rlcore.engines import (
     ModelSettings,
     OptimSettings,
-    Reward,
     RolloutEngine,
     RolloutSpec,
     TrainEngine,
     TrainEngineSpec,
 )
 from rlcore.engines.settings import Head
-from rlcore_recipes.processes import executor
-from rlcore_recipes.settings import CriticSettings, ModelRole, RewardRole, RLConfig
+from rlcore.errors import ConfigError, WorkerError
+from rlcore_recipes import processes
+from rlcore_recipes.run_folder import LOGS
+from rlcore_recipes.scoring import Scorer, build_scorer
+from rlcore_recipes.settings import ControllerSettings, CriticSettings, ModelRole, RLConfig
 
-Closable = TypeVar("Closable", TrainEngine, RolloutEngine, Reward)
+if TYPE_CHECKING:
+    from rlcore.controller import Executor
 
 
 @dataclass(frozen=True)
@@ -29,9 +35,10 @@ class Roles:
 
     actor: TrainEngine
     rollout: RolloutEngine
-    reward: Reward
+    reward: Any
     ref: TrainEngine | None = None
     critic: TrainEngine | None = None
+    reward_model: TrainEngine | None = None
 
     def trained(self) -> dict[str, TrainEngine]:
         """The engines whose state belongs in a checkpoint."""
@@ -39,9 +46,15 @@ class Roles:
 
 
 def train_engine(
-    role: ModelRole, model: ModelSettings, *, head: Head = "policy", optim: OptimSettings | None = None, seed: int = 0
+    role: ModelRole,
+    model: ModelSettings,
+    engines: Mapping[str, Any] | None = None,
+    *,
+    head: Head = "policy",
+    optim: OptimSettings | None = None,
+    seed: int = 0,
 ) -> TrainEngine:
-    """The engine that ``role`` names, not yet in a worker group."""
+    """The engine that ``role`` names, not yet in a worker group; ``engines`` are those of its process."""
     spec = TrainEngineSpec(
         model=model,
         options=role.options,
@@ -56,8 +69,8 @@ def train_engine(
     return engine
 
 
-def rollout_engine(config: RLConfig, actor: TrainEngine) -> RolloutEngine:
-    """The engine that ``config.rollout`` names, beside ``actor`` (itself, not its worker group)."""
+def rollout_engine(config: RLConfig, actor: TrainEngine | None) -> RolloutEngine:
+    """The engine that ``config.rollout`` names, beside ``actor`` (itself, not its worker group) or without one."""
     spec = RolloutSpec(
         model=config.model,
         options=config.rollout.options,
@@ -68,12 +81,39 @@ def rollout_engine(config: RLConfig, actor: TrainEngine) -> RolloutEngine:
     return plugins.get(config.rollout.plugin_group, config.rollout.engine).build(spec)  # type: ignore[no-any-return]
 
 
-def reward_of(role: RewardRole) -> Reward:
-    """The reward that ``role`` names."""
-    return plugins.get(role.plugin_group, role.name).build(role.options, role)  # type: ignore[no-any-return]
+def _rollout_beside_actor(config: RLConfig, engines: Mapping[str, Any]) -> RolloutEngine:
+    return rollout_engine(config, engines.get("actor"))
 
 
-def build_roles(config: RLConfig, critic: CriticSettings | None, total_steps: int, stack: ExitStack) -> Roles:
+def open_executor(controller: ControllerSettings, roles: Sequence[str], out_dir: Path, stack: ExitStack) -> Executor:
+    """What runs the engines of ``roles``; ``stack`` closes it. Worker processes write into files below ``out_dir``.
+
+    Raises:
+        ConfigError: Ray is not installed.
+        PlacementError: the processes do not fit into the cluster.
+    """
+    if controller.kind == "local":
+        return processes.executor
+    try:
+        from rlcore.controller.ray import RayExecutor
+    except ModuleNotFoundError as error:
+        raise ConfigError("controller.kind=ray needs Ray; run: pip install 'rlcore[ray]'") from error
+    pools, placement = controller.mapping(roles)
+    executor = RayExecutor(
+        pools,
+        placement,
+        address=controller.address,
+        logs=out_dir.resolve() / LOGS,
+        placement_timeout_s=controller.placement_timeout_s,
+        call_timeout_s=controller.call_timeout_s,
+    )
+    stack.callback(executor.close)
+    return executor
+
+
+def build_roles(
+    config: RLConfig, executor: Executor, critic: CriticSettings | None, total_steps: int, stack: ExitStack
+) -> Roles:
     """Build what ``config`` asks for; ``stack`` closes it.
 
     Args:
@@ -81,33 +121,38 @@ def build_roles(config: RLConfig, critic: CriticSettings | None, total_steps: in
         critic: its settings; None where the run has none.
     """
 
-    def closing(engine: Closable) -> Closable:
-        stack.callback(engine.close)
-        return engine
+    def built(role: str, interface: Any, factory: Callable[..., Any]) -> Any:
+        group = executor.build(role, interface, factory)
+        stack.callback(closed, group)
+        return group
 
-    reward = closing(reward_of(config.reward))
+    reward = built("reward", Scorer, partial(build_scorer, config.reward, config.model))
     updates = (total_steps - skipped_by_warmup(critic)) * config.updates_per_step
     optim = with_total_steps(config.actor.optim, updates)
-    actor = closing(train_engine(config.actor, config.model, optim=optim, seed=config.seed))
-    ref = value = None
+    actor = built(
+        "actor", TrainEngine, partial(train_engine, config.actor, config.model, optim=optim, seed=config.seed)
+    )
+    ref = value = scorer = None
     if config.needs_ref:
-        ref = closing(train_engine(config.ref, config.ref.model or config.model, seed=config.seed))
+        model = config.ref.model or config.model
+        ref = built("ref", TrainEngine, partial(train_engine, config.ref, model, seed=config.seed))
     if critic is not None:
         optim = with_total_steps(critic.optim, total_steps * critic_updates_per_step(critic, config))
         model = critic.model or config.model
-        value = closing(train_engine(critic, model, head="value", optim=optim, seed=config.seed))
-    rollout = closing(rollout_engine(config, actor))
-    return Roles(
-        actor=grouped(actor, "actor"),
-        rollout=executor.group(RolloutEngine, rollout, "rollout"),  # type: ignore[type-abstract]
-        reward=reward,
-        ref=None if ref is None else grouped(ref, "ref"),
-        critic=None if value is None else grouped(value, "critic"),
-    )
+        factory = partial(train_engine, critic, model, head="value", optim=optim, seed=config.seed)
+        value = built("critic", TrainEngine, factory)
+    if config.reward_model is not None:
+        factory = partial(train_engine, config.reward_model, config.reward_model.model, head="score", seed=config.seed)
+        scorer = built("reward_model", TrainEngine, factory)
+    rollout = built("rollout", RolloutEngine, partial(_rollout_beside_actor, config))
+    executor.barrier("build")
+    return Roles(actor, rollout, reward, ref, value, scorer)
 
 
-def grouped(engine: TrainEngine, role: str) -> TrainEngine:
-    return executor.group(TrainEngine, engine, role)  # type: ignore[type-abstract]
+def closed(group: Any) -> None:
+    """Close the engines of ``group``, unless what runs them is gone."""
+    with suppress(WorkerError):
+        group.close()
 
 
 def critic_updates_per_step(critic: CriticSettings, config: RLConfig) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import asyncio
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -42,6 +43,60 @@ def greedy(sampling: SamplingParams) -> SamplingParams:
     return replace(sampling, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, logprobs=False)
 
 
+@dataclass(frozen=True)
+class SamplingJob:
+    """What is asked of a rollout engine: ``n`` completions of one prompt.
+
+    Attributes:
+        seed: of the run; every completion has its own, derived from it, ``purpose`` and the prompt's position.
+    """
+
+    prompt: PromptSample
+    sampling: SamplingParams
+    n: int
+    seed: int
+    purpose: str = "train"
+
+    @property
+    def requests(self) -> list[GenerationRequest]:
+        position = self.prompt.position
+        return [
+            GenerationRequest(
+                prompt=self.prompt.prompt_tokens,
+                sampling=replace(self.sampling, seed=sample_seed(self.seed, self.purpose, position, sample)),
+                request_id=f"{self.purpose}-{position}-{sample}",
+                group=position,
+            )
+            for sample in range(self.n)
+        ]
+
+
+def sample_together(engine: RolloutEngine, jobs: Sequence[SamplingJob]) -> Iterator[tuple[list[int], Batch]]:
+    """All trajectories of ``jobs`` as one batch; with the places of the jobs."""
+    completions = engine.generate_batch([request for job in jobs for request in job.requests])
+    yield list(range(len(jobs))), trajectories([job.prompt for job in jobs], completions, jobs[0].n if jobs else 1)
+
+
+def sample_as_completed(engine: RolloutEngine, jobs: Sequence[SamplingJob]) -> Iterator[tuple[list[int], Batch]]:
+    """The trajectories of each job as soon as they are complete; with the place of the job."""
+    loop = asyncio.new_event_loop()
+    try:
+        tasks = {loop.create_task(sample_one(engine, job)): place for place, job in enumerate(jobs)}
+        waiting = set(tasks)
+        while waiting:
+            done, waiting = loop.run_until_complete(asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED))
+            for task in sorted(done, key=tasks.__getitem__):
+                yield [tasks[task]], task.result()
+    finally:
+        loop.close()
+
+
+async def sample_one(engine: RolloutEngine, job: SamplingJob) -> Batch:
+    """The trajectories of one job."""
+    completions = await asyncio.gather(*(engine.generate(request) for request in job.requests))
+    return trajectories([job.prompt], completions, job.n)
+
+
 def generate(
     engine: RolloutEngine,
     prompts: Sequence[PromptSample],
@@ -51,16 +106,8 @@ def generate(
     purpose: str = "train",
 ) -> Batch:
     """``n`` completions of each prompt, those of one prompt next to each other (see `trajectories`)."""
-    requests = [
-        GenerationRequest(
-            prompt=prompt.prompt_tokens,
-            sampling=replace(sampling, seed=sample_seed(seed, purpose, prompt.position, sample)),
-            request_id=f"{purpose}-{prompt.position}-{sample}",
-            group=prompt.position,
-        )
-        for prompt in prompts
-        for sample in range(n)
-    ]
+    jobs = [SamplingJob(prompt, sampling, n, seed, purpose) for prompt in prompts]
+    requests = [request for job in jobs for request in job.requests]
     return trajectories(prompts, engine.generate_batch(requests), n)
 
 
@@ -68,10 +115,10 @@ def trajectories(prompts: Sequence[PromptSample], completions: Sequence[Completi
     """Join each prompt with its ``n`` completions.
 
     Per token: ``tokens`` int64, ``loss_mask`` fp32 (1 on the completion), ``rollout_logprobs`` fp32 (0 on the prompt;
-    only if the engine gave them).
+    only if the engine gave them), ``token_version`` int32 (of the policy that made the token; -1 on the prompt).
     Per sample: ``group`` (the prompt's position in the data stream), ``prompt_length``, ``response_length``,
-    ``policy_version`` (of the oldest token), all int64. Objects: ``finish_reason``, ``messages``, ``ground_truth``,
-    ``data_source``, ``extra``.
+    ``policy_version`` (of the oldest token), ``later_version_tokens`` (made by another version than the first token),
+    all int64. Objects: ``finish_reason``, ``messages``, ``ground_truth``, ``data_source``, ``extra``.
     """
     rows = [(prompt, completions[i * n + sample]) for i, prompt in enumerate(prompts) for sample in range(n)]
     tokens = Jagged.from_list([[*prompt.prompt_tokens, *completion.tokens] for prompt, completion in rows], torch.int64)
@@ -82,17 +129,24 @@ def trajectories(prompts: Sequence[PromptSample], completions: Sequence[Completi
         logprobs = torch.zeros(len(tokens.values))
         logprobs[loss_mask.bool()] = torch.tensor([value for _, completion in rows for value in completion.logprobs])
         sampled["rollout_logprobs"] = tokens.with_values(logprobs)
+    versions = [token_versions(completion) for _, completion in rows]
+    token_version = torch.full((len(tokens.values),), -1, dtype=torch.int32)
+    token_version[loss_mask.bool()] = torch.cat([*versions, torch.zeros(0, dtype=torch.int32)])
     return Batch(
         {
             "tokens": tokens,
             "loss_mask": tokens.with_values(loss_mask),
             **sampled,
+            "token_version": tokens.with_values(token_version),
             "group": torch.tensor([prompt.position for prompt, _ in rows], dtype=torch.int64),
             "prompt_length": prompt_length,
             "response_length": tokens.lengths - prompt_length,
             "policy_version": torch.tensor(
                 [min((version for version, _ in completion.versions), default=0) for _, completion in rows],
                 dtype=torch.int64,
+            ),
+            "later_version_tokens": torch.tensor(
+                [int((made != made[:1]).sum()) for made in versions], dtype=torch.int64
             ),
             "finish_reason": [completion.finish_reason for _, completion in rows],
             "messages": [prompt.messages for prompt, _ in rows],
@@ -101,6 +155,13 @@ def trajectories(prompts: Sequence[PromptSample], completions: Sequence[Completi
             "extra": [prompt.extra for prompt, _ in rows],
         }
     )
+
+
+def token_versions(completion: Completion) -> torch.Tensor:
+    """``[tokens]`` int32: the version that made each token; 0 from an engine that says none."""
+    spans = completion.versions or [(0, len(completion.tokens))]
+    versions, counts = (torch.tensor(part) for part in zip(*spans))
+    return versions.int().repeat_interleave(counts)
 
 
 def completion_mask(lengths: torch.Tensor, prompt_length: torch.Tensor) -> torch.Tensor:

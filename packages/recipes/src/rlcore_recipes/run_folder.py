@@ -9,11 +9,15 @@ import yaml
 
 from rlcore.config import Config, dump_config
 from rlcore.errors import ConfigError
+from rlcore_recipes.checkpoint.naming import Place, normal
+from rlcore_recipes.checkpoint.storage import open_storage
 from rlcore_recipes.settings.trainer import TrainerSettings
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 MODEL = "model"
+LOGS = "logs"
+TRACE = "trace.json"
 TRACES = (CONFIG, CHECKPOINTS, "metrics.jsonl")  # what a run leaves behind
 
 
@@ -25,8 +29,9 @@ def check_free(trainer: TrainerSettings, config: Config) -> None:
 
     Raises:
         ConfigError: the folder is taken, or is a file.
+        CheckpointError: the checkpoints' URL cannot be used.
     """
-    folder = trainer.out_dir
+    folder, checkpoints = trainer.out_dir, open_storage(trainer.checkpoint_root)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"trainer.out_dir={folder} is a file; name a folder")
     traces = [name for name in TRACES if (folder / name).exists()]
@@ -38,13 +43,16 @@ def check_free(trainer: TrainerSettings, config: Config) -> None:
             "another folder, or continue the run with trainer.resume=auto"
         )
     if trainer.resume == "auto":
-        changed = [] if any((folder / CHECKPOINTS).glob("step-*")) else changed_keys(folder / CONFIG, config)
+        changed = [] if checkpoints.names() else changed_keys(folder / CONFIG, config)
         if changed:
             raise ConfigError(
                 f"trainer.out_dir={folder} holds another run, without checkpoints ({', '.join(changed[:5])} differ); "
                 "name another folder"
             )
-    elif not Path(trainer.resume).resolve().is_relative_to(folder.resolve()):
+    elif not (
+        Path(trainer.resume).resolve().is_relative_to(folder.resolve())
+        or Place.of(trainer.resume).root == normal(trainer.checkpoint_root)
+    ):
         raise ConfigError(
             f"trainer.out_dir={folder} holds a run already ({', '.join(traces)}), and trainer.resume={trainer.resume} "
             "is of another; name another folder, or continue the run that is there with trainer.resume=auto"
@@ -74,7 +82,10 @@ def write_config(folder: Path, config: Config, step: int) -> list[str]:
 
 
 def changed_keys(path: Path, config: Config) -> list[str]:
-    """Dotted keys whose values in the file ``path`` are not those of ``config``; none without a file."""
+    """Dotted keys whose values in the file ``path`` are not those of ``config``; none without a file.
+
+    How a run is continued is no property of the run: ``trainer.resume`` may change.
+    """
     try:
         before = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -82,7 +93,8 @@ def changed_keys(path: Path, config: Config) -> list[str]:
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read: {error}; move it away") from error
     old, new = flatten(before), flatten(yaml.safe_load(dump_config(config)))
-    return sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    keys = (old.keys() | new.keys()) - {"trainer.resume"}
+    return sorted(key for key in keys if old.get(key) != new.get(key))
 
 
 def flatten(values: Any, prefix: str = "") -> dict[str, Any]:

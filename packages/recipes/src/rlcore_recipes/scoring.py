@@ -2,14 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from rlcore import plugins
 from rlcore.batch import Batch
-from rlcore.engines import Reward, RewardResult, RewardSample
-from rlcore_recipes.processes import on_rank_zero
+from rlcore.controller import Dispatch, dispatch
+from rlcore.engines import ModelSettings, Reward, RewardResult, RewardSample
+from rlcore_recipes.data.tokenizer import load_tokenizer
 from rlcore_recipes.rollouts import completion_texts
+from rlcore_recipes.settings import RewardRole
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """The engine of the reward role: a reward, and the tokenizer that gives it texts."""
+
+    reward: Reward
+    tokenizer: Any
+
+    def score(self, batch: Batch) -> Batch:
+        """``score`` (dense fp32), ``reward_result`` (objects) and ``completion`` (objects: the text)."""
+        texts = completion_texts(batch, self.tokenizer)
+        results: list[RewardResult] = self.reward.score_batch(reward_samples(batch, texts))
+        scores = torch.tensor([result.score for result in results], dtype=torch.float32)
+        return Batch({"score": scores, "reward_result": results, "completion": texts})
+
+    @dispatch(Dispatch.BROADCAST)
+    def close(self) -> None:
+        self.reward.close()
+
+
+def reward_of(role: RewardRole) -> Reward:
+    """The reward that ``role`` names."""
+    return plugins.get(role.plugin_group, role.name).build(role.options, role)  # type: ignore[no-any-return]
+
+
+def build_scorer(role: RewardRole, model: ModelSettings, engines: Mapping[str, Any]) -> Scorer:
+    """The scorer that ``role`` names, for completions of ``model``."""
+    return Scorer(reward_of(role), load_tokenizer(model))
 
 
 def reward_samples(batch: Batch, texts: list[str]) -> list[RewardSample]:
@@ -34,11 +68,5 @@ def reward_samples(batch: Batch, texts: list[str]) -> list[RewardSample]:
 
 
 def score(reward: Reward, tokenizer: Any, batch: Batch) -> Batch:
-    """Add ``score`` (dense fp32), ``reward_result`` (objects) and ``completion`` (objects: the text).
-
-    Rewards run once, not on every rank: they may be slow, metered or random.
-    """
-    texts = completion_texts(batch, tokenizer)
-    results: list[RewardResult] = on_rank_zero(lambda: reward.score_batch(reward_samples(batch, texts)))
-    scores = torch.tensor([result.score for result in results], dtype=torch.float32)
-    return batch.with_columns(score=scores, reward_result=results, completion=texts)
+    """``batch`` with the columns of `Scorer.score`."""
+    return batch.union(Scorer(reward, tokenizer).score(batch))

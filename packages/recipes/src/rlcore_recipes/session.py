@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from rlcore.algorithms.kl import KLController, kl_controller
 from rlcore.batch import Batch
+from rlcore.controller import Executor
+from rlcore_recipes.asynchronous import Producer, open_producer
+from rlcore_recipes.collect import release, sampled_and_scored
 from rlcore_recipes.data.loader import PromptLoader
 from rlcore_recipes.data.prompts import PromptDataset, PromptSample, load_prompts
 from rlcore_recipes.data.tokenizer import load_tokenizer
-from rlcore_recipes.roles import Roles, build_roles
-from rlcore_recipes.rollouts import generate, validation_sampling
-from rlcore_recipes.run_folder import check_free
-from rlcore_recipes.scoring import score
-from rlcore_recipes.settings import CriticSettings, RLConfig
-from rlcore_recipes.timing import Timings
+from rlcore_recipes.reward_model import check_reward_model
+from rlcore_recipes.roles import Roles, build_roles, open_executor
+from rlcore_recipes.rollouts import validation_sampling
+from rlcore_recipes.settings import CriticSettings, DynamicSamplingSettings, RLConfig
+from rlcore_recipes.settings.asynchronous import warn_uncorrected
+from rlcore_recipes.timing import Timings, open_trace
 from rlcore_recipes.train_loop import Run, Stateful, train
 from rlcore_recipes.updates import sync_policy
 from rlcore_recipes.validation import Validation, validate
@@ -30,62 +34,99 @@ class Session(Generic[C]):
     """The parts of one run.
 
     Attributes:
+        executor: runs the engines, and what needs the tokens of a batch (`Executor.compute`).
         prompts: endless batches of training prompts.
         val_prompts: None where nothing is validated.
         kl: holds the coefficient of the KL penalty in the reward; None without one.
+        dynamic: which groups are worth training on; None: all.
+        version: of the policy in the rollout processes: how many steps it has behind it.
+        producer: generates while steps train, in asynchronous training only.
     """
 
     config: C
+    executor: Executor
     roles: Roles
     tokenizer: Any
     prompts: PromptLoader
     val_prompts: PromptDataset | None
     kl: KLController | None
     total_steps: int
-    timed: Timings = field(default_factory=Timings)
+    timed: Timings
+    dynamic: DynamicSamplingSettings | None = None
+    version: int = 0
+    producer: Producer | None = None
 
 
 @contextmanager
-def open_session(config: C, *, critic: CriticSettings | None = None, draw: int | None = None) -> Iterator[Session[C]]:
-    """Read the data, then build the models; closes them at the end.
+def open_session(
+    config: C, *, critic: CriticSettings | None = None, dynamic: DynamicSamplingSettings | None = None
+) -> Iterator[Session[C]]:
+    """Read the data, then build the models; closes them at the end. For a recipe that is `restarting`.
 
     Args:
         critic: its settings; None where the run has none.
-        draw: prompts in one batch of the loader; None: ``data.train_batch_size``.
+        dynamic: dynamic sampling; None: steps train on all groups.
 
     Raises:
         RlcoreError: something in the input is missing, broken or in the way. Nothing has been written then.
     """
     data, trainer = config.data, config.trainer
-    check_free(trainer, config)
+    warn_uncorrected(config)
     tokenizer = load_tokenizer(config.model)
+    if config.reward_model is not None:
+        check_reward_model(config.reward_model.model, config.model, tokenizer)
     dataset = load_prompts(data, data.train_files, tokenizer)
     # made for its check of sizes and its count of steps even where the loader draws other batches
     batches = PromptLoader(dataset, data.train_batch_size, seed=config.seed, shuffle=data.shuffle, weights=data.weights)
     total_steps = trainer.total_steps or trainer.total_epochs * batches.steps_per_epoch
+    # with dynamic sampling, how many prompts a step takes is known only while it samples
     prompts = (
         batches
-        if draw is None
-        else PromptLoader(dataset, draw, seed=config.seed, shuffle=data.shuffle, weights=data.weights)
+        if dynamic is None
+        else PromptLoader(dataset, 1, seed=config.seed, shuffle=data.shuffle, weights=data.weights)
     )
     val_prompts = load_prompts(data, data.val_files, tokenizer, data.val_limit) if trainer.test_freq > 0 else None
     penalty = config.algorithm.kl_in_reward
     with ExitStack() as stack:
-        yield Session(
+        executor = open_executor(config.controller, config.roles, trainer.out_dir, stack)
+        session = Session(
             config=config,
-            roles=build_roles(config, critic, total_steps, stack),
+            executor=executor,
+            roles=build_roles(config, executor, critic, total_steps, stack),
             tokenizer=tokenizer,
             prompts=prompts,
             val_prompts=val_prompts,
             kl=None if penalty is None else kl_controller(penalty),
             total_steps=total_steps,
+            timed=Timings(executor, open_trace(trainer.out_dir, stack) if config.trace else None),
+            dynamic=dynamic,
         )
+        follow_replacements(session)
+        if config.asynchronous.max_staleness > 0:
+            session.producer = open_producer(session)
+            stack.callback(session.producer.close)
+        yield session
+
+
+def follow_replacements(session: Session[Any]) -> None:
+    """Give rollout processes that were put in the place of dead ones the policy's weights.
+
+    Only the thread that trains does so, as it is never in the middle of an update then. Processes whose replacement
+    another thread asked for wait for it.
+    """
+    trainer = threading.current_thread()
+
+    def catch_up() -> None:
+        if threading.current_thread() is trainer:
+            sync_policy(session, session.version)
+
+    session.executor.on_replaced(catch_up)
 
 
 def train_rl(session: Session[C], recipe: str, step: Callable[[Session[C], int], dict[str, float]]) -> None:
     """Train with ``step`` until the end (see `train`)."""
     roles = session.roles
-    parts: dict[str, Stateful] = {"prompts": session.prompts}
+    parts: dict[str, Stateful] = {"prompts": session.producer or session.prompts}
     if session.kl is not None:
         parts["kl"] = _KLState(session.kl)
     train(
@@ -99,26 +140,27 @@ def train_rl(session: Session[C], recipe: str, step: Callable[[Session[C], int],
             validate=None if session.val_prompts is None else lambda: validate_policy(session),
             engines=roles.trained(),
             parts=parts,
-            resumed=lambda done: sync_policy(roles, session.config, version=done),
+            resumed=lambda done: sync_policy(session, version=done),
             save_tokenizer=session.tokenizer.save_pretrained,
             timed=session.timed,
+            apply=session.executor.apply,
         )
     )
 
 
 def validate_policy(session: Session[Any]) -> Validation:
-    config, roles = session.config, session.roles
+    config = session.config
     sampling = validation_sampling(config.rollout, config.data.max_response_length)
     n = config.rollout.validation.n
 
     def answer(prompts: Sequence[PromptSample]) -> Batch:
-        completions = generate(roles.rollout, prompts, sampling, n, config.seed, purpose="validation")
-        return score(roles.reward, session.tokenizer, completions)
+        return sampled_and_scored(session, prompts, sampling, n, purpose="validation")
 
     assert session.val_prompts is not None
-    outcome = validate(session.val_prompts, answer, config.data.val_batch_size, config.trainer.log_val_generations)
-    if config.rollout.free_memory:
-        roles.rollout.sleep()
+    outcome = validate(
+        session.executor, session.val_prompts, answer, config.data.val_batch_size, config.trainer.log_val_generations
+    )
+    release(session)
     return outcome
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 
 from pydantic import Field
 
@@ -17,9 +18,11 @@ from rlcore_recipes.data.loader import BatchLoader
 from rlcore_recipes.data.settings import SFTDataSettings
 from rlcore_recipes.data.sft import SFTDataset, load_sft
 from rlcore_recipes.data.tokenizer import load_tokenizer
-from rlcore_recipes.roles import grouped, train_engine, with_total_steps
-from rlcore_recipes.run_folder import check_free
+from rlcore_recipes.restarts import restarting
+from rlcore_recipes.roles import closed, open_executor, train_engine, with_total_steps
 from rlcore_recipes.settings import ControllerSettings, ModelRole, TrainerSettings
+from rlcore_recipes.settings.controller import unused
+from rlcore_recipes.timing import Timings
 from rlcore_recipes.train_loop import Run, train
 from rlcore_recipes.validation import Validation
 
@@ -46,12 +49,26 @@ class SFTConfig(Config):
             yield "trainer.test_freq", f"is {self.trainer.test_freq}, but data.val_files is empty"
         if self.trainer.log_val_generations:
             yield "trainer.log_val_generations", "sft validates by the loss and generates nothing; set it to 0"
+        yield from unused(self.controller, self.roles)
+
+    @property
+    def roles(self) -> list[str]:
+        """What takes part in the run."""
+        return ["actor"]
+
+    @property
+    def arithmetic(self) -> list[tuple[str, str, str]]:
+        """What `rlcore plan` prints of the sizes of a step: what, how it is counted, the number."""
+        return [
+            ("samples of a step", "data.train_batch_size, one optimizer step", str(self.data.train_batch_size)),
+            ("steps", *self.trainer.length),
+        ]
 
 
+@restarting
 def run(config: SFTConfig) -> None:
     """Train, from the beginning or from the last checkpoint, to the last step."""
     data, trainer = config.data, config.trainer
-    check_free(trainer, config)
     tokenizer = load_tokenizer(config.model)
     dataset = load_sft(data, data.train_files, tokenizer)
     batches = BatchLoader(
@@ -66,9 +83,10 @@ def run(config: SFTConfig) -> None:
     total_steps = trainer.total_steps or trainer.total_epochs * batches.steps_per_epoch
     with ExitStack() as stack:
         optim = with_total_steps(config.actor.optim, total_steps)
-        engine = train_engine(config.actor, config.model, optim=optim, seed=config.seed)
-        stack.callback(engine.close)
-        actor = grouped(engine, "actor")
+        executor = open_executor(config.controller, config.roles, trainer.out_dir, stack)
+        factory = partial(train_engine, config.actor, config.model, optim=optim, seed=config.seed)
+        actor = executor.build("actor", TrainEngine, factory)  # type: ignore[type-abstract]
+        stack.callback(closed, actor)
         train(
             Run(
                 recipe="sft",
@@ -82,6 +100,8 @@ def run(config: SFTConfig) -> None:
                 parts={"samples": batches},
                 resumed=lambda done: None,
                 save_tokenizer=tokenizer.save_pretrained,
+                timed=Timings(executor),
+                apply=executor.apply,
             )
         )
 

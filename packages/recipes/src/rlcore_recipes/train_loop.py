@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
+import socket
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,17 +16,18 @@ from difflib import get_close_matches
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
+from warnings import warn
 
 import torch
 
 from rlcore.config import Config
 from rlcore.engines import TrainEngine
-from rlcore.errors import CheckpointError, ConfigError
+from rlcore.errors import CheckpointError, ConfigError, RlcoreWarning, WorkerDied
 from rlcore.tracking import RunInfo, Tracker
-from rlcore_recipes.checkpoint import CheckpointManager, load_state
+from rlcore_recipes.checkpoint import Checkpoint, CheckpointManager
 from rlcore_recipes.processes import all_gather, executor, is_main, on_rank_zero
 from rlcore_recipes.randomness import seed_generators
-from rlcore_recipes.run_folder import CHECKPOINTS, MODEL, write_config
+from rlcore_recipes.run_folder import MODEL, write_config
 from rlcore_recipes.settings import TrainerSettings
 from rlcore_recipes.timing import Timings
 from rlcore_recipes.trackers import open_trackers
@@ -49,6 +53,7 @@ class Run:
         parts: further state by name, restored with the engines'.
         resumed: called after a checkpoint was loaded, with the number of steps done.
         save_tokenizer: writes the tokenizer into a folder, beside an exported model.
+        apply: runs a function in all processes of an engine (an executor's ``apply``).
     """
 
     recipe: str
@@ -63,45 +68,56 @@ class Run:
     resumed: Callable[[int], None]
     save_tokenizer: Callable[[Path], Any]
     timed: Timings = field(default_factory=Timings)
+    apply: Callable[..., list[Any]] = executor.apply
 
 
 def train(run: Run) -> None:
     """Make all steps of ``run``, from the beginning or from its checkpoint.
 
-    SIGTERM and SIGINT end it after the step under way, with a checkpoint.
+    SIGTERM and SIGINT end it after the step under way, with a checkpoint (see `stopped` for the exit codes).
     """
     trainer = run.trainer
     checkpoints = CheckpointManager(
-        trainer.out_dir / CHECKPOINTS,
+        trainer.checkpoint_root,
         trainer.keep_checkpoints,
         best_metric=trainer.best_metric,
         best_mode=trainer.best_mode,
         ranks=executor,
+        apply=run.apply,
     )
-    start = checkpoints.resume_from(trainer.resume)
-    if start is None and any(checkpoints.root.glob("step-*")):
+    start = checkpoints.resume_from(trainer.resume, run.engines)
+    if start is None and not checkpoints.is_empty():
         raise CheckpointError(
             f"no checkpoint in {checkpoints.root} is whole (the warnings say why); move them away to start anew"
         )
-    done, run_id = resume(run, start)
+    done, run_id = resume(run, checkpoints, start)
     changed = on_rank_zero(lambda: write_config(trainer.out_dir, run.config, done))
     if done and changed and is_main():
         print(f"continuing with other settings than before: {', '.join(changed)}", file=sys.stderr)
-    with tracking(run, run_id, done) as tracker, stop_signals(is_main()) as stop:
+    with (
+        tracking(run, run_id, done) as tracker,
+        stop_signals(trainer.grace_s, checkpoints) as received,
+        completing(checkpoints, alone=len(all_gather(None)) == 1),
+    ):
         if done == 0 and run.validate is not None and trainer.val_before_train:
             tracker.log(validated(run, tracker, 0), 0)
         while done < run.total_steps:
             done += 1
             metrics = timed_step(run, done)
-            last, stopping = done == run.total_steps, any(all_gather(bool(stop)))
+            last, stop = done == run.total_steps, stop_asked_for(received)
             if run.validate is not None and due(trainer.test_freq, done, last):
                 metrics |= validated(run, tracker, done)
             # logged first: a run killed while it saves repeats the step, one killed after it does not log it again
             tracker.log(metrics | timings(run, metrics), done)
-            if due(trainer.save_freq, done, last or stopping):
+            if trainer.save_freq > 0:
                 with run.timed("save_checkpoint"):  # reported with the next step
-                    checkpoints.save(done, lambda folder: write_engines(run, folder), state(run, done, run_id), metrics)
-            if stopping and not last:
+                    checkpoints.poll()
+                    if due(trainer.save_freq, done, last or stop is not None):
+                        saved = state(run, done, run_id)
+                        checkpoints.start(done, run.engines, saved, metrics, background=trainer.async_save)
+                    if last or stop is not None or not trainer.async_save:
+                        checkpoints.finish()
+            if stop is not None and not last:
                 raise SystemExit(stopped(run, done, stop))
         if trainer.save_hf:
             export(run, trainer.out_dir / MODEL)
@@ -163,32 +179,55 @@ def state(run: Run, step: int, run_id: str) -> dict[str, Any]:
     return {"recipe": run.recipe, "step": step, "run_id": run_id, "parts": parts}
 
 
-def write_engines(run: Run, folder: Path) -> None:
-    for name, engine in run.engines.items():
-        engine.save(folder / name)
-
-
-def resume(run: Run, checkpoint: Path | None) -> tuple[int, str]:
-    """Load ``checkpoint``; the steps done before, and the run's id."""
-    if checkpoint is None:
+def resume(run: Run, checkpoints: CheckpointManager, found: Checkpoint | None) -> tuple[int, str]:
+    """Load the checkpoint; the steps done before, and the run's id."""
+    if found is None:
         return 0, on_rank_zero(lambda: uuid.uuid4().hex[:12])
-    saved = load_state(checkpoint)
+    saved = found.state
+    try:
+        check_origin(run, found)
+    except CheckpointError:
+        checkpoints.release(found, run.engines)
+        raise
+    for name, part in run.parts.items():
+        part.restore(saved["parts"][name])
+    checkpoints.load(found, run.engines)
+    run.resumed(saved["step"])
+    if is_main():
+        print(f"continuing after step {saved['step']} from {found.location}", file=sys.stderr)
+    return saved["step"], saved["run_id"]
+
+
+def check_origin(run: Run, found: Checkpoint) -> None:
+    """Refuse a checkpoint of another kind of run."""
+    saved = found.state
     if saved["recipe"] != run.recipe:
-        raise CheckpointError(f"{checkpoint} is of the recipe {saved['recipe']}, not {run.recipe}")
-    missing = [name for name in run.engines if not (checkpoint / name).is_dir()]
+        raise CheckpointError(f"{found.location} is of the recipe {saved['recipe']}, not {run.recipe}")
+    missing = [name for name in run.engines if name not in found.files]
     if missing or set(saved["parts"]) != set(run.parts):
         lacking = missing + sorted(set(saved["parts"]) ^ set(run.parts))
         raise CheckpointError(
-            f"{checkpoint} was written under another configuration: it and this run differ in {', '.join(lacking)}"
+            f"{found.location} was written under another configuration: it and this run differ in {', '.join(lacking)}"
         )
-    for name, part in run.parts.items():
-        part.restore(saved["parts"][name])
-    for name, engine in run.engines.items():
-        engine.load(checkpoint / name)
-    run.resumed(saved["step"])
-    if is_main():
-        print(f"continuing after step {saved['step']} from {checkpoint}", file=sys.stderr)
-    return saved["step"], saved["run_id"]
+
+
+@contextmanager
+def completing(checkpoints: CheckpointManager, alone: bool) -> Iterator[None]:
+    """Complete the checkpoint under way also if a step fails.
+
+    Args:
+        alone: no other process runs this program. If others do, one that failed cannot know where they are, and must
+            not wait for them.
+    """
+    try:
+        yield
+    except Exception:
+        if alone:
+            try:
+                checkpoints.finish()
+            except Exception as error:
+                warn(f"the checkpoint under way is lost: {error}", RlcoreWarning, stacklevel=2)
+        raise
 
 
 def export(run: Run, folder: Path) -> None:
@@ -228,16 +267,21 @@ def tracking(run: Run, run_id: str, done: int) -> Iterator[Tracker]:
 
 
 @contextmanager
-def stop_signals(announce: bool) -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT instead of dying of them; a second SIGINT interrupts at once."""
+def stop_signals(grace_s: float, checkpoints: CheckpointManager) -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT instead of dying of them; a second SIGINT interrupts at once.
+
+    A process that is still here ``grace_s`` seconds after SIGTERM ends, and says from where the run can go on.
+    """
     received: list[int] = []
+    announce = is_main()
 
     def note(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and number in received:
             raise KeyboardInterrupt
         received.append(number)
         if announce:
-            print("stopping after this step (Ctrl-C again: at once)", file=sys.stderr)
+            how = f"within {grace_s:g} s" if number == signal.SIGTERM else "Ctrl-C again: at once"
+            print(f"stopping after this step ({how})", file=sys.stderr)
 
     try:
         before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -245,21 +289,77 @@ def stop_signals(announce: bool) -> Iterator[list[int]]:
         yield received
         return
     try:
-        yield received
+        with grace_period(grace_s, checkpoints if announce else None):
+            yield received
+    except WorkerDied as error:  # as a rule of the same event as the signal: machines are being taken away
+        if not received:
+            raise
+        if announce:
+            how = f"continue from {checkpoints.newest}" if checkpoints.newest else "there is no checkpoint"
+            print(f"ended in the middle of a step: {str(error).partition(chr(10))[0]}; {how}", file=sys.stderr)
+        raise SystemExit(128 + min(received)) from error
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def stopped(run: Run, step: int, received: list[int]) -> int:
-    """Say how to go on; the exit code that shells give to what a signal ended."""
+@contextmanager
+def grace_period(seconds: float, announced: CheckpointManager | None) -> Iterator[None]:
+    """Ends the process if the block has not ended so many seconds after a SIGTERM that the process handles.
+
+    Args:
+        announced: names the checkpoint to continue from; None on processes that say nothing.
+    """
+    # A signal's number is written here even while the main thread is in a call that runs no Python, such as a
+    # collective that hangs.
+    numbers, wake = socket.socketpair()
+    wake.setblocking(False)
+    ended = threading.Event()
+
+    def watch() -> None:
+        while (number := numbers.recv(1)) and number[0] != signal.SIGTERM:
+            continue
+        if not number or ended.wait(seconds):
+            return
+        if announced is not None:
+            how = f"continue from {announced.newest}" if announced.newest else "there is no checkpoint to continue from"
+            message = f"gave up in the middle of a step, {seconds:g} s after SIGTERM (trainer.grace_s); {how}"
+            print(message, file=sys.stderr, flush=True)
+        os._exit(128 + signal.SIGTERM)
+
+    watching = threading.Thread(target=watch, name="grace-period", daemon=True)
+    watching.start()
+    before = signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        ended.set()
+        wake.close()
+        watching.join()
+        numbers.close()
+
+
+def stop_asked_for(received: list[int]) -> int | None:
+    """The signal that ends the run, on whichever process it was received; SIGINT before SIGTERM."""
+    everywhere = {number for numbers in all_gather(received[:]) for number in numbers}
+    return min(everywhere, default=None)  # SIGINT is 2, SIGTERM 15
+
+
+def stopped(run: Run, step: int, number: int) -> int:
+    """Say how to go on; the exit code.
+
+    It is 0 after SIGTERM, by which schedulers take a machine away, if a checkpoint was made; otherwise the code that
+    shells give to what a signal ended.
+    """
+    saves = run.trainer.save_freq > 0
     if is_main():
         how = (
-            "run the same command again to continue"
-            if run.trainer.save_freq > 0 and run.trainer.resume != "never"
-            else "it cannot be continued: trainer.save_freq is -1"
-            if run.trainer.save_freq < 0
+            "nothing was saved, so it cannot be continued: trainer.save_freq is -1"
+            if not saves
+            else "run the same command again to continue"
+            if run.trainer.resume != "never"
             else "continue with trainer.resume=auto"
         )
         print(f"stopped after step {step} of {run.total_steps}; {how}", file=sys.stderr)
-    return 128 + (received[0] if received else signal.SIGTERM)
+    return 0 if saves and number == signal.SIGTERM else 128 + number

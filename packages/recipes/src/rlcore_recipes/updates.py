@@ -4,39 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rlcore.algorithms.objectives import PolicyObjective, ValueObjective
 from rlcore.algorithms.sequences import sequence_sums
-from rlcore.batch import Batch, Jagged
-from rlcore.engines import ForwardRequest, Objective, TrainEngine, sync_weights
+from rlcore.batch import Batch
+from rlcore.engines import ForwardRequest, Objective, TrainEngine
 from rlcore.metrics import Metrics
-from rlcore_recipes.roles import Roles
 from rlcore_recipes.settings import CriticSettings, RLConfig
+
+if TYPE_CHECKING:
+    from rlcore_recipes.session import Session
 
 LEFT_OUT = "left_out/"
 
 
-def update_actor(actor: TrainEngine, batch: Batch, config: RLConfig) -> Metrics:
+def update_actor(session: Session[Any], batch: Batch) -> Metrics:
     """Train the policy on ``batch``; metrics under ``actor/``."""
+    config, actor = session.config, session.roles.actor
     settings = config.actor
     objective = PolicyObjective(settings.objective, config.rollout.temperature)
     parts: list[tuple[Batch, Objective]] = [
         (part, objective) for part in training_columns(batch).split(config.mini_batch_size * config.rollout.n)
     ]
     if settings.drop_zero_advantage:
-        parts = [without_zero_advantage(part, objective, keep=actor.dp_size) for part, _ in parts]
+        keep = actor.dp_size
+        parts = [session.executor.compute(without_zero_advantage, part, objective, keep) for part, _ in parts]
     return train_epochs(actor, parts, settings.epochs).prefixed("actor/")
 
 
-def sync_policy(roles: Roles, config: RLConfig, version: int) -> None:
-    """Make the rollout engine generate with the actor's weights; the actor rests in host memory if so configured."""
-    sync_weights(roles.actor, roles.rollout, version)
-    if config.actor.offload and roles.rollout.shares_weights:
+def sync_policy(session: Session[Any], version: int) -> Metrics:
+    """Make the rollout engine generate with the actor's weights; the actor rests in host memory if so configured.
+
+    Metrics under ``weight_sync/`` if weights travelled between processes.
+    """
+    roles = session.roles
+    metrics = session.executor.sync_weights(roles.actor, roles.rollout, version, session.config.weight_sync)
+    session.version = version  # afterwards: whoever reads it may rely on every rollout process being as far
+    if session.config.actor.offload and roles.rollout.shares_weights:
         roles.actor.offload("optimizer")
-    elif config.actor.offload:
+    elif session.config.actor.offload:
         roles.actor.offload()
+    return metrics.prefixed("weight_sync/")
 
 
 def update_critic(critic: TrainEngine, batch: Batch, settings: CriticSettings, config: RLConfig) -> Metrics:
@@ -57,7 +68,7 @@ def train_epochs(engine: TrainEngine, parts: Sequence[tuple[Batch, Objective]], 
 
 def training_columns(batch: Batch) -> Batch:
     """What objectives may read: per-token columns. Texts and the like stay with the controller."""
-    return batch.select(*(name for name in batch.names if isinstance(batch[name], Jagged)))
+    return batch.select(*batch.jagged_names)
 
 
 @dataclass(frozen=True)

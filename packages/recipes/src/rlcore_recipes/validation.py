@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from rlcore.batch import Batch
+from rlcore.controller import Executor
 from rlcore.engines import RewardResult
 from rlcore_recipes.data.prompts import PromptSample
 
@@ -29,6 +30,7 @@ class Validation:
 
 
 def validate(
+    executor: Executor,
     prompts: Sequence[PromptSample],
     answer: Callable[[Sequence[PromptSample]], Batch],
     batch_size: int | None,
@@ -44,8 +46,15 @@ def validate(
     parts = [answer(prompts[start : start + size]) for start in range(0, len(prompts), size)]
     columns = ("group", "score", "reward_result", "response_length", "data_source", "finish_reason")
     texts = ("messages", "completion", "ground_truth")
-    batch = Batch.concat([part.select(*columns, *texts) for part in parts])
-    return Validation(validation_metrics(batch), GENERATION_COLUMNS, logged_rows(batch, logged))
+    if "reward_model_score" in parts[0]:
+        columns += ("reward_model_score",)
+    batch = type(parts[0]).concat([part.select(*columns, *texts) for part in parts])
+    metrics, rows = executor.compute(metrics_and_rows, batch, logged)
+    return Validation(metrics, GENERATION_COLUMNS, rows)
+
+
+def metrics_and_rows(batch: Batch, logged: int) -> tuple[dict[str, float], list[list[str | float]]]:
+    return validation_metrics(batch), logged_rows(batch, logged)
 
 
 def validation_metrics(batch: Batch) -> dict[str, float]:
@@ -53,7 +62,8 @@ def validation_metrics(batch: Batch) -> dict[str, float]:
 
     ``best@N`` (``worst@N``) is the mean over prompts of the best (worst) of the N scores; ``maj@N`` that of the score
     of the most frequent answer, where the reward reads answers. Scores stand under ``val-core/{source}/reward``, the
-    reward's extra numbers under ``val-aux/{source}/{name}``.
+    reward's extra numbers under ``val-aux/{source}/{name}``. A reward model has its share in all scores but ``maj@N``,
+    which is the reward's alone; its own stand under ``val-aux/{source}/reward_model_score``.
     """
     by_source: defaultdict[str, defaultdict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
     for index, (source, group) in enumerate(zip(batch["data_source"], batch["group"].tolist())):
@@ -72,6 +82,10 @@ def validation_metrics(batch: Batch) -> dict[str, float]:
                 [results[i].extras[name] for i in group if name in results[i].extras] for group in groups.values()
             ]
             found |= group_metrics(f"val-aux/{source}/{name}", [group for group in values if group])
+        if "reward_model_score" in batch:
+            model_scores = batch["reward_model_score"].tolist()
+            judged = [[model_scores[i] for i in group] for group in groups.values()]
+            found |= group_metrics(f"val-aux/{source}/reward_model_score", judged)
     lengths: torch.Tensor = batch["response_length"]
     found["val-aux/response_length/mean"] = float(lengths.float().mean())
     found["val-aux/response_length/clip_ratio"] = batch["finish_reason"].count("length") / len(batch)

@@ -2,7 +2,8 @@
 
 Each thread of a small pool borrows one worker at a time and asks it for one sample within the limits of
 `RewardSettings`. A worker that breaks a limit, dies or answers nonsense is killed with everything it started and costs
-the sample it was on its score; a fresh one takes its place when it is needed.
+the sample it was on its score; a fresh one takes its place when it is needed. If it was killed by SIGKILL, as a rule
+from outside (a machine that is short of memory, an operator), the sample gets a second chance.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class PooledReward(Reward):
         while self._idle:
             self._kill(self._idle.pop())
 
-    def _score(self, sample: RewardSample) -> RewardResult:
+    def _score(self, sample: RewardSample, again: bool = False) -> RewardResult:
         worker = None
         try:
             request = _pickle(sample)
@@ -77,6 +78,8 @@ class PooledReward(Reward):
                 self._idle.append(worker)
             elif worker:
                 self._kill(worker)
+            if failure.killed and not again:
+                return self._score(sample, again=True)
             return self._tally.failed(failure.kind, str(failure))
         self._idle.append(worker)
         return self._tally.scored(result)

@@ -21,11 +21,16 @@ REPORTED = HARMLESS | {"memory", "startup"}
 
 
 class WorkerFailure(Exception):
-    """Why there is no result: a ``kind`` to count, and a message to log."""
+    """Why there is no result: a ``kind`` to count, and a message to log.
 
-    def __init__(self, kind: str, message: str) -> None:
+    Attributes:
+        killed: the worker was ended by SIGKILL, which need not be the sample's fault.
+    """
+
+    def __init__(self, kind: str, message: str, killed: bool = False) -> None:
         super().__init__(message)
         self.kind = kind
+        self.killed = killed
 
 
 def encode_result(value: Any) -> bytes:

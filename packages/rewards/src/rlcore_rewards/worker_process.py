@@ -183,7 +183,8 @@ class WorkerProcess:
         number = -code if code < 0 else code - 128  # negative: the guard itself was killed
         how = f"by signal {signal.Signals(number).name}" if number in set(signal.Signals) else f"with code {code}"
         said = last_words.decode(errors="replace").strip()
-        return WorkerFailure("died", f"the worker process ended {how}{f'; it printed last: {said}' if said else ''}")
+        message = f"the worker process ended {how}{f'; it printed last: {said}' if said else ''}"
+        return WorkerFailure("died", message, killed=number == signal.SIGKILL)
 
 
 def environment(passed: tuple[str, ...]) -> dict[str, str]:

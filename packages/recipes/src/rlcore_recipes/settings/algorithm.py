@@ -7,9 +7,18 @@ from typing import Annotated
 from pydantic import Field
 
 from rlcore.algorithms.kl import KLPenaltySettings
-from rlcore.algorithms.registries import advantages
+from rlcore.algorithms.registries import advantages, sampling_filters
 from rlcore.algorithms.shaping import OverlongSettings
 from rlcore.config import Choice, Chosen, Config
+
+
+class DynamicSamplingSettings(Config):
+    """Groups that teach nothing are dropped, and further prompts generated for until the batch is full."""
+
+    filter: Annotated[Choice, Chosen(sampling_filters)] = Field("nonzero-spread", description="Which groups are kept.")
+    max_generations: int = Field(
+        10, ge=1, description="Most rounds of generation for a step; then dropped groups fill what is missing."
+    )
 
 
 class AlgorithmSettings(Config):

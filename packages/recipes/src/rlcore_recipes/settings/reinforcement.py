@@ -6,15 +6,16 @@ from collections.abc import Iterator
 
 from pydantic import Field
 
-from rlcore.config import Config
-from rlcore.engines import ModelSettings
+from rlcore.engines import ModelSettings, WeightSyncSettings
 from rlcore_recipes.data.settings import DataSettings
 from rlcore_recipes.settings.algorithm import AlgorithmSettings
-from rlcore_recipes.settings.roles import ActorSettings, RefSettings, RewardRole, RolloutSettings
-from rlcore_recipes.settings.trainer import ControllerSettings, TrainerSettings
+from rlcore_recipes.settings.asynchronous import AsyncSection, AsyncSettings, async_problems
+from rlcore_recipes.settings.controller import ControllerSettings, unused
+from rlcore_recipes.settings.roles import ActorSettings, RefSettings, RewardModelSettings, RewardRole, RolloutSettings
+from rlcore_recipes.settings.trainer import TrainerSettings
 
 
-class RLConfig(Config):
+class RLConfig(AsyncSection):  # type: ignore[misc,valid-type]
     """One run of reinforcement learning."""
 
     seed: int = Field(0, ge=0, description="Seed of everything: data order, new heads, every completion.")
@@ -24,11 +25,67 @@ class RLConfig(Config):
     ref: RefSettings = Field(default_factory=RefSettings, description="The frozen reference policy.")
     rollout: RolloutSettings = Field(default_factory=RolloutSettings, description="Generation.")
     reward: RewardRole = Field(description="How completions are scored.")
+    reward_model: RewardModelSettings | None = Field(
+        None, description="Model whose scores are added to the reward's; null: none."
+    )
     algorithm: AlgorithmSettings = Field(
         default_factory=AlgorithmSettings, description="Advantages and reward shaping."
     )
     trainer: TrainerSettings = Field(description="Length, validation, checkpoints, tracking.")
     controller: ControllerSettings = Field(default_factory=ControllerSettings, description="What runs the engines.")
+
+    weight_sync: WeightSyncSettings = Field(
+        default_factory=WeightSyncSettings, description="From the actor into rollout engines of other processes."
+    )
+    trace: bool = Field(
+        False, description="Write what every process did, and when, to out_dir/trace.json (Chrome trace format)."
+    )
+
+    @property
+    def asynchronous(self) -> AsyncSettings:
+        """The section ``async``."""
+        settings: AsyncSettings = getattr(self, "async")
+        return settings
+
+    @property
+    def roles(self) -> list[str]:
+        """What takes part in the run."""
+        models = ["actor"] + ["critic"] * self.has_critic + ["ref"] * self.needs_ref
+        models += ["reward_model"] * (self.reward_model is not None)
+        return [*models, "rollout", "reward", "compute"]
+
+    @property
+    def arithmetic(self) -> list[tuple[str, str, str]]:
+        """What `rlcore plan` prints of the sizes of a step: what, how it is counted, the number."""
+        data, n = self.data, self.rollout.n
+        prompts, sizes = data.train_batch_size, [("actor", self.mini_batch_size, self.actor.epochs)]
+        if self.has_critic:
+            sizes.append(("critic", *self.critic_sizes))
+        rows = [("samples of a step", f"{prompts} prompts × {n} completions", f"{prompts * n}")]
+        for role, size, epochs in sizes:
+            rows += [
+                (f"mini-batch of the {role}", f"{size} prompts × {n} completions", f"{size * n} samples"),
+                (
+                    f"optimizer steps of the {role} in a step",
+                    f"{prompts} / {size} mini-batches × {epochs} epochs",
+                    f"{prompts // size * epochs}",
+                ),
+            ]
+        longest = data.max_prompt_length + data.max_response_length
+        rows.append(
+            (
+                "longest sequence",
+                f"{data.max_prompt_length} + {data.max_response_length} tokens; micro-batches of up to "
+                f"{self.actor.max_tokens_per_micro_batch} tokens",
+                f"{longest} tokens",
+            )
+        )
+        return [*rows, ("steps", *self.trainer.length)]
+
+    @property
+    def critic_sizes(self) -> tuple[int, int]:
+        """The critic's mini-batch in prompts, and its epochs."""
+        raise NotImplementedError  # of recipes with a critic
 
     @property
     def needs_ref(self) -> bool:
@@ -65,6 +122,8 @@ class RLConfig(Config):
         if "values" in self.algorithm.advantage.entry.needs and not self.has_critic:
             name = self.algorithm.advantage.name
             yield "algorithm.advantage", f"{name} needs the values of a critic, which the recipe ppo trains"
+        yield from unused(self.controller, self.roles)
+        yield from async_problems(self)
 
     @property
     def has_critic(self) -> bool:

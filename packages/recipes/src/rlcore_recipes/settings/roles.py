@@ -87,6 +87,16 @@ class RefSettings(ModelRole):
     model: ModelSettings | None = Field(None, description="Reference model; null: the actor's at the start of the run.")
 
 
+class RewardModelSettings(ModelRole):
+    """A frozen model that scores whole sequences at their last token; its score is added to the reward's."""
+
+    model: ModelSettings = Field(
+        description="Model with a scalar score head (Hugging Face's sequence classification), for the policy's "
+        "tokenizer."
+    )
+    coeff: float = Field(1.0, allow_inf_nan=False, description="Factor on the model's score.")
+
+
 class ValidationSampling(Config):
     """How completions are sampled in validation."""
 

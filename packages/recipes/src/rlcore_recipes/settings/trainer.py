@@ -8,17 +8,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from rlcore.config import Config, PluginSections
-
-
-class ControllerSettings(Config):
-    """What runs the engines."""
-
-    kind: str = Field("local", description="'local': in this process, or in every process that torchrun starts.")
-
-    def problems(self) -> Iterator[tuple[str, str]]:
-        if self.kind != "local":
-            yield "kind", f"unknown controller {self.kind!r}; this version has 'local'"
+from rlcore.config import PluginSections
 
 
 class TrainerSettings(PluginSections):
@@ -37,15 +27,35 @@ class TrainerSettings(PluginSections):
     val_before_train: bool = Field(True, description="Validate before the first step too, unless test_freq is -1.")
     log_val_generations: int = Field(0, ge=0, description="Validation completions to log as a table.")
     save_freq: int = Field(-1, ge=-1, description="Checkpoint every so many steps and at the end; -1: never.")
+    async_save: bool = Field(True, description="Write checkpoints while training goes on.")
+    checkpoint_dir: str | None = Field(
+        None,
+        description="Folder or URL (s3://, gs://, any of fsspec's) for checkpoints; null: out_dir/checkpoints.",
+    )
+    grace_s: float = Field(
+        120.0, gt=0, description="Seconds after SIGTERM in which the step and its checkpoint must end."
+    )
     keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints to keep.")
     best_metric: str | None = Field(None, description="Keep the checkpoint that is best by this metric as well.")
     best_mode: Literal["max", "min"] = Field("max", description="Whether more of best_metric is better, or less.")
     resume: str = Field(
         "auto",
-        description="'auto': continue from the newest checkpoint in out_dir, if there is one; 'never': start anew, in "
-        "a folder without another run; otherwise the checkpoint's folder.",
+        description="'auto': continue from the run's newest checkpoint, if there is one; 'never': start anew, in a "
+        "folder without another run; otherwise the checkpoint's folder or URL.",
     )
     save_hf: bool = Field(False, description="Write the final model in Hugging Face format to out_dir/model.")
+
+    @property
+    def checkpoint_root(self) -> str:
+        """The folder or URL below which checkpoints are."""
+        return self.checkpoint_dir or str(self.out_dir / "checkpoints")
+
+    @property
+    def length(self) -> tuple[str, str]:
+        """How the number of steps is set, and the number."""
+        if self.total_steps is not None:
+            return "trainer.total_steps", str(self.total_steps)
+        return "trainer.total_epochs over the training data", f"{self.total_epochs} epochs"
 
     def problems(self) -> Iterator[tuple[str, str]]:
         for name in ("test_freq", "save_freq"):

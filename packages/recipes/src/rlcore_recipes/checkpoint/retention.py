@@ -1,0 +1,22 @@
+"""Which checkpoints go when a new one has come."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+
+def outdated(steps: Collection[int], scores: Mapping[int, float], newest: int, keep: int) -> set[int]:
+    """The steps whose checkpoints are no longer kept.
+
+    Args:
+        steps: of the whole checkpoints. Those after ``newest`` stay: they are of a run that went further once.
+        scores: how good checkpoints are, larger being better, where that is known.
+        keep: newest checkpoints that stay, beside the best one.
+    """
+    until_now = sorted(step for step in steps if step <= newest)
+    return set(until_now[:-keep]) - {best(scores)}
+
+
+def best(scores: Mapping[int, float]) -> int | None:
+    """The step with the highest score, the latest of equals."""
+    return max(scores, key=lambda step: (scores[step], step), default=None)

@@ -1,0 +1,68 @@
+"""Where checkpoints are kept: what the manager asks of a folder and of a URL alike.
+
+Everything here is called on the main process only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from rlcore.engines.train import FileRecord
+from rlcore_recipes.checkpoint.manifest import Manifest
+from rlcore_recipes.checkpoint.naming import is_url, normal
+
+
+class Storage(Protocol):
+    """Checkpoints by name below one root. Errors are `CheckpointError`."""
+
+    def names(self) -> list[str]:
+        """What is named like a checkpoint, complete or not, oldest first."""
+        ...
+
+    def manifest(self, name: str) -> Manifest: ...
+
+    def read(self, name: str, file: str) -> bytes: ...
+
+    def check(self, name: str) -> None:
+        """Raise unless the checkpoint is whole, as far as that can be seen without fetching it from elsewhere."""
+        ...
+
+    def begin(self, name: str) -> None:
+        """Make room for a checkpoint that is about to be written."""
+        ...
+
+    def publish(
+        self, name: str, step: int, metrics: Mapping[str, float], files: Mapping[str, FileRecord], state: bytes
+    ) -> None:
+        """Complete the checkpoint whose ``files`` are written; until this returns it does not count."""
+        ...
+
+    def abandon(self, name: str) -> None:
+        """Delete what was written since `begin`, as far as that is possible."""
+        ...
+
+    def delete(self, name: str) -> None:
+        """Delete a checkpoint such that nothing that looks like one remains if this is interrupted."""
+        ...
+
+    def clean_up(self) -> None:
+        """Delete what a crash left unfinished."""
+        ...
+
+
+def open_storage(root: str | Path) -> Storage:
+    """The storage at a folder or URL.
+
+    Raises:
+        CheckpointError: there is no implementation for the URL; the message names what to install.
+    """
+    place = normal(root)
+    if is_url(place):
+        from rlcore_recipes.checkpoint.remote import RemoteStorage
+
+        return RemoteStorage(place)
+    from rlcore_recipes.checkpoint.folder import FolderStorage
+
+    return FolderStorage(Path(place))

@@ -84,7 +84,7 @@ def tests_newest(session: nox.Session) -> None:
 @nox.session
 def integration(session: nox.Session) -> None:
     """Cross-package, end-to-end, fault-injection and installation tests."""
-    sync(session, "--all-packages", "--group", "test", "--group", "trackers")
+    sync(session, "--all-packages", "--group", "test", "--group", "trackers", "--group", "ray")
     pytest(session, "tests")
 
 
@@ -97,7 +97,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def typecheck(session: nox.Session) -> None:
-    sync(session, "--all-packages", "--group", "typecheck", "--group", "test")
+    sync(session, "--all-packages", "--group", "typecheck", "--group", "test", "--group", "ray")
     session.run("mypy")
 
 

@@ -75,6 +75,7 @@ def test_every_section_has_its_test() -> None:
         "An advantage estimator",
         "A reward in a package",
         "Two processes",
+        "Worker processes by Ray",
     ]
 
 
@@ -151,3 +152,13 @@ def test_third_party_reward_is_found_scores_and_conforms(folder: Path, tmp_path:
 def test_two_processes_run(folder: Path) -> None:
     run("Two processes", folder)
     assert last_step(folder, "two-processes")["step"] == 2
+
+
+def test_worker_processes_by_ray(folder: Path) -> None:
+    planned = run("Worker processes by Ray", folder)
+    assert "train[0]" in planned
+    last = last_step(folder, "ray")
+    assert last["step"] == 2
+    assert last["rollout/staleness_max"] <= 1
+    assert last["weight_sync/sent_mb"] > 0
+    assert (folder / "runs" / "ray" / "trace.json").is_file()

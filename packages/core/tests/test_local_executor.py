@@ -1,6 +1,7 @@
 """The local executor: alone, and in two processes that run the same program over gloo."""
 
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -175,6 +176,33 @@ def healthy_program() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def healthy(pool: RankPool) -> list[dict[str, Any]]:
     return pool.run(healthy_program)
+
+
+def closing_program() -> tuple[list[int], int]:
+    rank = start()
+    executor = LocalExecutor()
+    counts = [threads()]
+    for _ in range(2):
+        executor.barrier()
+        counts.append(threads())
+        executor.close()
+        counts.append(threads())
+    executor.close()
+    return counts, LocalExecutor().broadcast(rank)
+
+
+def threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_closed_executor_leaves_no_thread_behind_and_can_be_used_again(pool: RankPool) -> None:
+    """Such a thread may hold tensors of the last call, which the interpreter's exit does not survive."""
+    for counts, first in pool.run(closing_program):
+        before, open_, closed, *again = counts
+        assert before == closed < open_
+        assert again == [open_, closed]
+        assert first == 0
 
 
 def test_shard_gives_every_rank_all_results_in_order(healthy: list[dict[str, Any]]) -> None:

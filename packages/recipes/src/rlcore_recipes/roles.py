@@ -93,6 +93,7 @@ def open_executor(controller: ControllerSettings, roles: Sequence[str], out_dir:
         PlacementError: the processes do not fit into the cluster.
     """
     if controller.kind == "local":
+        stack.callback(processes.executor.close)
         return processes.executor
     try:
         from rlcore.controller.ray import RayExecutor

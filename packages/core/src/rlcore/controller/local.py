@@ -64,8 +64,8 @@ class LocalExecutor:
     @property
     def is_main(self) -> bool:
         """True on the rank that talks to the outside world: tracks, prints, writes single files."""
-        ranks = self._ranks()
-        return ranks is None or ranks.rank == 0
+        distributed = torch.distributed
+        return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
     def barrier(self, name: str = "barrier") -> None:
         """Wait for all ranks."""
@@ -154,8 +154,13 @@ class LocalExecutor:
         return []
 
     def close(self) -> None:
-        """Engines are closed by whoever built them."""
-        return
+        """End the threads that talk to the other ranks; engines are closed by whoever built them.
+
+        A rank that exits while such a thread still holds tensors of its last call dies of SIGABRT (torch 2.13).
+        """
+        met, self._met = self._met, None
+        if met is not None and torch.distributed.is_initialized() and met[0] is torch.distributed.group.WORLD:
+            met[1].close()
 
     def _ranks(self) -> Ranks | None:
         """The ranks of the present default process group; None without one, or alone in it."""

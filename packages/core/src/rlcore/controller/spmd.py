@@ -89,6 +89,11 @@ class Ranks:
         dist.broadcast(buffer, src=0, group=self._group)
         return pickle.loads(buffer.numpy().data)
 
+    def close(self) -> None:
+        """Leave; the others need not do so at the same time."""
+        dist.destroy_process_group(self._group)
+        del self._group  # the last reference: its threads end here
+
     def _meet(self, call: str, work: Callable[[], bytes]) -> tuple[bytes, list[int]]:
         """Do ``work`` and wait until all ranks did theirs: this rank's bytes, and how many each has.
 

@@ -1,0 +1,143 @@
+"""Settings of the Megatron training engine. Imports neither torch nor megatron."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from difflib import get_close_matches
+from typing import Any, Literal
+
+from pydantic import Field
+
+from rlcore.config import Config
+from rlcore_megatron import megatron_fields
+
+DType = Literal["float32", "bfloat16"]
+
+# Fields of Megatron's dataclasses that an own setting, the model or the engine decides, and which.
+_OURS: dict[str, dict[str, str]] = {
+    "transformer": {
+        "tensor_model_parallel_size": "tensor_parallel",
+        "pipeline_model_parallel_size": "pipeline_parallel",
+        "virtual_pipeline_model_parallel_size": "virtual_pipeline",
+        "context_parallel_size": "context_parallel",
+        "expert_model_parallel_size": "expert_parallel",
+        "expert_tensor_parallel_size": "expert_tensor_parallel",
+        "sequence_parallel": "sequence_parallel",
+        "params_dtype": "dtype",
+        "pipeline_dtype": "dtype",
+        "bf16": "dtype",
+        "fp16": "dtype",
+        "recompute_granularity": "recompute",
+        "use_cpu_initialization": "device",
+        "num_layers": "the model's config.json",
+        "hidden_size": "the model's config.json",
+        "num_attention_heads": "the model's config.json",
+        "num_query_groups": "the model's config.json",
+        "kv_channels": "the model's config.json",
+        "ffn_hidden_size": "the model's config.json",
+        "num_moe_experts": "the model's config.json",
+        "calculate_per_token_loss": "the objective, which sums over tokens itself",
+        "variable_seq_lengths": "the engine: packed rows differ in length",
+        "moe_aux_loss_coeff": "the objective: an auxiliary loss of the router is not part of it",
+        "finalize_model_grads_func": "the engine",
+        "grad_scale_func": "the engine",
+        "no_sync_func": "the engine",
+        "grad_sync_func": "the engine",
+        "param_sync_func": "the engine",
+        "hidden_dropout": "the engine: the policy that is trained must be the one that generated",
+        "attention_dropout": "the engine: the policy that is trained must be the one that generated",
+    },
+    "optimizer": {
+        "optimizer": "the engine (AdamW)",
+        "lr": "optim.lr",
+        "weight_decay": "optim.weight_decay",
+        "adam_beta1": "optim.betas",
+        "adam_beta2": "optim.betas",
+        "adam_eps": "optim.eps",
+        "clip_grad": "optim.clip_grad",
+        "bf16": "dtype",
+        "fp16": "dtype",
+        "params_dtype": "dtype",
+        "use_distributed_optimizer": "distributed_optimizer",
+    },
+    "ddp": {
+        "use_distributed_optimizer": "distributed_optimizer",
+        "average_in_collective": "the objective, whose gradients are summed",
+    },
+}
+
+
+class MegatronSettings(Config):
+    """How the model is divided over processes, and in which precision it computes."""
+
+    device: Literal["cpu", "cuda"] | None = Field(
+        None, description="Where to compute; null takes CUDA if there is one. The CPU is for tests and debugging."
+    )
+    tensor_parallel: int = Field(1, ge=1, description="Processes that share every layer's matrices.")
+    pipeline_parallel: int = Field(1, ge=1, description="Stages of consecutive layers, one after another.")
+    virtual_pipeline: int = Field(
+        1, ge=1, description="Chunks of layers per stage (interleaved 1F1B): smaller bubbles, more communication."
+    )
+    context_parallel: int = Field(1, ge=1, description="Processes that share every sequence's tokens.")
+    expert_parallel: int = Field(1, ge=1, description="Processes that share the experts of a mixture-of-experts layer.")
+    expert_tensor_parallel: int | None = Field(
+        None, ge=1, description="Processes that share every expert's matrices; null is tensor_parallel."
+    )
+    sequence_parallel: bool = Field(
+        False, description="Divide what lies between tensor-parallel matrices (norms, residuals) by tokens."
+    )
+    dtype: DType | None = Field(
+        None,
+        description="Precision of forward and backward; null is bfloat16 on CUDA and float32 on the CPU. The optimizer "
+        "updates float32 weights in any case.",
+    )
+    implementation: Literal["local", "transformer_engine"] | None = Field(
+        None, description="Layers of megatron-core itself, or of TransformerEngine; null takes the latter on CUDA."
+    )
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="Activations to compute again in backward: none, those of attention, or whole layers."
+    )
+    distributed_optimizer: bool = Field(
+        True, description="Divide fp32 weights and optimizer states over data-parallel processes."
+    )
+    offload_optimizer: bool = Field(False, description="Keep optimizer states in host memory between optimizer steps.")
+    logits_chunk: int | None = Field(
+        None, ge=1, description="Tokens whose logits exist at a time; null bounds the logits by memory instead."
+    )
+    transformer: dict[str, Any] = Field(
+        default_factory=dict, description="Any other field of megatron-core's TransformerConfig."
+    )
+    optimizer: dict[str, Any] = Field(
+        default_factory=dict, description="Any other field of megatron-core's OptimizerConfig."
+    )
+    ddp: dict[str, Any] = Field(
+        default_factory=dict, description="Any other field of megatron-core's DistributedDataParallelConfig."
+    )
+
+    @property
+    def model_parallel(self) -> int:
+        """Processes that hold one copy of the model."""
+        return self.tensor_parallel * self.pipeline_parallel * self.context_parallel
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.sequence_parallel and self.tensor_parallel == 1:
+            yield "sequence_parallel", "divides work among tensor-parallel processes, but tensor_parallel is 1"
+        if self.virtual_pipeline > 1 and self.pipeline_parallel == 1:
+            yield "virtual_pipeline", "divides pipeline stages into chunks, but pipeline_parallel is 1"
+        if self.expert_parallel > 1 and self.tensor_parallel > 1 and not self.sequence_parallel:
+            yield "sequence_parallel", "must be true where expert_parallel and tensor_parallel are both above 1"
+        for section in ("transformer", "optimizer", "ddp"):
+            for name in getattr(self, section):
+                if problem := _passthrough_problem(section, name):
+                    yield f"{section}.{name}", problem
+
+
+def _passthrough_problem(section: str, name: str) -> str | None:
+    if name in _OURS[section]:
+        return f"is decided by {_OURS[section][name]}"
+    known = megatron_fields.names(section)
+    if known is None or name in known:  # without megatron-core there is nothing to compare with; building needs it
+        return None
+    close = get_close_matches(name, known - _OURS[section].keys(), n=3)
+    hint = f"; did you mean {' or '.join(close)}?" if close else ""
+    return f"megatron-core's {megatron_fields.CLASSES[section]} has no such field{hint}"

@@ -1,0 +1,186 @@
+"""The model of this process: one `PackedGPT` per chunk of layers, empty until weights are loaded.
+
+Parameters have the names of megatron-core's `GPTModel` with its local layers (`rlcore_megatron.spec`). What is divided
+over tensor-parallel ranks says so by ``tensor_model_parallel`` and ``partition_dim``. The vocabulary is padded to a
+multiple of the tensor-parallel size; the padding's rows of the embedding and of the output layer are never read.
+A value or score head is ``output_layer.weight`` ``[1, hidden]`` and, where it has one, ``output_layer.bias`` ``[1]``,
+whole on every tensor-parallel rank of the last stage.
+
+Importing this module imports megatron-core: on the CPU `rlcore_megatron.cpu.install` must come first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from rlcore.engines import ForwardRequest
+from rlcore.engines.settings import Head
+from rlcore.errors import EngineError
+from rlcore_megatron.config import MegatronSettings
+from rlcore_megatron.logprobs import logprobs_and_entropy
+from rlcore_megatron.packing import PackedRow
+from rlcore_megatron.parallel import Parallel
+from rlcore_megatron.spec import block_spec
+
+
+class ScalarHead(nn.Module):
+    """One number per token. A new one is small, so that a new critic starts near zero everywhere."""
+
+    def __init__(self, hidden: int, bias: bool, dtype: torch.dtype, seed: int) -> None:
+        super().__init__()
+        weight = torch.randn(1, hidden, generator=torch.Generator().manual_seed(seed)) / (hidden + 1)
+        self.weight = nn.Parameter(weight.to(dtype))
+        self.bias = nn.Parameter(torch.zeros(1, dtype=dtype)) if bias else None
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """``[P]`` fp32 from ``[P, hidden]``."""
+        values = states.float() @ self.weight[0].float()
+        return values if self.bias is None else values + self.bias.float()
+
+
+class PackedGPT(GPTModel):  # type: ignore[misc]
+    """`GPTModel` on packed rows, whose last stage gives numbers per token instead of logits.
+
+    Attributes:
+        head: "policy", "value" or "score".
+        vocabulary: tokens, without padding.
+    """
+
+    head: Head
+    vocabulary: int
+    logits_chunk: int | None
+
+    def forward(self, row: PackedRow, request: ForwardRequest) -> torch.Tensor:
+        """Hidden states ``[T', 1, hidden]``, or from the last stage ``[outputs, P]`` fp32 in the order requested."""
+        hidden = super().forward(row.tokens, None, None, packed_seq_params=row.attention)
+        return self._outputs(hidden, row, request) if self.post_process else hidden
+
+    def _postprocess(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """In place of logits: the head comes in `forward`, in chunks."""
+        return hidden_states
+
+    def _outputs(self, hidden: torch.Tensor, row: PackedRow, request: ForwardRequest) -> torch.Tensor:
+        policy = self.head == "policy"
+        if self.config.sequence_parallel:
+            # Each rank has a gradient of its own for the policy's states, all the same for a scalar head's.
+            hidden = gather_from_sequence_parallel_region(hidden, policy, group=self.tp_group)
+        elif policy:
+            hidden = copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
+        states = hidden[:, 0].index_select(0, row.rows)
+        if not policy:
+            return self.output_layer(states)[None]  # type: ignore[no-any-return]
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        first = self.tp_group.rank() * len(weight)
+        columns = min(max(self.vocabulary - first, 0), len(weight))
+        logprobs, entropy = logprobs_and_entropy(
+            states,
+            weight if columns == len(weight) else weight[:columns],
+            row.targets,
+            first,
+            self.tp_group,
+            temperature=request.temperature,
+            chunk=self.logits_chunk,
+            with_entropy="entropy" in request.outputs,
+        )
+        outputs: dict[str, Any] = {"logprobs": logprobs, "entropy": entropy}
+        return torch.stack([outputs[name] for name in request.outputs])
+
+
+def transformer_config(
+    fields: dict[str, Any], settings: MegatronSettings, device: torch.device, dtype: torch.dtype
+) -> TransformerConfig:
+    """Megatron's configuration: ``fields`` of the model, the layout, and what the engine depends on.
+
+    Raises:
+        EngineError: Megatron does not accept the combination.
+    """
+    given: dict[str, Any] = {
+        "attention_softmax_in_fp32": True,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "apply_rope_fusion": False,
+        "persist_layer_norm": False,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_router_load_balancing_type": "none",
+        **fields,
+        **settings.transformer,
+    }
+    if settings.recompute == "full":
+        given = {"recompute_method": "uniform", "recompute_num_layers": 1} | given
+    given |= {
+        "tensor_model_parallel_size": settings.tensor_parallel,
+        "pipeline_model_parallel_size": settings.pipeline_parallel,
+        "virtual_pipeline_model_parallel_size": settings.virtual_pipeline if settings.virtual_pipeline > 1 else None,
+        "context_parallel_size": settings.context_parallel,
+        "expert_model_parallel_size": settings.expert_parallel,
+        "expert_tensor_parallel_size": settings.expert_tensor_parallel or settings.tensor_parallel,
+        "sequence_parallel": settings.sequence_parallel,
+        "recompute_granularity": None if settings.recompute == "none" else settings.recompute,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "moe_aux_loss_coeff": 0.0,
+        "variable_seq_lengths": True,  # packed rows differ in length
+        "calculate_per_token_loss": True,  # nothing is averaged: the objective's losses are summed
+        "use_cpu_initialization": device.type == "cpu",
+        "perform_initialization": False,
+    }
+    try:
+        return TransformerConfig(**given)
+    except (ValueError, AssertionError, TypeError) as error:
+        raise EngineError(f"megatron-core refuses the configuration: {error}") from error
+
+
+def build_modules(
+    hf_config: Any,
+    family: Any,
+    settings: MegatronSettings,
+    parallel: Parallel,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    head: Head = "policy",
+    head_bias: bool = False,
+    seed: int = 0,
+) -> list[PackedGPT]:
+    """This process's chunks, in the order of the interleaved schedule (one chunk without it).
+
+    Args:
+        head_bias: whether a scalar head has a bias; ``seed`` initialises it.
+    """
+    config = transformer_config(family.transformer_config(hf_config), settings, device, dtype)
+    arguments = dict(family.model_arguments(hf_config))
+    vocabulary = arguments.pop("vocab_size")
+    if head != "policy":
+        arguments["share_embeddings_and_output_weights"] = False
+    implementation = settings.implementation or ("transformer_engine" if device.type == "cuda" else "local")
+    chunks = []
+    for number in range(parallel.vpp):
+        stage = number if parallel.vpp > 1 else None
+        last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage)
+        model = PackedGPT(
+            config,
+            block_spec(config, implementation, stage),
+            vocab_size=-(-vocabulary // parallel.tp) * parallel.tp,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+            post_process=last,
+            vp_stage=stage,
+            **arguments,
+        )
+        model.head, model.vocabulary, model.logits_chunk = head, vocabulary, settings.logits_chunk
+        if last and head != "policy":
+            model.output_layer = ScalarHead(config.hidden_size, head_bias, dtype, seed)
+        chunks.append(model.to(device).eval())
+    return chunks

@@ -1,0 +1,110 @@
+"""Packed rows: one sequence after another, divided over context-parallel ranks, and where predictions belong.
+
+Without context parallelism a row is the sequences themselves. With it, every sequence is padded to a multiple of
+``2 · cp`` tokens and cut into ``2 · cp`` chunks, of which rank *r* works on chunks *r* and ``2 · cp − 1 − r``: early
+tokens see little, late ones much, and so every rank gets as much attention to compute. Under sequence parallelism a
+filler sequence makes the tokens of a rank divisible among its tensor-parallel ranks. Padding stands after the tokens of
+its sequence, where causal attention keeps it from having any effect; nothing is predicted from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from rlcore.batch import Batch, predicted_positions
+from rlcore.engines.settings import Head
+from rlcore_megatron.parallel import Parallel
+
+if TYPE_CHECKING:
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """What one forward pass works on, on its device.
+
+    Attributes:
+        tokens: ``[1, T / cp]`` int64, this context-parallel rank's part of the row.
+        attention: the sequences' boundaries in the whole padded row.
+        rows: ``[P]`` int64, the states of this rank's part from which something is predicted.
+        columns: ``[P]`` int64, the places of these predictions among the micro-batch's own ``total`` tokens.
+        targets: ``[P]`` int64, the tokens there.
+        total: tokens of the micro-batch, without padding.
+    """
+
+    tokens: torch.Tensor
+    attention: PackedSeqParams
+    rows: torch.Tensor
+    columns: torch.Tensor
+    targets: torch.Tensor
+    total: int
+
+
+def pack(micro: Batch, head: Head, parallel: Parallel, sequence_parallel: bool, device: torch.device) -> PackedRow:
+    """The packed row of a micro-batch on the CPU; of one unpredicted token if it is empty."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    mask = micro.flat("loss_mask") if "loss_mask" in micro else None
+    tokens, total = micro.flat("tokens"), micro.total_tokens
+    if head == "score" and mask is not None:
+        columns = mask.nonzero().squeeze(-1)
+    else:
+        columns = predicted_positions(micro.lengths, mask)
+    lengths = [length for length in micro.lengths.tolist() if length]
+    padded = _padded_lengths(lengths, parallel, sequence_parallel)
+    starts = torch.tensor([0, *padded]).cumsum(0)
+    # the place of every token in the padded row
+    sequence = torch.repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
+    first = torch.tensor([0, *lengths]).cumsum(0)
+    place = torch.arange(total) - first[sequence] + starts[sequence]
+    row = torch.zeros(int(starts[-1]), dtype=torch.int64)
+    row[place] = tokens
+    states = place[columns] if head == "score" else place[columns] - 1
+    if parallel.cp > 1:
+        local = _chunks_of_rank(padded, parallel.cp, parallel.cp_rank)
+        index = torch.full((len(row),), -1)
+        index[local] = torch.arange(len(local))
+        states, row = index[states], row[local]
+        columns, states = columns[states >= 0], states[states >= 0]
+    boundaries = starts.to(device, torch.int32)
+    attention = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=boundaries,
+        cu_seqlens_kv=boundaries,
+        cu_seqlens_q_padded=boundaries if parallel.cp > 1 else None,
+        cu_seqlens_kv_padded=boundaries if parallel.cp > 1 else None,
+        max_seqlen_q=max(padded),
+        max_seqlen_kv=max(padded),
+    )
+    return PackedRow(
+        row[None].to(device), attention, states.to(device), columns.to(device), tokens[columns].to(device), total
+    )
+
+
+def _padded_lengths(lengths: list[int], parallel: Parallel, sequence_parallel: bool) -> list[int]:
+    unit = 2 * parallel.cp if parallel.cp > 1 else 1
+    padded = [-(-length // unit) * unit for length in lengths]
+    divisor = parallel.cp * (parallel.tp if sequence_parallel else 1)
+    filler = 0 if padded else unit
+    while (sum(padded) + filler) % divisor:
+        filler += unit
+    return [*padded, filler] if filler else padded
+
+
+def _chunks_of_rank(lengths: list[int], cp: int, rank: int) -> torch.Tensor:
+    """Places in the padded row of the tokens that context-parallel ``rank`` works on."""
+    parts, start = [], 0
+    for length in lengths:
+        chunk = length // (2 * cp)
+        for number in (rank, 2 * cp - 1 - rank):
+            parts.append(torch.arange(start + number * chunk, start + (number + 1) * chunk))
+        start += length
+    return torch.cat(parts)
+
+
+def gathered_order(lengths: list[int], cp: int) -> torch.Tensor:
+    """For every place in the padded row, where it stands among the parts of all ranks, one part after another."""
+    return torch.cat([_chunks_of_rank(lengths, cp, rank) for rank in range(cp)]).argsort()

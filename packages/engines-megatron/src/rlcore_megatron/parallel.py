@@ -1,0 +1,196 @@
+"""Which part of the model and of the data this process works on."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from rlcore.errors import EngineError
+from rlcore_megatron.config import MegatronSettings
+
+_ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """Sizes, ranks and process groups of every kind of parallelism.
+
+    Attributes:
+        tp: tensor parallel: columns or rows of every matrix, and of the vocabulary.
+        pp: pipeline parallel: consecutive layers. ``vpp`` chunks of layers per stage (1: not interleaved).
+        cp: context parallel: tokens of every sequence.
+        ep: expert parallel: experts of a layer; their matrices are divided by ``etp``, not ``tp``.
+        dp: data parallel: copies of the (dense part of the) model with samples of their own.
+        world: all processes, ``tp · pp · cp · dp``.
+    """
+
+    tp: int
+    pp: int
+    vpp: int
+    cp: int
+    ep: int
+    etp: int
+    dp: int
+    world: int
+    rank: int
+    tp_rank: int
+    pp_rank: int
+    cp_rank: int
+    ep_rank: int
+    etp_rank: int
+    dp_rank: int
+    tp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    cp_group: dist.ProcessGroup
+    ep_group: dist.ProcessGroup
+    etp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+    dp_cp_group: dist.ProcessGroup
+    expert_dp_group: dist.ProcessGroup
+
+    @property
+    def first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def last_stage(self) -> bool:
+        return self.pp_rank == self.pp - 1
+
+    @property
+    def last_stage_rank(self) -> int:
+        """The process that holds the last stage of this process's pipeline, in the numbering of all processes."""
+        return dist.get_global_rank(self.pp_group, self.pp - 1)
+
+
+# Megatron keeps one layout per process; it lives as long as an engine that was built on it.
+_layout: tuple[int, ...] | None = None
+_users: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def choose_device(requested: str | None) -> torch.device:
+    """CUDA by ``LOCAL_RANK`` or the CPU; CUDA if there is one where nothing is requested."""
+    kind = requested or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise EngineError("device is cuda but torch finds no CUDA device here; set device to cpu or null")
+    index = int(os.environ.get("LOCAL_RANK", 0))
+    if index >= torch.cuda.device_count():
+        raise EngineError(f"LOCAL_RANK is {index} but only {torch.cuda.device_count()} CUDA devices are visible")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def join_processes(device: torch.device) -> int:
+    """The world size, after joining the process group that ``torchrun``'s environment describes.
+
+    Megatron needs a process group in a single process too, which then gets one of its own.
+    """
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        if all(name in os.environ for name in _ENVIRONMENT) and int(os.environ["WORLD_SIZE"]) > 1:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        # gloo's threads must not outlive the interpreter, which would abort
+        atexit.register(_leave_processes)
+    return dist.get_world_size()
+
+
+def _leave_processes() -> None:
+    from megatron.core import parallel_state
+
+    if dist.is_initialized():
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def initialize(settings: MegatronSettings) -> Parallel:
+    """Divide the processes of the default group as ``settings`` say; collective.
+
+    All engines of a process share one layout; `hold` says how long it is in use.
+
+    Raises:
+        EngineError: another engine of this process is using another layout.
+    """
+    global _layout
+    from megatron.core import parallel_state, tensor_parallel
+
+    wanted = (
+        dist.get_world_size(),
+        settings.tensor_parallel,
+        settings.pipeline_parallel,
+        settings.virtual_pipeline,
+        settings.context_parallel,
+        settings.expert_parallel,
+        settings.expert_tensor_parallel or settings.tensor_parallel,
+    )
+    if parallel_state.model_parallel_is_initialized() and _layout != wanted:
+        if _users:
+            raise EngineError(
+                "engines of one process must be divided alike: another megatron engine here has tensor, pipeline, "
+                f"virtual-pipeline, context, expert and expert-tensor sizes {_layout and _layout[1:]}, this one "
+                f"{wanted[1:]}"
+            )
+        parallel_state.destroy_model_parallel()
+    if not parallel_state.model_parallel_is_initialized():
+        _, tp, pp, vpp, cp, ep, etp = wanted
+        parallel_state.initialize_model_parallel(
+            tp,
+            pp,
+            virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
+            context_parallel_size=cp,
+            expert_model_parallel_size=ep,
+            expert_tensor_parallel_size=etp,
+            create_gloo_process_groups=False,
+        )
+        # without dropout nothing is drawn from it, but recomputation wants the tracker to be there
+        tensor_parallel.model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
+        _layout = wanted
+    return _current(settings)
+
+
+def hold(user: Any) -> None:
+    """Keep the present layout until ``user`` is collected, or calls `release`."""
+    _users.add(user)
+
+
+def release(user: Any) -> None:
+    _users.discard(user)
+
+
+def _current(settings: MegatronSettings) -> Parallel:
+    from megatron.core import parallel_state as state
+
+    return Parallel(
+        tp=settings.tensor_parallel,
+        pp=settings.pipeline_parallel,
+        vpp=settings.virtual_pipeline,
+        cp=settings.context_parallel,
+        ep=settings.expert_parallel,
+        etp=settings.expert_tensor_parallel or settings.tensor_parallel,
+        dp=state.get_data_parallel_world_size(),
+        world=dist.get_world_size(),
+        rank=dist.get_rank(),
+        tp_rank=state.get_tensor_model_parallel_rank(),
+        pp_rank=state.get_pipeline_model_parallel_rank(),
+        cp_rank=state.get_context_parallel_rank(),
+        ep_rank=state.get_expert_model_parallel_rank(),
+        etp_rank=state.get_expert_tensor_parallel_rank(),
+        dp_rank=state.get_data_parallel_rank(),
+        tp_group=state.get_tensor_model_parallel_group(),
+        pp_group=state.get_pipeline_model_parallel_group(),
+        cp_group=state.get_context_parallel_group(),
+        ep_group=state.get_expert_model_parallel_group(),
+        etp_group=state.get_expert_tensor_parallel_group(),
+        dp_group=state.get_data_parallel_group(),
+        dp_cp_group=state.get_data_parallel_group(with_context_parallel=True),
+        expert_dp_group=state.get_expert_data_parallel_group(),
+    )

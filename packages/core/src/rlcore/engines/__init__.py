@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rlcore.engines.replicas import Replicas
     from rlcore.engines.reward import Reward, RewardResult, RewardSample
     from rlcore.engines.rollout import Completion, GenerationRequest, RolloutEngine, SamplingParams
     from rlcore.engines.settings import (
@@ -27,6 +28,7 @@ _HOMES = {
     "ModelSettings": "settings",
     "Objective": "train",
     "OptimSettings": "settings",
+    "Replicas": "replicas",
     "Reward": "reward",
     "RewardResult": "reward",
     "RewardSample": "reward",
@@ -48,6 +50,7 @@ __all__ = [
     "ModelSettings",
     "Objective",
     "OptimSettings",
+    "Replicas",
     "Reward",
     "RewardResult",
     "RewardSample",

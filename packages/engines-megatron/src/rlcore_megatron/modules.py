@@ -16,7 +16,14 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
@@ -182,5 +189,18 @@ def build_modules(
         model.head, model.vocabulary, model.logits_chunk = head, vocabulary, settings.logits_chunk
         if last and head != "policy":
             model.output_layer = ScalarHead(config.hidden_size, head_bias, dtype, seed)
+        _mark_divided(model)
         chunks.append(model.to(device).eval())
     return chunks
+
+
+def _mark_divided(model: nn.Module) -> None:
+    """Say which weights are divided: Megatron does so only where it initialises them.
+
+    Without the mark a weight counts once in the gradient norm, whatever its parts are.
+    """
+    for module in model.modules():
+        dimension = 1 if isinstance(module, RowParallelLinear) else 0
+        divided = isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding)
+        if divided and module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(module.weight, True, dimension, 1)

@@ -99,8 +99,8 @@ def _chunks_of_rank(lengths: list[int], cp: int, rank: int) -> torch.Tensor:
     parts, start = [], 0
     for length in lengths:
         chunk = length // (2 * cp)
-        for number in (rank, 2 * cp - 1 - rank):
-            parts.append(torch.arange(start + number * chunk, start + (number + 1) * chunk))
+        first, last = start + rank * chunk, start + (2 * cp - 1 - rank) * chunk
+        parts += [torch.arange(first, first + chunk), torch.arange(last, last + chunk)]
         start += length
     return torch.cat(parts)
 

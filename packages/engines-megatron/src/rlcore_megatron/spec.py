@@ -7,6 +7,7 @@ whose weight says that its gradient is partial.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
     ) -> torch.Tensor:
         """``[T, heads · channels]``; ``query`` is ``[T, heads, channels]``, ``key`` and ``value`` have fewer heads."""
         boundaries = packed_seq_params.cu_seqlens_q.tolist()
-        lengths = [stop - start for start, stop in zip(boundaries, boundaries[1:])]
+        lengths = [stop - start for start, stop in pairwise(boundaries)]
         cp, rank = self._cp_group.size(), self._cp_group.rank()
         if cp == 1:
             parts = [

@@ -1,0 +1,141 @@
+"""Megatron's data parallelism and AdamW around the model's chunks, and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+from rlcore.engines import OptimSettings
+from rlcore.errors import EngineError
+from rlcore_megatron.config import MegatronSettings
+from rlcore_megatron.modules import PackedGPT
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Optimization:
+    """What turns gradients into new weights.
+
+    Attributes:
+        chunks: the model's chunks, wrapped so that their gradients gather in buffers which are summed over ranks.
+        optimizer: Megatron's, one after another for dense weights and experts.
+    """
+
+    def __init__(self, modules: Sequence[PackedGPT], settings: MegatronSettings, optim: OptimSettings) -> None:
+        if optim.schedule != "constant" and optim.total_steps is None:
+            raise EngineError(f"optim.schedule {optim.schedule!r} needs optim.total_steps, the length of the schedule")
+        self._optim = optim
+        config = modules[0].config
+        try:
+            ddp = DistributedDataParallelConfig(
+                **{"grad_reduce_in_fp32": True, **settings.ddp},
+                use_distributed_optimizer=settings.distributed_optimizer,
+            )
+            self.chunks = [
+                DistributedDataParallel(config, ddp, module, disable_bucketing=number > 0)
+                for number, module in enumerate(modules)
+            ]
+            self.optimizer = get_megatron_optimizer(
+                OptimizerConfig(
+                    **settings.optimizer,
+                    optimizer="adam",
+                    lr=optim.lr,
+                    min_lr=0.0,
+                    weight_decay=optim.weight_decay,
+                    adam_beta1=optim.betas[0],
+                    adam_beta2=optim.betas[1],
+                    adam_eps=optim.eps,
+                    clip_grad=0.0,  # `step` clips, once it knows that the norm is finite
+                    bf16=config.bf16,
+                    params_dtype=config.params_dtype,
+                    use_distributed_optimizer=settings.distributed_optimizer,
+                ),
+                self.chunks,
+                use_gloo_process_groups=False,
+            )
+        except (ValueError, AssertionError, TypeError) as error:
+            raise EngineError(f"megatron-core refuses the optimizer's configuration: {error}") from error
+        config.finalize_model_grads_func = _sum_gradients
+        if ddp.overlap_grad_reduce:
+            syncs = [chunk.no_sync for chunk in self.chunks]
+            config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
+        self.clear_gradients()
+
+    def clear_gradients(self) -> None:
+        """Drop what backward passes have left."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def gradient_norm(self) -> float:
+        """Of all gradients, which are complete; the same on all ranks."""
+        self.optimizer.prepare_grads()
+        return float(self.optimizer.get_grad_norm())
+
+    @torch.no_grad()
+    def step(self, norm: float, lr: float) -> None:
+        """Clip the gradients, whose norm is ``norm``, and step."""
+        for optimizer in self.parts():
+            if self._optim.clip_grad is not None:
+                clip_grad_by_total_norm_fp32(
+                    optimizer.get_parameters(),
+                    self._optim.clip_grad,
+                    norm,
+                    optimizer.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+                )
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["lr_mult"]
+        self.optimizer.step_with_ready_grads()
+
+    def parts(self) -> list[Any]:
+        """Megatron's optimizers on this rank that have parameters."""
+        every = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+        return [optimizer for optimizer in every if not getattr(optimizer, "is_stub_optimizer", False)]
+
+    def gradient_buffers(self) -> Iterator[torch.Tensor]:
+        for chunk in self.chunks:
+            for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+                yield buffer.grad_data
+
+    def states(self) -> Iterator[torch.Tensor]:
+        """Moments, and fp32 weights where the model's are not fp32."""
+        model = {id(p) for chunk in self.chunks for p in chunk.parameters()}
+        storages = {p.untyped_storage().data_ptr() for chunk in self.chunks for p in chunk.parameters()}
+        for part in self.parts():
+            for parameter in part.get_parameters():
+                if id(parameter) not in model and parameter.untyped_storage().data_ptr() not in storages:
+                    yield parameter.data
+                yield from (state for state in part.optimizer.state[parameter].values() if state.dim())
+
+
+def _sum_gradients(chunks: Sequence[Any], num_tokens: Any, **kwargs: Any) -> None:
+    """Megatron's own, without its division by tokens: the objective has divided already."""
+    finalize_model_grads(chunks, None, **kwargs)
+
+
+def learning_rate(step: int, settings: OptimSettings) -> float:
+    """The rate of optimizer step ``step`` (from 0).
+
+    It rises linearly to the peak at step ``warmup_steps - 1``, and falls from there so that ``min_lr_ratio`` would be
+    reached at step ``total_steps``.
+    """
+    if step < settings.warmup_steps:
+        return settings.lr * (step + 1) / settings.warmup_steps
+    if settings.schedule == "constant":
+        return settings.lr
+    assert settings.total_steps is not None
+    length = max(1, settings.total_steps - settings.warmup_steps)
+    progress = min(1.0, (step - settings.warmup_steps) / length)
+    fall = 1 - progress if settings.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return settings.lr * (settings.min_lr_ratio + (1 - settings.min_lr_ratio) * fall)

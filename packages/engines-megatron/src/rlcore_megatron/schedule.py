@@ -1,0 +1,111 @@
+"""Micro-batches through Megatron's pipeline schedules: one stage, 1F1B, or interleaved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
+
+from rlcore.batch import Batch
+from rlcore.engines import ForwardRequest, Objective
+from rlcore.engines.settings import Head
+from rlcore.metrics import Metrics
+from rlcore_megatron.packing import PackedRow, pack
+from rlcore_megatron.parallel import Parallel
+
+Columns = dict[str, torch.Tensor]
+
+
+class Pipeline:
+    """This process's chunks of the model in Megatron's schedule.
+
+    Args:
+        chunks: `PackedGPT`s, bare or wrapped for training.
+    """
+
+    def __init__(
+        self, chunks: Sequence[Any], head: Head, parallel: Parallel, sequence_parallel: bool, device: torch.device
+    ) -> None:
+        self._chunks = list(chunks)
+        self._head = head
+        self._parallel = parallel
+        self._sequence_parallel = sequence_parallel
+        self._device = device
+
+    def outputs(self, micro_batches: Sequence[Batch], request: ForwardRequest) -> list[Columns]:
+        """The requested columns ``[T]`` of every micro-batch on the last stage, on its device; nothing on the others.
+
+        Args:
+            micro_batches: on the CPU; as many on all ranks, and empty ones too.
+        """
+
+        def collect(row: PackedRow, outputs: torch.Tensor, non_loss_data: bool) -> Columns:
+            return self._columns(row, outputs, request)
+
+        return self._run(micro_batches, request, lambda micro, row: partial(collect, row), forward_only=True)
+
+    def gradients(
+        self, micro_batches: Sequence[Batch], objective: Objective, denominators: dict[str, float]
+    ) -> tuple[Metrics, Exception | None]:
+        """Add the gradients of the objective to the buffers, and sum them over ranks.
+
+        Returns:
+            the objective's metrics on the last stage, empty ones on the others; and an error of the objective's, after
+            which the gradients mean nothing. It is not raised here because the other stages wait for this one.
+        """
+        request = objective.request
+        metrics: list[Metrics] = []
+        errors: list[Exception] = []
+        nothing = torch.zeros((), dtype=torch.int, device=self._device)
+
+        def loss(micro: Batch, row: PackedRow, outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
+            if len(micro) and not errors:
+                try:
+                    columns = self._columns(row, outputs, request)
+                    value, measured = objective.loss(columns, micro.to(self._device), denominators)
+                    metrics.append(measured)
+                    return value, nothing, None
+                except Exception as error:
+                    errors.append(error)
+            return outputs.sum() * 0.0, nothing, None
+
+        self._run(micro_batches, request, lambda micro, row: partial(loss, micro, row), forward_only=False)
+        return Metrics.merge(metrics), errors[0] if errors else None
+
+    def _run(
+        self,
+        micro_batches: Sequence[Batch],
+        request: ForwardRequest,
+        loss: Callable[[Batch, PackedRow], Callable[..., Any]],
+        *,
+        forward_only: bool,
+    ) -> list[Any]:
+        def step(iterator: Any, model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
+            micro = next(iterator)
+            row = pack(micro, self._head, self._parallel, self._sequence_parallel, self._device)
+            return model(row, request), loss(micro, row)
+
+        several = len(self._chunks) > 1
+        iterators = [iter(micro_batches) for _ in self._chunks]
+        results: list[Any] = get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=iterators if several else iterators[0],
+            model=self._chunks if several else self._chunks[0],
+            num_microbatches=len(micro_batches),
+            seq_length=1,  # shapes travel with the tensors
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+        return results
+
+    def _columns(self, row: PackedRow, outputs: torch.Tensor, request: ForwardRequest) -> Columns:
+        """Outputs ``[outputs, P]`` at the row's columns as columns ``[T]`` that are 0 elsewhere."""
+        full = outputs.new_zeros(len(outputs), row.total).index_copy(1, row.columns, outputs)
+        if self._parallel.cp > 1:  # every rank knows those of its own tokens
+            full = reduce_from_tensor_model_parallel_region(full, group=self._parallel.cp_group)
+        return dict(zip(request.outputs, full.unbind(0)))

@@ -1,0 +1,254 @@
+"""`MegatronEngine`: megatron-core behind the contract of `TrainEngine`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from rlcore.batch import Batch, Jagged, micro_batches
+from rlcore.engines import ForwardRequest, Objective, TrainEngine, TrainEngineSpec, WeightBucket
+from rlcore.engines.train import Part
+from rlcore.errors import EngineError
+from rlcore.metrics import Metrics
+from rlcore_megatron import parallel as layouts
+from rlcore_megatron import weights
+from rlcore_megatron.config import MegatronSettings
+from rlcore_megatron.families import family_of
+from rlcore_megatron.layout import check_layout
+from rlcore_megatron.memory import Parked
+from rlcore_megatron.model_files import find_model, has_tensor
+from rlcore_megatron.modules import build_modules
+from rlcore_megatron.optimizer import Optimization, learning_rate
+from rlcore_megatron.schedule import Pipeline
+
+_PARTS: tuple[Part, ...] = ("params", "optimizer")
+
+
+class MegatronEngine(TrainEngine):
+    """See `TrainEngine` for the contract.
+
+    Data-parallel ranks are copies of the model: all tensor-, pipeline- and context-parallel ranks of a copy are called
+    with the same samples, and return the same.
+
+    Attributes:
+        modules: this process's chunks of the model.
+        step_count: grows by one whenever weights change.
+    """
+
+    def __init__(self, spec: TrainEngineSpec, settings: MegatronSettings, device: torch.device) -> None:
+        self.spec = spec
+        self.settings = settings
+        self._device = device
+        self.folder, self.hf_config = find_model(spec.model)
+        self.family = family_of(self.hf_config)
+        world = layouts.join_processes(device)
+        check_layout(settings, self.family.transformer_config(self.hf_config), world, spec.model.path)
+        self.parallel = layouts.initialize(settings)
+        layouts.hold(self)
+        default = "bfloat16" if device.type == "cuda" else "float32"
+        self.dtype: torch.dtype = getattr(torch, settings.dtype or default)
+        self.modules = build_modules(
+            self.hf_config,
+            self.family,
+            settings,
+            self.parallel,
+            device=device,
+            dtype=self.dtype,
+            head=spec.head,
+            head_bias=spec.head == "value" or (spec.head == "score" and has_tensor(self.folder, "score.bias")),
+            seed=spec.seed,
+        )
+        weights.load_pretrained(self.modules, self.family, self.hf_config, self.folder, self.parallel)
+        self._optimization = Optimization(self.modules, settings, spec.optim) if spec.optim else None
+        chunks: list[nn.Module] = self._optimization.chunks if self._optimization else list(self.modules)
+        if self._optimization is None:
+            for chunk in chunks:
+                chunk.requires_grad_(False)
+        self._pipeline = Pipeline(chunks, spec.head, self.parallel, settings.sequence_parallel, device)
+        self._schedule_step = 0
+        self._parked: dict[Part, list[Parked]] = {}
+        self.step_count = 0
+
+    @property
+    def dp_rank(self) -> int:
+        return self.parallel.dp_rank
+
+    @property
+    def dp_size(self) -> int:
+        return self.parallel.dp
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    # --- computing -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def forward(self, batch: Batch, request: ForwardRequest) -> Batch:
+        self._check(batch, request)
+        self.onload("params")
+        batch = batch.select(*(name for name in ("tokens", "loss_mask") if name in batch))
+        divided = self._micro_batches(batch)
+        results = self._pipeline.outputs([batch.take(members) for members in divided], request)
+        order = [index for members in divided for index in members]
+        lengths = batch.lengths[order]
+        names = request.outputs
+        if self.parallel.last_stage:
+            together = torch.stack([torch.cat([columns[name] for columns in results]) for name in names]).float()
+        else:
+            together = torch.empty(len(names), int(lengths.sum()), device=self._device)
+        if self.parallel.pp > 1:
+            dist.broadcast(together, self.parallel.last_stage_rank, group=self.parallel.pp_group)
+        columns = {name: Jagged(values, lengths) for name, values in zip(names, together.cpu().unbind(0))}
+        return Batch(columns).take(torch.tensor(order, dtype=torch.int64).argsort())
+
+    def train(self, batch: Batch, objective: Objective) -> Metrics:
+        optimization = self._optimization
+        if optimization is None or self.spec.optim is None:
+            raise EngineError("this engine was built without an optimizer (a frozen model) and cannot train")
+        self._check(batch, objective.request)
+        self.onload("params")
+        denominators = self._summed(objective.denominators(batch))
+        divided = [batch.take(members) for members in self._micro_batches(batch)]
+        try:
+            with _training(self.modules, self.settings.recompute != "none"):
+                metrics, error = self._pipeline.gradients(divided, objective, denominators)
+            metrics = self._agree(metrics, error)
+            self._step(optimization, metrics)
+        except BaseException:
+            optimization.clear_gradients()
+            raise
+        return metrics
+
+    def _check(self, batch: Batch, request: ForwardRequest) -> None:
+        head = self.spec.head
+        known = {"logprobs", "entropy"} if head == "policy" else {"values"}
+        for name in request.outputs:
+            if name not in known:
+                raise EngineError(f"a {head} head gives {' and '.join(sorted(known))}, not {name}")
+        if request.temperature <= 0:
+            raise EngineError(f"temperature must be positive, not {request.temperature}")
+        tokens, size = batch.flat("tokens"), self.modules[0].vocabulary
+        if len(tokens) and (int(tokens.min()) < 0 or int(tokens.max()) >= size):
+            raise EngineError(
+                f"tokens from {int(tokens.min())} to {int(tokens.max())} do not fit the vocabulary of {size} of "
+                f"{self.spec.model.path!r}; does the tokenizer belong to the model?"
+            )
+
+    def _micro_batches(self, batch: Batch) -> list[list[int]]:
+        """Indices per micro-batch; as many micro-batches on every rank, empty ones where there is less to do."""
+        divided = micro_batches(batch.lengths.tolist(), self.spec.max_tokens)
+        most = torch.tensor(max(1, len(divided)), device=self._device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.parallel.dp_group)
+        count = int(most)
+        if self.parallel.vpp > 1:  # the interleaved schedule goes round the stages
+            count = -(-count // self.parallel.pp) * self.parallel.pp
+        return divided + [[] for _ in range(count - len(divided))]
+
+    def _summed(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Each value summed over data-parallel ranks; every rank gives the same keys."""
+        names = sorted(values)
+        total = torch.tensor([float(values[name]) for name in names], dtype=torch.float64, device=self._device)
+        dist.all_reduce(total, group=self.parallel.dp_group)
+        return dict(zip(names, total.tolist()))
+
+    def _agree(self, metrics: Metrics, error: Exception | None) -> Metrics:
+        """The last stage's metrics on all stages, or on all ranks the error of any."""
+        if self.parallel.pp > 1:
+            box: list[Any] = [(metrics, error and f"{type(error).__name__}: {error}")]
+            dist.broadcast_object_list(
+                box, self.parallel.last_stage_rank, group=self.parallel.pp_group, device=self._device
+            )
+            metrics, message = box[0]
+        else:
+            message = error and f"{type(error).__name__}: {error}"
+        failed = torch.tensor(float(message is not None), device=self._device)
+        dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+        if error is not None:
+            raise error
+        if float(failed):
+            raise EngineError(f"the objective failed on another rank: {message or 'see its traceback'}")
+        return metrics
+
+    def _step(self, optimization: Optimization, metrics: Metrics) -> None:
+        assert self.spec.optim is not None
+        norm = optimization.gradient_norm()
+        finite = math.isfinite(norm)
+        lr = learning_rate(self._schedule_step, self.spec.optim)
+        if finite:
+            self.onload("optimizer")
+            optimization.step(norm, lr)
+            if self.settings.offload_optimizer:
+                self.offload("optimizer")
+            self.step_count += 1
+        optimization.clear_gradients()
+        self._schedule_step += 1
+        # The same on every rank, whose metrics are merged.
+        metrics.max("grad_norm", norm)
+        metrics.max("lr", lr)
+        metrics.max("skipped_steps", float(not finite))
+
+    # --- weights -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def export_weights(self, bucket_bytes: int = 512 << 20) -> Iterator[WeightBucket]:
+        """See `TrainEngine`; tensors have compute precision and exist on every rank."""
+        self.onload("params")
+        yield from weights.export(self.modules, self.family, self.hf_config, self.parallel, bucket_bytes)
+
+    @torch.no_grad()
+    def save_pretrained(self, path: Path) -> None:
+        raise NotImplementedError
+
+    def save(self, path: Path) -> None:
+        raise NotImplementedError
+
+    def load(self, path: Path) -> None:
+        raise NotImplementedError
+
+    # --- memory --------------------------------------------------------------------------------------------------
+
+    def offload(self, *parts: Part) -> None:
+        """See `TrainEngine`. On the CPU, host memory is the device: nothing moves."""
+        if self._device.type == "cpu":
+            return
+        for part in parts or _PARTS:
+            if part in self._parked:
+                continue
+            if part == "params":
+                self._parked[part] = [Parked(p.data for module in self.modules for p in module.parameters())]
+                if self._optimization is not None:
+                    self._parked[part].append(Parked(self._optimization.gradient_buffers(), keep=False))
+            else:
+                self._parked[part] = [Parked(self._optimization.states())] if self._optimization else []
+        torch.cuda.empty_cache()  # others on this GPU (rollout engines) need the memory
+
+    def onload(self, *parts: Part) -> None:
+        for part in parts or _PARTS:
+            for parked in self._parked.pop(part, []):
+                parked.restore()
+
+    def close(self) -> None:
+        """See `TrainEngine`; another engine of this process may then divide the processes in another way."""
+        layouts.release(self)
+
+
+class _training:
+    """Let layers recompute activations, which they do in training mode only; there is no dropout to fear."""
+
+    def __init__(self, modules: list[Any], recompute: bool) -> None:
+        self._modules = modules if recompute else []
+
+    def __enter__(self) -> None:
+        for module in self._modules:
+            module.train()
+
+    def __exit__(self, *_: object) -> None:
+        for module in self._modules:
+            module.eval()

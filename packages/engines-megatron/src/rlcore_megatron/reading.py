@@ -10,41 +10,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers.utils.hub import cached_file
 
-from rlcore.engines.settings import names_a_folder
 from rlcore.errors import EngineError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-
-
-def locate(model: str) -> Path:
-    """The folder of a model, whose weights are fetched from the Hub if it is no folder here.
-
-    Raises:
-        EngineError: there are no weights in safetensors format, here or on the Hub.
-    """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        if not (folder / INDEX).is_file() and not (folder / SINGLE).is_file():
-            raise EngineError(f"model folder {folder} has no weights ({SINGLE} or {INDEX})")
-        return folder
-    if names_a_folder(model):
-        raise EngineError(f"model folder {folder} does not exist")
-    try:
-        index = cached_file(model, INDEX)
-    except OSError:
-        index = None  # a small model, in one file
-    try:
-        if index is None:
-            return Path(_fetched(model, SINGLE)).parent
-        for file in sorted(set(_index(Path(index)).values())):
-            _fetched(model, file)
-        return Path(index).parent
-    except OSError as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise EngineError(f"model {model!r} is no folder here and cannot be fetched from the Hub: {reason}") from error
 
 
 class Checkpoint:
@@ -87,7 +57,8 @@ class Checkpoint:
         if name not in self._open:
             path = self.folder / name
             if not path.is_file():
-                raise EngineError(f"model folder {self.folder} has no {name}, which its {INDEX} names")
+                named = f", which its {INDEX} names" if (self.folder / INDEX).is_file() else f" and no {INDEX}"
+                raise EngineError(f"model folder {self.folder} has no {name}{named}")
             try:
                 self._open[name] = safe_open(path, "pt")
             except (OSError, SafetensorError) as error:
@@ -109,10 +80,3 @@ def _index(path: Path) -> dict[str, str]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EngineError(f"{path} is no index of weights: {error}") from error
     return dict(files)
-
-
-def _fetched(model: str, file: str) -> str:
-    path = cached_file(model, file)
-    if path is None:
-        raise OSError(f"it has no {file}")
-    return str(path)

@@ -23,7 +23,7 @@ from rlcore_megatron import router
 from rlcore_megatron.families.family import EMBEDDING, LM_HEAD, SCORE, Family, Named
 from rlcore_megatron.families.weight import Weight, share_shape, view
 from rlcore_megatron.parallel import Parallel
-from rlcore_megatron.reading import Checkpoint, locate
+from rlcore_megatron.reading import Checkpoint
 
 LISTED = 10
 """Most problems of a checkpoint that an error lists."""
@@ -69,7 +69,7 @@ def load_pretrained(
     folder: str | Path,
     parallel: Parallel,
 ) -> None:
-    """Fill the parameters of ``modules`` (this stage's chunks) from a model folder or Hub name; all ranks call it.
+    """Fill the parameters of ``modules`` (this stage's chunks) from a model folder; all ranks call it.
 
     The scalar head of a value or score model stays as it is if the files have none.
 
@@ -80,7 +80,7 @@ def load_pretrained(
         router.mend()
     checkpoint, placed, problems = None, [], []
     try:
-        checkpoint = Checkpoint(locate(str(folder)))
+        checkpoint = Checkpoint(Path(folder))
         placed = places(modules, family, hf_config, parallel)
         problems = _problems(checkpoint, placed, family, hf_config)
     except EngineError as error:
@@ -180,10 +180,12 @@ def export(
     a bucket of its own.
     """
     device = next(modules[0].parameters()).device
+    sharing = min((size for size in (parallel.tp, parallel.etp) if size > 1), default=0)
     held: list[tuple[str, torch.Tensor]] = []
     size = 0
     for planned in plan(modules, family, hf_config, parallel):
-        if held and size + planned.nbytes > bucket_bytes:
+        passing = planned.nbytes // sharing if sharing else 0  # the share of one rank, while the tensor is put together
+        if held and size + planned.nbytes + passing > bucket_bytes:
             yield WeightBucket(tuple(held))
             held, size = [], 0
         held.append((planned.name, _whole(planned, family, hf_config, parallel, device)))

@@ -514,14 +514,28 @@ def test_control_reaches_all_and_drains_what_does_not_answer():
     assert engines[0].closed
 
 
-def test_all_must_start():
+@pytest.mark.parametrize("together", [False, True])
+def test_all_must_start(together):
     def broken():
         raise EngineError("no such model")
 
     first = MemoryEngine()
     with pytest.raises(EngineError, match="1 of 2 rollout replicas did not start: b: no such model"):
-        Replicas([first, broken], names=["a", "b"])
+        Replicas([first, broken], names=["a", "b"], start_together=together)
     assert first.closed
+
+
+def test_starting_has_an_end():
+    slow = threading.Event()
+    with pytest.raises(EngineError, match=r"1 of 2 .* did not start: b: it did not start within 0\.2 s"):
+        Replicas([MemoryEngine, slow.wait], names=["a", "b"], start_together=True, start_timeout_s=0.2)
+    slow.set()
+
+
+def test_one_or_none():
+    def broken():
+        raise EngineError("no such model")
+
     with pytest.raises(EngineError, match=r"^no such model$"):
         Replicas([broken])
     with pytest.raises(EngineError, match="at least one"):

@@ -54,6 +54,10 @@ class _Replica:
     life: int = 0
     progress: float = 0.0
 
+    def build(self) -> None:
+        if self.factory is not None:
+            self.engine = self.factory()
+
 
 @dataclass(eq=False)
 class _Call:
@@ -80,7 +84,9 @@ class Replicas(RolloutEngine):
         slack: see `Balance`.
         attempts: replicas that may die of one request before it is given up.
         timeout_s: longest wait for a replica to do anything but generate, and for a bucket of weights.
-        start_timeout_s: longest wait for the replicas to be built at first.
+        start_together: build all at once, in threads: for replicas in processes or on machines of their own. One after
+            the other is for models that are loaded in this process, which threads cannot do at the same time.
+        start_timeout_s: longest wait for replicas that start together.
         stall_timeout_s: a replica that has requests, is not paused and finishes none for so long is taken for hung;
             None leaves it to the engines.
         rejoin_timeout_s: longest wait of a request for a replica to come back when none is left.
@@ -99,6 +105,7 @@ class Replicas(RolloutEngine):
         slack: float = 16,
         attempts: int = 3,
         timeout_s: float = 300,
+        start_together: bool = False,
         start_timeout_s: float = 1800,
         stall_timeout_s: float | None = None,
         rejoin_timeout_s: float = 300,
@@ -120,7 +127,7 @@ class Replicas(RolloutEngine):
         self._lock = threading.RLock()
         self._updates = threading.Lock()  # held while weights change or a replica joins; before self._lock
         self._closed = threading.Event()
-        self._start(start_timeout_s)
+        self._start(start_together, start_timeout_s)
 
     @property
     def version(self) -> int:
@@ -373,15 +380,19 @@ class Replicas(RolloutEngine):
 
     # --- coming and going --------------------------------------------------------------------------------------------
 
-    def _start(self, timeout_s: float) -> None:
-        """Build all replicas at once; all must work."""
-
-        def build(replica: _Replica) -> None:
-            if replica.factory is not None:
-                replica.engine = replica.factory()
-
-        threads = {index: _Thread(f"start {r.name}", partial(build, r)) for index, r in enumerate(self._replicas)}
-        failures = _failures(threads, timeout_s, "start")
+    def _start(self, together: bool, timeout_s: float) -> None:
+        """Build all replicas; all must work."""
+        failures: dict[int, Exception] = {}
+        if together:
+            threads = {index: _Thread(f"start {r.name}", r.build) for index, r in enumerate(self._replicas)}
+            failures = _failures(threads, timeout_s, "start")
+        else:
+            for index, replica in enumerate(self._replicas):
+                try:
+                    replica.build()
+                except Exception as error:
+                    failures[index] = error
+                    break
         try:
             if len(self._replicas) == 1 and isinstance(failures.get(0), RlcoreError):
                 raise failures[0]

@@ -606,6 +606,9 @@ def test_nobody_takes_the_weights():
     engine.failing_update = EngineError("no tensor named w")
     with pytest.raises(EngineError, match=r"^no tensor named w$"):
         replicas.update_weights(weights(1.0), 1)
+    engine.failing_update = None
+    replicas.update_weights(weights(1.0), 1)
+    assert replicas.version == 1
 
 
 def test_the_trainers_failure_is_the_trainers():
@@ -616,6 +619,10 @@ def test_the_trainers_failure_is_the_trainers():
     replicas = Replicas([MemoryEngine(), MemoryEngine()])
     with pytest.raises(RuntimeError, match="NaN in the weights"):
         replicas.update_weights(stream(), 1)
+    with pytest.raises(EngineError, match=r"its update to version 1 broke off: .*NaN in the weights"):
+        replicas.generate_batch([request()])  # nobody knows what weights they hold
+    replicas.update_weights(weights(1.0), 1)
+    assert replicas.generate_batch([request()])[0].versions == [(1, 10)]
 
 
 def test_a_replica_with_old_weights_waits_for_the_next_update():

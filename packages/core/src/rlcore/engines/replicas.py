@@ -269,20 +269,23 @@ class Replicas(RolloutEngine):
                 self._updating = True
             try:
                 failures = self._fan_out({index: entry[:2] for index, entry in targets.items()}, buckets, version)
-                with self._lock:
-                    taken = [entry[0] for index, entry in targets.items() if index not in failures]
-                    if taken:
-                        self._version = version
-                        self._balance.forget_groups()
                 for index, error in failures.items():
                     replica, _, life = targets[index]
-                    self._drain(replica, life, f"it did not take version {version}: {error}")
-                users = [error for error in failures.values() if isinstance(error, RlcoreError)]
+                    self._drain(replica, life, f"it did not take version {version}: {error}", _after(error))
+                taken = [entry for index, entry in targets.items() if index not in failures]
                 if not taken:
+                    users = [error for error in failures.values() if isinstance(error, RlcoreError)]
                     raise users[0] if users else self._none_left()
-                for replica, _, life in targets.values():
-                    if replica in taken:
-                        self._join_or_drain(replica, life)
+                with self._lock:
+                    self._version = version
+                    self._balance.forget_groups()
+                for replica, _, life in taken:
+                    self._join_or_drain(replica, life)
+            except _StreamBroke as broken:
+                for index, error in broken.failures.items():
+                    replica, _, life = targets[index]
+                    self._drain(replica, life, f"its update to version {version} broke off: {error}", "stale")
+                raise broken.error from None
             finally:
                 self._updating = False
                 self._touch()
@@ -309,7 +312,10 @@ class Replicas(RolloutEngine):
             index: _Thread(f"weights of {replica.name}", partial(take, index))
             for index, (replica, _) in targets.items()
         }
-        fan_out.feed(buckets)
+        try:
+            fan_out.feed(buckets)
+        except Exception as error:
+            raise _StreamBroke(error, _failures(threads, self._timeout_s, "give up the weights")) from error
         return _failures(threads, self._timeout_s, "take the weights")
 
     def pause(self) -> None:
@@ -441,13 +447,15 @@ class Replicas(RolloutEngine):
         except WorkerError as error:
             self._drain(replica, life, f"it could not join the others: {error}")
 
-    def _drain(self, replica: _Replica, life: int, reason: str) -> None:
+    def _drain(self, replica: _Replica, life: int, reason: str, state: Literal["stale", "down"] = "down") -> None:
         """Give it nothing any more, and what it was at to the others."""
         with self._lock:
             if replica.life != life or replica.state == "down":
                 return
-            engine, replica.engine = replica.engine, None
-            replica.life, replica.state, replica.reason = life + 1, "down", reason
+            engine = replica.engine
+            replica.state, replica.reason = state, reason
+            if state == "down":
+                replica.engine, replica.life = None, life + 1
             orphans = self._balance.remove(self._replicas.index(replica))
             for call in orphans:
                 assert isinstance(call, _Call)
@@ -456,7 +464,7 @@ class Replicas(RolloutEngine):
                         call.loop.call_soon_threadsafe(_settle, call.lost, reason)
             closed = self._closed.is_set()
         logger.warning("%s is drained, %d requests go to other replicas: %s", replica.name, len(orphans), reason)
-        if not closed:
+        if state == "down" and not closed:
             threading.Thread(
                 target=self._replace, args=(replica, engine), name=f"replace {replica.name}", daemon=True
             ).start()
@@ -520,6 +528,19 @@ class Replicas(RolloutEngine):
 
 
 _AGAIN = "; started anew, it failed: "
+
+
+class _StreamBroke(Exception):
+    """The stream of weights failed, which is the trainer's fault, and what that did to the replicas."""
+
+    def __init__(self, error: Exception, failures: dict[int, Exception]) -> None:
+        super().__init__(str(error))
+        self.error, self.failures = error, failures
+
+
+def _after(error: Exception) -> Literal["stale", "down"]:
+    """What a replica is after an update that failed so: one that refused it lives, and may take the next."""
+    return "stale" if isinstance(error, RlcoreError) else "down"
 
 
 class _Thread:

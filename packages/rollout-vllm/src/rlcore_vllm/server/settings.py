@@ -39,10 +39,10 @@ class ServerSettings(Config):
     retries: int = Field(
         3, ge=0, description="Further attempts where nothing was sent yet, or asking twice changes nothing."
     )
-    weights: Literal["auto", "transfer", "reload"] = Field(
-        "auto",
-        description="'transfer' sends weights into the servers' workers, 'reload' writes them to weights_dir and has "
-        "the servers read them; 'auto' transfers where the servers were started for it.",
+    weights: Literal["transfer", "reload"] = Field(
+        "transfer",
+        description="'transfer' sends weights into the servers' workers; 'reload' writes them to weights_dir, for the servers "
+        "to read.",
     )
     weights_dir: Path | None = Field(
         None, description="Folder that this process and the servers see under one path; needed to reload."

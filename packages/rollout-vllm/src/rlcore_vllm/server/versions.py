@@ -1,0 +1,43 @@
+"""The label that a server's weights carry: which run gave them, and as which version.
+
+vLLM attests the label with every token. It names the run, so that a server that another run has used, or that was
+started anew, is not taken for one with current weights.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, field
+
+FRESH = "default"
+"""vLLM's own label of the weights that it started with."""
+UNKNOWN = -1
+"""The version of weights that no update of this run completed."""
+_UPDATING = "updating"
+
+
+@dataclass
+class Versions:
+    """The labels of one run, shared by the clients of all its servers.
+
+    Attributes:
+        greeted: servers whose weights were called version 0 when the run began, whatever they were.
+    """
+
+    run: str = field(default_factory=lambda: secrets.token_hex(4))
+    greeted: set[str] = field(default_factory=set)
+
+    def label(self, version: int) -> str:
+        return f"{self.run}:{version}"
+
+    @property
+    def updating(self) -> str:
+        """The label while weights come in: should that break off, nobody takes the mixture for a version."""
+        return f"{self.run}:{_UPDATING}"
+
+    def number(self, label: str) -> int:
+        """The version that ``label`` means in this run."""
+        run, _, version = label.rpartition(":")
+        if run != self.run:
+            return 0 if label == FRESH else UNKNOWN
+        return UNKNOWN if version == _UPDATING else int(version)

@@ -122,6 +122,9 @@ def transformer_config(
         **fields,
         **settings.transformer,
     }
+    if settings.virtual_pipeline > 1:
+        # megatron-core 0.16.1 mixes up both directions between two stages if it sends them in one batch
+        given = {"overlap_p2p_comm": True, "batch_p2p_comm": False} | given
     if settings.recompute == "full":
         given = {"recompute_method": "uniform", "recompute_num_layers": 1} | given
     given |= {

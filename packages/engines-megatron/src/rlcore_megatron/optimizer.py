@@ -96,6 +96,7 @@ class Optimization:
                 )
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_mult"]
+                group["weight_decay"] = self._optim.weight_decay * group["wd_mult"]  # 0 for biases and norms
         self.optimizer.step_with_ready_grads()
 
     def parts(self) -> list[Any]:

@@ -26,6 +26,7 @@ from rlcore_megatron.model_files import find_model, has_tensor
 from rlcore_megatron.modules import build_modules
 from rlcore_megatron.optimizer import Optimization, learning_rate
 from rlcore_megatron.schedule import Pipeline
+from rlcore_megatron.writing import write_model
 
 _PARTS: tuple[Part, ...] = ("params", "optimizer")
 
@@ -204,7 +205,8 @@ class MegatronEngine(TrainEngine):
 
     @torch.no_grad()
     def save_pretrained(self, path: Path) -> None:
-        raise NotImplementedError
+        """See `TrainEngine`; weights have compute precision and stream to rank 0's files."""
+        write_model(self.export_weights(), self.hf_config, self.folder, Path(path))
 
     def save(self, path: Path) -> None:
         raise NotImplementedError

@@ -18,7 +18,7 @@ class TestDistributedOptimizer(TrainEngineConformance):
 
 
 class TestPlainOptimizerRecomputed(TrainEngineConformance):
-    """Untied embeddings, recomputed layers, logits of seven tokens at a time, an optimizer without buffers of its own."""
+    """Untied embeddings, recomputed layers, logits of seven tokens at a time, undivided optimizer states."""
 
     architecture = "Llama"
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from rlcore.batch import Batch, Jagged, micro_batches
 from rlcore.engines import ForwardRequest, Objective, TrainEngine, TrainEngineSpec, WeightBucket
-from rlcore.engines.train import Part
+from rlcore.engines.train import FileRecord, Part
 from rlcore.errors import EngineError
 from rlcore.metrics import Metrics
 from rlcore_megatron import parallel as layouts
@@ -25,6 +25,7 @@ from rlcore_megatron.memory import Parked
 from rlcore_megatron.model_files import find_model, has_tensor
 from rlcore_megatron.modules import build_modules
 from rlcore_megatron.optimizer import Optimization, learning_rate
+from rlcore_megatron.saving import Saving
 from rlcore_megatron.schedule import Pipeline
 from rlcore_megatron.writing import write_model
 
@@ -72,6 +73,7 @@ class MegatronEngine(TrainEngine):
             for chunk in chunks:
                 chunk.requires_grad_(False)
         self._pipeline = Pipeline(chunks, spec.head, self.parallel, settings.sequence_parallel, device)
+        self._saving = Saving(self.modules, self._optimization, self.parallel)
         self._schedule_step = 0
         self._parked: dict[Part, list[Parked]] = {}
         self.step_count = 0
@@ -208,11 +210,36 @@ class MegatronEngine(TrainEngine):
         """See `TrainEngine`; weights have compute precision and stream to rank 0's files."""
         write_model(self.export_weights(), self.hf_config, self.folder, Path(path))
 
+    @torch.no_grad()
     def save(self, path: Path) -> None:
-        raise NotImplementedError
+        """See `TrainEngine`; the layout is that of `rlcore_megatron.checkpoint`."""
+        self.onload()
+        self._saving.save(Path(path), self._schedule_step)
 
+    @torch.no_grad()
+    def start_save(self, path: Path) -> None:
+        """See `TrainEngine`. Until it is written, takes as much host memory as this rank's share of the checkpoint."""
+        self.onload()
+        self._saving.start(Path(path), self._schedule_step)
+
+    def save_done(self) -> bool:
+        return self._saving.done()
+
+    def finish_save(self) -> dict[str, FileRecord]:
+        return self._saving.finish()
+
+    @torch.no_grad()
     def load(self, path: Path) -> None:
-        raise NotImplementedError
+        """See `TrainEngine`. A frozen engine takes the weights of a training one's checkpoint.
+
+        In the layout that saved it, training continues bit for bit; in another, all but the random states of the ranks
+        does.
+        """
+        self.onload()
+        step = self._saving.load(Path(path))
+        if step is not None:
+            self._schedule_step = step
+        self.step_count += 1
 
     # --- memory --------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,175 @@
+"""Where this process's weights and optimizer states lie in the whole model.
+
+Megatron describes every parameter by sharded tensors: blocks of a global tensor, with the same names and offsets
+whatever the layout. Its optimizers divide a parameter's states once more, flat, over data-parallel ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+from rlcore_megatron.modules import PackedGPT
+from rlcore_megatron.optimizer import MOMENTS, Optimization
+from rlcore_megatron.parallel import Parallel
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of a global tensor.
+
+    Attributes:
+        data: a view of this process's tensor, with leading dimensions of one where the global tensor has more.
+        padded: the first dimension is padded to fit the layout, so that its global size is not comparable.
+    """
+
+    key: str
+    data: torch.Tensor
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    padded: bool
+
+
+@dataclass(frozen=True)
+class Local:
+    """A parameter of this process and what the optimizer keeps of it.
+
+    Attributes:
+        start, stop: the elements of the flat parameter whose states this rank has.
+        main: the weights of these elements that the optimizer updates; None without an optimizer.
+        owner: the optimizer that does.
+        copies: the processes that hold the same parameter.
+        writes: whether this is the tensor-parallel and pipeline rank of those copies that writes it.
+    """
+
+    parameter: torch.nn.Parameter
+    description: ShardedTensor | ShardedTensorFactory
+    start: int
+    stop: int
+    main: torch.Tensor | None
+    owner: Any
+    copies: dist.ProcessGroup
+    writes: bool
+
+    def blocks(self, tensor: torch.Tensor) -> list[Block]:
+        """``tensor``, shaped as the parameter, as blocks of the global tensors; views."""
+        described = replace(self.description, data=tensor)
+        if isinstance(described, ShardedTensor):
+            described.dtype = tensor.dtype
+            return [_block(described)]
+        return [_block(part) for part in _sharded_tensors(described.build())]
+
+    def shard(self, kind: str) -> torch.Tensor:
+        """What this rank has of "weight" or a moment, flat and in fp32 if the optimizer has it so."""
+        if kind == "weight":
+            undivided = self.main is None or self.parameter.dtype == torch.float32
+            return (self.parameter if undivided else self.main).detach().view(-1)  # type: ignore[union-attr]
+        state = self.owner.optimizer.state.get(self.main, {})
+        nothing = torch.empty(0, dtype=torch.float32, device=self.parameter.device)
+        return state[kind].view(-1) if self.stop > self.start else nothing  # type: ignore[no-any-return]
+
+
+def local_parameters(
+    modules: Sequence[PackedGPT], optimization: Optimization | None, parallel: Parallel
+) -> list[Local]:
+    """All parameters of this process, in an order that all copies share."""
+    shards = dict(_optimizer_shards(optimization)) if optimization is not None else {}
+    found = []
+    for module in modules:
+        parameters = {id(p): p for p in module.parameters()}
+        for description in _sharded_tensors(module.sharded_state_dict()):
+            parameter = parameters.pop(id(description.data), None)
+            if parameter is None:  # buffers and the like, which are computed
+                continue
+            start, stop, main, owner = shards.get(parameter, (0, parameter.numel(), None, None))
+            copies = parallel.dp_cp_group if getattr(parameter, "allreduce", True) else parallel.expert_dp_group
+            replica = description.replica_id
+            first = not any(replica[:-1]) if isinstance(replica, tuple) else True
+            found.append(Local(parameter, description, start, stop, main, owner, copies, first))
+        assert not parameters, "Megatron describes every parameter"
+    return found
+
+
+def whole(local: Local, shard: torch.Tensor, target: int) -> torch.Tensor | None:
+    """The parameter-shaped tensor of all copies' shards, on their rank ``target``; None on the others."""
+    if local.copies.size() == 1 or len(shard) == local.parameter.numel():
+        return shard.view(local.parameter.shape) if local.copies.rank() == target else None
+    together = torch.zeros(local.parameter.numel(), dtype=shard.dtype, device=shard.device)
+    together[local.start : local.stop] = shard
+    dist.reduce(together, group=local.copies, group_dst=target)
+    return together.view(local.parameter.shape) if local.copies.rank() == target else None
+
+
+def adam_step(optimization: Optimization) -> float:
+    """Steps that the optimizer has made."""
+    for part in optimization.parts():
+        for group in part.param_groups:
+            for parameter in group["params"]:
+                if step := part.optimizer.state.get(parameter, {}).get("step", group.get("step", 0)):
+                    return float(step)
+    return 0.0
+
+
+def restore_moments(local: Local, moments: dict[str, torch.Tensor], step: float) -> None:
+    """Put this rank's flat ``moments`` in place of what there is; none forget it."""
+    optimizer = local.owner.optimizer
+    optimizer.state.pop(local.main, None)
+    own_step = isinstance(optimizer, torch.optim.Optimizer) and type(optimizer).__module__.startswith("torch.")
+    if not own_step:  # TransformerEngine's and apex's count by group
+        for group in optimizer.param_groups:
+            group["step"] = int(step)
+    if moments and local.main is not None and local.stop > local.start:
+        state = {name: value.view(local.main.shape).to(local.main.device) for name, value in moments.items()}
+        optimizer.state[local.main] = state | ({"step": torch.tensor(step)} if own_step else {})
+
+
+def _optimizer_shards(
+    optimization: Optimization,
+) -> Iterator[tuple[torch.nn.Parameter, tuple[int, int, torch.Tensor | None, Any]]]:
+    for part in optimization.parts():
+        if hasattr(part, "model_param_group_index_map"):  # the distributed optimizer
+            held = part.model_param_group_index_map
+            for buffers in part.buffers:
+                for parameter in buffers.params:  # this rank may have no element of some
+                    if parameter not in held:
+                        yield parameter, (0, 0, torch.empty(0, device=parameter.device), part)
+                        continue
+                    group, place = held[parameter]
+                    reach = part._get_model_param_range_map(parameter)["param"]
+                    yield parameter, (reach.start, reach.end, part.optimizer.param_groups[group]["params"][place], part)
+            continue
+        for main, parameter in _undivided(part):
+            yield parameter, (0, parameter.numel(), main, part)
+
+
+def _undivided(part: Any) -> Iterator[tuple[torch.Tensor, torch.nn.Parameter]]:
+    """The optimizer's weights and the model's; the same ones in fp32."""
+    if not hasattr(part, "float16_groups"):
+        for parameter in part.get_parameters():
+            yield parameter, parameter
+        return
+    for models, mains in zip(part.float16_groups, part.fp32_from_float16_groups):
+        yield from zip(mains, models)
+    for parameters in part.fp32_from_fp32_groups:
+        yield from zip(parameters, parameters)
+
+
+def _sharded_tensors(tree: Any) -> Iterator[Any]:
+    if isinstance(tree, ShardedTensor | ShardedTensorFactory):
+        yield tree
+    elif isinstance(tree, dict):
+        for value in tree.values():
+            yield from _sharded_tensors(value)
+    elif isinstance(tree, list | tuple):
+        for value in tree:
+            yield from _sharded_tensors(value)
+
+
+def _block(tensor: ShardedTensor) -> Block:
+    data = tensor.data.view(*[1] * tensor.prepend_axis_num, *tensor.data.shape)
+    return Block(tensor.key, data, tensor.global_offset, tensor.global_shape, tensor.allow_shape_mismatch)

@@ -1,19 +1,51 @@
+"""The plugin and its settings, which cost nothing to import."""
+
+import subprocess
+import sys
+
 import pytest
 from pydantic import ValidationError
 
 from rlcore import plugins
 from rlcore.config import Config
-from rlcore.errors import PluginError
+from rlcore.engines import ModelSettings, RolloutSpec
+from rlcore.errors import EngineError
+from rlcore_vllm import quirks
+from rlcore_vllm.config import VLLMSettings
+from rlcore_vllm.engine import build
 
 
-def test_is_found_and_has_no_options():
+def test_is_found_with_its_settings():
     model = plugins.get("rlcore.rollout_engines", "vllm").config_class()
     assert issubclass(model, Config)
-    assert model().model_dump() == {}
-    with pytest.raises(ValidationError, match="unknown key"):
-        model(anything=1)
+    assert model is VLLMSettings
+    assert all(field.description for field in model.model_fields.values())
 
 
-def test_building_it_says_what_to_use_instead():
-    with pytest.raises(PluginError, match=r"vLLM engine is not implemented in this version.*engine=inline"):
-        plugins.get("rlcore.rollout_engines", "vllm").build(None)
+def test_settings_import_neither_torch_nor_vllm():
+    code = "import sys, rlcore_vllm.plugin, rlcore_vllm.config; print({'torch', 'vllm'} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
+
+
+def test_unknown_options_have_hints():
+    with pytest.raises(ValidationError, match="did you mean tensor_parallel_size"):
+        VLLMSettings(tensor_paralel_size=2)
+
+
+def test_server_section_and_mode_belong_together():
+    with pytest.raises(ValidationError, match="mode 'server' needs the section server"):
+        VLLMSettings(mode="server")
+    with pytest.raises(ValidationError, match="only mode 'server' uses servers"):
+        VLLMSettings(server={"urls": ["http://127.0.0.1:1"]})
+
+
+def test_without_vllm_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(EngineError, match=r"pip install 'rlcore\[vllm\]'"):
+        build(RolloutSpec(ModelSettings(path="anywhere"), VLLMSettings(), 64))
+
+
+def test_a_version_that_is_too_old(monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.31.2")
+    with pytest.raises(EngineError, match=r"vllm 0\.31\.2 is too old: rlcore-rollout-vllm needs 0\.32 or newer"):
+        quirks.require_vllm()

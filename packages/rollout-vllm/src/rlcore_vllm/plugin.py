@@ -1,30 +1,10 @@
-"""The plugin ``vllm``, which reserves the name: this version cannot build the engine yet."""
+"""The entry point: what this package offers to rlcore. Imports neither torch nor vllm."""
 
-from __future__ import annotations
-
-from typing import NoReturn
-
-from rlcore.config import Config
-from rlcore.engines.settings import RolloutSpec
-from rlcore.errors import PluginError
 from rlcore.plugins import Plugin
-
-
-class Settings(Config):
-    """No options yet."""
-
-
-def build(spec: RolloutSpec) -> NoReturn:
-    """Refuse with a `PluginError`."""
-    raise PluginError(
-        "the vLLM engine is not implemented in this version of rlcore-rollout-vllm; "
-        "use engine=inline (pip install 'rlcore[fsdp]')"
-    )
-
 
 rollout_engine = Plugin(
     interface=1,
-    config="rlcore_vllm.plugin:Settings",
-    factory="rlcore_vllm.plugin:build",
-    summary="not implemented in this version; use inline",
+    config="rlcore_vllm.config:VLLMSettings",
+    factory="rlcore_vllm.engine:build",
+    summary="vLLM in the trainer's process or one of its own, tensor parallel, or running vLLM servers",
 )

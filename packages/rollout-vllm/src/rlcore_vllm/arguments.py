@@ -1,0 +1,92 @@
+"""From settings to vLLM's engine arguments, checked against the installed version before anything heavy happens."""
+
+from __future__ import annotations
+
+import dataclasses
+from difflib import get_close_matches
+from typing import Any, cast
+
+from rlcore.engines.settings import RolloutSpec
+from rlcore.errors import EngineError
+from rlcore_vllm.config import VLLMSettings
+
+WORKER_EXTENSION = "rlcore_vllm.worker.WorkerExtension"
+CPU_KV_CACHE_BYTES = 1 << 30
+"""Without a number vLLM takes nearly all of the machine's memory on the CPU."""
+
+OURS = {
+    "model": "it is the policy's model",
+    "tokenizer": "it is model.tokenizer_path",
+    "trust_remote_code": "it is model.trust_remote_code",
+    "max_model_len": "it follows from the data's longest prompt and response",
+    "seed": "every request has a seed of its own",
+    "logprobs_mode": "log-probs are those before the filters, whatever vLLM's mode",
+    "worker_extension_cls": "rlcore's own loads weights",
+    "weight_transfer_config": "weights come by rlcore's own transfer",
+    "disable_log_stats": "nothing reads them",
+    "skip_tokenizer_init": "stop strings need the tokenizer",
+    "data_parallel_size": "several engines are several rollout workers",
+    "pipeline_parallel_size": "only tensor parallelism is supported",
+    "speculative_config": "log-probs of drafted tokens are not those of the policy at every temperature",
+    "stream_interval": "only finished requests are passed on",
+    "enable_lora": "the whole weights are updated",
+}
+"""Arguments that settings do not take in ``args``, and why."""
+
+
+def engine_arguments(spec: RolloutSpec, device_type: str, *, sleep_mode: bool) -> dict[str, Any]:
+    """Keyword arguments of vLLM's ``AsyncEngineArgs`` for ``spec``.
+
+    Args:
+        device_type: of the platform that vLLM chose, "cpu" or "cuda" …
+        sleep_mode: whether the platform can give memory back.
+
+    Raises:
+        EngineError: ``args`` holds something that the installed version does not know, or that is not the user's to
+            set.
+    """
+    settings = cast(VLLMSettings, spec.options)
+    on_cpu = device_type == "cpu"
+    arguments: dict[str, Any] = {
+        "model": spec.model.path,
+        "tokenizer": spec.model.tokenizer_path or spec.model.path,
+        "trust_remote_code": spec.model.trust_remote_code,
+        "max_model_len": spec.max_model_len,
+        "seed": spec.seed % 2**32,
+        "dtype": settings.dtype or ("float32" if on_cpu else "bfloat16"),
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "distributed_executor_backend": "mp" if settings.tensor_parallel_size > 1 else "uni",
+        "gpu_memory_utilization": settings.gpu_memory_utilization,
+        "kv_cache_memory_bytes": settings.kv_cache_memory_bytes or (CPU_KV_CACHE_BYTES if on_cpu else None),
+        "max_num_seqs": settings.max_num_seqs,
+        "max_num_batched_tokens": settings.max_num_batched_tokens,
+        "enforce_eager": on_cpu if settings.enforce_eager is None else settings.enforce_eager,
+        "enable_prefix_caching": settings.enable_prefix_caching,
+        "load_format": settings.load_format,
+        "scheduling_policy": "priority",
+        "enable_sleep_mode": sleep_mode,
+        "worker_extension_cls": WORKER_EXTENSION,
+        "disable_log_stats": True,
+    }
+    check_extra_arguments(settings.args)
+    given = {name: value for name, value in arguments.items() if value is not None}
+    return {**given, **settings.args}
+
+
+def check_extra_arguments(extra: dict[str, Any]) -> None:
+    """Raise `EngineError` with all that is wrong with ``extra``, with the close matches of unknown names."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+    problems = []
+    for name in extra:
+        if name in OURS:
+            problems.append(f"{name} cannot be set: {OURS[name]}")
+        elif name in VLLMSettings.model_fields and name != "args":
+            problems.append(f"{name} is an option of its own: set {name} instead of args.{name}")
+        elif name not in known:
+            close = get_close_matches(name, sorted(known), n=3)
+            hint = f"did you mean {' or '.join(close)}?" if close else "see `vllm serve --help` for what it knows"
+            problems.append(f"the installed vLLM has no engine argument {name}; {hint}")
+    if problems:
+        raise EngineError("rollout.vllm.args: " + "; ".join(problems))

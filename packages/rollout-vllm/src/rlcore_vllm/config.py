@@ -1,0 +1,69 @@
+"""Settings of the vLLM rollout engine. Imports neither torch nor vllm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from pydantic import Field
+
+from rlcore.config import Config
+from rlcore_vllm.server.settings import ServerSettings
+
+
+class VLLMSettings(Config):
+    """Where vLLM runs, and its own arguments under the names that ``vllm serve`` gives them.
+
+    The common ones have a field here; ``args`` takes all others that the installed version knows.
+    """
+
+    mode: Literal["in_process", "process", "server"] = Field(
+        "in_process",
+        description="'in_process' steps vLLM on a thread of this process, 'process' gives it one of its own, 'server' "
+        "uses servers that run already (see server).",
+    )
+    tensor_parallel_size: int = Field(1, ge=1, description="Processes (GPUs) that share each layer.")
+    dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
+        None, description="Precision of weights and activations; null is bfloat16 on a GPU and float32 on the CPU."
+    )
+    gpu_memory_utilization: float | None = Field(
+        None, gt=0, le=1, description="Share of the GPU's memory for weights, activations and KV cache; null is vLLM's."
+    )
+    kv_cache_memory_bytes: int | None = Field(
+        None,
+        gt=0,
+        description="Size of the KV cache per worker; null follows gpu_memory_utilization, on the CPU 1 GiB.",
+    )
+    max_num_seqs: int = Field(256, ge=1, description="Most sequences decoded together; further requests wait.")
+    max_num_batched_tokens: int | None = Field(
+        None, ge=1, description="Most tokens of one step; null is vLLM's choice."
+    )
+    enforce_eager: bool | None = Field(
+        None, description="Neither compile nor capture CUDA graphs; null does so on a GPU and not on the CPU."
+    )
+    enable_prefix_caching: bool = Field(True, description="Prefill what requests have in common once.")
+    load_format: str = Field(
+        "auto",
+        description="How vLLM reads the model's files; 'dummy' reads none, if weights are sent before the start.",
+    )
+    sleep_level: Literal[1, 2] = Field(
+        1,
+        description="What sleep does with the weights: 1 keeps them in host memory, 2 drops them until an update.",
+    )
+    start_timeout_s: float = Field(600.0, gt=0, description="Longest wait for the engine to start.")
+    update_timeout_s: float = Field(300.0, gt=0, description="Longest wait for one bucket of weights to be taken.")
+    hang_timeout_s: float = Field(
+        300.0, gt=0, description="An engine with unfinished requests that does not answer for so long is given up."
+    )
+    args: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Further engine arguments of the installed vLLM, as {name: value} with the names of its "
+        "EngineArgs (quantization, max_logprobs, …).",
+    )
+    server: ServerSettings | None = Field(None, description="The servers of mode 'server'.")
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.mode == "server" and self.server is None:
+            yield "server", "mode 'server' needs the section server with the servers' addresses"
+        if self.mode != "server" and self.server is not None:
+            yield "server", f"only mode 'server' uses servers; mode is {self.mode!r}"

@@ -1,0 +1,114 @@
+"""Weights on their way from the caller of `update_weights` to vLLM's workers, bucket by bucket."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from rlcore.engines.weight_sync import WeightBucket
+from rlcore.errors import EngineError
+from rlcore.weight_transfer import TransferError, WeightSender, open_sender
+from rlcore_vllm.backend import Backend
+
+STAGING_BYTES = 512 << 20
+"""Size of buckets that the transport is laid out for; larger ones travel in pieces."""
+
+
+class Delivery:
+    """Loads weights into a paused `Backend`; after an error its workers hold a mixture until the next one."""
+
+    def __init__(self, backend: Backend, timeout_s: float) -> None:
+        self._backend, self._timeout_s = backend, timeout_s
+        self._sender: WeightSender | None = None
+
+    def load(self, buckets: Iterable[WeightBucket], version: int) -> None:
+        """Give all workers all buckets as ``version``.
+
+        Raises:
+            EngineError: a worker cannot use them, some are missing, or they did not come in time.
+        """
+        if self._backend.local:
+            self._load_here(buckets, version)
+        else:
+            self._send(buckets, version)
+
+    def close(self) -> None:
+        """Close connections to the workers; idempotent."""
+        if self._sender is not None:
+            self._sender.close()
+            self._sender = None
+
+    def _load_here(self, buckets: Iterable[WeightBucket], version: int) -> None:
+        """To the one worker in this process, by reference."""
+        self._call("rlcore_begin")
+        try:
+            for bucket in buckets:
+                self._call("rlcore_load", bucket.tensors)
+        except BaseException:
+            self._call("rlcore_cancel")
+            raise
+        self._call("rlcore_finish", version)
+
+    def _send(self, buckets: Iterable[WeightBucket], version: int) -> None:
+        """To worker processes, by shared memory, CUDA IPC or whatever the sender finds that reaches them all."""
+        iterator = iter(buckets)
+        first = next(iterator, None)
+        if first is None:
+            raise EngineError("the weight update is empty")
+        if self._sender is None:
+            self._connect(first.tensors[0][1].device)
+        sender = self._sender
+        assert sender is not None
+        received = _Call(self._backend, "rlcore_receive", self._timeout_s)
+        try:
+            sender.send(_chained(first, iterator), version)
+        except TransferError as error:
+            self.close()
+            received.wait(quietly=True)
+            raise EngineError(f"the weight update {version} did not reach vLLM's workers: {error}") from error
+        except BaseException:
+            self.close()
+            received.wait(quietly=True)
+            raise
+        received.wait()
+
+    def _connect(self, device: torch.device) -> None:
+        self._sender, address = open_sender(
+            receivers=self._backend.workers,
+            timeout_s=self._timeout_s,
+            bucket_bytes=STAGING_BYTES,
+            device=device,
+        )
+        self._call("rlcore_connect", vars(address))
+
+    def _call(self, method: str, *args: Any) -> list[Any]:
+        return self._backend.call_workers(method, *args, timeout_s=self._timeout_s)
+
+
+class _Call:
+    """A call of all workers that goes on while something else is done."""
+
+    def __init__(self, backend: Backend, method: str, timeout_s: float) -> None:
+        self._error: EngineError | None = None
+        self._thread = threading.Thread(target=self._run, args=(backend, method, timeout_s), daemon=True)
+        self._thread.start()
+
+    def wait(self, *, quietly: bool = False) -> None:
+        self._thread.join()
+        if self._error is not None and not quietly:
+            raise self._error
+
+    def _run(self, backend: Backend, method: str, timeout_s: float) -> None:
+        try:
+            backend.call_workers(method, timeout_s=timeout_s)
+        except EngineError as error:
+            self._error = error
+
+
+def _chained(first: WeightBucket | None, rest: Iterable[WeightBucket]) -> Iterable[WeightBucket]:
+    yield first  # type: ignore[misc]
+    first = None
+    yield from rest

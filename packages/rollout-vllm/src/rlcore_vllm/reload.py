@@ -1,0 +1,131 @@
+"""Replacing a running model's weights, layer by layer, with vLLM's layerwise reloading.
+
+Weights have their checkpoint's names; vLLM fuses, cuts for tensor parallelism, and packs them as when it started, into
+the memory that they have. A layer (all of a fused one: q, k and v) is replaced when its last weight has come; those
+that came before are kept until then, and no others.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+NAMED = 3
+"""Most missing layers that an error names."""
+
+
+class Reload:
+    """One replacement of all weights of ``model``: `load` any number of times, then `finish`, or `cancel`."""
+
+    def __init__(self, model: nn.Module, model_config: Any) -> None:
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+        self._model: Any = model
+        self._model_config = model_config
+        self._copied: dict[int, weakref.ref[Any]] = {}  # by id, which may be another's once its owner is gone
+        initialize_layerwise_reload(model)
+
+    def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """Take full tensors under their names; their memory is the sender's again afterwards.
+
+        Raises:
+            ValueError: a name that the model does not have, or another shape.
+        """
+        device = next((tensor.device for _, tensor in tensors), torch.device("cpu"))
+        for name, tensor in tensors:
+            try:
+                self._model.load_weights([(name, tensor)])
+            except Exception as error:
+                reason = str(error) or type(error).__name__
+                raise ValueError(f"vLLM cannot load {name} of shape {list(tensor.shape)}: {reason}") from error
+        self._keep_what_waits()
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+
+    def finish(self) -> None:
+        """Put the new weights to use.
+
+        Raises:
+            ValueError: some did not come; then `cancel`.
+        """
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        missing, tied = self._not_loaded()
+        if missing:
+            named = ", ".join(missing[:NAMED]) + (", …" if len(missing) > NAMED else "")
+            raise ValueError(f"the weight update lacks weights of {len(missing)} layers: {named}")
+        finalize_layerwise_reload(self._model, self._model_config)
+        for layer in tied:  # on the CPU an output layer computes with a packed copy of the embedding that it is tied to
+            layer.quant_method.process_weights_after_loading(layer)
+
+    def cancel(self) -> None:
+        """Leave a model that can be reloaded, with old weights in some layers and new ones in others."""
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+        for layer in self._model.modules():
+            info = get_layerwise_info(layer)
+            if info.can_load():  # finalizing puts a layer's old tensors back if nothing has come for it
+                info.load_numel = 0
+                info.loaded_weights.clear()
+        finalize_layerwise_reload(self._model, self._model_config)
+
+    def _keep_what_waits(self) -> None:
+        """Copy weights that wait for the rest of their layer: vLLM keeps references to memory that is the sender's."""
+        for _, info in self._open_layers():
+            for _, bound in info.loaded_weights:
+                copied = self._copied.get(id(bound))
+                if copied is not None and copied() is bound:
+                    continue
+                for key, value in bound.arguments.items():
+                    if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
+                        bound.arguments[key] = value.clone()
+                self._copied[id(bound)] = weakref.ref(bound)
+
+    def _open_layers(self) -> Iterator[tuple[str, Any]]:
+        """Layers that still wait for weights, and vLLM's notes on them."""
+        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+        for name, layer in self._model.named_modules():
+            info = get_layerwise_info(layer)
+            if info.can_load():
+                yield name, info
+
+    def _not_loaded(self) -> tuple[list[str], list[Any]]:
+        """Names of layers that lack parameters, and layers whose parameters came as another one's.
+
+        A padded vocabulary is never loaded to its last row.
+        """
+        layers: dict[str, Any] = dict(self._model.named_modules())
+        waiting = dict(self._open_layers())
+        complete: set[int] = set()  # addresses of parameters that have come
+        for name, layer in layers.items():
+            if name not in waiting:
+                complete.update(parameter.data_ptr() for parameter in layer.parameters(recurse=False))
+            elif _padded(layer, waiting[name]):
+                complete.update(_addresses(waiting[name]))
+        missing, tied = [], []
+        for name, info in waiting.items():
+            if not info.restore_metadata[0] or _padded(layers[name], info) or info.load_numel >= info.load_numel_total:
+                continue
+            if complete.issuperset(_addresses(info)):
+                tied.append(layers[name])
+            else:
+                missing.append(name)
+        return missing, tied
+
+
+def _addresses(info: Any) -> list[int]:
+    """Where the running parameters of a layer are that is being replaced."""
+    return [parameter.data_ptr() for parameter in info.kernel_tensors[0].values()]
+
+
+def _padded(layer: nn.Module, info: Any) -> bool:
+    """Whether an embedding has rows that no weights exist for, and all others came."""
+    rows = getattr(layer, "org_vocab_size", None)
+    padded = getattr(layer, "num_embeddings_padded", None)
+    return rows is not None and padded is not None and rows < padded and info.load_numel > 0

@@ -1,0 +1,99 @@
+"""Between rlcore's requests and vLLM's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rlcore.engines.rollout import Completion, FinishReason, GenerationRequest
+from rlcore.errors import EngineError
+
+SEEDS = 2**63
+"""vLLM hands seeds to torch's generators as signed 64-bit numbers."""
+
+NO_OVERRIDES: Mapping[str, Any] = {}
+
+
+def check_prompt(request: GenerationRequest, max_model_len: int, vocabulary: int) -> None:
+    """Raise `EngineError` if there is nothing to generate from, or no room."""
+    prompt = request.prompt
+    if not len(prompt):
+        raise EngineError(f"request {request.request_id!r} has an empty prompt; give it at least one token")
+    if len(prompt) >= max_model_len:
+        raise EngineError(
+            f"the prompt of request {request.request_id!r} has {len(prompt)} tokens, which leaves no room under "
+            f"max_model_len {max_model_len}; shorten it or raise max_model_len"
+        )
+    if min(prompt) < 0 or max(prompt) >= vocabulary:
+        raise EngineError(
+            f"the prompt of request {request.request_id!r} holds a token outside the model's vocabulary of "
+            f"{vocabulary}; was it made with another tokenizer?"
+        )
+
+
+def sampling_params(
+    request: GenerationRequest,
+    max_model_len: int,
+    end_tokens: frozenset[int],
+    seed: int,
+    overrides: Mapping[str, Any] = NO_OVERRIDES,
+) -> Any:
+    """vLLM's ``SamplingParams`` for ``request``.
+
+    Args:
+        end_tokens: the model's end-of-sequence tokens. They go to vLLM as stop tokens: its own notion of them depends
+            on the tokenizer, which may disagree with the model.
+        seed: for a request that has none.
+        overrides: fields of vLLM's own.
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    wanted = request.sampling
+    stop_token_ids = set(wanted.stop_token_ids) | (set() if wanted.ignore_eos else end_tokens)
+    fields: dict[str, Any] = {
+        "max_tokens": min(wanted.max_tokens, max_model_len - len(request.prompt)),
+        "temperature": wanted.temperature,
+        "top_k": wanted.top_k,
+        "top_p": wanted.top_p,
+        "min_p": wanted.min_p,
+        "stop": list(wanted.stop) or None,
+        "include_stop_str_in_output": True,
+        "stop_token_ids": sorted(stop_token_ids),
+        "ignore_eos": True,
+        "seed": (seed if wanted.seed is None else wanted.seed) % SEEDS,
+        "logprobs": 0 if wanted.logprobs else None,
+        "flat_logprobs": True,
+        "detokenize": bool(wanted.stop),
+        "skip_special_tokens": False,
+        "output_kind": RequestOutputKind.FINAL_ONLY,
+    }
+    try:
+        return SamplingParams(**{**fields, **overrides})
+    except (ValueError, TypeError) as error:
+        raise EngineError(f"vLLM refuses the sampling of request {request.request_id!r}: {error}") from error
+
+
+def completion(request: GenerationRequest, output: Any) -> Completion:
+    """The `Completion` in vLLM's ``RequestOutput``."""
+    (made,) = output.outputs
+    reason: FinishReason = {"stop": "stop", "length": "length"}.get(made.finish_reason, "abort")  # type: ignore[assignment]
+    tokens = list(made.token_ids)
+    return Completion(
+        tokens=tokens,
+        logprobs=_sampled_logprobs(made.logprobs, len(tokens)) if request.sampling.logprobs else [],
+        finish_reason=reason,
+        versions=[(_number(span.version), span.end - span.start) for span in made.weight_versions or ()],
+        request_id=request.request_id,
+    )
+
+
+def _sampled_logprobs(flat: Any, count: int) -> list[float]:
+    """Of the token sampled at each position, which vLLM lists first."""
+    if flat is None:
+        return []
+    return [float(flat.logprobs[start]) for start in flat.start_indices[:count]]
+
+
+def _number(version: str) -> int:
+    return int(version) if version.lstrip("-").isdigit() else 0  # "default" before the first update

@@ -1,0 +1,105 @@
+"""What rlcore adds to vLLM's workers: they take weights, and say which version they hold.
+
+vLLM makes this class a base of its worker class (``worker_extension_cls``) and calls its methods by name, with plain
+data as arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from rlcore.weight_transfer import Address, WeightReceiver, open_receiver
+from rlcore_vllm import sampler
+from rlcore_vllm.reload import Reload
+
+
+class WorkerExtension:
+    """Methods for ``collective_rpc``, all named ``rlcore_…``; state is kept in attributes of that prefix.
+
+    Weights come bucket by bucket: `rlcore_begin`, any number of `rlcore_load`, `rlcore_finish`; or all by a connection
+    of the worker's own: `rlcore_connect` once, then `rlcore_receive` for every version. After an error the model holds
+    a mixture, which the engine does not generate with, and the next update may begin.
+    """
+
+    rank: int
+    device: torch.device
+    model_runner: Any
+    vllm_config: Any
+
+    def rlcore_prepare(self) -> int:
+        """Have contractual log-probs; the number of this worker among all."""
+        sampler.install(self.model_runner)
+        self.rlcore_held_version = 0
+        self.rlcore_receiver: WeightReceiver | None = None
+        self.rlcore_reload: Reload | None = None
+        return self.rank
+
+    def rlcore_version(self) -> int:
+        """The version of the weights that this worker computes with."""
+        return self.rlcore_held_version
+
+    def rlcore_begin(self) -> None:
+        with self._rlcore_configured():
+            self.rlcore_reload = Reload(self.model_runner.get_model(), self.vllm_config.model_config)
+
+    def rlcore_load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """Load one bucket; nothing of its memory is needed afterwards."""
+        assert self.rlcore_reload is not None
+        with self._rlcore_configured():
+            self.rlcore_reload.load(tensors)
+
+    def rlcore_finish(self, version: int) -> None:
+        """Compute with what was loaded, as ``version``."""
+        assert self.rlcore_reload is not None
+        with self._rlcore_configured():
+            self.rlcore_reload.finish()
+        self.rlcore_reload = None
+        reset_lora = getattr(self.model_runner, "reset_lora_state", None)
+        if reset_lora is not None:
+            reset_lora()
+        self.rlcore_held_version = version
+
+    def rlcore_cancel(self) -> None:
+        """Give up an update that was begun; another one may begin."""
+        if self.rlcore_reload is not None:
+            self.rlcore_reload.cancel()
+            self.rlcore_reload = None
+
+    def rlcore_connect(self, address: dict[str, Any]) -> None:
+        """Connect to the front-end's weight sender, whose address comes as the fields of an `Address`."""
+        if self.rlcore_receiver is not None:
+            self.rlcore_receiver.close()
+        self.rlcore_receiver = open_receiver(Address(**address), self.rank, device=self.device)
+
+    def rlcore_receive(self) -> int:
+        """Take the next version from the sender; the sender learns of an error too."""
+        receiver = self.rlcore_receiver
+        assert receiver is not None
+        try:
+            buckets = receiver.receive()
+            self.rlcore_begin()
+            for bucket in buckets:
+                self.rlcore_load(bucket.tensors)
+                del bucket
+            self.rlcore_finish(receiver.version)
+        except BaseException as error:
+            self.rlcore_cancel()
+            receiver.abort(error)
+            raise
+        return receiver.version
+
+    @contextmanager
+    def _rlcore_configured(self) -> Iterator[None]:
+        """vLLM's layers look at the configuration of the moment; an error takes the update back."""
+        from vllm.config import set_current_vllm_config
+
+        with set_current_vllm_config(self.vllm_config):
+            try:
+                yield
+            except BaseException:
+                self.rlcore_cancel()
+                raise

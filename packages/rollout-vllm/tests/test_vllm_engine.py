@@ -49,22 +49,8 @@ class VLLMConformance(RolloutEngineConformance):
     # --- weights -----------------------------------------------------------------------------------------------------
 
     def test_ten_steps_of_an_optimizer(self, engine: RolloutEngine, model: Path) -> None:
-        """Fresh tokens have the trainer's log-probs after every step; the memory of a bucket is the sender's again."""
-        trainer = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
-        optimizer = torch.optim.AdamW(trainer.parameters(), lr=0.01)
-        tokens = torch.randint(5, 250, (4, 24), generator=torch.Generator().manual_seed(0))
-        requests = [request(16, prompt=[20 + index] * (index + 1), seed=index) for index in range(6)]
         try:
-            for step in range(1, 11):
-                trainer(input_ids=tokens, labels=tokens).loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                stale = engine.generate_batch(requests[:1])[0]
-                engine.update_weights(tiny_buckets(trainer), 100 + step)
-                for asked, made in zip(requests, engine.generate_batch(requests), strict=True):
-                    assert made.versions == [(100 + step, 16)]
-                    assert largest_difference(trainer, asked, made) < 1e-4
-                assert largest_difference(trainer, requests[0], stale) > 1e-2, "a skipped update would not be seen"
+            take_ten_steps(engine, model)
         finally:
             self.load_weights(engine, model, 120)
 
@@ -123,8 +109,54 @@ class TestInProcess(VLLMConformance):
     pass
 
 
-class TestOwnProcesses(VLLMConformance):
-    options: ClassVar[dict[str, Any]] = {"mode": "process", "tensor_parallel_size": 2}
+class TestOwnProcess(VLLMConformance):
+    options: ClassVar[dict[str, Any]] = {"mode": "process"}
+
+
+class TestTensorParallel:
+    """Two workers, which on two cores take long for a token."""
+
+    @pytest.fixture(scope="class")
+    def model(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        return sharp_model(tmp_path_factory.mktemp("model"), seed=0)
+
+    @pytest.fixture(scope="class")
+    def engine(self, model: Path) -> Iterator[RolloutEngine]:
+        settings = VLLMSettings(mode="process", tensor_parallel_size=2, kv_cache_memory_bytes=KV_CACHE_BYTES)
+        engine = build(RolloutSpec(ModelSettings(path=str(model)), settings, MAX_MODEL_LEN))
+        yield engine
+        engine.close()
+
+    def test_ten_steps_of_an_optimizer(self, engine: RolloutEngine, model: Path) -> None:
+        take_ten_steps(engine, model)
+
+    def test_weights_that_do_not_fit(self, engine: RolloutEngine, model: Path) -> None:
+        weights = dict(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).named_parameters())
+        half = {name: tensor for name, tensor in weights.items() if "k_proj" not in name}
+        with pytest.raises(EngineError, match=r"did not reach vLLM's workers: .*lacks weights of 2 layers"):
+            engine.update_weights([WeightBucket(tuple(half.items()))], 201)
+        engine.update_weights([WeightBucket(tuple(weights.items()))], 202)
+        (made,) = engine.generate_batch([request(4)])
+        assert made.versions == [(202, 4)]
+
+
+def take_ten_steps(engine: RolloutEngine, model: Path) -> None:
+    """Fresh tokens have the trainer's log-probs after every step of an optimizer, and had others before the update."""
+    trainer = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
+    optimizer = torch.optim.AdamW(trainer.parameters(), lr=0.01)
+    tokens = torch.randint(5, 250, (4, 24), generator=torch.Generator().manual_seed(0))
+    requests = [request(12, prompt=[20 + index] * (index + 1), seed=index) for index in range(4)]
+    for step in range(1, 11):
+        trainer(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 10:
+            (stale,) = engine.generate_batch(requests[:1])
+            assert largest_difference(trainer, requests[0], stale) > 1e-2, "a skipped update would not be seen"
+        engine.update_weights(tiny_buckets(trainer), 100 + step)
+        for asked, made in zip(requests, engine.generate_batch(requests), strict=True):
+            assert made.versions == [(100 + step, 12)]
+            assert largest_difference(trainer, asked, made) < 1e-4
 
 
 def request(max_tokens: int, *, prompt: Sequence[int] = (10, 60, 110), seed: int = 0) -> GenerationRequest:

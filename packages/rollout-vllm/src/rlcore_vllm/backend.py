@@ -65,3 +65,8 @@ class Backend(Protocol):
     def close(self, *, kill: bool = False) -> None:
         """End threads and processes, at once and without asking them if ``kill``; idempotent."""
         ...
+
+
+def called(method: str) -> str:
+    """What workers do in ``method``, for messages."""
+    return f"{method.removeprefix('rlcore_')} (in its workers)"

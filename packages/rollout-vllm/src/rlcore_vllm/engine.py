@@ -36,8 +36,7 @@ def build(spec: RolloutSpec) -> RolloutEngine:
     if settings.mode == "server":
         from rlcore_vllm import server
 
-        assert settings.server is not None
-        return server.build(spec, settings.server)
+        return server.build(spec)
     quirks.require_vllm()
     return VLLMRollout(spec)
 

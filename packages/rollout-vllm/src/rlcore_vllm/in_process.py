@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from rlcore.errors import EngineError
 from rlcore_vllm import quirks
-from rlcore_vllm.backend import Done
+from rlcore_vllm.backend import Done, called
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -72,7 +72,9 @@ class InProcess:
 
     def call_workers(self, method: str, *args: Any, timeout_s: float) -> list[Any]:
         return self._call(
-            lambda: list(self._engine.collective_rpc(method, timeout=timeout_s, args=args)), method, timeout_s + 10
+            lambda: list(self._engine.collective_rpc(method, timeout=timeout_s, args=args)),
+            called(method),
+            timeout_s + 10,
         )
 
     def sleep(self, level: int) -> None:
@@ -117,7 +119,7 @@ class InProcess:
         except EngineError:
             raise
         except Exception as error:
-            raise EngineError(f"the vLLM engine failed to {what}: {quirks.readable(error)}") from error
+            raise EngineError(f"the vLLM engine failed to {what}: {quirks.one_line(error)}") from error
 
     # --- on the engine's thread --------------------------------------------------------------------------------------
 
@@ -125,7 +127,7 @@ class InProcess:
         try:
             self._engine = _make_engine(arguments)
         except BaseException as error:
-            started.set_exception(EngineError(f"vLLM cannot start: {quirks.readable(error)}"))
+            started.set_exception(EngineError(f"vLLM cannot start: {quirks.root_reason(error)}"))
             return
         started.set_result(None)
         try:
@@ -152,7 +154,7 @@ class InProcess:
                 self._engine.step()
         except Exception as error:
             logger.exception("vLLM failed in a step")
-            self._reason = f"vLLM failed in a step: {quirks.readable(error)}"
+            self._reason = f"vLLM failed in a step: {quirks.root_reason(error)}"
             self._closing = True
 
     def _fail_all(self, error: Exception) -> None:
@@ -173,7 +175,7 @@ class InProcess:
         try:
             internal = self._engine.add_request(key, tokens_input(prompt), params, priority=priority)
         except Exception as error:
-            done(EngineError(f"vLLM refuses the request: {quirks.readable(error)}"))
+            done(EngineError(f"vLLM refuses the request: {quirks.root_reason(error)}"))
             return
         self._done[key] = done
         quirks.deliver_to(self._engine, internal, _Delivery(self._done, key))
@@ -199,6 +201,6 @@ def _make_engine(arguments: dict[str, Any]) -> Any:
     from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.executor import Executor
 
-    with quirks.one_process():
+    with quirks.no_worker_processes():
         config = AsyncEngineArgs(**arguments).create_engine_config(UsageContext.ENGINE_CONTEXT)
         return LLMEngine(config, Executor.get_class(config), log_stats=False, multiprocess_mode=False)

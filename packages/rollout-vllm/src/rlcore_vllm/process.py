@@ -13,7 +13,7 @@ import psutil
 
 from rlcore.errors import EngineError
 from rlcore_vllm import quirks
-from rlcore_vllm.backend import Done
+from rlcore_vllm.backend import Done, called
 
 T = TypeVar("T")
 
@@ -78,7 +78,7 @@ class OwnProcess:
 
     def call_workers(self, method: str, *args: Any, timeout_s: float) -> list[Any]:
         call = self._engine.collective_rpc(method, timeout=timeout_s, args=args)
-        return list(self._wait(call, timeout_s + 10, method))
+        return list(self._wait(call, timeout_s + 10, called(method)))
 
     def sleep(self, level: int) -> None:
         self._wait(self._engine.sleep(level, mode="keep"), self._timeout_s, "sleep")
@@ -110,9 +110,13 @@ class OwnProcess:
 
     async def _start(self, arguments: dict[str, Any]) -> Any:
         from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
+        from vllm.v1.executor import Executor
 
-        return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        with quirks.no_worker_processes():
+            config = AsyncEngineArgs(**arguments).create_engine_config(UsageContext.ENGINE_CONTEXT)
+        return AsyncLLM(config, Executor.get_class(config), log_stats=False, log_requests=False)
 
     async def _end(self, engine: Any) -> None:
         engine.shutdown()
@@ -143,7 +147,7 @@ class OwnProcess:
                 async for output in self._engine.generate(tokens_input(prompt), params, key, priority=priority):
                     outcome = output
         except Exception as error:
-            outcome = EngineError(self.failure or f"vLLM cannot serve the request: {quirks.readable(error)}")
+            outcome = EngineError(self.failure or f"vLLM refuses the request: {quirks.root_reason(error)}")
         finally:
             done(outcome)
 
@@ -158,7 +162,7 @@ class OwnProcess:
         except EngineError:
             raise
         except Exception as error:
-            raise EngineError(f"the vLLM engine's process failed to {what}: {quirks.readable(error)}") from error
+            raise EngineError(f"the vLLM engine's process failed to {what}: {quirks.one_line(error)}") from error
 
 
 def _kill(process: psutil.Process) -> None:

@@ -91,8 +91,8 @@ def undisturbed() -> Iterator[None]:
 
 
 @contextmanager
-def one_process() -> Iterator[None]:
-    """Make an engine whose only worker is in this process.
+def no_worker_processes() -> Iterator[None]:
+    """Have a single worker live where the scheduler does, as the executor "uni" says.
 
     On the CPU vLLM gives even a single worker a process unless this variable says that there are none (0.32).
     """
@@ -124,15 +124,19 @@ def own_random_numbers() -> Iterator[None]:
         torch.set_rng_state(state)
 
 
-def readable(error: BaseException, logged: str = "") -> str:
+def one_line(error: BaseException) -> str:
+    """The error's message; its kind if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def root_reason(error: BaseException) -> str:
     """vLLM's own reason: the message at the root of ``error``, in one line; pydantic's wrapping is taken off."""
     root: BaseException = error
     while (cause := root.__cause__ or (None if root.__suppress_context__ else root.__context__)) is not None:
         root = cause
-    text = str(root) or type(root).__name__
     if hasattr(root, "errors"):  # pydantic's ValidationError
-        text = "; ".join(str(detail["msg"]) for detail in root.errors())
-    return " ".join(text.split()) + (f" ({logged})" if logged else "")
+        return " ".join("; ".join(str(detail["msg"]) for detail in root.errors()).split())
+    return one_line(root)
 
 
 def deliver_to(engine: Any, request_id: str, queue: Any) -> None:

@@ -112,7 +112,8 @@ class Reload:
         for name, info in waiting.items():
             if not info.restore_metadata[0] or _padded(layers[name], info) or info.load_numel >= info.load_numel_total:
                 continue
-            if complete.issuperset(_addresses(info)):
+            addresses = _addresses(info)
+            if 0 not in addresses and complete.issuperset(addresses):  # weights that were packed elsewhere have none
                 tied.append(layers[name])
             else:
                 missing.append(name)

@@ -31,6 +31,7 @@ Factory = Callable[[], RolloutEngine]
 _FIRST_RETRY_S = 1.0
 _LONGEST_RETRY_S = 30.0
 _SEED_BITS = 63  # what any backend's generator takes
+_LATE_S = 0.1  # what a drained replica has finished may just be on its way here
 _CANCEL_S = 5.0  # longest wait for an engine to forget a cancelled request
 _LOOK_S = 0.2  # how often a request without any replica looks for one
 
@@ -224,9 +225,15 @@ class Replicas(RolloutEngine):
                 if not making.done():
                     self._check_stall(replica, life)
             if not making.done():
+                await asyncio.wait({making}, timeout=_LATE_S)
+            if not making.done():
                 return lost.result()
+            if making.cancelled():  # by the engine, which was closed
+                raise WorkerError("it gave up the request")
             completion = making.result()
         except WorkerError as error:
+            if lost.done():
+                return lost.result()
             self._drain(replica, life, str(error))
             return str(error)
         finally:

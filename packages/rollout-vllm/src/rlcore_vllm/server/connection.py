@@ -19,8 +19,8 @@ from rlcore.errors import EngineError, WorkerDied, WorkerError
 T = TypeVar("T")
 
 KEEP_ALIVE_S = 2.0
-"""Idle connections are closed after this time: before the server does (vLLM after 5 s), which could be just when a
-request is on its way."""
+"""Idle connections are closed after this time: before the server does (vLLM after 5 s), if this process is not too busy
+to notice; then a request may meet a connection that the server has just closed."""
 FIRST_RETRY_S = 0.2
 MOST_WORDS = 600
 """Characters of a server's error that are repeated."""
@@ -34,7 +34,8 @@ class Connection:
     Args:
         api_key: sent as a bearer token; None sends none.
         most: connections at a time.
-        retries: further attempts while no connection comes about, and for calls that ask only.
+        retries: further attempts while no connection comes about, on a kept connection that was closed before an answer
+            began, and for calls that ask only.
         timeout_s: the usual limit of `ask`.
     """
 
@@ -112,9 +113,12 @@ class Connection:
         """
         wait = FIRST_RETRY_S
         for left in range(self._retries, -1, -1):
+            course = _Course()
             try:
                 async with asyncio.timeout(timeout_s):
-                    response = await self._client.request(method, path, params=params, json=body)
+                    response = await self._client.request(
+                        method, path, params=params, json=body, extensions={"trace": course.note}
+                    )
                 return self._decoded(response, what)
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:  # nothing was sent
                 failure = WorkerDied(f"{self.url} accepts no connection: {_words(error)}")
@@ -122,7 +126,7 @@ class Connection:
                 raise WorkerDied(f"{self.url} did not {what} within {timeout_s:g} s") from None
             except httpx.TransportError as error:
                 failure = WorkerDied(f"{self.url} closed the connection before it could {what}: {_words(error)}")
-                if method != "GET":
+                if method != "GET" and not course.stale:
                     raise failure from error
             if not left:
                 raise failure
@@ -170,6 +174,22 @@ class Connection:
         if status >= 500:
             raise WorkerError(f"{self.url} failed to {what} ({status}): {words}")
         raise EngineError(f"{self.url} refuses to {what} ({status}): {words}")
+
+
+class _Course:
+    """What httpcore says of one request: whether its connection was new, and whether an answer began."""
+
+    def __init__(self) -> None:
+        self._new = self._answered = False
+
+    async def note(self, event: str, _: Mapping[str, Any]) -> None:
+        self._new |= event == "connection.connect_tcp.started"
+        self._answered |= event == "http11.receive_response_headers.complete"
+
+    @property
+    def stale(self) -> bool:
+        """Whether the failure can be that of a kept connection, which the server gave up before it saw the request."""
+        return not self._new and not self._answered
 
 
 def _words(error: Exception) -> str:

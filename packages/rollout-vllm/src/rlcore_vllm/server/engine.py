@@ -97,7 +97,7 @@ class ServerRollout(RolloutEngine):
             self._connection.close()
             raise
         self._version = self._greeting.version
-        self._weights = ServerWeights(self._connection, settings, self._greeting.workers, self._greeting.model)
+        self._weights = ServerWeights(self._connection, settings, self._greeting.workers)
         self._slots = asyncio.Semaphore(settings.max_connections)
         self._calls: set[_Call] = set()
         self._priorities = True  # until the server says that it has none

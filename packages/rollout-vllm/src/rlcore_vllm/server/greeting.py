@@ -16,7 +16,7 @@ from rlcore_vllm.server.versions import FRESH, UNKNOWN, Versions
 
 logger = logging.getLogger(__name__)
 
-EXTENSION = "rlcore_vllm.worker.WorkerExtension"
+EXTENSION = "rlcore_vllm.server.worker.ServerWorkerExtension"
 START = (
     "start it with VLLM_SERVER_DEV_MODE=1 in its environment and the options --enable-scale-out and "
     f"--worker-extension-cls {EXTENSION}"
@@ -34,7 +34,6 @@ class Greeting:
         workers: processes among which it divides the model.
         vocabulary: tokens that the model knows; another one in a prompt can end the server.
         end_tokens: that end a completion.
-        model: folder of the model's configuration.
     """
 
     name: str
@@ -42,7 +41,6 @@ class Greeting:
     workers: int
     vocabulary: int
     end_tokens: frozenset[int]
-    model: Path
 
 
 def greet(connection: Connection, spec: RolloutSpec, settings: ServerSettings, versions: Versions) -> Greeting:
@@ -70,8 +68,7 @@ def greet(connection: Connection, spec: RolloutSpec, settings: ServerSettings, v
     if version != UNKNOWN:  # a client that died may have left it paused; a mixture of weights must stay so
         _post(connection, "/resume", "resume", None)
     versions.greeted.add(connection.url)
-    vocabulary, end_tokens, model = _vocabulary(spec)
-    return Greeting(name, version, workers, vocabulary, end_tokens, model)
+    return Greeting(name, version, workers, *_vocabulary(spec))
 
 
 def _model(connection: Connection, spec: RolloutSpec, settings: ServerSettings) -> str:
@@ -125,15 +122,13 @@ def _post(connection: Connection, path: str, what: str, body: Any) -> None:
     connection.ask("POST", path, what, body=body)
 
 
-def _vocabulary(spec: RolloutSpec) -> tuple[int, frozenset[int], Path]:
-    """The model's number of tokens, those that end a completion, and the folder that says so."""
+def _vocabulary(spec: RolloutSpec) -> tuple[int, frozenset[int]]:
+    """The model's number of tokens, and those that end a completion."""
     from transformers import AutoConfig, GenerationConfig
-    from transformers.utils.hub import cached_file
 
     path, trusted = spec.model.path, spec.model.trust_remote_code
     try:
         config: Any = AutoConfig.from_pretrained(path, trust_remote_code=trusted).get_text_config()
-        file = cached_file(path, "config.json")
     except (OSError, ValueError) as error:
         raise EngineError(f"cannot read the configuration of the model {path}: {error}") from error
     try:
@@ -143,4 +138,4 @@ def _vocabulary(spec: RolloutSpec) -> tuple[int, frozenset[int], Path]:
     if tokens is None:
         tokens = config.eos_token_id
     ends = [] if tokens is None else [tokens] if isinstance(tokens, int) else tokens
-    return int(config.vocab_size), frozenset(ends), Path(str(file)).parent
+    return int(config.vocab_size), frozenset(ends)

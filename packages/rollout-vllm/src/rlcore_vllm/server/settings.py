@@ -41,8 +41,8 @@ class ServerSettings(Config):
     )
     weights: Literal["transfer", "reload"] = Field(
         "transfer",
-        description="'transfer' sends weights into the servers' workers; 'reload' writes them to weights_dir, for the servers "
-        "to read.",
+        description="'transfer' sends weights into the servers' workers; 'reload' writes them to weights_dir, "
+        "where the servers read them.",
     )
     weights_dir: Path | None = Field(
         None, description="Folder that this process and the servers see under one path; needed to reload."

@@ -5,7 +5,6 @@ The server is paused meanwhile; `rlcore_vllm.server.engine` sees to that, to cac
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable
 from concurrent.futures import Future
@@ -27,16 +26,15 @@ class ServerWeights:
     """Brings weights into the server behind ``connection``.
 
     Args:
-        workers: processes among which the server divides the model, with `rlcore_vllm.worker.WorkerExtension`.
-        model: folder with the model's configuration, for the files of a reload.
+        workers: processes among which the server divides the model, with
+            `rlcore_vllm.server.worker.ServerWorkerExtension`.
 
     Attributes:
         stats: of the last transfer.
     """
 
-    def __init__(self, connection: Connection, settings: ServerSettings, workers: int, model: Path) -> None:
-        self._connection, self._settings = connection, settings
-        self._workers, self._model = workers, model
+    def __init__(self, connection: Connection, settings: ServerSettings, workers: int) -> None:
+        self._connection, self._settings, self._workers = connection, settings, workers
         self._sender: WeightSender | None = None
         self.stats: TransferStats | None = None
 
@@ -71,7 +69,7 @@ class ServerWeights:
         if self._settings.weights == "transfer":
             self._transfer(buckets, version)
         else:
-            self._reload(buckets)
+            self._reload(buckets, version)
 
     def call_workers(self, method: str, *args: Any, what: str, timeout_s: float | None = None) -> list[Any]:
         """Call ``method`` of every worker with plain data; the results, of which numbers come as strings."""
@@ -104,40 +102,30 @@ class ServerWeights:
             self.close()
             raise WorkerError(f"{self._connection.url} was sent version {version} and took {answer['results']}")
 
-    def _reload(self, buckets: Iterable[WeightBucket]) -> None:
+    def _reload(self, buckets: Iterable[WeightBucket], version: int) -> None:
         assert self._settings.weights_dir is not None
         name = self._connection.url.partition("://")[2]
         folder = self._settings.weights_dir / "".join(letter if letter.isalnum() else "-" for letter in name)
-        write_model(folder, buckets, self._model)
-        body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder.resolve())}}
-        self._connection.ask(
-            "POST",
-            "/collective_rpc",
-            f"load the weights in {folder}",
-            body=body,
+        write_weights(folder, buckets)
+        self.call_workers(
+            "rlcore_read",
+            str(folder.resolve()),
+            version,
+            what=f"read the weights in {folder}",
             timeout_s=self._settings.weights_timeout_s,
         )
 
 
-def write_model(folder: Path, buckets: Iterable[WeightBucket], model: Path) -> None:
-    """Write a model in Hugging Face format, a file per bucket; the rest comes from the folder ``model``."""
+def write_weights(folder: Path, buckets: Iterable[WeightBucket]) -> None:
+    """Write a file per bucket; older ones go."""
     from safetensors.torch import save_file
 
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
-    for file in model.glob("*.json"):
-        if not file.name.endswith(".safetensors.index.json"):
-            shutil.copy(file, folder)
-    places: dict[str, str] = {}
-    size = 0
     for index, bucket in enumerate(buckets):
-        file_name = f"model-{index:05d}.safetensors"
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in bucket.tensors}, folder / file_name)
-        places.update({name: file_name for name, _ in bucket.tensors})
-        size += bucket.nbytes
-    text = json.dumps({"metadata": {"total_size": size}, "weight_map": places}, indent=1)
-    (folder / "model.safetensors.index.json").write_text(text)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in bucket.tensors}
+        save_file(tensors, folder / f"model-{index:05d}.safetensors")
 
 
 def _account(taking: Future[Any]) -> str:

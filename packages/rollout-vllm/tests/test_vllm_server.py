@@ -1,0 +1,360 @@
+"""A real ``vllm serve``, started once: the contract, weights by either way, versions, groups of servers."""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rlcore.engines import GenerationRequest, ModelSettings, Replicas, RolloutEngine, RolloutSpec, SamplingParams
+from rlcore.engines.weight_sync import WeightBucket
+from rlcore.errors import EngineError
+from rlcore.testing.rollout_engine import MAX_MODEL_LEN, PROMPT, RolloutEngineConformance
+from rlcore.testing.tiny_model import tiny_model
+from rlcore_vllm.config import VLLMSettings
+from rlcore_vllm.server import build
+from rlcore_vllm.server.engine import ServerRollout
+from rlcore_vllm.server.settings import ServerSettings
+from rlcore_vllm.server.versions import UNKNOWN, Versions
+
+START_S = 600
+API_KEY = "open sesame"
+KEY_VARIABLE = "RLCORE_TEST_SERVER_KEY"
+
+
+def wide_model(path: Path, seed: int) -> Path:
+    """The kit's model with heads of 32: vLLM's attention on the CPU knows none of 8."""
+    return tiny_model(
+        path,
+        seed=seed,
+        initializer_range=0.15,
+        max_position_embeddings=MAX_MODEL_LEN,
+        hidden_size=128,
+        intermediate_size=256,
+    )
+
+
+@dataclass
+class Server:
+    url: str
+    model: Path
+    other: Path
+    log: Path
+
+    def spec(self, *, max_model_len: int = MAX_MODEL_LEN, model: Path | None = None, **settings) -> RolloutSpec:
+        server = ServerSettings(urls=(self.url,), api_key_env=KEY_VARIABLE, **settings)
+        return RolloutSpec(
+            ModelSettings(path=str(model or self.model)), VLLMSettings(mode="server", server=server), max_model_len
+        )
+
+    def get(self, path: str) -> dict:
+        return httpx.get(self.url + path, timeout=60).json()
+
+    def post(self, path: str, **arguments) -> None:
+        httpx.post(self.url + path, timeout=60, **arguments).raise_for_status()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """Imports and start take a minute and more; the log is shown if it does not come up or a test fails."""
+    folder = tmp_path_factory.mktemp("server")
+    model, other = wide_model(folder / "model", 0), wide_model(folder / "other", 1)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = folder / "server.log"
+    arguments = {
+        "model": model,
+        "served-model-name": "policy",
+        "host": "127.0.0.1",
+        "port": port,
+        "api-key": API_KEY,
+        "dtype": "float32",
+        "max-model-len": MAX_MODEL_LEN,
+        "max-num-seqs": 64,
+        "kv-cache-memory-bytes": 256 << 20,
+        "worker-extension-cls": "rlcore_vllm.server.worker.ServerWorkerExtension",
+    }
+    options = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
+    switches = ["--enable-scale-out", "--enforce-eager", "--disable-log-stats", "--disable-uvicorn-access-log"]
+    environment = {
+        **os.environ,
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *options, *switches]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=folder, start_new_session=True
+        )
+    try:
+        _wait_until_well(f"http://127.0.0.1:{port}", process, log)
+        os.environ[KEY_VARIABLE] = API_KEY
+        yield Server(f"http://127.0.0.1:{port}", model, other, log)
+    finally:
+        os.environ.pop(KEY_VARIABLE, None)
+        _end(process)
+
+
+def _wait_until_well(url: str, process: subprocess.Popen, log: Path) -> None:
+    deadline = time.monotonic() + START_S
+    while True:
+        try:
+            if httpx.get(f"{url}/health", timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        if process.poll() is not None or time.monotonic() > deadline:
+            pytest.fail(f"the server did not start (exit code {process.poll()}):\n{log.read_text()[-8000:]}")
+        time.sleep(0.5)
+
+
+def _end(process: subprocess.Popen) -> None:
+    """End the server's process group, which is its own."""
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, how)
+        except ProcessLookupError:
+            break
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+@pytest.fixture(autouse=True)
+def show_log(request, server):
+    """The end of the server's log goes to the report of a test that failed."""
+    start = server.log.stat().st_size
+    yield
+    with server.log.open() as log:
+        log.seek(start)
+        print(log.read()[-8000:])
+
+
+@pytest.fixture
+def rollout(server):
+    engine = build(server.spec())
+    yield engine
+    engine.close()
+
+
+def weights_of(folder: Path, buckets: int = 1) -> list[WeightBucket]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tensors = list(model.state_dict().items())[:-1]  # the head is tied
+    size = -(-len(tensors) // buckets)
+    return [WeightBucket(tuple(tensors[start : start + size])) for start in range(0, len(tensors), size)]
+
+
+def request(index: int = 0, max_tokens: int = 20, **changes) -> GenerationRequest:
+    sampling = SamplingParams(max_tokens, seed=index, ignore_eos=True)
+    return GenerationRequest([*PROMPT, index], sampling, request_id=str(index), **changes)
+
+
+def largest_difference(model: Path, requests, completions) -> float:
+    """Of log-probs to those of transformers."""
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    worst = 0.0
+    for asked, completion in zip(requests, completions, strict=True):
+        with torch.no_grad():
+            logits = reference(torch.tensor([[*asked.prompt, *completion.tokens]])).logits[
+                0, len(asked.prompt) - 1 : -1
+            ]
+        expected = logits.log_softmax(-1).gather(-1, torch.tensor(completion.tokens)[:, None])[:, 0]
+        worst = max(worst, float((expected - torch.tensor(completion.logprobs)).abs().max()))
+    return worst
+
+
+class TestConformance(RolloutEngineConformance):
+    @pytest.fixture(scope="class")
+    def model(self, server) -> Path:
+        return server.model
+
+    @pytest.fixture(scope="class")
+    def other_model(self, server) -> Path:
+        return server.other
+
+    @pytest.fixture(scope="class")
+    def engine(self, server):
+        engine = build(server.spec())
+        yield engine
+        engine.close()
+
+
+del RolloutEngineConformance
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["shm", "gloo", "reload"])
+def test_weights_by_every_way(server, tmp_path, way):
+    """In several buckets, which divide fused layers, there and back; log-probs are the new model's each time."""
+    settings = {"weights": "reload", "weights_dir": tmp_path} if way == "reload" else {"transport": way}
+    rollout = build(server.spec(bucket_mb=1, **settings))
+    requests = [request(index) for index in range(4)]
+    try:
+        for version, model in ((1, server.other), (2, server.model), (3, server.other), (4, server.model)):
+            rollout.update_weights(iter(weights_of(model, buckets=7)), version)
+            assert rollout.version == version
+            completions = rollout.generate_batch(requests)
+            assert largest_difference(model, requests, completions) < 1e-4
+            assert {span for completion in completions for span in completion.versions} == {(version, 20)}
+    finally:
+        rollout.close()
+
+
+def test_an_update_that_is_refused_leaves_the_server_to_the_next(server, rollout):
+    """A tensor that does not belong there: the reason comes at once, nothing is generated with a mixture."""
+    rollout.update_weights(weights_of(server.model), 1)
+    start = time.monotonic()
+    wrong = WeightBucket((("model.layers.0.no_such.weight", torch.zeros(4)),))
+    with pytest.raises(EngineError, match=r"no rollout replica is left.*no_such"):
+        rollout.update_weights([*weights_of(server.other, buckets=2), wrong], 2)
+    assert time.monotonic() - start < 60
+    with pytest.raises(EngineError, match="no rollout replica is left"):
+        _until_settled(rollout)
+    assert server.get("/is_paused") == {"is_paused": True}
+    rollout.update_weights(weights_of(server.other), 3)
+    completions = rollout.generate_batch([request()])
+    assert completions[0].versions == [(3, 20)]
+    assert largest_difference(server.other, [request()], completions) < 1e-4
+    rollout.update_weights(weights_of(server.model), 4)
+
+
+def _until_settled(rollout: Replicas) -> None:
+    """Generate, as soon as the client of the refused update is replaced."""
+    deadline = time.monotonic() + 60
+    while not any("joins at the next update_weights" in reason for reason in rollout.reasons.values()):
+        assert time.monotonic() < deadline, rollout.reasons
+        time.sleep(0.1)
+    rollout.generate_batch([request()])
+
+
+def test_the_trainers_failure_in_mid_update(server, rollout):
+    def stream():
+        yield weights_of(server.other, buckets=2)[0]
+        raise RuntimeError("NaN in the weights")
+
+    with pytest.raises(RuntimeError, match="NaN in the weights"):
+        rollout.update_weights(stream(), 1)
+    with pytest.raises(EngineError, match=r"no rollout replica is left.*its update to version 1 broke off"):
+        rollout.generate_batch([request()])
+    rollout.update_weights(weights_of(server.model), 2)
+    completions = rollout.generate_batch([request()])
+    assert largest_difference(server.model, [request()], completions) < 1e-4
+
+
+def test_versions_are_those_of_the_run(server):
+    """Another run's weights, and a mixture that a dead client left, are not taken for a version of ours."""
+    versions = Versions()
+    settings = server.spec().options.server
+    connect = lambda: ServerRollout(server.url, server.spec(), settings, versions)  # noqa: E731
+    first = connect()
+    assert first.version == 0
+    first.update_weights(weights_of(server.model), 9)
+    again = connect()
+    assert again.version == 9
+    server.post("/update_weight_version", json={"new_version": versions.updating})
+    server.post("/pause", params={"mode": "keep"})
+    broken = connect()
+    assert broken.version == UNKNOWN
+    assert server.get("/is_paused") == {"is_paused": True}
+    server.post("/update_weight_version", json={"new_version": "another:3"})
+    assert connect().version == UNKNOWN
+    stranger = ServerRollout(server.url, server.spec(), settings, Versions())
+    assert stranger.version == 0
+    assert server.get("/is_paused") == {"is_paused": False}
+    for engine in (first, again, broken, stranger):
+        engine.close()
+
+
+# --- requests --------------------------------------------------------------------------------------------------------
+
+
+def test_two_clients_of_one_server_behind_one_engine(server):
+    """What `Replicas` does with two servers, with one server under two names."""
+    urls = (server.url, server.url.replace("127.0.0.1", "localhost"))
+    options = VLLMSettings(mode="server", server=ServerSettings(urls=urls, api_key_env=KEY_VARIABLE))
+    engine = build(RolloutSpec(ModelSettings(path=str(server.model)), options, MAX_MODEL_LEN))
+    try:
+        requests = [request(index, group=index // 4) for index in range(16)]
+        completions = engine.generate_batch(requests)
+        assert largest_difference(server.model, requests, completions) < 1e-4
+    finally:
+        engine.close()
+
+
+def test_few_connections_and_an_abort_while_requests_wait_for_them(server):
+    engine: RolloutEngine = build(server.spec(max_connections=2))
+
+    async def scenario():
+        running = [asyncio.create_task(engine.generate(request(index, 2000))) for index in range(4)]
+        await asyncio.sleep(1)
+        engine.abort()
+        return await asyncio.wait_for(asyncio.gather(*running), 60)
+
+    try:
+        completions = asyncio.run(scenario())
+        assert [completion.finish_reason for completion in completions] == ["abort"] * 4
+        assert [bool(completion.tokens) for completion in completions] == [True, True, False, False]
+        assert len(engine.generate_batch([request()])[0].tokens) == 20
+    finally:
+        engine.close()
+
+
+def test_priorities_where_the_server_has_none(rollout):
+    assert len(rollout.generate_batch([request(0, priority=3)])[0].tokens) == 20
+
+
+def test_a_token_outside_the_vocabulary_does_not_reach_the_server(rollout):
+    with pytest.raises(EngineError, match="outside the model's vocabulary of 261"):
+        rollout.generate_batch([GenerationRequest([5, 261], SamplingParams(4))])
+
+
+def test_waiting_for_a_pause_is_not_hanging(server):
+    engine = build(server.spec(timeout_s=2))
+
+    async def scenario():
+        engine.pause()
+        running = asyncio.create_task(engine.generate(request()))
+        await asyncio.sleep(4)
+        assert not running.done()
+        engine.resume()
+        return await asyncio.wait_for(running, 60)
+
+    try:
+        assert len(asyncio.run(scenario()).tokens) == 20
+    finally:
+        engine.close()
+
+
+# --- users' mistakes -------------------------------------------------------------------------------------------------
+
+
+def test_wrong_key_model_and_length(server, tmp_path, monkeypatch):
+    with pytest.raises(EngineError, match=r"serves policy, not other \(model_name\)"):
+        build(server.spec(model_name="other"))
+    with pytest.raises(EngineError, match=r"takes sequences of 4096 tokens, but 5000 are wanted"):
+        build(server.spec(max_model_len=5000))
+    narrow = tiny_model(tmp_path / "narrow")
+    with pytest.raises(EngineError, match=r"serves another model than .*hidden_size 128 instead of 32"):
+        build(server.spec(model=narrow))
+    monkeypatch.setenv(KEY_VARIABLE, "open barley")
+    with pytest.raises(EngineError, match=r"refuses access \(401: Unauthorized\); set api_key_env"):
+        build(server.spec())
+    monkeypatch.delenv(KEY_VARIABLE)
+    with pytest.raises(EngineError, match=f"{KEY_VARIABLE} .*holds no API key"):
+        build(server.spec())

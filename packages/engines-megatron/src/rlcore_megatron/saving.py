@@ -16,7 +16,7 @@ from rlcore_megatron import checkpoint, random_states
 from rlcore_megatron.modules import PackedGPT
 from rlcore_megatron.optimizer import MOMENTS, Optimization
 from rlcore_megatron.parallel import Parallel
-from rlcore_megatron.sharded_state import Local, adam_step, local_parameters, restore_moments, whole
+from rlcore_megatron.sharded_state import Local, adam_step, local_parameters, restore_moments
 
 _NICENESS = 5  # training goes first where there are fewer cores than threads
 
@@ -116,7 +116,7 @@ class Saving:
         for number, one in enumerate(local):
             target = number % one.copies.size()  # the copies share the work
             for kind in ("weight", *MOMENTS) if step else ("weight",):
-                tensor = whole(one, one.shard(kind), target)
+                tensor = one.whole(kind, target)
                 if tensor is None or not one.writes:
                     continue
                 for block in one.blocks(tensor):

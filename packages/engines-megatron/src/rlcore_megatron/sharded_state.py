@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from rlcore_megatron.modules import PackedGPT
-from rlcore_megatron.optimizer import MOMENTS, Optimization
+from rlcore_megatron.optimizer import Optimization
 from rlcore_megatron.parallel import Parallel
 
 
@@ -43,6 +43,7 @@ class Local:
         start, stop: the elements of the flat parameter whose states this rank has.
         main: the weights of these elements that the optimizer updates; None without an optimizer.
         owner: the optimizer that does.
+        divided: whether the copies divide the states among themselves, however small this rank's share is.
         copies: the processes that hold the same parameter.
         writes: whether this is the tensor-parallel and pipeline rank of those copies that writes it.
     """
@@ -53,6 +54,7 @@ class Local:
     stop: int
     main: torch.Tensor | None
     owner: Any
+    divided: bool
     copies: dist.ProcessGroup
     writes: bool
 
@@ -64,14 +66,25 @@ class Local:
             return [_block(described)]
         return [_block(part) for part in _sharded_tensors(described.build())]
 
-    def shard(self, kind: str) -> torch.Tensor:
-        """What this rank has of "weight" or a moment, flat and in fp32 if the optimizer has it so."""
-        if kind == "weight":
-            undivided = self.main is None or self.parameter.dtype == torch.float32
-            return (self.parameter if undivided else self.main).detach().view(-1)  # type: ignore[union-attr]
-        state = self.owner.optimizer.state.get(self.main, {})
-        nothing = torch.empty(0, dtype=torch.float32, device=self.parameter.device)
-        return state[kind].view(-1) if self.stop > self.start else nothing  # type: ignore[no-any-return]
+    def whole(self, kind: str, target: int) -> torch.Tensor | None:
+        """All of "weight" or of a moment, shaped as the parameter, on the copies' rank ``target``; None on the others.
+
+        Collective among the copies. Weights are in fp32 if the optimizer has them so.
+        """
+        shard, divided = self.parameter.detach(), False
+        if kind != "weight" or (self.main is not None and self.parameter.dtype != torch.float32):
+            divided = self.divided
+            if self.stop == self.start:
+                shard = torch.empty(0, dtype=torch.float32, device=self.parameter.device)
+            else:
+                assert self.main is not None
+                shard = self.main.detach() if kind == "weight" else self.owner.optimizer.state[self.main][kind]
+        if divided and self.copies.size() > 1:
+            together = torch.zeros(self.parameter.numel(), dtype=shard.dtype, device=shard.device)
+            together[self.start : self.stop] = shard.view(-1)
+            dist.reduce(together, group=self.copies, group_dst=target)
+            shard = together
+        return shard.view(self.parameter.shape) if self.copies.rank() == target else None
 
 
 def local_parameters(
@@ -90,19 +103,10 @@ def local_parameters(
             copies = parallel.dp_cp_group if getattr(parameter, "allreduce", True) else parallel.expert_dp_group
             replica = description.replica_id
             first = not any(replica[:-1]) if isinstance(replica, tuple) else True
-            found.append(Local(parameter, description, start, stop, main, owner, copies, first))
+            divided = hasattr(owner, "model_param_group_index_map")  # the distributed optimizer
+            found.append(Local(parameter, description, start, stop, main, owner, divided, copies, first))
         assert not parameters, "Megatron describes every parameter"
     return found
-
-
-def whole(local: Local, shard: torch.Tensor, target: int) -> torch.Tensor | None:
-    """The parameter-shaped tensor of all copies' shards, on their rank ``target``; None on the others."""
-    if local.copies.size() == 1 or len(shard) == local.parameter.numel():
-        return shard.view(local.parameter.shape) if local.copies.rank() == target else None
-    together = torch.zeros(local.parameter.numel(), dtype=shard.dtype, device=shard.device)
-    together[local.start : local.stop] = shard
-    dist.reduce(together, group=local.copies, group_dst=target)
-    return together.view(local.parameter.shape) if local.copies.rank() == target else None
 
 
 def adam_step(optimization: Optimization) -> float:

@@ -1,0 +1,16 @@
+"""Processes that are shared by all tests: importing megatron-core takes each of them half a minute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from rlcore.testing.processes import RankPool
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankPool]:
+    pool = RankPool(4)
+    yield pool
+    pool.close()

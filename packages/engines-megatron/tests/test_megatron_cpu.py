@@ -1,0 +1,61 @@
+"""The CPU support stays within megatron's own modules, and so does what is moved out of memory."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from rlcore_megatron import cpu
+from rlcore_megatron.memory import Parked
+
+
+def test_torch_itself_is_unchanged():
+    names = ("zeros", "empty", "tensor", "cuda", "compile", "get_rng_state")
+    before = {name: getattr(torch, name) for name in names}
+    methods = {name: getattr(torch.Tensor, name) for name in ("cuda", "type", "to")}
+    cpu.install()
+    cpu.install()
+    assert cpu.installed()
+    assert all(getattr(torch, name) is value for name, value in before.items())
+    assert all(getattr(torch.Tensor, name) is value for name, value in methods.items())
+    assert torch.zeros(1).type() == "torch.FloatTensor"
+    assert type(torch.cuda) is type(sys)
+    assert not any(getattr(module, "torch", None) is cpu._TORCH for name, module in list(sys.modules.items())
+                   if not name.startswith(("megatron.", "rlcore_megatron.")))  # fmt: skip
+
+
+def test_torch_compiles_for_others():
+    cpu.install()
+
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    compiled = torch.compile(double, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(torch.ones(2)), torch.full((2,), 2.0))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+
+
+def test_megatron_finds_the_cpu_where_it_asks_for_cuda():
+    cpu.install()
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
+
+    assert clip_grads.torch.zeros(1, device="cuda").device.type == "cpu"
+    assert clip_grads.torch.cuda.current_device() == torch.device("cpu")
+    for module in (clip_grads, distrib_optimizer):
+        for function in cpu._functions(module):
+            assert "torch.cuda.FloatTensor" not in function.__code__.co_consts
+
+
+def test_parked_tensors_come_back_beneath_their_views():
+    buffer = torch.arange(8.0)
+    views = [buffer[:4].view(2, 2), torch.nn.Parameter(buffer[4:])]
+    gradient = torch.ones(3)
+    parked = [Parked([*views, buffer]), Parked([gradient], keep=False)]
+    assert buffer.untyped_storage().nbytes() == gradient.untyped_storage().nbytes() == 0
+    for one in parked:
+        one.restore()
+    assert torch.equal(buffer, torch.arange(8.0))
+    assert torch.equal(views[0], torch.tensor([[0.0, 1.0], [2.0, 3.0]]))
+    assert views[1].data_ptr() == buffer[4:].data_ptr()
+    assert not gradient.any()

@@ -133,7 +133,7 @@ class TestTensorParallel:
     def test_weights_that_do_not_fit(self, engine: RolloutEngine, model: Path) -> None:
         weights = dict(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).named_parameters())
         half = {name: tensor for name, tensor in weights.items() if "k_proj" not in name}
-        with pytest.raises(EngineError, match=r"did not reach vLLM's workers: .*lacks weights of 2 layers"):
+        with pytest.raises(EngineError, match="lacks weights of 2 layers"):
             engine.update_weights([WeightBucket(tuple(half.items()))], 201)
         engine.update_weights([WeightBucket(tuple(weights.items()))], 202)
         (made,) = engine.generate_batch([request(4)])

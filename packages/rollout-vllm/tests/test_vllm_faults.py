@@ -20,7 +20,7 @@ from rlcore.testing.tiny_model import tiny_model
 from rlcore_vllm.config import VLLMSettings
 from rlcore_vllm.engine import VLLMRollout, build
 
-KV_CACHE_BYTES = 16 << 20
+KV_CACHE_BYTES = 32 << 20
 
 
 @pytest.fixture(scope="module")

@@ -73,7 +73,11 @@ class Delivery:
             self.close()
             received.wait(quietly=True)
             raise
-        received.wait()
+        try:
+            received.wait()
+        except EngineError:  # it had all buckets and could not use them; the connection is of no more use
+            self.close()
+            raise
 
     def _connect(self, device: torch.device) -> None:
         self._sender, address = open_sender(

@@ -280,9 +280,10 @@ class VLLMRollout(RolloutEngine):
 
 def _start_backend(spec: RolloutSpec, settings: VLLMSettings) -> Backend:
     quirks.set_environment(settings.tensor_parallel_size, own_process=settings.mode == "process")
-    from vllm.platforms import current_platform
+    with quirks.undisturbed():  # importing vllm sets environment variables too
+        from vllm.platforms import current_platform
 
-    from rlcore_vllm.arguments import engine_arguments
+        from rlcore_vllm.arguments import engine_arguments
 
     arguments = engine_arguments(
         spec, current_platform.device_type, sleep_mode=current_platform.is_sleep_mode_available()

@@ -39,7 +39,7 @@ class OwnProcess:
         before = set(psutil.Process().children(recursive=True))
         try:
             with quirks.undisturbed():
-                self._engine = self._wait(self._start(arguments), start_timeout_s, "start (start_timeout_s)")
+                self._engine = self._wait(self._start(arguments), start_timeout_s, "start")
         except BaseException:
             for process in set(psutil.Process().children(recursive=True)) - before:
                 _kill(process)

@@ -21,6 +21,7 @@ from typing import Any, Literal
 from rlcore.engines.balance import Balance
 from rlcore.engines.fan_out import FanOut
 from rlcore.engines.rollout import Completion, GenerationRequest, RolloutEngine
+from rlcore.engines.threaded_calls import ThreadedCall, failures_of
 from rlcore.engines.weight_sync import WeightBucket
 from rlcore.errors import EngineError, RlcoreError, WorkerError
 
@@ -316,14 +317,14 @@ class Replicas(RolloutEngine):
                 fan_out.drop(index, "it was done")
 
         threads = {
-            index: _Thread(f"weights of {replica.name}", partial(take, index))
+            index: ThreadedCall(f"weights of {replica.name}", partial(take, index))
             for index, (replica, _) in targets.items()
         }
         try:
             fan_out.feed(buckets)
         except Exception as error:
-            raise _StreamBroke(error, _failures(threads, self._timeout_s, "give up the weights")) from error
-        return _failures(threads, self._timeout_s, "take the weights")
+            raise _StreamBroke(error, failures_of(threads, self._timeout_s, "give up the weights")) from error
+        return failures_of(threads, self._timeout_s, "take the weights")
 
     def pause(self) -> None:
         with self._lock:
@@ -361,8 +362,8 @@ class Replicas(RolloutEngine):
             engines = {index: r.engine for index, r in enumerate(self._replicas) if r.engine is not None}
             for replica in self._replicas:
                 replica.engine, replica.state, replica.reason = None, "down", "it was closed"
-        threads = {index: _Thread("closing", engine.close) for index, engine in engines.items()}
-        for index, error in _failures(threads, self._timeout_s, "close").items():
+        threads = {index: ThreadedCall("closing", engine.close) for index, engine in engines.items()}
+        for index, error in failures_of(threads, self._timeout_s, "close").items():
             logger.warning("%s: %s", self._replicas[index].name, error)
 
     def _each(self, what: str, act: Callable[[RolloutEngine], None]) -> None:
@@ -378,11 +379,11 @@ class Replicas(RolloutEngine):
                 if r.state == "up" and r.engine is not None
             }
         threads = {
-            index: _Thread(f"{what} {replica.name}", partial(act, engine))
+            index: ThreadedCall(f"{what} {replica.name}", partial(act, engine))
             for index, (replica, engine, _) in targets.items()
         }
         refused: RlcoreError | None = None
-        for index, error in _failures(threads, self._timeout_s, what).items():
+        for index, error in failures_of(threads, self._timeout_s, what).items():
             if isinstance(error, RlcoreError):
                 refused = refused or error
             else:
@@ -397,8 +398,8 @@ class Replicas(RolloutEngine):
         """Build all replicas; all must work."""
         failures: dict[int, Exception] = {}
         if together:
-            threads = {index: _Thread(f"start {r.name}", r.build) for index, r in enumerate(self._replicas)}
-            failures = _failures(threads, timeout_s, "start")
+            threads = {index: ThreadedCall(f"start {r.name}", r.build) for index, r in enumerate(self._replicas)}
+            failures = failures_of(threads, timeout_s, "start")
         else:
             for index, replica in enumerate(self._replicas):
                 try:
@@ -548,36 +549,6 @@ class _StreamBroke(Exception):
 def _after(error: Exception) -> Literal["stale", "down"]:
     """What a replica is after an update that failed so: one that refused it lives, and may take the next."""
     return "stale" if isinstance(error, RlcoreError) else "down"
-
-
-class _Thread:
-    """A call under way in a daemon thread, which may be left behind if it hangs."""
-
-    def __init__(self, name: str, act: Callable[[], Any]) -> None:
-        self.error: Exception | None = None
-        self.done = threading.Event()
-        self._act = act
-        threading.Thread(target=self._run, name=name, daemon=True).start()
-
-    def _run(self) -> None:
-        try:
-            self._act()
-        except Exception as error:
-            self.error = error
-        finally:
-            self.done.set()
-
-
-def _failures(threads: Mapping[int, _Thread], timeout_s: float, what: str) -> dict[int, Exception]:
-    """Wait for all; what each failed with, by its key."""
-    deadline = time.monotonic() + timeout_s
-    failures: dict[int, Exception] = {}
-    for index, thread in threads.items():
-        if not thread.done.wait(max(deadline - time.monotonic(), 0)):
-            failures[index] = WorkerError(f"it did not {what} within {timeout_s:g} s")
-        elif thread.error is not None:
-            failures[index] = thread.error
-    return failures
 
 
 async def _unless_aborted(call: _Call, engine: RolloutEngine) -> Completion:

@@ -2,9 +2,10 @@
 
     torchrun --nproc-per-node 4 scripts/check.py --model MODEL tensor_parallel=2 pipeline_parallel=2
 
-Prints, on rank 0, the largest difference of a log-prob from transformers' (in fp32 on the CPU), the loss's gradient norm,
-how far a second step with the weights it has trained moves the log-probs, and the peak memory; exits with 1 if the
-log-probs differ by more than ``--atol``. ``device=cpu dtype=float32`` tries a layout on a laptop.
+Prints, on rank 0, the largest difference of a log-prob from those of transformers (in fp32 on the CPU), the gradient
+norm, how far one step moves the log-probs, and the peak memory. Exits with 1 if log-probs differ by more than
+``--atol``.
+``device=cpu`` tries a layout on a laptop.
 """
 
 from __future__ import annotations

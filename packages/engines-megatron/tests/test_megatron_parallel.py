@@ -6,7 +6,7 @@ gradient descent, so that weights can be compared as closely as gradients.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from rlcore.batch import Batch
 from rlcore.controller.dispatch import gather
 from rlcore.engines import ForwardRequest, ModelSettings, OptimSettings, TrainEngine, TrainEngineSpec
+from rlcore.errors import EngineError
 from rlcore.testing.processes import RankPool
 from rlcore.testing.tiny_model import tiny_model
 from rlcore.testing.train_engine import SquaredError, WeightedLogprobs, exported, make_batch
@@ -54,13 +55,6 @@ def spread(engine: TrainEngine, batch: Batch, call: Any) -> Any:
     dist.all_gather_object(results, (engine.dp_rank, mine))
     by_rank = dict(reversed(results))
     return gather([by_rank[rank] for rank in range(engine.dp_size)], parts)
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[RankPool]:
-    pool = RankPool(4)
-    yield pool
-    pool.close()
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +103,211 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_any_layout_equals_one_process(
-    ranks: RankPool, model_path: Path, alone: dict[str, Any], name: str
-) -> None:
-    for result in ranks.run(run, model_path, LAYOUTS[name], BATCHES, timeout=120):
+def test_any_layout_equals_one_process(ranks: RankPool, model_path: Path, alone: dict[str, Any], name: str) -> None:
+    for result in ranks.run(run, model_path, LAYOUTS[name], BATCHES, timeout=300):
         check_equal(result, alone, ATOL)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "overrides", "layout"),
+    [
+        ("Qwen3", {"head_dim": 16}, {"tensor_parallel": 2, "sequence_parallel": True, "context_parallel": 2}),
+        ("Llama", {"tie_word_embeddings": False}, {"tensor_parallel": 2, "pipeline_parallel": 2}),
+    ],
+)
+def test_norms_of_heads_and_untied_embeddings(
+    ranks: RankPool, tmp_path: Path, architecture: str, overrides: dict[str, Any], layout: dict[str, Any]
+) -> None:
+    path = tiny_model(tmp_path, architecture=architecture, **overrides)
+    check_equal(ranks.run(run, path, layout, BATCHES, timeout=300)[3], run(path, {}, BATCHES), ATOL)
+
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+
+
+@pytest.fixture(scope="module")
+def experts_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("experts")
+    return tiny_model(path, architecture="Qwen3Moe", tie_word_embeddings=False, head_dim=8, **EXPERTS)
+
+
+@pytest.fixture(scope="module")
+def experts_alone(experts_path: Path) -> dict[str, Any]:
+    return run(experts_path, {}, BATCHES)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"expert_parallel": 4},
+        {"expert_parallel": 2},
+        {"expert_parallel": 2, "distributed_optimizer": False},
+        {"expert_parallel": 2, "pipeline_parallel": 2},
+        {"expert_parallel": 2, "context_parallel": 2},
+        {"expert_parallel": 2, "tensor_parallel": 2, "sequence_parallel": True},
+        {"expert_parallel": 4, "expert_tensor_parallel": 1, "tensor_parallel": 2, "sequence_parallel": True},
+    ],
+    ids=str,
+)
+def test_experts(ranks: RankPool, experts_path: Path, experts_alone: dict[str, Any], layout: dict[str, Any]) -> None:
+    for result in ranks.run(run, experts_path, layout, BATCHES, timeout=300):
+        check_equal(result, experts_alone, ATOL)
+
+
+@pytest.mark.parametrize("head", ["value", "score"])
+@pytest.mark.parametrize("layout", ["tp2-pp2", "tp2-sp-cp2"])
+def test_scalar_heads(ranks: RankPool, model_path: Path, head: str, layout: str) -> None:
+    # Values reach some tens, and so do the gradients.
+    for result in ranks.run(run, model_path, LAYOUTS[layout], BATCHES, head, timeout=300):
+        check_equal(result, run(model_path, {}, BATCHES, head), 10 * ATOL)
+
+
+@pytest.mark.parametrize("layout", ["dp4", "tp2", "pp2-interleaved"])
+def test_a_replica_without_samples_takes_part(ranks: RankPool, model_path: Path, layout: str) -> None:
+    batches = [make_batch((30,), seed=3)]
+    check_equal(
+        ranks.run(run, model_path, LAYOUTS[layout], batches, timeout=300)[3], run(model_path, {}, batches), ATOL
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"distributed_optimizer": False}], ids=["divided", "whole"])
+def test_mixed_precision_over_fp32_weights(
+    ranks: RankPool, model_path: Path, alone: dict[str, Any], options: dict[str, Any]
+) -> None:
+    """bf16 forward and backward: 8 bits of mantissa, so about a percent; layouts differ less than that."""
+    options = {"dtype": "bfloat16", **options}
+    one = run(model_path, options, BATCHES)
+    four = ranks.run(run, model_path, {**options, "tensor_parallel": 2}, BATCHES, timeout=300)[0]
+    for name, tensor in alone["weights"].items():
+        assert one["weights"][name].dtype == torch.bfloat16
+        torch.testing.assert_close(four["weights"][name].float(), tensor, atol=2e-2, rtol=2e-2, msg=name)
+        torch.testing.assert_close(four["weights"][name], one["weights"][name], atol=1e-2, rtol=1e-2, msg=name)
+    assert one["metrics"][0]["grad_norm"] == pytest.approx(alone["metrics"][0]["grad_norm"], rel=2e-2)
+    torch.testing.assert_close(one["logprobs"], alone["logprobs"], atol=0.1, rtol=0)
+    torch.testing.assert_close(four["logprobs"], one["logprobs"], atol=0.05, rtol=0)
+
+
+@dataclasses.dataclass
+class FailsOnOneReplica(WeightedLogprobs):
+    def loss(self, outputs: Any, batch: Batch, denominators: Any) -> Any:
+        if dist.get_rank() == 3:
+            raise RuntimeError("broken objective")
+        return super().loss(outputs, batch, denominators)
+
+
+def fail_and_go_on(path: Path, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    engine = make_engine(path, options)
+    try:
+        spread(engine, BATCHES[0], lambda part: engine.train(part, FailsOnOneReplica(0.9)))
+        message = ""
+    except Exception as error:
+        message = str(error)
+    after = spread(engine, BATCHES[0], lambda part: engine.train(part, WeightedLogprobs(0.9))).to_dict()
+    engine.close()
+    return message, after
+
+
+@pytest.mark.parametrize("layout", ["dp4", "pp4", "pp2"])
+def test_an_objective_that_fails_on_one_rank_fails_on_all(
+    ranks: RankPool, model_path: Path, alone: dict[str, Any], layout: str
+) -> None:
+    for message, after in ranks.run(fail_and_go_on, model_path, LAYOUTS[layout], timeout=300):
+        assert "objective" in message
+        assert after == pytest.approx(alone["metrics"][0], rel=1e-4)
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def save_after_a_step(path: Path, folder: Path, options: dict[str, Any]) -> dict[str, torch.Tensor]:
+    engine = make_engine(path, options)
+    spread(engine, BATCHES[0], lambda part: engine.train(part, WeightedLogprobs()))
+    engine.save(folder)
+    spread(engine, BATCHES[1], lambda part: engine.train(part, WeightedLogprobs()))
+    weights = exported(engine)
+    engine.close()
+    return weights
+
+
+def continue_from(path: Path, folder: Path, options: dict[str, Any]) -> dict[str, torch.Tensor]:
+    engine = make_engine(path, options, seed=5)
+    engine.load(folder)
+    spread(engine, BATCHES[1], lambda part: engine.train(part, WeightedLogprobs()))
+    weights = exported(engine)
+    engine.close()
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [
+        ("tp2-pp2", ("pp2-interleaved", "dp4-plain-optimizer", "alone")),
+        ("dp4", ("tp2-sp-cp2",)),
+        ("pp2-interleaved", ("tp2-pp2",)),
+        ("dp4-plain-optimizer", ("tp2",)),
+    ],
+)
+def test_a_checkpoint_changes_its_layout(
+    ranks: RankPool, model_path: Path, tmp_path: Path, saved: str, loaded: tuple[str, ...]
+) -> None:
+    expected = ranks.run(save_after_a_step, model_path, tmp_path, LAYOUTS[saved], timeout=300)[0]
+    same = ranks.run(continue_from, model_path, tmp_path, LAYOUTS[saved], timeout=300)[3]
+    assert all(torch.equal(same[name], expected[name]) for name in expected), "the same layout: bit for bit"
+    for layout in loaded:
+        if layout == "alone":
+            again = continue_from(model_path, tmp_path, {})
+        else:
+            again = ranks.run(continue_from, model_path, tmp_path, LAYOUTS[layout], timeout=300)[0]
+        for name, tensor in expected.items():
+            torch.testing.assert_close(again[name], tensor, atol=ATOL, rtol=0, msg=f"{layout}: {name}")
+
+
+def test_a_checkpoint_of_experts_and_bf16_changes_its_layout(
+    ranks: RankPool, experts_path: Path, tmp_path: Path
+) -> None:
+    layout = {"expert_parallel": 2, "tensor_parallel": 2, "sequence_parallel": True}
+    expected = ranks.run(save_after_a_step, experts_path, tmp_path / "fp32", layout, timeout=300)[0]
+    for name, tensor in continue_from(experts_path, tmp_path / "fp32", {}).items():
+        torch.testing.assert_close(tensor, expected[name], atol=ATOL, rtol=0, msg=name)
+    half = {"dtype": "bfloat16", "expert_parallel": 2}
+    expected = ranks.run(save_after_a_step, experts_path, tmp_path / "bf16", half, timeout=300)[0]
+    same = ranks.run(continue_from, experts_path, tmp_path / "bf16", half, timeout=300)[0]
+    assert all(torch.equal(same[name], expected[name]) for name in expected)
+
+
+# --- layouts that do not fit ------------------------------------------------------------------------------------------
+
+
+def refuse(path: Path, options: dict[str, Any]) -> str:
+    try:
+        make_engine(path, options)
+    except EngineError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"tensor_parallel": 8}, "8 does not divide the number of processes 4"),
+        ({"tensor_parallel": 4}, "tensor_parallel 4 is more than the 2 key-value heads"),
+        ({"pipeline_parallel": 2, "virtual_pipeline": 4}, "4 layers are not divisible by pipeline_parallel 2"),
+        ({"expert_parallel": 2}, "the model has no experts"),
+    ],
+)
+def test_layouts_that_do_not_fit_are_refused(
+    ranks: RankPool, model_path: Path, options: dict[str, Any], reason: str
+) -> None:
+    assert all(reason in message for message in ranks.run(refuse, model_path, options, timeout=300))
+
+
+def hold_two_layouts(path: Path) -> str:
+    engine = make_engine(path, {"tensor_parallel": 2})
+    message = refuse(path, {"pipeline_parallel": 2})
+    engine.close()
+    return message
+
+
+def test_engines_of_one_process_are_divided_alike(ranks: RankPool, model_path: Path) -> None:
+    for message in ranks.run(hold_two_layouts, model_path, timeout=300):
+        assert "engines of one process must be divided alike" in message

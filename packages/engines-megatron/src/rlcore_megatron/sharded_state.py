@@ -60,10 +60,9 @@ class Local:
 
     def blocks(self, tensor: torch.Tensor) -> list[Block]:
         """``tensor``, shaped as the parameter, as blocks of the global tensors; views."""
+        if isinstance(self.description, ShardedTensor):
+            return [_block(replace(self.description, data=tensor, dtype=tensor.dtype))]
         described = replace(self.description, data=tensor)
-        if isinstance(described, ShardedTensor):
-            described.dtype = tensor.dtype
-            return [_block(described)]
         return [_block(part) for part in _sharded_tensors(described.build())]
 
     def whole(self, kind: str, target: int) -> torch.Tensor | None:

@@ -19,7 +19,7 @@ from torch import nn
 
 from rlcore.engines import WeightBucket
 from rlcore.errors import EngineError
-from rlcore_megatron import router
+from rlcore_megatron import experts
 from rlcore_megatron.families.family import EMBEDDING, LM_HEAD, SCORE, Family, Named
 from rlcore_megatron.families.weight import Weight, share_shape, view
 from rlcore_megatron.parallel import Parallel
@@ -77,7 +77,7 @@ def load_pretrained(
         EngineError: on every rank, with what is missing, unexpected or of another shape on any.
     """
     if family.experts(hf_config):
-        router.mend()
+        experts.mend()
     checkpoint, placed, problems = None, [], []
     try:
         checkpoint = Checkpoint(Path(folder))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -104,10 +105,9 @@ def join_processes(device: torch.device) -> int:
 
 
 def _leave_processes() -> None:
-    from megatron.core import parallel_state
-
     if dist.is_initialized():
-        if parallel_state.model_parallel_is_initialized():
+        parallel_state: Any = sys.modules.get("megatron.core.parallel_state")
+        if parallel_state is not None and parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +109,9 @@ class MegatronEngine(TrainEngine):
             together = torch.empty(len(names), int(lengths.sum()), device=self._device)
         if self.parallel.pp > 1:
             dist.broadcast(together, self.parallel.last_stage_rank, group=self.parallel.pp_group)
-        columns = {name: Jagged(values, lengths) for name, values in zip(names, together.cpu().unbind(0))}
-        return Batch(columns).take(torch.tensor(order, dtype=torch.int64).argsort())
+        values = together.cpu().unbind(0)
+        columns = Batch({str(name): Jagged(column, lengths) for name, column in zip(names, values)})
+        return columns.take(torch.tensor(order, dtype=torch.int64).argsort())
 
     def train(self, batch: Batch, objective: Objective) -> Metrics:
         optimization = self._optimization
@@ -268,16 +270,13 @@ class MegatronEngine(TrainEngine):
         layouts.release(self)
 
 
-class _training:
+@contextmanager
+def _training(modules: Sequence[nn.Module], recompute: bool) -> Iterator[None]:
     """Let layers recompute activations, which they do in training mode only; there is no dropout to fear."""
-
-    def __init__(self, modules: list[Any], recompute: bool) -> None:
-        self._modules = modules if recompute else []
-
-    def __enter__(self) -> None:
-        for module in self._modules:
-            module.train()
-
-    def __exit__(self, *_: object) -> None:
-        for module in self._modules:
+    for module in modules if recompute else ():
+        module.train()
+    try:
+        yield
+    finally:
+        for module in modules:
             module.eval()

@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 uv run python benchmarks/vllm_overhead.py
 
 Generation: the same model and requests by ``LLM.generate`` and by `VLLMRollout`, both in this process, in turns. Ours
-draws with a seed per request and returns log-probs; so does vLLM here. The ratio of each pair of rounds is what counts
-on a noisy machine. Weights: a full update, against loading the same weights from files, and starting an engine anew.
+draws with a seed per request and returns log-probs; so does vLLM here. On a noisy machine the ratio of processor time
+counts. Weights: a full update, against loading the same weights from files, and starting an engine anew.
 """
 
 from __future__ import annotations
@@ -49,17 +49,20 @@ def report(arguments: argparse.Namespace, folder: Path) -> None:
         for prompt, seed in pairs
     ]
     count = len(requests) * arguments.tokens
-    speeds: list[tuple[float, float]] = []
+    ratios: list[float] = []
     for index in range(arguments.rounds + 1):
-        pair = (
-            count / timed(lambda: theirs.generate(*vllm_requests(pairs, arguments.tokens), use_tqdm=False)),
-            count / timed(lambda: ours.generate_batch(requests)),
-        )
+        cpu = time.process_time()
+        their_s = timed(lambda: theirs.generate(*vllm_requests(pairs, arguments.tokens), use_tqdm=False))
+        their_cpu_s = time.process_time() - cpu
+        our_s = timed(lambda: ours.generate_batch(requests))
+        our_cpu_s = time.process_time() - cpu - their_cpu_s
         if index:  # the first warms up
-            speeds.append(pair)
-            print(f"round {index}: vLLM {pair[0]:.0f} tokens/s, rlcore {pair[1]:.0f}, ratio {pair[1] / pair[0]:.3f}")
-    ratios = [b / a for a, b in speeds]
-    print(f"median ratio {statistics.median(ratios):.3f} (from {min(ratios):.3f} to {max(ratios):.3f})")
+            ratios.append(our_cpu_s / their_cpu_s)
+            print(
+                f"round {index}: vLLM {count / their_s:.0f} tokens/s, rlcore {count / our_s:.0f}; "
+                f"processor time {their_cpu_s:.2f} s and {our_cpu_s:.2f} s, ratio {ratios[-1]:.3f}"
+            )
+    print(f"ratio of processor time {statistics.median(ratios):.3f} (from {min(ratios):.3f} to {max(ratios):.3f})")
 
     weights = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     buckets = [WeightBucket(tuple((name, tensor.detach()) for name, tensor in weights.named_parameters()))]

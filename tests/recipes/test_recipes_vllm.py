@@ -1,8 +1,8 @@
-"""Recipes that generate with vLLM on the CPU: in the trainer's process, and on a pool of its own over Ray."""
+"""Recipes that generate with vLLM on the CPU: in the trainer's process."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,6 @@ VLLM = {
     "actor.optim.lr": 5e-3,
     "trainer.val_before_train": False,
 }
-APART = {
-    "controller.kind": "ray",
-    "controller.pools": {"train": {"cpus_per_process": 0.5}, "gen": {"cpus_per_process": 0.5}},
-    "controller.placement": {"actor": "train", "rollout": "gen", "reward": "gen", "compute": "gen"},
-    "controller.call_timeout_s": 300,
-}
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +27,6 @@ def vllm_task(task: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     """Changes under which the task runs with vLLM, whose attention has no kernel on the CPU for heads under 32."""
     path = tiny_model(tmp_path_factory.mktemp("vllm") / "model", architecture="Llama", head_dim=32)
     return {**VLLM, "model.path": path}
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    from rlcore.controller.placement import ResourcePool
-    from rlcore.controller.ray import cluster
-
-    started = cluster.connect(None, {"all": ResourcePool(processes=3)})
-    yield
-    if started:
-        cluster.disconnect()
 
 
 def generated_with_the_trainers_weights(step: dict[str, float]) -> bool:
@@ -83,16 +66,3 @@ def test_a_skipped_sync_shows_as_mismatch(
     result = task.run("grpo", tmp_path, {**vllm_task, "trainer.total_steps": 3})
     assert result.exit_code == 0, result.output
     assert [generated_with_the_trainers_weights(step) for step in metrics_of(tmp_path)] == [True, False, True]
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("cluster")
-def test_one_step_off_on_a_pool_of_its_own(
-    task: Any, vllm_task: dict[str, Any], metrics_of: Metrics, tmp_path: Path
-) -> None:
-    changes = {**vllm_task, **APART, "async.max_staleness": 1, "trainer.total_steps": 4}
-    result = task.run("grpo", tmp_path, changes)
-    assert result.exit_code == 0, result.output
-    steps = metrics_of(tmp_path)
-    assert [step["step"] for step in steps] == [1, 2, 3, 4]
-    assert all(0 <= step["rollout/staleness_mean"] <= step["rollout/staleness_max"] <= 1 for step in steps)

@@ -82,7 +82,7 @@ def test_a_folder_without_a_model(tmp_path: Path) -> None:
 def test_the_trainer_notices_nothing(model: Path) -> None:
     torch.manual_seed(3)
     random.seed(3)
-    set_num_threads, environment = torch.set_num_threads, dict(os.environ)
+    set_num_threads = torch.set_num_threads
     expected = torch.get_rng_state(), random.getstate()
     engine = start(model)
     try:
@@ -91,8 +91,6 @@ def test_the_trainer_notices_nothing(model: Path) -> None:
         assert torch.equal(torch.get_rng_state(), expected[0])
         assert random.getstate() == expected[1]
         assert torch.set_num_threads is set_num_threads
-        changed = {name for name in {*os.environ, *environment} if os.environ.get(name) != environment.get(name)}
-        assert all(name.startswith("VLLM_") for name in changed)
     finally:
         engine.close()
     engine.close()

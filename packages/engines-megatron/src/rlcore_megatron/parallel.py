@@ -108,8 +108,16 @@ def _leave_processes() -> None:
     if dist.is_initialized():
         parallel_state: Any = sys.modules.get("megatron.core.parallel_state")
         if parallel_state is not None and parallel_state.model_parallel_is_initialized():
-            parallel_state.destroy_model_parallel()
+            _undo_layout(parallel_state)
         dist.destroy_process_group()
+
+
+def _undo_layout(parallel_state: Any) -> None:
+    """Megatron (0.16) forgets its process groups but does not end them: each keeps threads, or a communicator."""
+    groups = [group for group in parallel_state._global_process_group_list or [] if group is not None]
+    parallel_state.destroy_model_parallel()
+    for group in groups:
+        dist.destroy_process_group(group)
 
 
 def initialize(settings: MegatronSettings) -> Parallel:
@@ -139,7 +147,7 @@ def initialize(settings: MegatronSettings) -> Parallel:
                 f"virtual-pipeline, context, expert and expert-tensor sizes {_layout and _layout[1:]}, this one "
                 f"{wanted[1:]}"
             )
-        parallel_state.destroy_model_parallel()
+        _undo_layout(parallel_state)
     if not parallel_state.model_parallel_is_initialized():
         _, tp, pp, vpp, cp, ep, etp = wanted
         parallel_state.initialize_model_parallel(

@@ -111,6 +111,7 @@ class TestInProcess(VLLMConformance):
 
 class TestOwnProcess(VLLMConformance):
     options: ClassVar[dict[str, Any]] = {"mode": "process"}
+    draws = 1000
 
 
 class TestTensorParallel:

@@ -178,6 +178,8 @@ def largest_difference(model: Path, requests, completions) -> float:
 
 
 class TestConformance(RolloutEngineConformance):
+    draws = 500  # each is an HTTP request
+
     @pytest.fixture(scope="class")
     def model(self, server) -> Path:
         return server.model

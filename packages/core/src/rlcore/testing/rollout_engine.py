@@ -38,6 +38,8 @@ class RolloutEngineConformance:
     """Largest difference of a log-prob to the reference."""
     timeout_s = 120.0
     """Most seconds one test waits for completions."""
+    draws = 4000
+    """Tokens drawn for the comparison with the model's distribution; fewer where requests are dear."""
 
     def make_engine(self, model: Path, max_model_len: int) -> RolloutEngine:
         """An engine that generates with the model in the folder ``model``."""
@@ -168,8 +170,8 @@ class RolloutEngineConformance:
     def test_tokens_follow_the_distribution(
         self, engine: RolloutEngine, reference: Any, changes: dict[str, Any]
     ) -> None:
-        """A χ² test of 4,000 draws with fixed seeds, at a significance of 1e-4."""
-        draws = 4000
+        """A χ² test of draws with fixed seeds, at a significance of 1e-4."""
+        draws = self.draws
         sampling = SamplingParams(max_tokens=1, ignore_eos=True, **changes)
         requests = [GenerationRequest(PROMPT, replace(sampling, seed=seed), group=0) for seed in range(draws)]
         counts = torch.zeros(_vocabulary(reference), dtype=torch.float64)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from rlcore.engines import GenerationRequest, ModelSettings, Replicas, RolloutEngine, RolloutSpec, SamplingParams
 from rlcore.engines.weight_sync import WeightBucket
 from rlcore.errors import EngineError
-from rlcore.testing.rollout_engine import MAX_MODEL_LEN, PROMPT, RolloutEngineConformance
+from rlcore.testing.rollout_engine import PROMPT, RolloutEngineConformance
 from rlcore.testing.tiny_model import tiny_model
 from rlcore_vllm.config import VLLMSettings
 from rlcore_vllm.server import build
@@ -27,6 +27,7 @@ from rlcore_vllm.server.settings import ServerSettings
 from rlcore_vllm.server.versions import UNKNOWN, Versions
 
 START_S = 600
+MAX_MODEL_LEN = 16384  # the server makes a thousand tokens and more in the time of a few requests by HTTP
 API_KEY = "open sesame"
 KEY_VARIABLE = "RLCORE_TEST_SERVER_KEY"
 
@@ -178,6 +179,7 @@ def largest_difference(model: Path, requests, completions) -> float:
 
 
 class TestConformance(RolloutEngineConformance):
+    max_model_len = MAX_MODEL_LEN
     draws = 500  # each is an HTTP request
 
     @pytest.fixture(scope="class")
@@ -303,7 +305,7 @@ def test_few_connections_and_an_abort_while_requests_wait_for_them(server):
     engine: RolloutEngine = build(server.spec(max_connections=2))
 
     async def scenario():
-        running = [asyncio.create_task(engine.generate(request(index, 2000))) for index in range(4)]
+        running = [asyncio.create_task(engine.generate(request(index, MAX_MODEL_LEN - 100))) for index in range(4)]
         await asyncio.sleep(1)
         engine.abort()
         return await asyncio.wait_for(asyncio.gather(*running), 60)
@@ -349,8 +351,8 @@ def test_waiting_for_a_pause_is_not_hanging(server):
 def test_wrong_key_model_and_length(server, tmp_path, monkeypatch):
     with pytest.raises(EngineError, match=r"serves policy, not other \(model_name\)"):
         build(server.spec(model_name="other"))
-    with pytest.raises(EngineError, match=r"takes sequences of 4096 tokens, but 5000 are wanted"):
-        build(server.spec(max_model_len=5000))
+    with pytest.raises(EngineError, match=r"takes sequences of 16384 tokens, but 20000 are wanted"):
+        build(server.spec(max_model_len=20000))
     narrow = tiny_model(tmp_path / "narrow")
     with pytest.raises(EngineError, match=r"serves another model than .*hidden_size 128 instead of 32"):
         build(server.spec(model=narrow))

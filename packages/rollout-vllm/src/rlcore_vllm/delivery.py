@@ -62,7 +62,7 @@ class Delivery:
             self._connect(first.tensors[0][1].device)
         sender = self._sender
         assert sender is not None
-        received = _Call(self._backend, "rlcore_receive", self._timeout_s)
+        received = _Receiving(self._backend, version, self._timeout_s)
         try:
             sender.send(_chained(first, iterator), version)
         except TransferError as error:
@@ -92,12 +92,12 @@ class Delivery:
         return self._backend.call_workers(method, *args, timeout_s=self._timeout_s)
 
 
-class _Call:
-    """A call of all workers that goes on while something else is done."""
+class _Receiving:
+    """All workers take a version, while it is being sent."""
 
-    def __init__(self, backend: Backend, method: str, timeout_s: float) -> None:
+    def __init__(self, backend: Backend, version: int, timeout_s: float) -> None:
         self._error: EngineError | None = None
-        self._thread = threading.Thread(target=self._run, args=(backend, method, timeout_s), daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(backend, version, timeout_s), daemon=True)
         self._thread.start()
 
     def wait(self, *, quietly: bool = False) -> None:
@@ -105,9 +105,11 @@ class _Call:
         if self._error is not None and not quietly:
             raise self._error
 
-    def _run(self, backend: Backend, method: str, timeout_s: float) -> None:
+    def _run(self, backend: Backend, version: int, timeout_s: float) -> None:
         try:
-            backend.call_workers(method, timeout_s=timeout_s)
+            for taken in backend.call_workers("rlcore_receive", timeout_s=timeout_s):
+                if taken != str(version):
+                    raise EngineError(f"vLLM's workers cannot use the weight update {version}: {taken}")
         except EngineError as error:
             self._error = error
 

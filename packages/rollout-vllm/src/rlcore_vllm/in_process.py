@@ -29,6 +29,7 @@ class InProcess:
         self._work: deque[Callable[[], None]] = deque()
         self._awake = threading.Condition()
         self._done: dict[str, Done] = {}
+        self._outputs: list[tuple[str, Any]] = []
         self._paused = self._closing = False
         self._reason = "the vLLM engine is closed"
         self._engine: Any = None
@@ -136,6 +137,7 @@ class InProcess:
                     self._work.popleft()()
                 if not self._paused and self._engine.has_unfinished_requests():
                     self._step()
+                self._deliver()
         finally:
             self._fail_all(EngineError(self._reason))
             self._engine.engine_core.shutdown()
@@ -156,6 +158,15 @@ class InProcess:
             logger.exception("vLLM failed in a step")
             self._reason = f"vLLM failed in a step: {quirks.root_reason(error)}"
             self._closing = True
+
+    def _deliver(self) -> None:
+        """After a step, not in its midst: whoever waits may draw random numbers at once."""
+        outputs = self._outputs[:]
+        self._outputs.clear()
+        for key, output in outputs:
+            done = self._done.pop(key, None)
+            if done is not None:
+                done(output)
 
     def _fail_all(self, error: Exception) -> None:
         outstanding, self._done = self._done, {}
@@ -178,21 +189,19 @@ class InProcess:
             done(EngineError(f"vLLM refuses the request: {quirks.root_reason(error)}"))
             return
         self._done[key] = done
-        quirks.deliver_to(self._engine, internal, _Delivery(self._done, key))
+        quirks.deliver_to(self._engine, internal, _Queue(self._outputs, key))
 
 
-class _Delivery:
+class _Queue:
     """Stands where vLLM expects a request's queue of outputs; only the final one comes."""
 
-    __slots__ = ("_done", "_key")
+    __slots__ = ("_key", "_outputs")
 
-    def __init__(self, done: dict[str, Done], key: str) -> None:
-        self._done, self._key = done, key
+    def __init__(self, outputs: list[tuple[str, Any]], key: str) -> None:
+        self._outputs, self._key = outputs, key
 
     def put(self, output: Any) -> None:
-        done = self._done.pop(self._key, None)
-        if done is not None:
-            done(output)
+        self._outputs.append((self._key, output))
 
 
 def _make_engine(arguments: dict[str, Any]) -> Any:

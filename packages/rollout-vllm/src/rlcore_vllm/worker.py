@@ -75,8 +75,12 @@ class WorkerExtension:
             self.rlcore_receiver.close()
         self.rlcore_receiver = open_receiver(Address(**address), self.rank, device=self.device)
 
-    def rlcore_receive(self) -> int:
-        """Take the next version from the sender; the sender learns of an error too."""
+    def rlcore_receive(self) -> str:
+        """Take the next version from the sender, which learns of an error too; the version, or what went wrong.
+
+        An error is not raised: of several workers' errors vLLM (0.32) reads one, and takes the others for answers to
+        its next calls.
+        """
         receiver = self.rlcore_receiver
         assert receiver is not None
         try:
@@ -86,11 +90,11 @@ class WorkerExtension:
                 self.rlcore_load(bucket.tensors)
                 del bucket
             self.rlcore_finish(receiver.version)
-        except BaseException as error:
+        except Exception as error:
             self.rlcore_cancel()
             receiver.abort(error)
-            raise
-        return receiver.version
+            return str(error) or type(error).__name__
+        return str(receiver.version)
 
     @contextmanager
     def _rlcore_configured(self) -> Iterator[None]:

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from rlcore import plugins
 from rlcore.engines import ModelSettings, OptimSettings, TrainEngineSpec
+from rlcore.engines.schedule import learning_rate
 from rlcore.engines.settings import names_a_folder
 from rlcore.errors import CheckpointError, EngineError
 from rlcore.testing.tiny_model import tiny_model
@@ -22,7 +23,6 @@ from rlcore_fsdp.config import FSDPSettings
 from rlcore_fsdp.engine import FSDPTrainEngine, build
 from rlcore_fsdp.loading import load_model, read_config
 from rlcore_fsdp.logprobs import LogitsRule
-from rlcore_fsdp.optimizer import learning_rate
 
 
 def make_engine(path: Path | str, options: dict[str, Any] | None = None, **overrides: Any) -> FSDPTrainEngine:

@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 
 from rlcore.batch import Batch, Jagged, micro_batches, predicted_positions
 from rlcore.engines import ForwardRequest, Objective, TrainEngine, TrainEngineSpec, WeightBucket
+from rlcore.engines.device import choose_device
+from rlcore.engines.schedule import learning_rate
 from rlcore.engines.train import FileRecord, Part
 from rlcore.errors import CheckpointError, EngineError
 from rlcore.metrics import Metrics
@@ -25,7 +27,6 @@ from rlcore_fsdp.attention import Packing, choose_kernel
 from rlcore_fsdp.background_save import BackgroundSave
 from rlcore_fsdp.config import FSDPSettings
 from rlcore_fsdp.distributed import (
-    choose_device,
     gather_objects,
     join_processes,
     make_mesh,
@@ -33,7 +34,7 @@ from rlcore_fsdp.distributed import (
     sum_over_ranks,
 )
 from rlcore_fsdp.loading import empty_model, load_model, read_config
-from rlcore_fsdp.optimizer import learning_rate, make_optimizer
+from rlcore_fsdp.optimizer import make_optimizer
 from rlcore_fsdp.packed_model import PackedModel, check_request, full_columns
 from rlcore_fsdp.saved_state import MOMENTS
 from rlcore_fsdp.verification import TESTED, verify

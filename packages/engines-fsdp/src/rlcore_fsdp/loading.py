@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from rlcore.engines import ModelSettings
-from rlcore.engines.settings import Head, names_a_folder
+from rlcore.engines.settings import Head, model_folder
 from rlcore.errors import EngineError
 from rlcore_fsdp.attention import IMPLEMENTATION
 
@@ -29,19 +29,12 @@ def read_config(settings: ModelSettings) -> Any:
     Raises:
         EngineError: the folder is missing, has no configuration or no weights, or its architecture is unsupported.
     """
-    path = Path(settings.path).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise EngineError(f"model folder {path} has no config.json")
-        if not any(path.glob("*.safetensors")):
-            raise EngineError(f"model folder {path} has no weights (*.safetensors)")
-    elif names_a_folder(settings.path):
-        raise EngineError(f"model folder {path} does not exist")
+    folder = model_folder(settings)
     try:
         with quiet():
             config = AutoConfig.from_pretrained(**_source(settings))
     except (OSError, ValueError) as error:
-        where = "cannot be read" if path.is_dir() else "is no folder here and cannot be fetched from the Hub"
+        where = "cannot be read" if folder else "is no folder here and cannot be fetched from the Hub"
         raise EngineError(f"model {settings.path!r} {where}: {_first_line(error)}") from error
     strange = sorted(set(getattr(config.get_text_config(), "layer_types", None) or ()) - _LAYER_TYPES)
     if strange:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rlcore.engines import TrainEngineSpec
+from rlcore.engines.device import choose_device
 from rlcore.errors import EngineError
 from rlcore_megatron import cpu
 from rlcore_megatron.config import MegatronSettings
-from rlcore_megatron.parallel import choose_device
 
 if TYPE_CHECKING:
     from rlcore_megatron.train_engine import MegatronEngine

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from rlcore.engines import ModelSettings
-from rlcore.engines.settings import names_a_folder
+from rlcore.engines.settings import model_folder
 from rlcore.errors import EngineError
 
 
@@ -19,16 +19,7 @@ def find_model(settings: ModelSettings) -> tuple[Path, Any]:
     Raises:
         EngineError: the folder is missing, or has no configuration or no weights.
     """
-    path = Path(settings.path).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise EngineError(f"model folder {path} has no config.json")
-        if not any(path.glob("*.safetensors")):
-            raise EngineError(f"model folder {path} has no weights (*.safetensors)")
-    elif names_a_folder(settings.path):
-        raise EngineError(f"model folder {path} does not exist")
-    else:
-        path = _fetch(settings.path)
+    path = model_folder(settings) or _fetch(settings.path)
     try:
         return path, AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:

@@ -74,20 +74,6 @@ _layout: tuple[int, ...] | None = None
 _users: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-def choose_device(requested: str | None) -> torch.device:
-    """CUDA by ``LOCAL_RANK`` or the CPU; CUDA if there is one where nothing is requested."""
-    kind = requested or ("cuda" if torch.cuda.is_available() else "cpu")
-    if kind == "cpu":
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise EngineError("device is cuda but torch finds no CUDA device here; set device to cpu or null")
-    index = int(os.environ.get("LOCAL_RANK", 0))
-    if index >= torch.cuda.device_count():
-        raise EngineError(f"LOCAL_RANK is {index} but only {torch.cuda.device_count()} CUDA devices are visible")
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)
-
-
 def join_processes(device: torch.device) -> int:
     """The world size, after joining the process group that ``torchrun``'s environment describes.
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from rlcore.batch import Batch, Jagged, micro_batches
 from rlcore.engines import ForwardRequest, Objective, TrainEngine, TrainEngineSpec, WeightBucket
+from rlcore.engines.schedule import learning_rate
 from rlcore.engines.train import FileRecord, Part
 from rlcore.errors import EngineError
 from rlcore.metrics import Metrics
@@ -25,7 +26,7 @@ from rlcore_megatron.layout import check_layout
 from rlcore_megatron.memory import Parked
 from rlcore_megatron.model_files import find_model, has_tensor
 from rlcore_megatron.modules import build_modules
-from rlcore_megatron.optimizer import Optimization, learning_rate
+from rlcore_megatron.optimizer import Optimization
 from rlcore_megatron.saving import Saving
 from rlcore_megatron.schedule import Pipeline
 from rlcore_megatron.writing import write_model

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from rlcore.config import Config
+from rlcore.errors import EngineError
 
 if TYPE_CHECKING:
     from rlcore.engines.train import TrainEngine
@@ -35,6 +36,24 @@ class ModelSettings(Config):
     attn_implementation: str | None = Field(
         None, description="Attention implementation for the backend; null picks the fastest correct one."
     )
+
+
+def model_folder(settings: ModelSettings) -> Path | None:
+    """The model's folder; None if its name is one of the Hub's.
+
+    Raises:
+        EngineError: the folder is missing, or has no configuration or no weights.
+    """
+    path = Path(settings.path).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise EngineError(f"model folder {path} has no config.json")
+        if not any(path.glob("*.safetensors")):
+            raise EngineError(f"model folder {path} has no weights (*.safetensors)")
+        return path
+    if names_a_folder(settings.path):
+        raise EngineError(f"model folder {path} does not exist")
+    return None
 
 
 class OptimSettings(Config):

@@ -10,9 +10,9 @@ import torch
 from transformers import PreTrainedModel
 
 from rlcore.engines import ModelSettings
+from rlcore.engines.device import choose_device
 from rlcore.engines.weight_sync import WeightBucket
 from rlcore.errors import EngineError
-from rlcore_fsdp.distributed import choose_device
 from rlcore_fsdp.inline.config import InlineSettings
 from rlcore_fsdp.loading import load_model, read_config
 

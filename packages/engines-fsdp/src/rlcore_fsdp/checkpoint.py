@@ -22,8 +22,8 @@ from torch.distributed.tensor import DTensor
 
 from rlcore.engines.train import FileRecord
 from rlcore.errors import CheckpointError
+from rlcore.tensor_file import flush, write_tensors
 from rlcore_fsdp.distributed import gather_objects
-from rlcore_fsdp.tensor_file import flush, write_tensors
 
 MANIFEST = "checkpoint.json"
 _FORMAT = 2

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +20,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from rlcore.engines.train import FileRecord
 from rlcore.errors import CheckpointError
+from rlcore.tensor_file import flush, write_tensors
 
 MANIFEST = "checkpoint.json"
 _FORMAT = 1
@@ -46,7 +45,7 @@ class Part:
 
 
 def write_part(path: Path, part: Part, rank: int) -> FileRecord:
-    """Write ``part`` to the folder ``path`` and flush it to disk. No collective.
+    """Write ``part`` to the folder ``path`` and flush it to disk; its checksum is taken on the way. No collective.
 
     Raises:
         CheckpointError: names the file.
@@ -56,10 +55,8 @@ def write_part(path: Path, part: Part, rank: int) -> FileRecord:
         path.mkdir(parents=True, exist_ok=True)
         if rank == 0:  # of an earlier checkpoint, which this one replaces
             (path / MANIFEST).unlink(missing_ok=True)
-        save_file(dict(part.tensors), file, {"random": part.random})
-        _flush(file)
-        return {"size": file.stat().st_size, "sha256": _checksum(file)}
-    except (OSError, SafetensorError) as problem:
+        return write_tensors(file, part.tensors, {"random": part.random})
+    except OSError as problem:
         raise CheckpointError(f"rank {rank}: cannot write {file}: {problem}") from problem
 
 
@@ -225,23 +222,15 @@ def _write_manifest(path: Path, manifest: Mapping[str, Any]) -> FileRecord:
     content = json.dumps(manifest).encode()
     temporary = path / f"{MANIFEST}.partial"
     temporary.write_bytes(content)
-    _flush(temporary)
+    flush(temporary)
     temporary.replace(path / MANIFEST)
-    _flush(path)
+    flush(path)
     return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def _checksum(file: Path) -> str:
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _file(rank: int) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rlcore.engines.train import FileRecord
 from rlcore.errors import CheckpointError
+from rlcore.tensor_file import flush
 from rlcore_recipes.checkpoint.manifest import (
     MANIFEST,
     STATE,
@@ -109,12 +110,3 @@ class FolderStorage:
                 os.rename(path, final)
             else:
                 shutil.rmtree(path, ignore_errors=True)
-
-
-def flush(path: Path) -> None:
-    """Wait until the file, or the entries of the folder, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -70,6 +70,6 @@ def _chunks(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) ->
     text += b" " * (-len(text) % 8)
     yield memoryview(len(text).to_bytes(8, "little") + text)
     for tensor in tensors.values():
-        content = memoryview(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        content = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         for start in range(0, len(content), _CHUNK):
             yield content[start : start + _CHUNK]

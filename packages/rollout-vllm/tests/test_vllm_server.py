@@ -18,13 +18,13 @@ from transformers import AutoModelForCausalLM
 from rlcore.engines import GenerationRequest, ModelSettings, Replicas, RolloutEngine, RolloutSpec, SamplingParams
 from rlcore.engines.weight_sync import WeightBucket
 from rlcore.errors import EngineError
+from rlcore.servers.versions import UNKNOWN, Versions
 from rlcore.testing.rollout_engine import PROMPT, RolloutEngineConformance
 from rlcore.testing.tiny_model import tiny_model
 from rlcore_vllm.config import VLLMSettings
 from rlcore_vllm.server import build
 from rlcore_vllm.server.engine import ServerRollout
 from rlcore_vllm.server.settings import ServerSettings
-from rlcore_vllm.server.versions import UNKNOWN, Versions
 
 START_S = 600
 MAX_MODEL_LEN = 16384  # the server makes a thousand tokens and more in the time of a few requests by HTTP

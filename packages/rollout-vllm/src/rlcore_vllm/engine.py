@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
+from rlcore.engines.prompts import check_prompt
 from rlcore.engines.rollout import Completion, GenerationRequest, RolloutEngine
 from rlcore.engines.settings import RolloutSpec
 from rlcore.engines.weight_sync import WeightBucket
@@ -19,7 +20,7 @@ from rlcore_vllm import quirks
 from rlcore_vllm.backend import Backend
 from rlcore_vllm.config import VLLMSettings
 from rlcore_vllm.delivery import Delivery
-from rlcore_vllm.requests import NO_OVERRIDES, check_prompt, completion, sampling_params
+from rlcore_vllm.requests import NO_OVERRIDES, completion, sampling_params
 
 logger = logging.getLogger(__name__)
 

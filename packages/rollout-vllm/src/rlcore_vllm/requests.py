@@ -14,23 +14,6 @@ SEEDS = 2**63
 NO_OVERRIDES: Mapping[str, Any] = {}
 
 
-def check_prompt(request: GenerationRequest, max_model_len: int, vocabulary: int) -> None:
-    """Raise `EngineError` if there is nothing to generate from, or no room."""
-    prompt = request.prompt
-    if not len(prompt):
-        raise EngineError(f"request {request.request_id!r} has an empty prompt; give it at least one token")
-    if len(prompt) >= max_model_len:
-        raise EngineError(
-            f"the prompt of request {request.request_id!r} has {len(prompt)} tokens, which leaves no room under "
-            f"max_model_len {max_model_len}; shorten it or raise max_model_len"
-        )
-    if min(prompt) < 0 or max(prompt) >= vocabulary:
-        raise EngineError(
-            f"the prompt of request {request.request_id!r} holds a token outside the model's vocabulary of "
-            f"{vocabulary}; was it made with another tokenizer?"
-        )
-
-
 def sampling_params(
     request: GenerationRequest,
     max_model_len: int,

@@ -6,8 +6,8 @@ from typing import Any
 
 from rlcore.engines.rollout import Completion, FinishReason, GenerationRequest
 from rlcore.errors import WorkerError
+from rlcore.servers.versions import Versions
 from rlcore_vllm.requests import SEEDS
-from rlcore_vllm.server.versions import Versions
 
 PATH = "/inference/v1/generate"
 ID_PREFIX = "generate-tokens-"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import logging
-import os
 import threading
 import time
 import uuid
@@ -15,14 +14,14 @@ from functools import partial
 from typing import Any, cast
 
 from rlcore.engines import Completion, GenerationRequest, Replicas, RolloutEngine, RolloutSpec, WeightBucket
+from rlcore.engines.prompts import check_prompt
 from rlcore.errors import EngineError, WorkerDied, WorkerError
+from rlcore.servers.connection import Connection
+from rlcore.servers.versions import Versions
 from rlcore_vllm.config import VLLMSettings
-from rlcore_vllm.requests import check_prompt
 from rlcore_vllm.server import completions
-from rlcore_vllm.server.connection import Connection
 from rlcore_vllm.server.greeting import Greeting, greet
 from rlcore_vllm.server.settings import ServerSettings
-from rlcore_vllm.server.versions import Versions
 from rlcore_vllm.server.weights import ServerWeights
 
 logger = logging.getLogger(__name__)
@@ -85,7 +84,7 @@ class ServerRollout(RolloutEngine):
         self._spec, self._settings, self._versions = spec, settings, versions
         self._connection = Connection(
             url,
-            api_key=_api_key(settings),
+            api_key=settings.api_key(),
             most=settings.max_connections + CONTROL_CONNECTIONS,
             retries=settings.retries,
             timeout_s=settings.control_timeout_s,
@@ -320,15 +319,6 @@ class ServerRollout(RolloutEngine):
 
 
 _KEEP = {"mode": "keep"}
-
-
-def _api_key(settings: ServerSettings) -> str | None:
-    if settings.api_key_env is None:
-        return None
-    key = os.environ.get(settings.api_key_env)
-    if not key:
-        raise EngineError(f"the environment variable {settings.api_key_env} (api_key_env) holds no API key")
-    return key
 
 
 def _ignore(task: asyncio.Future[None]) -> None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rlcore.engines.settings import RolloutSpec
 from rlcore.errors import EngineError, WorkerError
-from rlcore_vllm.server.connection import Connection
+from rlcore.servers.connection import Connection
+from rlcore.servers.model import check_same_model, vocabulary
+from rlcore.servers.versions import FRESH, UNKNOWN, Versions
 from rlcore_vllm.server.settings import ServerSettings
-from rlcore_vllm.server.versions import FRESH, UNKNOWN, Versions
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +20,6 @@ START = (
     "start it with VLLM_SERVER_DEV_MODE=1 in its environment and the options --enable-scale-out and "
     f"--worker-extension-cls {EXTENSION}"
 )
-_SHAPE = ("architectures", "vocab_size", "hidden_size", "num_hidden_layers")
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ def greet(connection: Connection, spec: RolloutSpec, settings: ServerSettings, v
     if version != UNKNOWN:  # a client that died may have left it paused; a mixture of weights must stay so
         _post(connection, "/resume", "resume", None)
     versions.greeted.add(connection.url)
-    return Greeting(name, version, workers, *_vocabulary(spec))
+    return Greeting(name, version, workers, *vocabulary(spec.model))
 
 
 def _model(connection: Connection, spec: RolloutSpec, settings: ServerSettings) -> str:
@@ -86,22 +84,8 @@ def _model(connection: Connection, spec: RolloutSpec, settings: ServerSettings) 
             f"{url} takes sequences of {longest} tokens, but {spec.max_model_len} are wanted; start it with "
             f"--max-model-len {spec.max_model_len}, or shorten prompts and completions"
         )
-    here, there = _shape(spec.model.path), _shape(str(served[name].get("root")))
-    if here and there and here != there:
-        differing = ", ".join(
-            f"{key} {there.get(key)} instead of {here.get(key)}" for key in _SHAPE if here.get(key) != there.get(key)
-        )
-        raise EngineError(f"{url} serves another model than {spec.model.path}: {differing}")
+    check_same_model(url, str(served[name].get("root")), spec.model.path)
     return name
-
-
-def _shape(model: str) -> dict[str, Any]:
-    """What tells models apart, of a folder that this process can read; empty for others."""
-    file = Path(model) / "config.json"
-    if not file.is_file():
-        return {}
-    config = json.loads(file.read_text())
-    return {key: config[key] for key in _SHAPE if key in config}
 
 
 def _prepare(connection: Connection, *, fresh: bool) -> None:
@@ -120,22 +104,3 @@ def _prepare(connection: Connection, *, fresh: bool) -> None:
 
 def _post(connection: Connection, path: str, what: str, body: Any) -> None:
     connection.ask("POST", path, what, body=body)
-
-
-def _vocabulary(spec: RolloutSpec) -> tuple[int, frozenset[int]]:
-    """The model's number of tokens, and those that end a completion."""
-    from transformers import AutoConfig, GenerationConfig
-
-    path, trusted = spec.model.path, spec.model.trust_remote_code
-    try:
-        config: Any = AutoConfig.from_pretrained(path, trust_remote_code=trusted).get_text_config()
-    except (OSError, ValueError) as error:
-        raise EngineError(f"cannot read the configuration of the model {path}: {error}") from error
-    try:
-        tokens = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:
-        tokens = None
-    if tokens is None:
-        tokens = config.eos_token_id
-    ends = [] if tokens is None else [tokens] if isinstance(tokens, int) else tokens
-    return int(config.vocab_size), frozenset(ends)

@@ -14,8 +14,8 @@ from typing import Any
 
 from rlcore.engines.weight_sync import WeightBucket
 from rlcore.errors import WorkerError
+from rlcore.servers.connection import Connection
 from rlcore.weight_transfer import TransferStats, WeightSender, open_sender
-from rlcore_vllm.server.connection import Connection
 from rlcore_vllm.server.settings import ServerSettings
 
 ANSWER_S = 10

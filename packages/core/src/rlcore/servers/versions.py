@@ -1,7 +1,7 @@
 """The label that a server's weights carry: which run gave them, and as which version.
 
-vLLM attests the label with every token. It names the run, so that a server that another run has used, or that was
-started anew, is not taken for one with current weights.
+vLLM and SGLang attest the label with every token. It names the run, so that a server that another run has used, or
+that was started anew, is not taken for one with current weights.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import secrets
 from dataclasses import dataclass, field
 
 FRESH = "default"
-"""vLLM's own label of the weights that it started with."""
+"""The servers' own label of the weights that they started with (vLLM 0.32, SGLang 0.5)."""
 UNKNOWN = -1
 """The version of weights that no update of this run completed."""
 _UPDATING = "updating"

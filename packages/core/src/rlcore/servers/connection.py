@@ -19,8 +19,8 @@ from rlcore.errors import EngineError, WorkerDied, WorkerError
 T = TypeVar("T")
 
 KEEP_ALIVE_S = 2.0
-"""Idle connections are closed after this time: before the server does (vLLM after 5 s), if this process is not too busy
-to notice; then a request may meet a connection that the server has just closed."""
+"""Idle connections are closed after this time: before the server does (vLLM and SGLang after 5 s), if this process is
+not too busy to notice; then a request may meet a connection that the server has just closed."""
 FIRST_RETRY_S = 0.2
 MOST_WORDS = 600
 """Characters of a server's error that are repeated."""
@@ -169,7 +169,7 @@ class Connection:
                     f"{self.url} answered something else than JSON when it should {what}: {response.text[:80]!r}"
                 ) from None
         status, words = response.status_code, _server_words(response)
-        if status in (401, 403) and "scale-out" not in words:
+        if status == 401:
             raise EngineError(f"{self.url} refuses access ({status}: {words}); set api_key_env to the key's variable")
         if status >= 500:
             raise WorkerError(f"{self.url} failed to {what} ({status}): {words}")
@@ -197,7 +197,7 @@ def _words(error: Exception) -> str:
 
 
 def _server_words(response: httpx.Response) -> str:
-    """The server's own message, from the shapes in which vLLM and FastAPI give it."""
+    """The server's own message, from the shapes in which vLLM, SGLang and FastAPI give it."""
     try:
         answer = response.json()
     except ValueError:

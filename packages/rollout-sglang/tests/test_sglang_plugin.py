@@ -1,19 +1,113 @@
+"""The plugin and its settings, which cost nothing to import."""
+
+import subprocess
+import sys
+
 import pytest
 from pydantic import ValidationError
 
 from rlcore import plugins
 from rlcore.config import Config
-from rlcore.errors import PluginError
+from rlcore.engines import ModelSettings, RolloutSpec
+from rlcore.errors import EngineError
+from rlcore_sglang import quirks
+from rlcore_sglang.arguments import problems, server_arguments
+from rlcore_sglang.config import SGLangSettings
+from rlcore_sglang.engine import build
+from rlcore_sglang.process import reason_in
 
 
-def test_is_found_and_has_no_options():
+def spec(**options) -> RolloutSpec:
+    return RolloutSpec(ModelSettings(path="anywhere"), SGLangSettings(**options), 64, seed=7)
+
+
+def test_is_found_with_its_settings():
     model = plugins.get("rlcore.rollout_engines", "sglang").config_class()
     assert issubclass(model, Config)
-    assert model().model_dump() == {}
-    with pytest.raises(ValidationError, match="unknown key"):
-        model(anything=1)
+    assert model is SGLangSettings
+    assert all(field.description for field in model.model_fields.values())
 
 
-def test_building_it_says_what_to_use_instead():
-    with pytest.raises(PluginError, match=r"SGLang engine is not implemented in this version.*engine=inline"):
-        plugins.get("rlcore.rollout_engines", "sglang").build(None)
+def test_settings_import_neither_torch_nor_sglang_nor_httpx():
+    code = (
+        "import sys, rlcore_sglang.plugin, rlcore_sglang.config; print({'torch', 'sglang', 'httpx'} & set(sys.modules))"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tpsize": 2}, "did you mean tp_size"),
+        ({"urls": ["http://10.1.2.3:8000"]}, "http://10.1.2.3:8000 is not on this machine; set allow_remote"),
+        ({"urls": ["localhost:8000"]}, "'localhost:8000' is no URL of a server; write http://host:port"),
+        ({"urls": ["http://localhost:1/", "http://localhost:1"]}, "urls names a server twice"),
+        ({"urls": ["http://localhost:1"], "router": "http://example.org"}, "example.org is not on this machine"),
+        ({"router": "http://localhost:1"}, "the servers behind the router get their weights directly"),
+        ({"urls": ["http://localhost:1"], "replicas": 2}, "servers are started only where urls names none"),
+        ({"weights": "disk"}, "weights 'disk' needs a folder"),
+    ],
+)
+def test_settings_that_make_no_sense(options, message):
+    with pytest.raises(ValidationError, match=message):
+        SGLangSettings(**options)
+
+
+def test_without_sglang_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(EngineError, match=r"pip install 'rlcore\[sglang\]', or name running servers"):
+        build(spec())
+
+
+def test_a_version_that_is_too_old(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.5.9.post2")
+    with pytest.raises(EngineError, match=r"sglang 0\.5\.9\.post2 is too old: .* needs 0\.5\.21 or newer"):
+        quirks.require_sglang()
+
+
+def test_arguments_of_a_server():
+    wanted = spec(tp_size=2, mem_fraction_static=0.5, args={"chunked_prefill_size": 512, "log_level": "debug"})
+    made = server_arguments(wanted, wanted.options, on_cpu=False)
+    assert made["dtype"] == "bfloat16"
+    assert made["sampling_backend"] == "rlcore"
+    assert made["enable_memory_saver"]
+    assert made["enable_weights_cpu_backup"]
+    assert {made["tp_size"], made["mem_fraction_static"], made["chunked_prefill_size"]} == {2, 0.5, 512}
+    assert (made["random_seed"], made["context_length"], made["log_level"]) == (7, 64, "debug")
+    assert "attention_backend" not in made
+    on_cpu = server_arguments(wanted, wanted.options, on_cpu=True)
+    assert (on_cpu["dtype"], on_cpu["enable_memory_saver"]) == ("float32", False)
+    deep = spec(sleep_level=2)
+    assert not server_arguments(deep, deep.options, on_cpu=False)["enable_weights_cpu_backup"]
+
+
+def test_further_arguments_that_are_wrong():
+    known = ["chunked_prefill_size", "quantization", "tp_size", "port"]
+    found = problems({"chunked_prefil_size": 1, "zzz": 1, "port": 1, "tp_size": 2, "quantization": "fp8"}, known)
+    assert found == [
+        "the installed SGLang has no argument chunked_prefil_size; did you mean chunked_prefill_size?",
+        "the installed SGLang has no argument zzz; see `sglang serve --help` for what it knows",
+        "port cannot be set: a free one is taken",
+        "tp_size is an option of its own: set tp_size instead of args.tp_size",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("log", "reason"),
+    [
+        ("", "it printed nothing"),
+        ("starting\nKilled\n", "Killed"),
+        (
+            'Traceback\n  File "x"\nImportError: libcuda.so.1: cannot open\nTraceback\nRuntimeError: later\n',
+            "ImportError: libcuda.so.1: cannot open; this build of SGLang needs a GPU and its driver",
+        ),
+        (
+            "[2026-01-01 TP0] RuntimeError: Not enough memory. Please try to increase --mem-fraction-static.\nbye\n",
+            "RuntimeError: Not enough memory. Please try to increase --mem-fraction-static.; raise mem_fraction_static",
+        ),
+        ("RuntimeError: x\nrlcore refuses: rollout.sglang.args: no\n", "rlcore refuses: rollout.sglang.args: no"),
+    ],
+)
+def test_the_reason_in_a_log(log, reason):
+    assert reason_in(log).startswith(reason)

@@ -80,10 +80,11 @@ class Connection:
         params: Mapping[str, str] | None = None,
         body: Any = None,
         timeout_s: float | None = None,
+        plain: bool = False,
     ) -> Any:
         """What the server answers, waiting in this thread; see `request`."""
         limit = self.timeout_s if timeout_s is None else timeout_s
-        answer = self.submit(self.request(method, path, what, params=params, body=body, timeout_s=limit))
+        answer = self.submit(self.request(method, path, what, params=params, body=body, timeout_s=limit, plain=plain))
         try:
             return answer.result((self._retries + 1) * limit + GRACE_S)
         except concurrent.futures.TimeoutError:
@@ -99,12 +100,14 @@ class Connection:
         params: Mapping[str, str] | None = None,
         body: Any = None,
         timeout_s: float | None = None,
+        plain: bool = False,
     ) -> Any:
         """The decoded answer (None if it is empty), on the connection's thread.
 
         Args:
             what: completes "the server did not …" in messages.
             timeout_s: longest wait for the answer; None leaves it to the caller.
+            plain: the answer is text, not JSON.
 
         Raises:
             WorkerDied: nobody accepts connections, or the connection broke off, or no answer came in time.
@@ -119,7 +122,7 @@ class Connection:
                     response = await self._client.request(
                         method, path, params=params, json=body, extensions={"trace": course.note}
                     )
-                return self._decoded(response, what)
+                return response.text if plain and response.is_success else self._decoded(response, what)
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:  # nothing was sent
                 failure = WorkerDied(f"{self.url} accepts no connection: {_words(error)}")
             except TimeoutError:

@@ -1,0 +1,92 @@
+"""What a client finds out about a server before it asks it for anything."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from rlcore.engines.settings import RolloutSpec
+from rlcore.errors import EngineError
+from rlcore.servers.connection import Connection
+from rlcore.servers.model import check_same_model, vocabulary
+from rlcore.servers.versions import FRESH, UNKNOWN, Versions
+from rlcore_sglang.quirks import CONTEXT_SLACK
+from rlcore_sglang.sampler import NAME
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Greeting:
+    """A server that can serve.
+
+    Attributes:
+        version: of its weights, as far as this run knows them.
+        workers: processes among which it divides the model.
+        vocabulary: number of tokens that the model knows.
+        end_tokens: that end a completion.
+        min_p: whether it bears requests with min-p.
+    """
+
+    version: int
+    workers: int
+    vocabulary: int
+    end_tokens: frozenset[int]
+    min_p: bool
+
+
+def greet(connection: Connection, spec: RolloutSpec, versions: Versions, *, ours: str | None) -> Greeting:
+    """Ask the server who it is, and label its weights.
+
+    Args:
+        ours: the sampling backend with which we started it; None if it ran already.
+
+    Raises:
+        WorkerError: it is not there, or not well.
+        EngineError: it serves another model or a shorter ``max_model_len``.
+    """
+    url = connection.url
+    model = connection.ask("GET", "/model_info", "name its model")
+    about = connection.ask("GET", "/server_info", "tell its settings")
+    try:
+        label, served, workers = str(model["weight_version"]), str(model["model_path"]), int(about["tp_size"])
+        longest = int(about["max_req_input_len"]) + 1
+    except (KeyError, TypeError, ValueError) as error:
+        raise EngineError(f"{url} does not answer as an SGLang server of version 0.5.21 or newer: {error!r}") from error
+    check_same_model(url, served, spec.model.path)
+    if longest < spec.max_model_len:
+        raise EngineError(
+            f"{url} takes sequences of {longest} tokens, but {spec.max_model_len} are wanted; start it with "
+            f"--context-length {spec.max_model_len + CONTEXT_SLACK} and room for them in its KV cache "
+            "(--max-total-tokens, --mem-fraction-static), or shorten prompts and completions"
+        )
+    deterministic = bool(about.get("enable_deterministic_inference"))
+    seeded = _seeded(about, ours)
+    if not (seeded or deterministic):
+        logger.warning("%s ignores seeds; start it with --sampling-backend %s", url, NAME)
+    version = _adopt(connection, label, versions)
+    return Greeting(version, workers, *vocabulary(spec.model), min_p=seeded or not deterministic)
+
+
+def _seeded(about: dict[str, Any], ours: str | None) -> bool:
+    """Whether requests' seeds count. Settings do not tell on the CPU, where SGLang calls every backend "pytorch"."""
+    if ours is not None:
+        return ours == NAME
+    words = f"{about.get('launch_command') or ''} ".replace("=", " ")
+    return about.get("sampling_backend") == NAME or f"--sampling-backend {NAME} " in words
+
+
+def _adopt(connection: Connection, label: str, versions: Versions) -> int:
+    """The version of the weights that it holds, which are version 0 if nobody of this run has given it others."""
+    url, version = connection.url, versions.number(label)
+    if label == FRESH or (url not in versions.greeted and version == UNKNOWN):
+        if label != FRESH:
+            logger.warning("%s holds weights of an earlier run (%s) until the first update", url, label)
+        body = {"new_version": versions.label(0), "abort_all_requests": False}
+        connection.ask("POST", "/update_weight_version", "label its weights", body=body)
+        version = 0
+    if version != UNKNOWN:  # a client that died may have left it paused; a mixture of weights must stay so
+        connection.ask("POST", "/continue_generation", "go on", body={})
+    versions.greeted.add(url)
+    return version

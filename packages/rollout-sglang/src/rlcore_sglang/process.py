@@ -1,0 +1,175 @@
+"""One server that is started here: its processes, its port, its log, and what became of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlcore.errors import EngineError, WorkerDied, WorkerError
+from rlcore.servers.connection import Connection
+from rlcore_sglang.serve import REFUSED
+
+_LOOK_S = 0.25
+_PORT_ATTEMPTS = 3
+_END_S = 20.0
+_WORDS = 600
+"""Characters of a log that a message repeats."""
+
+
+class ServerProcess:
+    """A server, in a process group of its own, on a port of loopback that it alone has, with a key of its own.
+
+    Args:
+        arguments: of SGLang's ``ServerArgs``, without host, port and key.
+        extra: those among them that the user added.
+        log: the server's output is appended to it.
+        environment: beside this process's.
+
+    Raises:
+        EngineError: it did not start; the message holds its reason and names the log.
+    """
+
+    def __init__(
+        self,
+        arguments: Mapping[str, Any],
+        extra: Mapping[str, Any],
+        log: Path,
+        environment: Mapping[str, str],
+        timeout_s: float,
+    ) -> None:
+        self.log = log
+        self.api_key = secrets.token_urlsafe(24)
+        self._environment, self._timeout_s = environment, timeout_s
+        for left in range(_PORT_ATTEMPTS - 1, -1, -1):
+            self._start(arguments, extra)
+            try:
+                self._wait()
+                return
+            except _PortTaken:
+                if not left:
+                    raise EngineError(f"no free port was left for the SGLang server; see {log}") from None
+            except BaseException:
+                self.stop()
+                raise
+
+    @property
+    def failure(self) -> str | None:
+        """How it ended, with the end of its log; None while it lives."""
+        code = self._process.poll()
+        if code is None:
+            return None
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+        return f"the SGLang server {how}: {self.reason()} (its log is {self.log})"
+
+    def reason(self) -> str:
+        """Why, in the server's own words."""
+        with self.log.open(errors="replace") as log:
+            log.seek(self._begin)
+            return reason_in(log.read())
+
+    def stop(self) -> None:
+        """End the whole group; idempotent."""
+        for how in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, how)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_END_S)
+                break
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # workers that outlived their server
+            os.killpg(self._process.pid, signal.SIGKILL)
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+
+    def _start(self, arguments: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        given = {**arguments, "host": "127.0.0.1", "port": port, "api_key": self.api_key}
+        file = self.log.with_suffix(".json")
+        with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as target:
+            json.dump({"arguments": given, "args": dict(extra)}, target, indent=2)
+        self._begin = self.log.stat().st_size if self.log.exists() else 0
+        with self.log.open("a") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "rlcore_sglang.serve", str(file)],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **self._environment},
+                start_new_session=True,
+            )
+
+    def _wait(self) -> None:
+        """Until it answers to its key, which no other server on the port would."""
+        deadline = time.monotonic() + self._timeout_s
+        connection = Connection(self.url, api_key=self.api_key, retries=0, most=2)
+        try:
+            while True:
+                with contextlib.suppress(WorkerError):
+                    connection.ask("GET", "/model_info", "name its model", timeout_s=10)
+                    return
+                if self.failure is not None:
+                    self._failed()
+                if time.monotonic() > deadline:
+                    raise EngineError(
+                        f"the SGLang server did not start within {self._timeout_s:g} s (start_timeout_s): "
+                        f"{self.reason()} (its log is {self.log})"
+                    )
+                time.sleep(_LOOK_S)
+        finally:
+            connection.close()
+
+    def _failed(self) -> None:
+        reason = self.reason()
+        self.stop()
+        if "address already in use" in reason.lower():
+            raise _PortTaken
+        if reason.startswith(REFUSED):
+            raise EngineError(reason.removeprefix(REFUSED))
+        raise EngineError(f"the SGLang server did not start: {reason} (its log is {self.log})")
+
+    def explain(self, error: WorkerDied) -> WorkerDied:
+        """``error`` with what became of the process, if it is that."""
+        deadline = time.monotonic() + 1
+        while self.failure is None and time.monotonic() < deadline:  # connections break before the process is gone
+            time.sleep(0.05)
+        return error if self.failure is None else WorkerDied(f"{error}; {self.failure}")
+
+
+class _PortTaken(Exception):
+    """Somebody took the port between our look and the server's."""
+
+
+_RAISED = re.compile(r"^(?:\[[^\]]*\]\s*)?((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception|Exit|Interrupt)\b.*)$")
+_ADVICE = (
+    ("libcuda", "this build of SGLang needs a GPU and its driver"),
+    ("Not enough memory", "raise mem_fraction_static, or free memory that others hold"),
+    ("out of memory", "lower mem_fraction_static, or free memory that others hold"),
+    ("No module named 'sglang'", "pip install 'rlcore[sglang]'"),
+)
+
+
+def reason_in(log: str) -> str:
+    """The one line of a server's log that tells why it ended: the first exception's, or the last line."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    if not lines:
+        return "it printed nothing"
+    refused = [line for line in lines if line.startswith(REFUSED)]
+    raised = [match.group(1) for line in lines if (match := _RAISED.match(line))]
+    line = (refused or raised or lines[-1:])[0]
+    if not refused:
+        line = line if len(line) <= _WORDS else line[:_WORDS] + " …"
+    advice = [text for words, text in _ADVICE if words in line]
+    return f"{line}; {advice[0]}" if advice else line

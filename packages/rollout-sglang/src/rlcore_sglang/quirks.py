@@ -1,0 +1,54 @@
+"""What depends on SGLang's version or works around one of its habits, and is not in a module of its own.
+
+Written for and tested with SGLang 0.5.21. Each entry names the reason, so that it can go when that does. Of modules of
+their own are the sampler (`rlcore_sglang.sampler`), the form of posted weights (`rlcore_sglang.payload`) and what
+updates skip without a word (`rlcore_sglang.weights.checked`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rlcore.errors import EngineError
+
+OLDEST = (0, 5, 21)
+"""The first version that was tried with sessions of weight updates and a weight version for every range of tokens."""
+
+CONTEXT_SLACK = 8
+"""SGLang takes prompts of up to ``context_length`` - 6 tokens, and cuts ``max_new_tokens`` down without a word."""
+
+
+def require_sglang() -> None:
+    """Raise `EngineError` if sglang is missing or too old; it is not imported."""
+    if importlib.util.find_spec("sglang") is None:
+        raise EngineError(
+            "starting SGLang servers needs sglang, which is not installed: pip install 'rlcore[sglang]', or name "
+            "running servers in rollout.sglang.urls"
+        )
+    version = metadata.version("sglang")
+    numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())
+    if numbers < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise EngineError(f"sglang {version} is too old: rlcore-rollout-sglang needs {oldest} or newer")
+
+
+def environment(on_cpu: bool) -> dict[str, str]:
+    """What SGLang takes from the environment only.
+
+    - It refuses a ``context_length`` beyond the model's own, which `CONTEXT_SLACK` may be; no token gets there.
+    - It computes on the CPU only if it is told to.
+    """
+    chosen = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
+    return {**chosen, "SGLANG_USE_CPU_ENGINE": "1"} if on_cpu else chosen
+
+
+def cpu_arguments() -> dict[str, Any]:
+    """On the CPU SGLang has kernels of its own for AMX alone, and its overlapped scheduler is for GPUs."""
+    chosen = {"device": "cpu", "disable_overlap_schedule": True, "watchdog_timeout": 600}
+    cpu = Path("/proc/cpuinfo")
+    if not cpu.exists() or "amx_tile" not in cpu.read_text():
+        chosen["attention_backend"] = "torch_native"
+    return chosen

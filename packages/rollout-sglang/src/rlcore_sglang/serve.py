@@ -1,0 +1,50 @@
+"""What a started server runs: ``python -m rlcore_sglang.serve FILE``, with the arguments as JSON in FILE.
+
+A file, as the API key among them is nobody else's to see in the list of processes. The server ends with its standard
+input, so with whoever started it, however that ended.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from rlcore_sglang.arguments import problems
+
+REFUSED = "rlcore refuses: "
+"""What stands before a message for the user on the last line of the log."""
+
+
+def main(file: Path) -> None:
+    threading.Thread(target=_end_with_starter, daemon=True).start()
+    given = json.loads(file.read_text())
+    from sglang.srt.entrypoints.http_server import launch_server
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import ServerArgs
+    from sglang.srt.utils import kill_process_tree
+
+    load_plugins()
+    wrong = problems(given["args"], [field.name for field in dataclasses.fields(ServerArgs)])
+    if wrong:
+        raise SystemExit(f"{REFUSED}rollout.sglang.args: {'; '.join(wrong)}")
+    arguments = ServerArgs(**given["arguments"])
+    arguments.resolve_once()
+    try:
+        launch_server(arguments)
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+
+
+def _end_with_starter() -> None:
+    while os.read(sys.stdin.fileno(), 1):
+        pass
+    os.killpg(os.getpgid(0), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -14,7 +14,7 @@ import torch
 
 from rlcore.engines.settings import WeightSyncSettings
 from rlcore.engines.weight_sync import WeightBucket
-from rlcore.errors import RlcoreWarning
+from rlcore.errors import RlcoreWarning, WorkerDied
 
 ray = pytest.importorskip("ray")
 
@@ -78,6 +78,13 @@ def answer_each(engine: Generator, items: Sequence[int], sign: Path) -> Iterator
         time.sleep(0.02)
     for place, item in enumerate(items):
         yield [place], (item, answer(engine))
+
+
+def answer_or_die(engine: Generator, dying: int) -> Answer:
+    """Fail in the process ``dying`` as an engine does whose own processes are gone."""
+    if os.getpid() == dying:
+        raise WorkerDied("the engine's process died")
+    return answer(engine)
 
 
 def train(engine: Trainer, steps: int) -> None:
@@ -225,3 +232,13 @@ def test_a_death_is_told_once(run: tuple[RayExecutor, Any, Any], tmp_path: Path)
     with pytest.warns(RlcoreWarning, match=r"gen\[0\].* is gone .*; it is replaced") as caught:
         assert len([one.result() for one in under_way]) == 4
     assert len(caught) == 1
+
+
+def test_a_process_whose_engine_died_is_replaced(run: tuple[RayExecutor, Any, Any]) -> None:
+    executor, actor, rollout = run
+    executor.on_replaced(lambda: executor.sync_weights(actor, rollout, 5, SYNC))
+    both = pids(run)
+    answers = [one.result() for one in [executor.one(rollout, answer_or_die, both[0]) for _ in range(4)]]
+    assert {found[1:] for found in answers} == {(5, 5.0)}
+    assert both[0] not in {found[0] for found in answers}
+    assert both[0] not in pids(run)

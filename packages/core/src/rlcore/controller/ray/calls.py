@@ -55,17 +55,21 @@ class Failure:
         error: one line; ``trace`` the whole traceback.
         error_type: what to raise in the controller, if not `WorkerError`: the exception's class if it is one of ours;
             `WorkerDied` if what the call was given is lost with the process or node that held it.
+        engine_died: an engine of the worker's has lost processes of its own.
     """
 
     error: str
     trace: str
     error_type: type[Exception] | None
+    engine_died: bool = False
 
     @classmethod
     def of(cls, error: BaseException) -> Failure:
         trace = "".join(traceback.format_exception(error))
         if isinstance(error, RlcoreError):
             return cls(str(error), trace, type(error))
+        if isinstance(error, WorkerDied):
+            return cls(str(error), trace, WorkerDied, engine_died=True)
         kind = type(error).__name__
         return cls(f"{kind}: {error}", trace, WorkerDied if isinstance(error, LOST) else None)
 

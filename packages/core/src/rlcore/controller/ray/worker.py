@@ -56,6 +56,7 @@ class Worker:
         self._engines: dict[str, Any] = {}
         self._listener: socket.socket | None = None
         self._store: Any = None
+        self._replica = True
         self._loop: asyncio.AbstractEventLoop | None = None
         self._loop_lock = threading.Lock()
         if log is not None:
@@ -81,6 +82,7 @@ class Worker:
         import torch
         from torch import distributed as dist
 
+        self._replica = False
         os.environ |= {
             "RANK": str(rank),
             "WORLD_SIZE": str(world),
@@ -109,15 +111,15 @@ class Worker:
 
     @ray.method(concurrency_group="engine", num_returns=2)
     def engine(self, call: Call) -> tuple[Head, tuple[Batch, ...] | None]:
-        return answer(call, self._engines, self._name, self._finish)
+        return self._answer(call)
 
     @ray.method(concurrency_group="control", num_returns=2)
     def control(self, call: Call) -> tuple[Head, tuple[Batch, ...] | None]:
-        return answer(call, self._engines, self._name, self._finish)
+        return self._answer(call)
 
     @ray.method(concurrency_group="sample", num_returns=2)
     def sample(self, call: Call) -> tuple[Head, tuple[Batch, ...] | None]:
-        return answer(call, self._engines, self._name, self._finish)
+        return self._answer(call)
 
     @ray.method(concurrency_group="sample", num_returns="streaming")
     def stream(self, call: Call) -> Iterator[Any]:
@@ -135,8 +137,10 @@ class Worker:
                 yield body
                 yield Head(event(), value)
         except Exception as error:
+            failure = Failure.of(error)
+            self._follow(failure)
             yield None
-            yield Head(event(), failure=Failure.of(error))
+            yield Head(event(), failure=failure)
 
     @ray.method(concurrency_group="control")
     def stacks(self) -> str:
@@ -149,6 +153,20 @@ class Worker:
             f"thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}"
             for ident, frame in frames.items()
         )
+
+    def _answer(self, call: Call) -> tuple[Head, tuple[Batch, ...] | None]:
+        answered = answer(call, self._engines, self._name, self._finish)
+        self._follow(answered[0].failure)
+        return answered
+
+    def _follow(self, failure: Failure | None) -> None:
+        """End with an engine that lost its processes, if this one is a replica: it is replaced, engines and all.
+
+        A process that trains reports the failure instead: it ends the run, which starts again from its checkpoint.
+        """
+        if failure is not None and failure.engine_died and self._replica:
+            print(failure.trace, file=sys.stderr, flush=True)
+            os._exit(1)
 
     def _finish(self, result: Any) -> Any:
         """Await a coroutine: those of all calls share one event loop."""

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlcore.engines import GenerationRequest, ModelSettings, RolloutSpec, SamplingParams, WeightBucket
-from rlcore.errors import EngineError
+from rlcore.errors import EngineError, WorkerDied
 from rlcore.testing.tiny_model import tiny_model
 from rlcore_vllm.config import VLLMSettings
 from rlcore_vllm.engine import VLLMRollout, build
@@ -59,8 +59,21 @@ def request(max_tokens: int) -> GenerationRequest:
         ({}, 30_000, r"vLLM cannot start: .*max_model_len \(30000\).*20000"),
         ({"kv_cache_memory_bytes": 1 << 20}, 20_000, r"vLLM cannot start: .*KV cache.*max_model_len"),
         ({"kv_cache_memory_bytes": 1 << 50}, 64, r"vLLM cannot start: .*kv-cache-memory-bytes"),
+        (
+            {"kv_cache_memory_bytes": 1 << 20, "mode": "process"},
+            20_000,
+            r"vLLM cannot start: .*KV cache.*max_model_len",
+        ),
     ],
-    ids=["unknown argument", "our arguments", "nonsense", "model too short", "small cache", "out of memory"],
+    ids=[
+        "unknown argument",
+        "our arguments",
+        "nonsense",
+        "model too short",
+        "small cache",
+        "out of memory",
+        "small cache of a process",
+    ],
 )
 def test_start_up_failures_have_one_readable_message(
     model: Path, options: dict[str, Any], max_model_len: int, message: str
@@ -150,12 +163,12 @@ def test_a_killed_engine(apart: VLLMRollout, weights: list[WeightBucket]) -> Non
         finished = await apart.generate(request(4))
         (core,) = [process for process in engine_processes() if "EngineCore" in " ".join(process.cmdline())]
         core.kill()
-        with pytest.raises(EngineError, match="the vLLM engine's process died"):
+        with pytest.raises(WorkerDied, match="the vLLM engine's process died"):
             await asyncio.wait_for(running, 120)
         assert len(finished.tokens) == 4
 
     asyncio.run(scenario())
-    with pytest.raises(EngineError):
+    with pytest.raises(WorkerDied, match=r"died; .*; the next weight update starts another engine"):
         apart.generate_batch([request(1)])
     apart.update_weights(weights, 5)
     (after,) = apart.generate_batch([request(6)])
@@ -169,11 +182,11 @@ def test_a_hung_engine(apart: VLLMRollout) -> None:
         await apart.generate(request(4))
         for process in engine_processes():
             os.kill(process.pid, signal.SIGSTOP)
-        with pytest.raises(EngineError, match="process did not answer within 20 s"):
+        with pytest.raises(WorkerDied, match="process did not answer within 20 s"):
             await asyncio.wait_for(running, 180)
 
     asyncio.run(scenario())
-    with pytest.raises(EngineError, match=r"did not answer within 20 s; the next weight update starts another engine"):
+    with pytest.raises(WorkerDied, match=r"did not answer within 20 s; the next weight update starts another engine"):
         apart.generate_batch([request(1)])
     deadline = time.monotonic() + 60
     while engine_processes() and time.monotonic() < deadline:

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from rlcore.errors import WorkerError
+
+CLOSED = "the vLLM engine is closed"
+
 Done = Callable[[Any], None]
 """Called once, from any thread, with vLLM's ``RequestOutput`` or an `Exception`."""
 
@@ -12,13 +16,13 @@ Done = Callable[[Any], None]
 class Backend(Protocol):
     """One vLLM engine. Methods may be called from any thread, but from none of the backend's own.
 
-    Whatever waits raises `EngineError`: vLLM's reason, or what was not done in time.
+    Whatever waits raises `EngineError` with vLLM's reason, or `WorkerError`: the engine is gone, or did it not in time.
 
     Attributes:
         config: vLLM's own ``VllmConfig``.
         workers: how many worker processes compute together.
         local: its single worker is in this process and takes tensors as arguments.
-        failure: why the engine is of no use any more; None while it is.
+        failure: why the engine is of no use any more, `WorkerDied` if it had a process; None while it is of use.
     """
 
     config: Any
@@ -26,7 +30,7 @@ class Backend(Protocol):
     local: bool
 
     @property
-    def failure(self) -> str | None: ...
+    def failure(self) -> WorkerError | None: ...
 
     def submit(self, key: str, prompt: list[int], params: Any, priority: int, done: Done) -> None:
         """Queue a request under ``key``, which no other has had; waits for nothing."""
@@ -59,7 +63,7 @@ class Backend(Protocol):
         ...
 
     def probe(self, timeout_s: float) -> None:
-        """Return if the engine reacts between two steps; raise `EngineError` if not within ``timeout_s``."""
+        """Return if the engine reacts between two steps; raise `WorkerError` if not within ``timeout_s``."""
         ...
 
     def close(self, *, kill: bool = False) -> None:

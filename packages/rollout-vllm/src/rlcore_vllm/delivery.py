@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from rlcore.engines.weight_sync import WeightBucket
-from rlcore.errors import EngineError
+from rlcore.errors import EngineError, WorkerError
 from rlcore.weight_transfer import TransferError, WeightSender, open_sender
 from rlcore_vllm.backend import Backend
 
@@ -28,7 +28,8 @@ class Delivery:
         """Give all workers all buckets as ``version``.
 
         Raises:
-            EngineError: a worker cannot use them, some are missing, or they did not come in time.
+            EngineError: a worker cannot use them, or some are missing.
+            WorkerError: the engine is gone, or they did not reach its workers in time.
         """
         if self._backend.local:
             self._load_here(buckets, version)
@@ -68,14 +69,16 @@ class Delivery:
         except TransferError as error:
             self.close()
             received.wait(quietly=True)
-            raise EngineError(f"the weight update {version} did not reach vLLM's workers: {error}") from error
+            failed = self._backend.failure
+            kind = WorkerError if failed is None else type(failed)
+            raise kind(f"the weight update {version} did not reach vLLM's workers: {failed or error}") from error
         except BaseException:
             self.close()
             received.wait(quietly=True)
             raise
         try:
             received.wait()
-        except EngineError:  # it had all buckets and could not use them; the connection is of no more use
+        except Exception:  # they had all buckets and could not use them; the connection is of no more use
             self.close()
             raise
 
@@ -96,7 +99,7 @@ class _Receiving:
     """All workers take a version, while it is being sent."""
 
     def __init__(self, backend: Backend, version: int, timeout_s: float) -> None:
-        self._error: EngineError | None = None
+        self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, args=(backend, version, timeout_s), daemon=True)
         self._thread.start()
 
@@ -110,7 +113,7 @@ class _Receiving:
             for taken in backend.call_workers("rlcore_receive", timeout_s=timeout_s):
                 if taken != str(version):
                     raise EngineError(f"vLLM's workers cannot use the weight update {version}: {taken}")
-        except EngineError as error:
+        except Exception as error:
             self._error = error
 
 

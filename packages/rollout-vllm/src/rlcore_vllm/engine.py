@@ -15,7 +15,7 @@ from rlcore.engines.prompts import check_prompt
 from rlcore.engines.rollout import Completion, GenerationRequest, RolloutEngine
 from rlcore.engines.settings import RolloutSpec
 from rlcore.engines.weight_sync import WeightBucket
-from rlcore.errors import EngineError
+from rlcore.errors import EngineError, WorkerError
 from rlcore_vllm import quirks
 from rlcore_vllm.backend import Backend
 from rlcore_vllm.config import VLLMSettings
@@ -49,7 +49,8 @@ class VLLMRollout(RolloutEngine):
     hold. While weights come in generation stands still, and unfinished requests are prefilled anew afterwards.
 
     An update that fails midway leaves weights of two versions in the model: requests fail until an update succeeds. An
-    engine process that died or hangs fails its requests, and the next update starts another one.
+    engine process that died or hangs fails its requests with `WorkerDied`, one in this process that failed in a step
+    with `WorkerError`; the next update starts another one.
     """
 
     def __init__(self, spec: RolloutSpec) -> None:
@@ -63,7 +64,7 @@ class VLLMRollout(RolloutEngine):
         self._version = 0
         self._paused = self._asleep = self._closed = False
         self._unusable: str | None = None  # why nothing can be generated at the moment
-        self._dead = False  # the backend is of no more use
+        self._lost: WorkerError | None = None  # why the backend was given up
         self._stopping = threading.Event()
         self._arrived = threading.Event()  # there are unfinished requests to watch over
         self._backend = self._start()
@@ -93,6 +94,7 @@ class VLLMRollout(RolloutEngine):
 
         Raises:
             EngineError: as `generate`, or vLLM refuses a field.
+            WorkerError: the engine is gone.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
@@ -119,10 +121,9 @@ class VLLMRollout(RolloutEngine):
         except asyncio.CancelledError:
             await asyncio.shield(asyncio.to_thread(self._abort_keys, [key]))
             raise
-        except EngineError as error:
-            if self._dead:  # it was given up because it hung, not because it died
-                self._check_usable()
-            raise error
+        except EngineError:
+            self._check_there()  # it was closed because it was given up
+            raise
         return completion(request, output), output
 
     # --- control ---------------------------------------------------------------------------------------------------
@@ -131,12 +132,12 @@ class VLLMRollout(RolloutEngine):
         """Take over the weights in ``buckets``, a whole model under its Hugging Face names.
 
         Raises:
-            EngineError: the weights do not fit or are not all there (then requests fail until an update succeeds), or
-                the engine does not answer.
+            EngineError: the weights do not fit or are not all there; then requests fail until an update succeeds.
+            WorkerError: the engine is gone, or does not answer.
         """
         with self._control:
             self._check_open()
-            if self._dead or self._backend.failure is not None:
+            if self._gone is not None:
                 self._restart()
             if self._asleep:
                 self._backend.wake(["weights"])
@@ -171,7 +172,7 @@ class VLLMRollout(RolloutEngine):
     def sleep(self) -> None:
         """Give the KV cache back, and the weights as the option ``sleep_level`` says. Unfinished requests wait."""
         with self._control:
-            if self._asleep or self._closed or self._dead:
+            if self._asleep or self._closed or self._lost is not None:
                 return
             level = self._settings.sleep_level
             self._backend.pause()
@@ -184,7 +185,7 @@ class VLLMRollout(RolloutEngine):
 
     def wake(self) -> None:
         with self._control:
-            if not self._asleep or self._dead:
+            if not self._asleep or self._lost is not None:
                 return
             self._check_open()
             self._backend.wake(None)
@@ -203,7 +204,7 @@ class VLLMRollout(RolloutEngine):
             self._stopping.set()
             self._arrived.set()
             self._delivery.close()
-            self._backend.close(kill=self._dead)
+            self._backend.close(kill=self._lost is not None)
         self._watch.join(timeout=10)
 
     # --- within ----------------------------------------------------------------------------------------------------
@@ -223,10 +224,11 @@ class VLLMRollout(RolloutEngine):
 
     def _restart(self) -> None:
         logger.warning("starting another vLLM engine in place of the one that is gone")
+        self._lost = self._gone  # also if the new one does not start
         self._delivery.close()
         self._backend.close(kill=True)
         self._backend = self._start()
-        self._dead = self._asleep = False
+        self._lost, self._asleep = None, False
         self._version = 0
         if self._paused:
             self._backend.pause()
@@ -242,17 +244,25 @@ class VLLMRollout(RolloutEngine):
                 self._backend.resume()
 
     def _abort_keys(self, keys: list[str]) -> None:
-        if keys and not self._dead:
+        if keys and self._lost is None:
             self._backend.abort(keys)
 
     def _check_open(self) -> None:
         if self._closed:
             raise EngineError("the vLLM engine is closed")
 
-    def _check_usable(self) -> None:
+    @property
+    def _gone(self) -> WorkerError | None:
+        return self._lost or self._backend.failure
+
+    def _check_there(self) -> None:
         self._check_open()
-        if self._unusable is None and self._backend.failure is not None:
-            raise EngineError(f"{self._backend.failure}; {REMEDY}")
+        gone = self._gone
+        if gone is not None:
+            raise type(gone)(f"{gone}; {REMEDY}")
+
+    def _check_usable(self) -> None:
+        self._check_there()
         if self._unusable is not None:
             raise EngineError(self._unusable)
 
@@ -263,19 +273,18 @@ class VLLMRollout(RolloutEngine):
             if not self._requests:
                 self._arrived.clear()
                 self._arrived.wait()
-            if self._stopping.wait(min(patience / 4, 10)) or not self._requests or self._dead:
+            if self._stopping.wait(min(patience / 4, 10)) or not self._requests or self._gone is not None:
                 continue
             try:
                 self._backend.probe(patience)
-            except EngineError as error:
+            except WorkerError as error:
                 if not self._stopping.is_set():
                     self._give_up(error)
 
-    def _give_up(self, error: EngineError) -> None:
+    def _give_up(self, error: WorkerError) -> None:
         with self._lock:
-            self._dead = True
-            self._unusable = f"{error}; {REMEDY}"
-        logger.warning("%s", self._unusable)
+            self._lost = error
+        logger.warning("%s; %s", error, REMEDY)
         self._backend.close(kill=True)
 
 

@@ -13,9 +13,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
-from rlcore.errors import EngineError
+from rlcore.errors import EngineError, WorkerError
 from rlcore_vllm import quirks
-from rlcore_vllm.backend import Done, called
+from rlcore_vllm.backend import CLOSED, Done, called
+from rlcore_vllm.startup import noting_reasons
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -31,7 +32,7 @@ class InProcess:
         self._done: dict[str, Done] = {}
         self._outputs: list[tuple[str, Any]] = []
         self._paused = self._closing = False
-        self._reason = "the vLLM engine is closed"
+        self._error: EngineError | WorkerError = EngineError(CLOSED)  # of requests from when it ends
         self._engine: Any = None
         started: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._thread = threading.Thread(target=self._run, args=(arguments, started), name="vllm", daemon=True)
@@ -46,8 +47,8 @@ class InProcess:
         self.local = self.workers == 1
 
     @property
-    def failure(self) -> str | None:
-        return self._reason if self._closing or not self._thread.is_alive() else None
+    def failure(self) -> WorkerError | None:
+        return self._error if isinstance(self._error, WorkerError) else None
 
     # --- from any thread ---------------------------------------------------------------------------------------------
 
@@ -92,11 +93,13 @@ class InProcess:
             self._closing = True
             self._awake.notify()
         self._thread.join(timeout=1 if kill else 60)
+        if self._thread.is_alive():  # in a step that does not end
+            self._fail_all(self._error)
 
     def _enqueue(self, work: Callable[[], None]) -> None:
         with self._awake:
             if self._closing or not self._thread.is_alive():
-                raise EngineError(self._reason)
+                raise self._error
             self._work.append(work)
             self._awake.notify()
 
@@ -106,6 +109,8 @@ class InProcess:
 
         def work() -> None:
             try:
+                if self._engine is None:
+                    raise self._error
                 future.set_result(function())
             except Exception as error:
                 future.set_exception(error)
@@ -114,10 +119,10 @@ class InProcess:
         try:
             return future.result(timeout_s)
         except concurrent.futures.TimeoutError:
-            raise EngineError(
+            raise WorkerError(
                 f"the vLLM engine on a thread of this process did not {what} within {timeout_s:g} s"
             ) from None
-        except EngineError:
+        except (EngineError, WorkerError):
             raise
         except Exception as error:
             raise EngineError(f"the vLLM engine failed to {what}: {quirks.one_line(error)}") from error
@@ -125,23 +130,32 @@ class InProcess:
     # --- on the engine's thread --------------------------------------------------------------------------------------
 
     def _run(self, arguments: dict[str, Any], started: concurrent.futures.Future[None]) -> None:
-        try:
-            self._engine = _make_engine(arguments)
-        except BaseException as error:
-            started.set_exception(EngineError(f"vLLM cannot start: {quirks.root_reason(error)}"))
-            return
+        with noting_reasons(arguments) as (noting, reason):
+            try:
+                self._engine = _make_engine(noting)
+            except BaseException as error:
+                started.set_exception(EngineError(f"vLLM cannot start: {reason() or quirks.root_reason(error)}"))
+                return
         started.set_result(None)
         try:
             while self._wait_for_work():
                 while self._work:
                     self._work.popleft()()
                 if not self._paused and self._engine.has_unfinished_requests():
-                    self._step()
+                    with quirks.own_random_numbers():
+                        self._engine.step()
                 self._deliver()
+        except Exception as error:
+            logger.exception("vLLM failed in a step")
+            self._error = WorkerError(f"vLLM failed in a step: {quirks.root_reason(error)}")
         finally:
-            self._fail_all(EngineError(self._reason))
+            with self._awake:
+                self._closing = True
+            self._fail_all(self._error)
             self._engine.engine_core.shutdown()
             self._engine = None
+            while self._work:  # what came too late hears why
+                self._work.popleft()()
 
     def _wait_for_work(self) -> bool:
         with self._awake:
@@ -149,15 +163,6 @@ class InProcess:
                 lambda: self._closing or self._work or (not self._paused and self._engine.has_unfinished_requests())
             )
             return not self._closing
-
-    def _step(self) -> None:
-        try:
-            with quirks.own_random_numbers():
-                self._engine.step()
-        except Exception as error:
-            logger.exception("vLLM failed in a step")
-            self._reason = f"vLLM failed in a step: {quirks.root_reason(error)}"
-            self._closing = True
 
     def _deliver(self) -> None:
         """After a step, not in its midst: whoever waits may draw random numbers at once."""
@@ -183,6 +188,9 @@ class InProcess:
     def _add(self, key: str, prompt: list[int], params: Any, priority: int, done: Done) -> None:
         from vllm.inputs import tokens_input
 
+        if self._engine is None:
+            done(self._error)
+            return
         try:
             internal = self._engine.add_request(key, tokens_input(prompt), params, priority=priority)
         except Exception as error:

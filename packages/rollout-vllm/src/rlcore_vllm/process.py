@@ -11,13 +11,13 @@ from typing import Any, TypeVar
 
 import psutil
 
-from rlcore.errors import EngineError
+from rlcore.errors import EngineError, WorkerDied, WorkerError
 from rlcore_vllm import quirks
-from rlcore_vllm.backend import Done, called
+from rlcore_vllm.backend import CLOSED, Done, called
+from rlcore_vllm.startup import noting_reasons
 
 T = TypeVar("T")
 
-CLOSED = "the vLLM engine is closed"
 DIED = "the vLLM engine's process died; what it printed says why"
 CONTROL_TIMEOUT_S = 120
 """Longest wait for what takes no longer than a step."""
@@ -38,8 +38,11 @@ class OwnProcess:
         self._thread.start()
         before = set(psutil.Process().children(recursive=True))
         try:
-            with quirks.undisturbed():
-                self._engine = self._wait(self._start(arguments), start_timeout_s, "start")
+            with quirks.undisturbed(), noting_reasons(arguments) as (noting, reason):
+                try:
+                    self._engine = self._wait(self._start(noting), start_timeout_s, "start")
+                except (EngineError, WorkerError) as error:
+                    raise EngineError(f"vLLM cannot start: {reason() or quirks.root_reason(error)}") from error
         except BaseException:
             for process in set(psutil.Process().children(recursive=True)) - before:
                 _kill(process)
@@ -49,10 +52,8 @@ class OwnProcess:
         self.workers = self.config.parallel_config.world_size
 
     @property
-    def failure(self) -> str | None:
-        if self._closed:
-            return CLOSED
-        return DIED if self._engine is not None and self._engine.errored else None
+    def failure(self) -> WorkerError | None:
+        return WorkerDied(DIED) if self._engine is not None and self._engine.errored else None
 
     def submit(self, key: str, prompt: list[int], params: Any, priority: int, done: Done) -> None:
         if self._closed:
@@ -100,7 +101,7 @@ class OwnProcess:
             if kill:
                 for process in family:
                     _kill(process)
-            with contextlib.suppress(EngineError):
+            with contextlib.suppress(EngineError, WorkerError):
                 self._wait(self._end(engine), self._timeout_s, "shut down")
             _, alive = psutil.wait_procs(family, timeout=10)
             for process in alive:
@@ -147,7 +148,9 @@ class OwnProcess:
                 async for output in self._engine.generate(tokens_input(prompt), params, key, priority=priority):
                     outcome = output
         except Exception as error:
-            outcome = EngineError(self.failure or f"vLLM refuses the request: {quirks.root_reason(error)}")
+            outcome = self.failure or EngineError(
+                CLOSED if self._closed else f"vLLM refuses the request: {quirks.root_reason(error)}"
+            )
         finally:
             done(outcome)
 
@@ -158,10 +161,12 @@ class OwnProcess:
             return future.result(timeout_s)
         except concurrent.futures.TimeoutError:
             future.cancel()
-            raise EngineError(f"the vLLM engine's process did not {what} within {timeout_s:g} s") from None
-        except EngineError:
+            raise WorkerDied(f"the vLLM engine's process did not {what} within {timeout_s:g} s") from None
+        except (EngineError, WorkerError):
             raise
         except Exception as error:
+            if self.failure is not None:
+                raise self.failure from error
             raise EngineError(f"the vLLM engine's process failed to {what}: {quirks.one_line(error)}") from error
 
 

@@ -31,11 +31,12 @@ class WorkerExtension:
     vllm_config: Any
 
     def rlcore_prepare(self) -> int:
-        """Have contractual log-probs; the number of this worker among all."""
-        sampler.install(self.model_runner)
-        self.rlcore_held_version = 0
-        self.rlcore_receiver: WeightReceiver | None = None
-        self.rlcore_reload: Reload | None = None
+        """Have contractual log-probs; the number of this worker among all. Once is enough, again changes nothing."""
+        if not hasattr(self, "rlcore_held_version"):
+            sampler.install(self.model_runner)
+            self.rlcore_held_version = 0
+            self.rlcore_receiver: WeightReceiver | None = None
+            self.rlcore_reload: Reload | None = None
         return self.rank
 
     def rlcore_version(self) -> int:

@@ -56,7 +56,7 @@ def greet(connection: Connection, spec: RolloutSpec, settings: ServerSettings, v
     except EngineError as error:
         raise EngineError(f"{connection.url} cannot be controlled; {START} ({error})") from error
     first = connection.url not in versions.greeted
-    _prepare(connection, fresh=label == FRESH)
+    _prepare(connection)
     version = versions.number(label)
     if label == FRESH or (first and version == UNKNOWN):
         if label != FRESH:
@@ -88,11 +88,10 @@ def _model(connection: Connection, spec: RolloutSpec, settings: ServerSettings) 
     return name
 
 
-def _prepare(connection: Connection, *, fresh: bool) -> None:
+def _prepare(connection: Connection) -> None:
     """Have the workers return log-probs as the contract wants them."""
-    method = "rlcore_prepare" if fresh else "rlcore_version"
     try:
-        _post(connection, "/collective_rpc", "prepare its workers", {"method": method})
+        _post(connection, "/collective_rpc", "prepare its workers", {"method": "rlcore_prepare"})
     except WorkerError as error:
         if "has no attribute" in str(error):
             raise EngineError(

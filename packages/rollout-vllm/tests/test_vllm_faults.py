@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlcore.engines import GenerationRequest, ModelSettings, RolloutSpec, SamplingParams, WeightBucket
+from rlcore.engines import Completion, GenerationRequest, ModelSettings, RolloutSpec, SamplingParams, WeightBucket
 from rlcore.errors import EngineError, WorkerDied
 from rlcore.testing.tiny_model import tiny_model
 from rlcore_vllm.config import VLLMSettings
@@ -174,6 +174,37 @@ def test_a_killed_engine(apart: VLLMRollout, weights: list[WeightBucket]) -> Non
     (after,) = apart.generate_batch([request(6)])
     assert after.tokens == before
     assert after.versions == [(5, 6)]
+
+
+def test_one_of_two_engines_is_killed(model: Path, weights: list[WeightBucket]) -> None:
+    """The other one makes what it had not finished, with the same tokens, and it is replaced."""
+    requests = [GenerationRequest([10, index], SamplingParams(1000, seed=index, ignore_eos=True)) for index in range(6)]
+    settings = VLLMSettings(mode="process", replicas=2, kv_cache_memory_bytes=KV_CACHE_BYTES)
+    engines = build(RolloutSpec(ModelSettings(path=str(model)), settings, 20_000))
+    try:
+        engines.update_weights(weights, 1)
+
+        async def scenario() -> list[Completion]:
+            running = [asyncio.create_task(engines.generate(request)) for request in requests]
+            await engines.generate(request(4))
+            first, second = (p for p in engine_processes() if "EngineCore" in " ".join(p.cmdline()))
+            first.kill()
+            made = [await asyncio.wait_for(task, 240) for task in running]
+            assert second.is_running()
+            return made
+
+        made = asyncio.run(scenario())
+        assert {tuple(completion.versions) for completion in made} == {((1, 1000),)}
+        deadline = time.monotonic() + 240
+        while "is back with weights of version 0" not in str(engines.reasons) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        engines.update_weights(weights, 2)
+        assert engines.reasons == {}
+        again = engines.generate_batch(requests)
+        assert [completion.tokens for completion in again] == [completion.tokens for completion in made]
+    finally:
+        engines.close()
+    assert not engine_processes()
 
 
 def test_a_hung_engine(apart: VLLMRollout) -> None:

@@ -39,6 +39,13 @@ def test_server_section_and_mode_belong_together():
         VLLMSettings(server={"urls": ["http://127.0.0.1:1"]})
 
 
+def test_settings_that_do_not_fit_together():
+    with pytest.raises(ValidationError, match="several engines need processes of their own"):
+        VLLMSettings(replicas=2)
+    with pytest.raises(ValidationError, match="delta is for weights 'transfer' by shm or gloo"):
+        VLLMSettings(mode="server", server={"urls": ["http://127.0.0.1:1"], "transport": "nccl", "delta": True})
+
+
 def test_without_vllm_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(EngineError, match=r"pip install 'rlcore\[vllm\]'"):

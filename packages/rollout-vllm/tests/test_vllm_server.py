@@ -203,10 +203,13 @@ del RolloutEngineConformance
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["shm", "gloo", "reload"])
+@pytest.mark.parametrize("way", ["shm", "gloo", "reload", "delta"])
 def test_weights_by_every_way(server, tmp_path, way):
     """In several buckets, which divide fused layers, there and back; log-probs are the new model's each time."""
-    settings = {"weights": "reload", "weights_dir": tmp_path} if way == "reload" else {"transport": way}
+    settings = {
+        "reload": {"weights": "reload", "weights_dir": tmp_path},
+        "delta": {"transport": "gloo", "delta": True},
+    }.get(way, {"transport": way})
     rollout = build(server.spec(bucket_mb=1, **settings))
     requests = [request(index) for index in range(4)]
     try:
@@ -216,6 +219,13 @@ def test_weights_by_every_way(server, tmp_path, way):
             completions = rollout.generate_batch(requests)
             assert largest_difference(model, requests, completions) < 1e-4
             assert {span for completion in completions for span in completion.versions} == {(version, 20)}
+        if way == "delta":
+            weights = weights_of(server.other, buckets=7)
+            weights[0].tensors[0][1][0, 0] += 1
+            rollout.update_weights(iter(weights), 5)
+            stats = rollout._replicas[0].engine._weights.stats
+            assert stats.delta
+            assert stats.sent_bytes < stats.full_bytes / 1000
     finally:
         rollout.close()
 

@@ -25,7 +25,7 @@ OURS = {
     "weight_transfer_config": "weights come by rlcore's own transfer",
     "disable_log_stats": "nothing reads them",
     "skip_tokenizer_init": "stop strings need the tokenizer",
-    "data_parallel_size": "several engines are several rollout workers",
+    "data_parallel_size": "vLLM's ranks would share one queue and one fate; set replicas, or place several processes",
     "pipeline_parallel_size": "only tensor parallelism is supported",
     "speculative_config": "log-probs of drafted tokens are not those of the policy at every temperature",
     "stream_interval": "only finished requests are passed on",
@@ -34,12 +34,13 @@ OURS = {
 """Arguments that settings do not take in ``args``, and why."""
 
 
-def engine_arguments(spec: RolloutSpec, device_type: str, *, sleep_mode: bool) -> dict[str, Any]:
+def engine_arguments(spec: RolloutSpec, device_type: str, *, sleep_mode: bool, replica: int = 0) -> dict[str, Any]:
     """Keyword arguments of vLLM's ``AsyncEngineArgs`` for ``spec``.
 
     Args:
         device_type: of the platform that vLLM chose, "cpu" or "cuda" …
         sleep_mode: whether the platform can give memory back.
+        replica: which of several engines in this process's charge; each takes the GPUs after those of the one before.
 
     Raises:
         EngineError: ``args`` holds something that the installed version does not know, or that is not the user's to
@@ -68,6 +69,9 @@ def engine_arguments(spec: RolloutSpec, device_type: str, *, sleep_mode: bool) -
         "worker_extension_cls": WORKER_EXTENSION,
         "disable_log_stats": True,
     }
+    if settings.replicas > 1 and not on_cpu:
+        size = settings.tensor_parallel_size
+        arguments["device_ids"] = list(range(replica * size, (replica + 1) * size))
     check_extra_arguments(settings.args)
     given = {name: value for name, value in arguments.items() if value is not None}
     return {**given, **settings.args}

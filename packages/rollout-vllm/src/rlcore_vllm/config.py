@@ -22,6 +22,9 @@ class VLLMSettings(Config):
         description="'in_process' steps vLLM on a thread of this process, 'process' gives it one of its own, 'server' "
         "uses servers that run already (see server).",
     )
+    replicas: int = Field(
+        1, ge=1, description="Engines of mode 'process', each on GPUs of its own; requests are balanced over them."
+    )
     tensor_parallel_size: int = Field(1, ge=1, description="Processes (GPUs) that share each layer.")
     dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
         None, description="Precision of weights and activations; null is bfloat16 on a GPU and float32 on the CPU."
@@ -50,6 +53,9 @@ class VLLMSettings(Config):
         1,
         description="What sleep does with the weights: 1 keeps them in host memory, 2 drops them until an update.",
     )
+    rejoin_timeout_s: float = Field(
+        300.0, gt=0, description="Longest wait of a request for one of several replicas when none is left."
+    )
     start_timeout_s: float = Field(600.0, gt=0, description="Longest wait for the engine to start.")
     update_timeout_s: float = Field(300.0, gt=0, description="Longest wait for one bucket of weights to be taken.")
     hang_timeout_s: float = Field(
@@ -67,3 +73,5 @@ class VLLMSettings(Config):
             yield "server", "mode 'server' needs the section server with the servers' addresses"
         if self.mode != "server" and self.server is not None:
             yield "server", f"only mode 'server' uses servers; mode is {self.mode!r}"
+        if self.mode != "process" and self.replicas > 1:
+            yield "replicas", f"several engines need processes of their own: set mode to 'process', not {self.mode!r}"

@@ -9,9 +9,11 @@ import random
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 from rlcore.engines.prompts import check_prompt
+from rlcore.engines.replicas import Replicas
 from rlcore.engines.rollout import Completion, GenerationRequest, RolloutEngine
 from rlcore.engines.settings import RolloutSpec
 from rlcore.engines.weight_sync import WeightBucket
@@ -39,7 +41,15 @@ def build(spec: RolloutSpec) -> RolloutEngine:
 
         return server.build(spec)
     quirks.require_vllm()
-    return VLLMRollout(spec)
+    if settings.replicas == 1:
+        return VLLMRollout(spec)
+    return Replicas(
+        [partial(VLLMRollout, spec, index) for index in range(settings.replicas)],
+        names=[f"vLLM engine {index}" for index in range(settings.replicas)],
+        seed=spec.seed,
+        timeout_s=settings.update_timeout_s,
+        rejoin_timeout_s=settings.rejoin_timeout_s,
+    )
 
 
 class VLLMRollout(RolloutEngine):
@@ -51,10 +61,13 @@ class VLLMRollout(RolloutEngine):
     An update that fails midway leaves weights of two versions in the model: requests fail until an update succeeds. An
     engine process that died or hangs fails its requests with `WorkerDied`, one in this process that failed in a step
     with `WorkerError`; the next update starts another one.
+
+    Args:
+        index: of this one among several engines that divide the GPUs.
     """
 
-    def __init__(self, spec: RolloutSpec) -> None:
-        self._spec = spec
+    def __init__(self, spec: RolloutSpec, index: int = 0) -> None:
+        self._spec, self._index = spec, index
         self._settings = cast(VLLMSettings, spec.options)
         self._seeds = random.Random(f"{spec.seed}/vllm")
         self._keys = itertools.count()
@@ -210,7 +223,7 @@ class VLLMRollout(RolloutEngine):
     # --- within ----------------------------------------------------------------------------------------------------
 
     def _start(self) -> Backend:
-        backend = _start_backend(self._spec, self._settings)
+        backend = _start_backend(self._spec, self._settings, self._index)
         try:
             backend.call_workers("rlcore_prepare", timeout_s=self._settings.start_timeout_s)
         except BaseException:
@@ -288,7 +301,7 @@ class VLLMRollout(RolloutEngine):
         self._backend.close(kill=True)
 
 
-def _start_backend(spec: RolloutSpec, settings: VLLMSettings) -> Backend:
+def _start_backend(spec: RolloutSpec, settings: VLLMSettings, index: int) -> Backend:
     quirks.set_environment(settings.tensor_parallel_size, own_process=settings.mode == "process")
     with quirks.undisturbed():  # importing vllm sets environment variables too
         from vllm.platforms import current_platform
@@ -296,7 +309,7 @@ def _start_backend(spec: RolloutSpec, settings: VLLMSettings) -> Backend:
         from rlcore_vllm.arguments import engine_arguments
 
     arguments = engine_arguments(
-        spec, current_platform.device_type, sleep_mode=current_platform.is_sleep_mode_available()
+        spec, current_platform.device_type, sleep_mode=current_platform.is_sleep_mode_available(), replica=index
     )
     if settings.mode == "process":
         from rlcore_vllm.process import OwnProcess

@@ -22,7 +22,7 @@ HANDLER = "rlcore"
 
 
 class Notes(logging.Handler):
-    """Appends the reason of every exception that is logged, in one line, to the file at ``path`` as long as it exists."""
+    """Appends a line with the reason of every exception that is logged to the file ``path``, as long as it exists."""
 
     def __init__(self, path: str) -> None:
         super().__init__(logging.ERROR)

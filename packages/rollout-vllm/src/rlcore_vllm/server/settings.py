@@ -29,6 +29,11 @@ class ServerSettings(ServerClientSettings):
         None, description="Folder that this process and the servers see under one path; needed to reload."
     )
     transport: Literal["auto", "gloo", "nccl", "shm"] = Field("auto", description="By which weights are transferred.")
+    delta: bool = Field(
+        False,
+        description="Transfer only the elements whose bits changed: fewer bytes for a copy of the weights in host "
+        "memory, here and in every worker.",
+    )
     weights_host: str = Field(
         "127.0.0.1", description="Address of this machine that the servers' workers reach, for transfers."
     )
@@ -38,6 +43,8 @@ class ServerSettings(ServerClientSettings):
         problems = list(url_problems(self.urls, self.allow_remote))
         if self.weights == "reload" and self.weights_dir is None:
             problems.append("weights 'reload' needs weights_dir, a folder that the servers see too")
+        if self.delta and (self.weights == "reload" or self.transport == "nccl"):
+            problems.append("delta is for weights 'transfer' by shm or gloo: changes are found and applied on the host")
         if problems:
             raise ValueError("; ".join(problems))
         return self

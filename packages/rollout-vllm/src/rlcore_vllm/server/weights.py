@@ -52,6 +52,7 @@ class ServerWeights:
                 host=settings.weights_host,
                 timeout_s=settings.weights_timeout_s,
                 bucket_bytes=settings.bucket_mb << 20,
+                delta=settings.delta,
             )
             try:
                 self.call_workers("rlcore_connect", asdict(address), what="connect its workers for weights")

@@ -49,6 +49,20 @@ def test_grpo_learns_in_the_trainers_process(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "changes"), [("ppo", {"critic.fsdp.device": "cpu"}), ("dapo", {"algorithm.overlong": {"buffer": 4}})]
+)
+def test_other_recipes_in_the_trainers_process(
+    task: Any, vllm_task: dict[str, Any], metrics_of: Metrics, tmp_path: Path, recipe: str, changes: dict[str, Any]
+) -> None:
+    result = task.run(recipe, tmp_path, {**vllm_task, **changes})
+    assert result.exit_code == 0, result.output
+    steps = metrics_of(tmp_path)
+    assert len(steps) == 3
+    assert all(map(generated_with_the_trainers_weights, steps))
+
+
+@pytest.mark.slow
 def test_a_skipped_sync_shows_as_mismatch(
     task: Any, vllm_task: dict[str, Any], metrics_of: Metrics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,6 +52,12 @@ def test_without_vllm_it_says_what_to_install(monkeypatch):
         build(RolloutSpec(ModelSettings(path="anywhere"), VLLMSettings(), 64))
 
 
+def test_a_version_that_was_not_tested(monkeypatch, caplog):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.99.0")
+    assert quirks.require_vllm() == "0.99.0"
+    assert "vllm 0.99.0 is newer than 0.32" in caplog.text
+
+
 def test_a_version_that_is_too_old(monkeypatch):
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.31.2")
     with pytest.raises(EngineError, match=r"vllm 0\.31\.2 is too old: rlcore-rollout-vllm needs 0\.32 or newer"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from difflib import get_close_matches
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ OURS = {
     "seed": "every request has a seed of its own",
     "logprobs_mode": "log-probs are those before the filters, whatever vLLM's mode",
     "worker_extension_cls": "rlcore's own loads weights",
-    "weight_transfer_config": "weights come by rlcore's own transfer",
+    "weight_transfer_config": "it is rollout.vllm.weight_transfer",
     "disable_log_stats": "nothing reads them",
     "skip_tokenizer_init": "stop strings need the tokenizer",
     "data_parallel_size": "vLLM's ranks would share one queue and one fate; set replicas, or place several processes",
@@ -73,8 +74,24 @@ def engine_arguments(spec: RolloutSpec, device_type: str, *, sleep_mode: bool, r
         size = settings.tensor_parallel_size
         arguments["device_ids"] = list(range(replica * size, (replica + 1) * size))
     check_extra_arguments(settings.args)
+    if settings.weight_transfer != "rlcore":
+        arguments["weight_transfer_config"] = {"backend": checked_transfer(settings.weight_transfer, on_cpu)}
     given = {name: value for name, value in arguments.items() if value is not None}
     return {**given, **settings.args}
+
+
+def checked_transfer(kind: str, on_cpu: bool) -> str:
+    """``kind``, if vLLM's own weight transfer of that name can run here; otherwise an `EngineError`."""
+    if on_cpu:
+        raise EngineError(
+            f"rollout.vllm.weight_transfer={kind} moves weights between GPUs; set it to rlcore on the CPU"
+        )
+    if kind == "ipc" and os.environ.get("VLLM_ALLOW_INSECURE_SERIALIZATION") != "1":
+        raise EngineError(
+            "rollout.vllm.weight_transfer=ipc has vLLM's processes exchange pickles: set the environment variable "
+            "VLLM_ALLOW_INSECURE_SERIALIZATION=1 if you mean it, or weight_transfer to rlcore, which needs none"
+        )
+    return kind
 
 
 def check_extra_arguments(extra: dict[str, Any]) -> None:

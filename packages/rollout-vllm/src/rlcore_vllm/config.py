@@ -57,6 +57,11 @@ class VLLMSettings(Config):
         300.0, gt=0, description="Longest wait of a request for one of several replicas when none is left."
     )
     start_timeout_s: float = Field(600.0, gt=0, description="Longest wait for the engine to start.")
+    weight_transfer: Literal["rlcore", "nccl", "ipc"] = Field(
+        "rlcore",
+        description="How weights get from this process to engines of mode 'process': by rlcore's transfer, or by "
+        "vLLM's own engines, 'nccl' (GPUs other than the trainer's) or 'ipc' (the trainer's GPU).",
+    )
     update_timeout_s: float = Field(300.0, gt=0, description="Longest wait for one bucket of weights to be taken.")
     hang_timeout_s: float = Field(
         300.0, gt=0, description="An engine with unfinished requests that does not answer for so long is given up."
@@ -73,5 +78,7 @@ class VLLMSettings(Config):
             yield "server", "mode 'server' needs the section server with the servers' addresses"
         if self.mode != "server" and self.server is not None:
             yield "server", f"only mode 'server' uses servers; mode is {self.mode!r}"
+        if self.mode != "process" and self.weight_transfer != "rlcore":
+            yield "weight_transfer", f"is for engines of mode 'process'; mode is {self.mode!r}"
         if self.mode != "process" and self.replicas > 1:
             yield "replicas", f"several engines need processes of their own: set mode to 'process', not {self.mode!r}"

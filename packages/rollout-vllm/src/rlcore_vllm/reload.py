@@ -19,15 +19,20 @@ NAMED = 3
 
 
 class Reload:
-    """One replacement of all weights of ``model``: `load` any number of times, then `finish`, or `cancel`."""
+    """One replacement of all weights of ``model``: `load` any number of times, then `finish`, or `cancel`.
 
-    def __init__(self, model: nn.Module, model_config: Any) -> None:
+    Args:
+        begun: by vLLM itself, which loads the weights too; then `keep_what_waits` stands for `load`.
+    """
+
+    def __init__(self, model: nn.Module, model_config: Any, *, begun: bool = False) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
         self._model: Any = model
         self._model_config = model_config
         self._copied: dict[int, weakref.ref[Any]] = {}  # by id, which may be another's once its owner is gone
-        initialize_layerwise_reload(model)
+        if not begun:
+            initialize_layerwise_reload(model)
 
     def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Take full tensors under their names; their memory is the sender's again afterwards.
@@ -42,7 +47,7 @@ class Reload:
             except Exception as error:
                 reason = str(error) or type(error).__name__
                 raise ValueError(f"vLLM cannot load {name} of shape {list(tensor.shape)}: {reason}") from error
-        self._keep_what_waits()
+        self.keep_what_waits()
         if device.type != "cpu":
             torch.accelerator.synchronize()
 
@@ -74,7 +79,7 @@ class Reload:
                 info.loaded_weights.clear()
         finalize_layerwise_reload(self._model, self._model_config)
 
-    def _keep_what_waits(self) -> None:
+    def keep_what_waits(self) -> None:
         """Copy weights that wait for the rest of their layer: vLLM keeps references to memory that is the sender's."""
         for _, info in self._open_layers():
             for _, bound in info.loaded_weights:

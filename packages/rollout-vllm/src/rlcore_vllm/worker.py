@@ -6,7 +6,7 @@ data as arguments.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,14 +21,17 @@ class WorkerExtension:
     """Methods for ``collective_rpc``, all named ``rlcore_…``; state is kept in attributes of that prefix.
 
     Weights come bucket by bucket: `rlcore_begin`, any number of `rlcore_load`, `rlcore_finish`; or all by a connection
-    of the worker's own: `rlcore_connect` once, then `rlcore_receive` for every version. After an error the model holds
-    a mixture, which the engine does not generate with, and the next update may begin.
+    of the worker's own: `rlcore_connect` once, then `rlcore_receive` for every version; or by vLLM's own transfer:
+    `rlcore_begin_transfer`, any number of `rlcore_take_transfer`, `rlcore_finish_transfer`. After an error the model
+    holds a mixture, which the engine does not generate with, and the next update may begin.
     """
 
     rank: int
     device: torch.device
     model_runner: Any
     vllm_config: Any
+    start_weight_update: Callable[[], None]
+    update_weights: Callable[[Any], None]
 
     def rlcore_prepare(self) -> int:
         """Have contractual log-probs; the number of this worker among all. Once is enough, again changes nothing."""
@@ -69,6 +72,25 @@ class WorkerExtension:
         if self.rlcore_reload is not None:
             self.rlcore_reload.cancel()
             self.rlcore_reload = None
+            self._weight_update_active = False  # vLLM's note of an update by its own transfer
+
+    def rlcore_begin_transfer(self) -> None:
+        self.start_weight_update()
+        self.rlcore_reload = Reload(self.model_runner.get_model(), self.vllm_config.model_config, begun=True)
+
+    def rlcore_take_transfer(self, information: Any) -> None:
+        """Load one bucket that vLLM's weight-transfer engine moves; nothing of its memory is needed afterwards."""
+        assert self.rlcore_reload is not None
+        with self._rlcore_configured():
+            self.update_weights(information)
+            self.rlcore_reload.keep_what_waits()
+
+    def rlcore_finish_transfer(self, version: int) -> None:
+        """Compute with what was transferred, as ``version``. That all of it is there vLLM itself does not look at."""
+        try:
+            self.rlcore_finish(version)
+        finally:
+            self._weight_update_active = False
 
     def rlcore_connect(self, address: dict[str, Any]) -> None:
         """Connect to the front-end's weight sender, whose address comes as the fields of an `Address`."""

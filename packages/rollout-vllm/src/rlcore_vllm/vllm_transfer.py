@@ -1,0 +1,130 @@
+"""Weights by vLLM's own weight-transfer engines, NCCL or CUDA IPC, through its start, update and finish.
+
+Both move tensors between GPUs, and have not been run on any: what is tested, on the CPU, is the sequence of calls with
+an engine of the test's. The front end's own transfer (`rlcore_vllm.delivery`) is the default.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from typing import Any, Literal
+
+import torch
+
+from rlcore.engines.weight_sync import WeightBucket
+from rlcore.errors import EngineError, WorkerError
+from rlcore_vllm.backend import Backend
+
+Kind = Literal["nccl", "ipc"]
+
+
+class VLLMTransfer:
+    """Loads weights into a paused `Backend` bucket by bucket; after an error its workers hold a mixture.
+
+    Every bucket is a transfer of vLLM's trainer engine, inside of one begin and one finish of the workers. That engine
+    is made when the first bucket is there, on whose device the others must be too.
+    """
+
+    def __init__(self, backend: Backend, kind: Kind, timeout_s: float) -> None:
+        self._backend, self._kind, self._timeout_s = backend, kind, timeout_s
+        self._engine: Any = None
+        self._bucket: WeightBucket | None = None
+
+    def load(self, buckets: Iterable[WeightBucket], version: int) -> None:
+        """Give all workers all buckets as ``version``.
+
+        Raises:
+            EngineError: a worker cannot use them, or some are missing.
+            WorkerError: the engine is gone, or they did not reach its workers in time.
+        """
+        begun = False
+        try:
+            for bucket in buckets:
+                self._bucket = bucket
+                if not begun:
+                    self._connect(bucket.tensors[0][1].device)
+                    self._call("rlcore_begin_transfer")
+                    begun = True
+                self._engine.send_weights()
+                self._bucket = None
+                del bucket
+            if not begun:
+                raise EngineError("the weight update is empty")
+            self._call("rlcore_finish_transfer", version)
+        except BaseException:
+            self.close()
+            if begun:
+                with suppress(EngineError, WorkerError):  # what went wrong first is what counts
+                    self._call("rlcore_cancel")
+            raise
+
+    def close(self) -> None:
+        """Close connections to the workers; idempotent."""
+        if self._engine is not None:
+            self._engine.shutdown()
+            self._engine = None
+
+    def _connect(self, device: torch.device) -> None:
+        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+
+        if self._engine is not None:
+            return
+        if device.type == "cpu":
+            raise EngineError(
+                f"rollout.vllm.weight_transfer={self._kind} moves weights between GPUs, and these are on the "
+                "CPU; set it to rlcore"
+            )
+        self._engine = WeightTransferTrainerFactory.trainer_init(
+            self._information(), client=_Client(self), source=_source(self)
+        )
+
+    def _information(self) -> Any:
+        if self._kind == "ipc":
+            from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+
+            return IPCTrainerInitInfo(rank=0)
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        return NCCLTrainerInitInfo(
+            rank=0, master_address="127.0.0.1", master_port=port, world_size=1 + self._backend.workers
+        )
+
+    def _call(self, method: str, *args: Any) -> None:
+        self._backend.call_workers(method, *args, timeout_s=self._timeout_s)
+
+
+class _Client:
+    """What vLLM's trainer engine calls. It begins and ends an update with every bucket; the workers do so once."""
+
+    def __init__(self, transfer: VLLMTransfer) -> None:
+        self._transfer = transfer
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._transfer._call("init_weight_transfer_engine", init_info)
+
+    def start_weight_update(self) -> None: ...
+
+    def update_weights(self, update_info: Any) -> None:
+        self._transfer._call("rlcore_take_transfer", update_info)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None: ...
+
+
+def _source(transfer: VLLMTransfer) -> Any:
+    """vLLM's ``WeightSource`` over the bucket that is under way."""
+    from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+
+    class Bucket(WeightSource):  # type: ignore[misc]
+        def metadata(self) -> list[Any]:
+            return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self]
+
+        def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+            assert transfer._bucket is not None
+            return iter(transfer._bucket.tensors)
+
+    return Bucket()

@@ -11,9 +11,12 @@ import nox
 
 nox.options.default_venv_backend = "uv"
 nox.options.reuse_existing_virtualenvs = True
-nox.options.sessions = ["lint", "typecheck", "tests", "docs", "integration"]
+nox.options.sessions = ["lint", "typecheck", "tests", "docs", "integration", "integration-sglang"]
 
 PACKAGES = sorted(path.parent.name for path in Path("packages").glob("*/pyproject.toml"))
+# What a package's tests need beside its group "test", and what does not fit into one environment with the others'.
+OTHER_GROUPS = {"rollout-sglang": ("--group", "sglang")}
+SGLANG_RECIPES = "tests/recipes/sglang"
 # One thread per process: tests start several processes, and threads that compete are slower than one.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -42,7 +45,7 @@ def pytest(session: nox.Session, *arguments: str) -> None:
 
 def package_tests(session: nox.Session, package: str) -> None:
     name = {"core": "rlcore"}.get(package, f"rlcore-{package}")
-    sync(session, "--package", name, "--group", "test")
+    sync(session, "--package", name, "--group", "test", *OTHER_GROUPS.get(package, ()))
     pytest(session, f"packages/{package}/tests")
 
 
@@ -85,7 +88,16 @@ def tests_newest(session: nox.Session) -> None:
 def integration(session: nox.Session) -> None:
     """Cross-package, end-to-end, fault-injection and installation tests."""
     sync(session, "--all-packages", "--group", "test", "--group", "trackers", "--group", "ray")
-    pytest(session, "tests")
+    pytest(session, "tests", f"--ignore={SGLANG_RECIPES}")
+
+
+@nox.session(name="integration-sglang")
+def integration_sglang(session: nox.Session) -> None:
+    """Recipes that generate with SGLang, which pins other versions than vLLM does."""
+    names = ("rollout-sglang", "engines-fsdp", "recipes", "rewards")
+    packages = [argument for name in names for argument in ("--package", f"rlcore-{name}")]
+    sync(session, *packages, "--group", "test", *OTHER_GROUPS["rollout-sglang"])
+    pytest(session, SGLANG_RECIPES)
 
 
 @nox.session

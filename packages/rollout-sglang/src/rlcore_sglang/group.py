@@ -6,6 +6,7 @@ under which `torch.distributed`'s own rendezvous (2.11 to 2.13) looks for them, 
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import socket
 import time
@@ -18,13 +19,14 @@ import torch
 import torch.distributed
 
 from rlcore.engines.threaded_calls import ThreadedCall
-from rlcore.errors import WorkerError
+from rlcore.errors import EngineError, WorkerError
 from rlcore.servers.connection import Connection
 
 # torch.distributed exports these without declaring it.
 c10d: Any = torch.distributed
 
 _LOOK_S = 0.002
+_LEAVE_S = 5.0
 
 
 class UpdateGroup:
@@ -97,10 +99,24 @@ class UpdateGroup:
         work.wait()
 
     def close(self) -> None:
-        """Leave the group; the server's side of it ends with the connection."""
-        group, self._group, self._store = self._group, None, None
-        if group is not None:
-            group.abort()
+        """Leave the group, and have the server do so; idempotent.
+
+        What is left of a broadcast that the server does not take ends with the server's side, or with its time. It is
+        waited for in a thread of its own, as gloo does so when a group is forgotten.
+        """
+        if self._group is None:
+            return
+        group, store = [self._group], [self._store]
+        self._group = self._store = None
+        with contextlib.suppress(EngineError, WorkerError):  # it may be what failed
+            self._connection.ask(
+                "POST",
+                "/destroy_weights_update_group",
+                "leave the group for weights",
+                body={"group_name": self.name},
+                timeout_s=_LEAVE_S,
+            )
+        ThreadedCall(f"leave {self.name}", lambda: (group.clear(), store.clear()))
 
     def _await(self, done: Callable[[], bool], answer: Future[Any], what: str) -> None:
         """Wait until this side is done. A server that fails says so, and no collective is waited for any longer."""

@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from rlcore.errors import EngineError, WorkerDied, WorkerError
 from rlcore.servers.connection import Connection
 from rlcore_sglang.serve import REFUSED
@@ -23,6 +25,7 @@ from rlcore_sglang.serve import REFUSED
 _LOOK_S = 0.25
 _PORT_ATTEMPTS = 3
 _END_S = 20.0
+_CHILDREN = "sglang::"
 _WORDS = 600
 """Characters of a log that a message repeats."""
 
@@ -65,12 +68,24 @@ class ServerProcess:
 
     @property
     def failure(self) -> str | None:
-        """How it ended, with the end of its log; None while it lives."""
+        """How it ended, or which of its processes did, with the end of its log; None while it lives."""
         code = self._process.poll()
-        if code is None:
-            return None
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+        if code is not None:
+            how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+        else:
+            lost = self._lost()
+            if lost is None:
+                return None
+            how = f"lost its process {lost}"
         return f"the SGLang server {how}: {self.reason()} (its log is {self.log})"
+
+    def _lost(self) -> str | None:
+        """A child that is dead, whose death a server of SGLang (0.5) may fail to notice."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(self._process.pid).children():
+                if child.name().startswith(_CHILDREN) and child.status() == psutil.STATUS_ZOMBIE:
+                    return child.name()
+        return None
 
     def reason(self) -> str:
         """Why, in the server's own words."""

@@ -6,7 +6,7 @@ input, so with whoever started it, however that ended.
 
 from __future__ import annotations
 
-import dataclasses
+import inspect
 import json
 import os
 import signal
@@ -29,7 +29,7 @@ def main(file: Path) -> None:
     from sglang.srt.utils import kill_process_tree
 
     load_plugins()
-    wrong = problems(given["args"], [field.name for field in dataclasses.fields(ServerArgs)])
+    wrong = problems(given["args"], inspect.signature(ServerArgs).parameters)
     if wrong:
         raise SystemExit(f"{REFUSED}rollout.sglang.args: {'; '.join(wrong)}")
     arguments = ServerArgs(**given["arguments"])

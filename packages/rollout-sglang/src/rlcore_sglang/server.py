@@ -27,6 +27,8 @@ CONTROL_CONNECTIONS = 8
 """Connections beyond those for completions."""
 INSIST_S = 0.5
 """After which time an abort is repeated for a request that was still on its way to the server."""
+WATCH_S = 2.0
+"""How often a request that is waited for looks at the server's processes."""
 HEALTH_S = 60.0
 """Longest wait for a server to say whether it is well, which by itself it ponders for 20 s."""
 MEMORY = ["kv_cache", "weights"]
@@ -189,7 +191,7 @@ class ServerRollout(RolloutEngine):
         try:
             while True:
                 left = limit - (time.monotonic() - start) + (self._standing_s() - stood)
-                await asyncio.wait({task}, timeout=min(max(left, 0), self._settings.health_interval_s))
+                await asyncio.wait({task}, timeout=min(max(left, 0), self._settings.health_interval_s, WATCH_S))
                 if task.done():
                     self._last_sign = time.monotonic()
                     return task.result()
@@ -204,6 +206,9 @@ class ServerRollout(RolloutEngine):
 
     async def _look(self) -> None:
         """Ask the server whether it is well, if it has said nothing for long; it is not asked while it stands still."""
+        failure = None if self._process is None else await asyncio.to_thread(lambda: self._process.failure)
+        if failure is not None:
+            raise WorkerDied(failure)
         async with self._looking:
             if time.monotonic() - self._last_sign < self._settings.health_interval_s:
                 return

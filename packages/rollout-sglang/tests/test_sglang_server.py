@@ -1,0 +1,506 @@
+"""A real SGLang server, started once: the contract, weights by every way, pauses, faults, and a start anew."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rlcore.engines import Completion, GenerationRequest, ModelSettings, Replicas, RolloutSpec, SamplingParams
+from rlcore.engines.weight_sync import WeightBucket
+from rlcore.errors import EngineError
+from rlcore.servers.versions import UNKNOWN, Versions
+from rlcore.testing.rollout_engine import PROMPT, RolloutEngineConformance
+from rlcore.testing.tiny_model import tiny_model
+from rlcore_sglang.config import SGLangSettings
+from rlcore_sglang.engine import build
+from rlcore_sglang.server import ServerRollout
+
+MAX_MODEL_LEN = 8192  # thousands of tokens are made in the time of a few requests by HTTP
+KEY_VARIABLE = "RLCORE_TEST_SGLANG_KEY"
+ON_CPU = {
+    "device": "cpu",
+    "mem_fraction_static": 0.3,
+    "max_total_tokens": 65536,
+    "max_running_requests": 64,
+    "env": {"PYTHONPATH": str(Path(__file__).parent / "cpu_shim"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    "args": {"grammar_backend": "none"},
+}
+
+
+@dataclass
+class Server:
+    """The server of all tests here.
+
+    Attributes:
+        engine: the one that started it.
+        log: its output.
+    """
+
+    engine: Replicas
+    model: Path
+    other: Path
+    log: Path
+    _environment: pytest.MonkeyPatch = field(repr=False)
+
+    @property
+    def rollout(self) -> ServerRollout:
+        """The engine's only replica, when it is there."""
+        engine = self.engine._replicas[0].engine
+        assert isinstance(engine, ServerRollout), self.engine.reasons
+        return engine
+
+    @property
+    def url(self) -> str:
+        return self.rollout.url
+
+    def spec(self, *urls: str, model: Path | None = None, max_model_len: int = MAX_MODEL_LEN, **settings):
+        """For another client of the server, as if it ran already."""
+        self._environment.setenv(KEY_VARIABLE, self.rollout._process.api_key)
+        options = SGLangSettings(urls=urls or (self.url,), api_key_env=KEY_VARIABLE, **settings)
+        return RolloutSpec(ModelSettings(path=str(model or self.model)), options, max_model_len)
+
+    def post(self, path: str, **body) -> None:
+        headers = {"Authorization": f"Bearer {self.rollout._process.api_key}"}
+        httpx.post(self.url + path, json=body, headers=headers, timeout=60).raise_for_status()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sglang")
+    sharp = {"initializer_range": 0.15, "max_position_embeddings": MAX_MODEL_LEN}
+    model, other = (tiny_model(folder / name, seed=seed, **sharp) for seed, name in enumerate(("model", "other")))
+    settings = SGLangSettings(**ON_CPU, log_dir=folder / "logs", health_interval_s=2.0)
+    engine = build(RolloutSpec(ModelSettings(path=str(model)), settings, MAX_MODEL_LEN))
+    with pytest.MonkeyPatch.context() as environment:
+        yield Server(engine, model, other, folder / "logs/server-0.log", environment)
+    engine.close()
+
+
+@pytest.fixture(autouse=True)
+def show_log(server):
+    """The end of the server's log goes to the report of a test that failed."""
+    start = server.log.stat().st_size
+    yield
+    with server.log.open(errors="replace") as output:
+        output.seek(start)
+        print(output.read()[-8000:])
+
+
+@pytest.fixture
+def clients(server):
+    """``clients(*urls, **settings)`` is another engine over the running server, or over what stands before it."""
+    built = []
+
+    def make(*urls, **options):
+        built.append(build(server.spec(*urls, **options)))
+        return built[-1]
+
+    yield make
+    for engine in built:
+        engine.close()
+
+
+@cache
+def loaded(folder: Path):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def weights_of(folder: Path, buckets: int = 1) -> list[WeightBucket]:
+    tensors = list(loaded(folder).state_dict().items())[:-1]  # the head is tied
+    size = -(-len(tensors) // buckets)
+    return [WeightBucket(tuple(tensors[start : start + size])) for start in range(0, len(tensors), size)]
+
+
+def request(index: int = 0, max_tokens: int = 20, **changes) -> GenerationRequest:
+    sampling = SamplingParams(max_tokens, seed=index, ignore_eos=True)
+    return GenerationRequest([*PROMPT, index], sampling, request_id=str(index), **changes)
+
+
+@torch.no_grad()
+def logprobs(model: Path, asked: GenerationRequest, completion: Completion) -> torch.Tensor:
+    """Of the completion's tokens, by transformers."""
+    sequence = torch.tensor([[*asked.prompt, *completion.tokens]])
+    logits = loaded(model)(sequence).logits[0, len(asked.prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(-1, torch.tensor(completion.tokens)[:, None])[:, 0]
+
+
+def largest_difference(model: Path, requests, completions) -> float:
+    """Of log-probs to those of transformers."""
+    return max(
+        float((logprobs(model, asked, made) - torch.tensor(made.logprobs)).abs().max())
+        for asked, made in zip(requests, completions, strict=True)
+    )
+
+
+class TestConformance(RolloutEngineConformance):
+    max_model_len = MAX_MODEL_LEN
+    draws = 400  # each is an HTTP request
+
+    @pytest.fixture(scope="class")
+    def model(self, server):
+        return server.model
+
+    @pytest.fixture(scope="class")
+    def other_model(self, server):
+        return server.other
+
+    @pytest.fixture(scope="class")
+    def engine(self, server):
+        return server.engine
+
+
+del RolloutEngineConformance
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["tensor", "distributed", "disk"])
+def test_weights_by_every_way(server, clients, tmp_path, way):
+    """In several buckets, which divide fused layers, there and back; log-probs are the new model's each time."""
+    rollout = clients(weights=way, weights_dir=tmp_path)
+    requests = [request(index) for index in range(4)]
+    for version, model in ((1, server.other), (2, server.model), (3, server.other), (4, server.model)):
+        rollout.update_weights(iter(weights_of(model, buckets=7)), version)
+        assert rollout.version == version
+        completions = rollout.generate_batch(requests)
+        assert largest_difference(model, requests, completions) < 1e-4
+        assert {span for completion in completions for span in completion.versions} == {(version, 20)}
+
+
+WRONG = {
+    "unknown": (lambda tensors: [*tensors, ("model.no_such", torch.zeros(4))], "holds model.no_such, which the model"),
+    "shape": (lambda tensors: [(tensors[0][0], torch.zeros(3, 2))], r"of shape \[3, 2\] instead of \[261, 32\]"),
+    "missing": (lambda tensors: tensors[:-2], r"lacks 2 of 26 tensors: model\.layers\.1"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_weights_that_are_not_the_models(server, clients, wrong):
+    """SGLang itself would skip them, keep the old ones, or end. Nothing is generated with a mixture."""
+    rollout = clients()
+    change, message = WRONG[wrong]
+    (bucket,) = weights_of(server.other)
+    with pytest.raises(EngineError, match=message):
+        rollout.update_weights([WeightBucket(tuple(change(list(bucket.tensors))))], 1)
+    rollout.update_weights(weights_of(server.model), 2)
+    assert largest_difference(server.model, [request()], rollout.generate_batch([request()])) < 1e-4
+
+
+def test_the_trainers_failure_in_mid_update(server, clients):
+    rollout = clients()
+
+    def stream():
+        yield weights_of(server.other, buckets=2)[0]
+        raise RuntimeError("NaN in the weights")
+
+    with pytest.raises(RuntimeError, match="NaN in the weights"):
+        rollout.update_weights(stream(), 1)
+    with pytest.raises(EngineError, match=r"no rollout replica is left.*its update to version 1 broke off"):
+        rollout.generate_batch([request()])
+    rollout.update_weights(weights_of(server.model), 2)
+    assert largest_difference(server.model, [request()], rollout.generate_batch([request()])) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("way", "path", "fault"),
+    [
+        ("tensor", "/begin_weight_update", "refuse"),
+        ("tensor", "/update_weights_from_tensor", "error"),
+        ("tensor", "/end_weight_update", "refuse"),
+        ("distributed", "/init_weights_update_group", "refuse"),
+        ("distributed", "/init_weights_update_group", "error"),
+        ("distributed", "/begin_weight_update", "error"),
+        ("distributed", "/update_weights_from_distributed", "refuse"),
+        ("distributed", "/update_weights_from_distributed", "error"),
+        ("disk", "/update_weights_from_disk", "refuse"),
+    ],
+)
+def test_a_refusal_ends_the_update_at_once(server, clients, proxy, tmp_path, way, path, fault):
+    """Whatever the server refuses, no collective waits for it, and the next update succeeds."""
+    rollout = clients(proxy.url, weights=way, weights_dir=tmp_path, rejoin_timeout_s=30.0)
+    proxy.faults[path] = fault
+    start = time.monotonic()
+    with pytest.raises(EngineError, match="not now" if fault == "refuse" else "the scheduler met an exception"):
+        rollout.update_weights(weights_of(server.other, buckets=2), 1)
+    assert time.monotonic() - start < 30
+    proxy.faults.clear()
+    _await_return(rollout)
+    rollout.update_weights(weights_of(server.model), 2)
+    assert largest_difference(server.model, [request()], rollout.generate_batch([request()])) < 1e-4
+
+
+def _await_return(rollout) -> None:
+    """Until the client that failed is replaced by another, which waits for weights or has joined."""
+    deadline = time.monotonic() + 60
+    while rollout._replicas[0].engine is None:
+        assert time.monotonic() < deadline, rollout.reasons
+        time.sleep(0.05)
+
+
+def test_versions_are_those_of_the_run(server):
+    """Another run's weights, and a mixture that a dead client left, are not taken for a version of ours."""
+    spec, versions = server.spec(), Versions()
+    connect = lambda: ServerRollout(server.url, spec, spec.options, versions)  # noqa: E731
+    first = connect()
+    assert first.version == 0
+    first.update_weights(weights_of(server.model), 9)
+    again = connect()
+    assert again.version == 9
+    server.post("/update_weight_version", new_version=versions.updating, abort_all_requests=False)
+    broken = connect()
+    assert broken.version == UNKNOWN
+    server.post("/update_weight_version", new_version="another:3", abort_all_requests=False)
+    assert connect().version == UNKNOWN
+    stranger = ServerRollout(server.url, spec, spec.options, Versions())
+    assert stranger.version == 0
+    for engine in (first, again, broken, stranger):
+        engine.close()
+    server.engine.update_weights(weights_of(server.model), 1)
+
+
+# --- pauses ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["retract", "in_place", "abort"])
+def test_one_sample_of_several_versions(server, clients, mode):
+    rollout = clients(pause_mode=mode)
+    asked = request(3, max_tokens=1500)
+    rollout.update_weights(weights_of(server.model), 1)
+
+    async def scenario():
+        running = asyncio.create_task(rollout.generate(asked))
+        await rollout.generate(request(1, max_tokens=40))
+        await asyncio.to_thread(rollout.update_weights, weights_of(server.other), 2)
+        await rollout.generate(request(1, max_tokens=40))
+        await asyncio.to_thread(rollout.pause)
+        await asyncio.to_thread(rollout.update_weights, weights_of(server.model), 3)
+        await asyncio.sleep(0.3)
+        assert not running.done()
+        await asyncio.to_thread(rollout.resume)
+        return await asyncio.wait_for(running, 120)
+
+    made = asyncio.run(scenario())
+    assert made.finish_reason == "length"
+    assert len(made.tokens) == len(made.logprobs) == 1500
+    assert [version for version, _ in made.versions] == [1, 2, 3]
+    first, second, _ = (count for _, count in made.versions)
+    of_model, of_other = (logprobs(folder, asked, made) for folder in (server.model, server.other))
+    found = torch.tensor(made.logprobs)
+    assert found[:first].tolist() == pytest.approx(of_model[:first].tolist(), abs=1e-4)
+    if mode != "in_place":  # whose tokens still attend to what the old weights had made of the ones before
+        expected = torch.cat([of_other[first : first + second], of_model[first + second :]])
+        assert found[first:].tolist() == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+# --- requests --------------------------------------------------------------------------------------------------------
+
+
+def test_few_connections_and_an_abort_while_requests_wait_for_them(clients):
+    engine = clients(max_connections=2)
+
+    async def scenario():
+        running = [asyncio.create_task(engine.generate(request(index, MAX_MODEL_LEN - 100))) for index in range(4)]
+        await asyncio.sleep(1)
+        engine.abort()
+        return await asyncio.wait_for(asyncio.gather(*running), 60)
+
+    completions = asyncio.run(scenario())
+    assert [completion.finish_reason for completion in completions] == ["abort"] * 4
+    assert [bool(completion.tokens) for completion in completions] == [True, True, False, False]
+    assert len(engine.generate_batch([request()])[0].tokens) == 20
+
+
+@pytest.mark.parametrize("mode", ["retract", "abort"])
+def test_an_abort_in_a_pause(clients, mode):
+    """What ran returns what it has, at once; what came in the pause returns nothing."""
+    engine = clients(pause_mode=mode)
+
+    async def scenario():
+        running = [asyncio.create_task(engine.generate(request(0, 5000)))]
+        await engine.generate(request(1))
+        await asyncio.to_thread(engine.pause)
+        running.append(asyncio.create_task(engine.generate(request(2))))
+        await asyncio.sleep(0.2)
+        await asyncio.to_thread(engine.abort)
+        made = await asyncio.wait_for(asyncio.gather(*running), 60)
+        await asyncio.to_thread(engine.resume)
+        return made
+
+    ran, came = asyncio.run(scenario())
+    assert (ran.finish_reason, came.finish_reason) == ("abort", "abort")
+    assert ran.tokens
+    assert not came.tokens
+
+
+def test_two_clients_of_one_server_behind_one_engine(server, clients):
+    """What the engine does with two servers, with one server under two names."""
+    engine = clients(server.url, server.url.replace("127.0.0.1", "localhost"))
+    requests = [request(index, group=index // 4) for index in range(16)]
+    assert largest_difference(server.model, requests, engine.generate_batch(requests)) < 1e-4
+
+
+def test_end_tokens_that_are_ignored_beside_stop_tokens_that_are_not(clients):
+    """SGLang knows only both or none."""
+    engine = clients()
+    hot = {"temperature": 1.5, "ignore_eos": True}
+    (whole,) = engine.generate_batch([GenerationRequest([9, 8, 7], SamplingParams(600, seed=2, **hot))])
+    assert 1 in whole.tokens[:-1], "the fixed seed drew no end of sequence"
+    stop = next(token for token in whole.tokens[whole.tokens.index(1) + 1 :] if token not in whole.tokens[:10])
+    sampling = SamplingParams(600, seed=2, stop_token_ids=(stop,), **hot)
+    (stopped,) = engine.generate_batch([GenerationRequest([9, 8, 7], sampling)])
+    assert stopped.finish_reason == "stop"
+    assert stopped.tokens == whole.tokens[: whole.tokens.index(stop) + 1]
+    assert stopped.logprobs == pytest.approx(whole.logprobs[: len(stopped.tokens)], abs=1e-4)
+
+
+def test_waiting_for_a_pause_is_not_hanging(clients):
+    engine = clients(timeout_s=2, health_interval_s=0.5)
+
+    async def scenario():
+        engine.pause()
+        running = asyncio.create_task(engine.generate(request()))
+        await asyncio.sleep(4)
+        assert not running.done()
+        engine.resume()
+        return await asyncio.wait_for(running, 60)
+
+    assert len(asyncio.run(scenario()).tokens) == 20
+
+
+# --- users' mistakes -------------------------------------------------------------------------------------------------
+
+
+def test_wrong_key_model_and_length(server, clients, tmp_path, monkeypatch):
+    with pytest.raises(
+        EngineError, match=r"takes sequences of 8195 tokens, but 20000 are wanted.*--context-length 20008"
+    ):
+        clients(max_model_len=20000)
+    with pytest.raises(EngineError, match=r"serves another model than .*hidden_size 32 instead of 64"):
+        clients(model=tiny_model(tmp_path / "wide", hidden_size=64))
+    spec = server.spec()
+    monkeypatch.setenv(KEY_VARIABLE, "open barley")
+    with pytest.raises(EngineError, match=r"refuses access \(401: Unauthorized\); set api_key_env"):
+        ServerRollout(server.url, spec, spec.options, Versions())
+    monkeypatch.delenv(KEY_VARIABLE)
+    with pytest.raises(EngineError, match=f"{KEY_VARIABLE} .*holds no API key"):
+        ServerRollout(server.url, spec, spec.options, Versions())
+
+
+# --- faults ----------------------------------------------------------------------------------------------------------
+
+FAULTS = {
+    "error": r"failed to complete request '0' \(500\): the scheduler met an exception",
+    "reset": r"closed the connection before it could complete request '0'",
+    "half": r"closed the connection before it could complete request '0'",
+    "hang": r"completed a request not within 2 s \(timeout_s\)",
+    "garbage": r"answered something else than JSON when it should complete request '0': '<html>gateway</html>'",
+    "strange": r"answered a request in a form that is not /generate's",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_one_clear_message(clients, proxy, fault):
+    engine = clients(proxy.url, timeout_s=2.0, rejoin_timeout_s=1.0)
+    proxy.faults["/generate"] = fault
+    with pytest.raises(EngineError, match=f"{proxy.url}.*{FAULTS[fault]}"):
+        engine.generate_batch([request()])
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_other_server_makes_what_is_left(server, clients, proxy, fault):
+    """What was finished before the fault is asked for once."""
+    requests = [request(index) for index in range(16)]
+    undisturbed = [made.tokens for made in server.engine.generate_batch(requests)]
+    engine = clients(proxy.url, server.url, timeout_s=4.0)
+    proxy.good, proxy.faults = 3, {"/generate": fault}
+    completions = engine.generate_batch(requests)
+    assert [made.tokens for made in completions] == undisturbed
+    asked = [body["input_ids"][-1] for path, body in proxy.asked if path == "/generate"]
+    assert len(set(asked)) == len(asked) == 8
+
+
+def test_a_request_that_is_refused_is_the_callers_alone(clients, proxy):
+    engine = clients(proxy.url)
+    proxy.faults["/generate"] = "refuse"
+    with pytest.raises(EngineError, match=r"refuses to complete request '0' \(400\): not now"):
+        engine.generate_batch([request()])
+    proxy.faults.clear()
+    assert len(engine.generate_batch([request()])[0].tokens) == 20
+
+
+def test_a_server_that_hangs_is_found_out_before_its_time(clients, proxy):
+    """Its completions may take ten minutes, but it does not say that it is well."""
+    engine = clients(proxy.url, health_interval_s=0.5, rejoin_timeout_s=1.0)
+    proxy.faults |= {"/generate": "hang", "/health": "error"}
+    start = time.monotonic()
+    with pytest.raises(EngineError, match=r"hangs: .*failed to say whether it is well"):
+        engine.generate_batch([request()])
+    assert time.monotonic() - start < 60
+
+
+def test_nobody_there(server, clients):
+    with pytest.raises(EngineError, match=r"1 of 2 rollout replicas did not start: http://127\.0\.0\.1:9 accepts no"):
+        clients(server.url, "http://127.0.0.1:9", connect_timeout_s=2.0, retries=0)
+
+
+# --- servers that are started here -----------------------------------------------------------------------------------
+
+
+def test_arguments_that_the_installed_version_does_not_know(server, tmp_path):
+    settings = SGLangSettings(**{**ON_CPU, "args": {"grammar_backnd": "none"}}, log_dir=tmp_path)
+    with pytest.raises(EngineError, match=r"^rollout\.sglang\.args: .* grammar_backnd; did you mean grammar_backend"):
+        build(RolloutSpec(ModelSettings(path=str(server.model)), settings, MAX_MODEL_LEN))
+
+
+def test_the_server_ends_with_whoever_started_it(server, tmp_path):
+    """Its standard input closes, however that process ended; seen on what runs in the server beside it."""
+    code = "from rlcore_sglang import serve; serve._end_with_starter()"
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, start_new_session=True)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    process.stdin.close()
+    assert process.wait(60) == -signal.SIGKILL
+
+
+def test_a_server_that_is_killed_is_started_anew_with_the_current_weights(server):
+    """Its scheduler is killed in mid-generation: requests are made by the next one, with the weights and the seeds that
+    they would have had."""
+    engine, killed = server.engine, server.rollout
+    engine.update_weights(weights_of(server.other, buckets=3), 7)
+    requests = [request(index, max_tokens=400) for index in range(6)]
+    undisturbed = [made.tokens for made in engine.generate_batch(requests)]
+    (scheduler,) = (
+        process
+        for process in psutil.Process(killed._process._process.pid).children(recursive=True)
+        if "scheduler" in process.name()
+    )
+
+    async def scenario():
+        done = await engine.generate(requests[0])
+        running = [asyncio.create_task(engine.generate(asked)) for asked in requests[1:]]
+        await engine.generate(request(9, max_tokens=5))
+        scheduler.kill()
+        return [done, *await asyncio.gather(*running)]
+
+    completions = asyncio.run(scenario())
+    assert server.rollout is not killed
+    assert [made.tokens for made in completions] == undisturbed
+    assert all(made.versions == [(7, 400)] for made in completions)
+    assert largest_difference(server.other, requests, completions) < 1e-4
+    assert engine.version == 7
+    assert not psutil.pid_exists(killed._process._process.pid)
+    engine.close()
+    assert not [process for process in psutil.Process().children(recursive=True) if "sglang" in process.name()]

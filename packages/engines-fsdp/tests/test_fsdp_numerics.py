@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from rlcore.batch import Batch, Jagged
 from rlcore.engines import ForwardRequest, ModelSettings, OptimSettings, TrainEngineSpec
 from rlcore.testing.tiny_model import tiny_model
-from rlcore.testing.train_engine import WeightedLogprobs, make_batch, reference_outputs
+from rlcore.testing.train_engine import TrainEngineConformance, WeightedLogprobs, make_batch, reference_outputs
 from rlcore_fsdp import attention
 from rlcore_fsdp.config import FSDPSettings
 from rlcore_fsdp.engine import FSDPTrainEngine, build
@@ -42,10 +41,6 @@ def make_engine(path: Path, **overrides: Any) -> FSDPTrainEngine:
     return build(TrainEngineSpec(ModelSettings(path=str(path)), FSDPSettings(device="cpu", **options), **settings))
 
 
-def plain_model(path: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
-
-
 def padded_outputs(model: Any, batch: Batch) -> list[torch.Tensor]:
     """Log-probs per sequence from one right-padded batch with a mask."""
     tokens = batch["tokens"]
@@ -58,7 +53,7 @@ def padded_outputs(model: Any, batch: Batch) -> list[torch.Tensor]:
 
 def test_packed_padded_and_one_by_one_agree(path: Path) -> None:
     """fp32, 2e-6: the rounding of sums in another order."""
-    model, batch = plain_model(path), BATCH.select("tokens")
+    model, batch = TrainEngineConformance.reference(path), BATCH.select("tokens")
     packed = [row["logprobs"] for row in make_engine(path).forward(batch, ForwardRequest()).rows()]
     padded = padded_outputs(model, batch)
     for row, ours, theirs in zip(batch.rows(), packed, padded):
@@ -68,7 +63,7 @@ def test_packed_padded_and_one_by_one_agree(path: Path) -> None:
 
 
 def test_gradients_and_a_step_agree(path: Path) -> None:
-    model, engine = plain_model(path), make_engine(path)
+    model, engine = TrainEngineConformance.reference(path), make_engine(path)
     seen: dict[str, torch.Tensor] = {}
     for name, parameter in engine.model.named_parameters():
         parameter.register_post_accumulate_grad_hook(lambda p, name=name: seen.update({name: p.grad.clone()}))
@@ -94,7 +89,7 @@ def test_options_that_save_memory_change_no_result(path: Path, options: dict[str
         engine.train(BATCH, WeightedLogprobs())
         weights.append(dict(engine.model.named_parameters()))
     for name, tensor in weights[0].items():
-        torch.testing.assert_close(weights[1][name], tensor, atol=1e-6, rtol=0, msg=name)
+        torch.testing.assert_close(weights[1][name], tensor, atol=2e-6, rtol=0, msg=name)
 
 
 def test_the_window_matters() -> None:

@@ -79,7 +79,7 @@ def load_model(
         model.score.weight.data.copy_(weight)
     if "score.bias" in new:
         model.score.bias.data.zero_()
-    return model.eval()
+    return _prepared(model)
 
 
 def empty_model(settings: ModelSettings, config: Any, head: Head, dtype: torch.dtype) -> PreTrainedModel:
@@ -89,6 +89,16 @@ def empty_model(settings: ModelSettings, config: Any, head: Head, dtype: torch.d
         model = cls.from_config(
             config, dtype=dtype, attn_implementation=IMPLEMENTATION, trust_remote_code=settings.trust_remote_code
         )
+    return _prepared(model)
+
+
+def _prepared(model: PreTrainedModel) -> PreTrainedModel:
+    """In evaluation mode, and with a gradient for every token's embedding.
+
+    transformers gives the padding token's none. A packed row has no padding: where that token stands, the policy
+    sampled it or a prompt means it (often it is also the end of a text).
+    """
+    model.get_input_embeddings().padding_idx = None
     return model.eval()
 
 

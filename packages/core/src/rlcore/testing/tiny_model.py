@@ -63,6 +63,9 @@ def tiny_model(path: str | Path, *, architecture: str = "Qwen2", seed: int = 0, 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = getattr(transformers, f"{architecture}ForCausalLM")(config)
+        # transformers starts the padding token at zero, where the gradient through a normalisation is enormous
+        padding = model.get_input_embeddings().weight.data[tokenizer.pad_token_id]
+        padding.normal_(std=config.initializer_range)
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     model.save_pretrained(path)

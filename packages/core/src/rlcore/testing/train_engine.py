@@ -98,9 +98,12 @@ class SquaredError:
 
 
 def make_batch(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> Batch:
-    """Random tokens; about a third masked out at the start of each sequence (a prompt); ``weights`` per token."""
+    """Random tokens, the padding token (0) among them; about a third masked out at the start of each sequence (a
+    prompt); ``weights`` per token."""
     generator = torch.Generator().manual_seed(seed)
     tokens = [torch.randint(5, 250, (length,), generator=generator) for length in lengths]
+    for sequence in tokens:
+        sequence[len(sequence) // 2] = 0  # a token like any other: nothing is padded
     masks = [(torch.arange(length) >= max(1, length // 3)).float() for length in lengths]
     weights = [torch.randn(length, generator=generator) for length in lengths]
     return Batch(
@@ -149,9 +152,11 @@ class TrainEngineConformance:
     @staticmethod
     def reference(path: Path) -> Any:
         transformers: Any = import_module("transformers")
-        return transformers.AutoModelForCausalLM.from_pretrained(
+        model = transformers.AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, attn_implementation="eager"
         ).eval()
+        model.get_input_embeddings().padding_idx = None  # else its embedding is not trained
+        return model
 
     # --- forward -------------------------------------------------------------------------------------------------
 

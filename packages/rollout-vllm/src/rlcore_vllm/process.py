@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import threading
+import time
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -19,6 +20,8 @@ from rlcore_vllm.startup import noting_reasons
 T = TypeVar("T")
 
 DIED = "the vLLM engine's process died; what it printed says why"
+LOOK_S = 1.0
+"""How often it is seen to that a process that is waited for lives."""
 CONTROL_TIMEOUT_S = 120
 """Longest wait for what takes no longer than a step."""
 
@@ -155,13 +158,21 @@ class OwnProcess:
             done(outcome)
 
     def _wait(self, work: Coroutine[Any, Any, T], timeout_s: float, what: str) -> T:
-        """The result of ``work`` on the loop's thread."""
+        """The result of ``work`` on the loop's thread.
+
+        What vLLM (0.32) awaits of its process it awaits for ever if that dies meanwhile, so it is looked at.
+        """
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        deadline = time.monotonic() + timeout_s
         try:
-            return future.result(timeout_s)
-        except concurrent.futures.TimeoutError:
-            future.cancel()
-            raise WorkerDied(f"the vLLM engine's process did not {what} within {timeout_s:g} s") from None
+            while not concurrent.futures.wait([future], min(LOOK_S, max(deadline - time.monotonic(), 0))).done:
+                if self.failure is not None:
+                    future.cancel()
+                    raise self.failure
+                if time.monotonic() >= deadline:
+                    future.cancel()
+                    raise WorkerDied(f"the vLLM engine's process did not {what} within {timeout_s:g} s")
+            return future.result()
         except (EngineError, WorkerError):
             raise
         except Exception as error:

@@ -7,8 +7,54 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 
+from rlcore.engines.rollout import RolloutEngine
+from rlcore.engines.threaded_calls import ThreadedCall, failures_of
 from rlcore.engines.weight_sync import WeightBucket
 from rlcore.errors import WorkerError
+
+
+class StreamBroke(Exception):
+    """The stream of weights failed, which is the trainer's fault, and what that did to the engines."""
+
+    def __init__(self, error: Exception, failures: dict[int, Exception]) -> None:
+        super().__init__(str(error))
+        self.error, self.failures = error, failures
+
+
+def update_all(
+    engines: Mapping[int, tuple[str, RolloutEngine]], buckets: Iterable[WeightBucket], version: int, timeout_s: float
+) -> dict[int, Exception]:
+    """Have all ``engines``, each with a name for messages, take ``buckets`` as ``version``; what went wrong where.
+
+    ``buckets`` are taken to their end in the caller's thread whatever happens.
+
+    Args:
+        timeout_s: longest wait for an engine or the stream; see `FanOut`.
+
+    Raises:
+        StreamBroke: ``buckets`` failed.
+    """
+    fan_out = FanOut({key: name for key, (name, _) in engines.items()}, timeout_s)
+
+    def take(key: int, engine: RolloutEngine) -> None:
+        try:
+            stream = fan_out.reader(key)
+            engine.update_weights(stream, version)
+            for _ in stream:
+                raise WorkerError(f"{type(engine).__name__}.update_weights did not take all buckets")
+            if engine.version != version:
+                raise WorkerError(f"it attests version {engine.version} after an update to {version}")
+        finally:
+            fan_out.drop(key, "it was done")
+
+    threads = {
+        key: ThreadedCall(f"weights of {name}", partial(take, key, engine)) for key, (name, engine) in engines.items()
+    }
+    try:
+        fan_out.feed(buckets)
+    except Exception as error:
+        raise StreamBroke(error, failures_of(threads, timeout_s, "give up the weights")) from error
+    return failures_of(threads, timeout_s, "take the weights")
 
 
 class FanOut:

@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any, Literal
 
 from rlcore.engines.balance import Balance
-from rlcore.engines.fan_out import FanOut
+from rlcore.engines.fan_out import StreamBroke, update_all
 from rlcore.engines.rollout import Completion, GenerationRequest, RolloutEngine
 from rlcore.engines.threaded_calls import ThreadedCall, failures_of
 from rlcore.engines.weight_sync import WeightBucket
@@ -276,7 +276,8 @@ class Replicas(RolloutEngine):
                 }
                 self._updating = True
             try:
-                failures = self._fan_out({index: entry[:2] for index, entry in targets.items()}, buckets, version)
+                engines = {index: (r.name, engine) for index, (r, engine, _) in targets.items()}
+                failures = update_all(engines, buckets, version, self._timeout_s)
                 for index, error in failures.items():
                     replica, _, life = targets[index]
                     self._drain(replica, life, f"it did not take version {version}: {error}", _after(error))
@@ -289,7 +290,7 @@ class Replicas(RolloutEngine):
                     self._balance.forget_groups()
                 for replica, _, life in taken:
                     self._join_or_drain(replica, life)
-            except _StreamBroke as broken:
+            except StreamBroke as broken:
                 for index, error in broken.failures.items():
                     replica, _, life = targets[index]
                     self._drain(replica, life, f"its update to version {version} broke off: {error}", "stale")
@@ -297,34 +298,6 @@ class Replicas(RolloutEngine):
             finally:
                 self._updating = False
                 self._touch()
-
-    def _fan_out(
-        self, targets: Mapping[int, tuple[_Replica, RolloutEngine]], buckets: Iterable[WeightBucket], version: int
-    ) -> dict[int, Exception]:
-        """What went wrong where."""
-        fan_out = FanOut({index: replica.name for index, (replica, _) in targets.items()}, self._timeout_s)
-
-        def take(index: int) -> None:
-            engine = targets[index][1]
-            try:
-                stream = fan_out.reader(index)
-                engine.update_weights(stream, version)
-                for _ in stream:
-                    raise WorkerError(f"{type(engine).__name__}.update_weights did not take all buckets")
-                if engine.version != version:
-                    raise WorkerError(f"it attests version {engine.version} after an update to {version}")
-            finally:
-                fan_out.drop(index, "it was done")
-
-        threads = {
-            index: ThreadedCall(f"weights of {replica.name}", partial(take, index))
-            for index, (replica, _) in targets.items()
-        }
-        try:
-            fan_out.feed(buckets)
-        except Exception as error:
-            raise _StreamBroke(error, failures_of(threads, self._timeout_s, "give up the weights")) from error
-        return failures_of(threads, self._timeout_s, "take the weights")
 
     def pause(self) -> None:
         with self._lock:
@@ -536,14 +509,6 @@ class Replicas(RolloutEngine):
 
 
 _AGAIN = "; started anew, it failed: "
-
-
-class _StreamBroke(Exception):
-    """The stream of weights failed, which is the trainer's fault, and what that did to the replicas."""
-
-    def __init__(self, error: Exception, failures: dict[int, Exception]) -> None:
-        super().__init__(str(error))
-        self.error, self.failures = error, failures
 
 
 def _after(error: Exception) -> Literal["stale", "down"]:

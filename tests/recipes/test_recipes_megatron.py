@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
+from rlcore.testing.tiny_model import tiny_model
+
+Metrics = Callable[[Path], list[dict[str, float]]]
 # Far from the sign-like steps that Adam makes at the start, which would blow differences in the last bit up.
 ADAM = {"lr": 1e-3, "eps": 1e-4}
 RUN = {
@@ -29,37 +33,43 @@ RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="module")
-def ray_here() -> Iterator[None]:
-    import ray
+def cluster() -> Iterator[None]:
+    """One cluster for all runs of this module."""
+    from rlcore.controller.placement import ResourcePool
+    from rlcore.controller.ray import cluster
 
-    import rlcore.controller.ray  # noqa: F401 (sets how Ray is used)
-    from rlcore.controller.ray.cluster import _on_loopback
-
-    with _on_loopback():
-        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    started = cluster.connect(None, {"all": ResourcePool(processes=5)})
     yield
-    ray.shutdown()
+    if started:
+        cluster.disconnect()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", RUNS)
-def test_megatron_computes_what_fsdp_does(
-    task: Any, metrics_of: Any, ray_here: None, tmp_path: Path, case: str
-) -> None:
-    recipe, changes, engines = RUNS[case]
-    alone, divided = tmp_path / "fsdp", tmp_path / "megatron"
-    fsdp = {f"{role}.fsdp.device": "cpu" for role in engines}
-    result = task.run(recipe, alone, {**RUN, **changes, **fsdp})
-    assert result.exit_code == 0, result.output
+def on_ray(engines: Mapping[str, Any], processes: int = 2) -> dict[str, Any]:
+    """Keys that give each role its Megatron options, in a pool apart from the rollout's."""
     keys: dict[str, Any] = {
         "controller.kind": "ray",
-        "controller.pools": {"train": {"processes": 2}, "gen": {"processes": 1}},
+        "controller.pools": {
+            "train": {"processes": processes, "cpus_per_process": 0.5},
+            "gen": {"cpus_per_process": 0.5},
+        },
         "controller.placement": {**dict.fromkeys(engines, "train"), "rollout": "gen"},
         "controller.call_timeout_s": 600,
     }
     for role, options in engines.items():
         keys |= {f"{role}.engine": "megatron", f"{role}.megatron": options}
-    result = task.run(recipe, divided, {**RUN, **changes, **keys})
+    return keys
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize("case", RUNS)
+def test_megatron_computes_what_fsdp_does(task: Any, metrics_of: Metrics, tmp_path: Path, case: str) -> None:
+    recipe, changes, engines = RUNS[case]
+    alone, divided = tmp_path / "fsdp", tmp_path / "megatron"
+    fsdp = {f"{role}.fsdp.device": "cpu" for role in engines}
+    result = task.run(recipe, alone, {**RUN, **changes, **fsdp})
+    assert result.exit_code == 0, result.output
+    result = task.run(recipe, divided, {**RUN, **changes, **on_ray(engines)})
     assert result.exit_code == 0, result.output
 
     compared = set()
@@ -77,3 +87,48 @@ def test_megatron_computes_what_fsdp_does(
     assert one.keys() == two.keys()
     assert max(float((one[name] - start[name]).abs().max()) for name in one) > 1e-4
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 2e-6
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_a_resumed_run_ends_with_the_same_weights(task: Any, metrics_of: Metrics, tmp_path: Path) -> None:
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    changes = {**RUN, "critic.optim": ADAM, "trainer.save_freq": 1, **on_ray({"actor": PIPELINE, "critic": PIPELINE})}
+    result = task.run("ppo", whole, changes)
+    assert result.exit_code == 0, result.output
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / "model")
+    shutil.rmtree(resumed / "checkpoints" / "step-000002")
+    result = task.run("ppo", resumed, changes)
+    assert result.exit_code == 0, result.output
+    assert "continuing after step 1" in result.output
+    assert [line["step"] for line in metrics_of(resumed)] == [1, 2]
+    expected, found = (load_file(folder / "model/model.safetensors") for folder in (whole, resumed))
+    assert all(tensor.equal(found[name]) for name, tensor in expected.items())
+    assert metrics_of(whole)[-1]["critic/grad_norm"] == metrics_of(resumed)[-1]["critic/grad_norm"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_weights_reach_vllm_from_a_divided_pipeline(task: Any, metrics_of: Metrics, tmp_path: Path) -> None:
+    """Tensor and pipeline shards of four processes become the layers of an engine that is not divided."""
+    pytest.importorskip("vllm")
+    # vLLM's attention has no kernel on the CPU for heads of fewer than 32 dimensions
+    model = tiny_model(tmp_path / "model", architecture="Llama", head_dim=32)
+    changes = {
+        **on_ray({"actor": {**TENSOR, "pipeline_parallel": 2}}, processes=4),
+        "model.path": model,
+        "rollout.engine": "vllm",
+        "rollout.vllm": {"kv_cache_memory_bytes": 16 << 20, "max_num_seqs": 64},
+        "actor.optim.lr": 5e-3,
+        "trainer.val_before_train": False,
+        "trainer.total_steps": 3,
+    }
+    result = task.run("grpo", tmp_path / "run", changes)
+    assert result.exit_code == 0, result.output
+    steps = metrics_of(tmp_path / "run")
+    assert len(steps) == 3
+    for step in steps:
+        quantiles = (step["actor/rollout_log_ratio_p001"], step["actor/rollout_log_ratio_p999"])
+        assert abs(step["actor/rollout_ratio_max"] - 1) < 1e-4
+        assert all(abs(value) < 1e-4 for value in quantiles)

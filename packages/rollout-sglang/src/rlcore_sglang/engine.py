@@ -31,10 +31,7 @@ def build(spec: RolloutSpec) -> RolloutEngine:
         folder = settings.log_dir or Path(tempfile.mkdtemp(prefix="rlcore-sglang-"))
         folder.mkdir(parents=True, exist_ok=True)
         names = [f"SGLang server {index}" for index in range(settings.replicas)]
-        indices = range(settings.replicas)
-        factories: list[partial[RolloutEngine]] = [
-            partial(_started, index, folder, spec, settings, versions) for index in indices
-        ]
+        factories = [partial(_started, index, folder, spec, settings, versions) for index in range(settings.replicas)]
         patience_s = settings.start_timeout_s
     else:
         names = [url.rstrip("/") for url in settings.urls]
@@ -54,7 +51,7 @@ def build(spec: RolloutSpec) -> RolloutEngine:
 
 def _started(
     index: int, folder: Path, spec: RolloutSpec, settings: SGLangSettings, versions: Versions
-) -> RolloutEngine:
+) -> ServerRollout:
     """The server ``index``, which has GPUs of its own and a log that goes on when it is started anew."""
     on_cpu = _on_cpu(settings)
     arguments = server_arguments(spec, settings, on_cpu)

@@ -36,10 +36,13 @@ class Greeting:
     min_p: bool
 
 
-def greet(connection: Connection, spec: RolloutSpec, versions: Versions, *, ours: str | None) -> Greeting:
+def greet(
+    connection: Connection, spec: RolloutSpec, versions: Versions, *, ours: str | None, timeout_s: float
+) -> Greeting:
     """Ask the server who it is, and label its weights.
 
     Args:
+        timeout_s: longest wait for it to read its model's files again.
         ours: the sampling backend with which we started it; None if it ran already.
 
     Raises:
@@ -47,10 +50,11 @@ def greet(connection: Connection, spec: RolloutSpec, versions: Versions, *, ours
         EngineError: it serves another model or a shorter ``max_model_len``.
     """
     url = connection.url
-    model = connection.ask("GET", "/model_info", "name its model")
+    model = connection.ask("GET", "/model_info", "tell its weights' version")
     about = connection.ask("GET", "/server_info", "tell its settings")
     try:
-        label, served, workers = str(model["weight_version"]), str(model["model_path"]), int(about["tp_size"])
+        # of the two only the settings name the model that it was started with; the other is what it read last
+        label, served, workers = str(model["weight_version"]), str(about["model_path"]), int(about["tp_size"])
         longest = int(about["max_req_input_len"]) + 1
     except (KeyError, TypeError, ValueError) as error:
         raise EngineError(f"{url} does not answer as an SGLang server of version 0.5.21 or newer: {error!r}") from error
@@ -65,7 +69,7 @@ def greet(connection: Connection, spec: RolloutSpec, versions: Versions, *, ours
     seeded = _seeded(about, ours)
     if not (seeded or deterministic):
         logger.warning("%s ignores seeds; start it with --sampling-backend %s", url, NAME)
-    version = _adopt(connection, label, versions)
+    version = _adopt(connection, label, served, versions, timeout_s)
     return Greeting(version, workers, *vocabulary(spec.model), min_p=seeded or not deterministic)
 
 
@@ -77,15 +81,18 @@ def _seeded(about: dict[str, Any], ours: str | None) -> bool:
     return about.get("sampling_backend") == NAME or f"--sampling-backend {NAME} " in words
 
 
-def _adopt(connection: Connection, label: str, versions: Versions) -> int:
-    """The version of the weights that it holds, which are version 0 if nobody of this run has given it others."""
+def _adopt(connection: Connection, label: str, served: str, versions: Versions, timeout_s: float) -> int:
+    """The version of the weights that it holds; those of another run give way to its model's, which are version 0."""
     url, version = connection.url, versions.number(label)
-    if label == FRESH or (url not in versions.greeted and version == UNKNOWN):
-        if label != FRESH:
-            logger.warning("%s holds weights of an earlier run (%s) until the first update", url, label)
+    if url not in versions.greeted and version == UNKNOWN:
+        logger.warning("%s holds weights of an earlier run (%s) and reads %s again", url, label, served)
+        connection.ask("POST", "/pause_generation", "pause", body={"mode": "retract"})
+        body = {"model_path": served}
+        connection.ask("POST", "/update_weights_from_disk", f"read {served} again", body=body, timeout_s=timeout_s)
+        version = 0
+    if label == FRESH or version == 0:
         body = {"new_version": versions.label(0), "abort_all_requests": False}
         connection.ask("POST", "/update_weight_version", "label its weights", body=body)
-        version = 0
     if version != UNKNOWN:  # a client that died may have left it paused; a mixture of weights must stay so
         connection.ask("POST", "/continue_generation", "go on", body={})
     versions.greeted.add(url)

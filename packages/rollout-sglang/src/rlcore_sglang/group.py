@@ -106,7 +106,7 @@ class UpdateGroup:
         """
         if self._group is None:
             return
-        group, store = [self._group], [self._store]
+        held = [self._group, self._store]
         self._group = self._store = None
         with contextlib.suppress(EngineError, WorkerError):  # it may be what failed
             self._connection.ask(
@@ -116,7 +116,7 @@ class UpdateGroup:
                 body={"group_name": self.name},
                 timeout_s=_LEAVE_S,
             )
-        ThreadedCall(f"leave {self.name}", lambda: (group.clear(), store.clear()))
+        ThreadedCall(f"leave {self.name}", held.clear)
 
     def _await(self, done: Callable[[], bool], answer: Future[Any], what: str) -> None:
         """Wait until this side is done. A server that fails says so, and no collective is waited for any longer."""

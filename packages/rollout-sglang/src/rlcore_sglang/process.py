@@ -84,7 +84,7 @@ class ServerProcess:
         with contextlib.suppress(psutil.NoSuchProcess):
             for child in psutil.Process(self._process.pid).children():
                 if child.name().startswith(_CHILDREN) and child.status() == psutil.STATUS_ZOMBIE:
-                    return child.name()
+                    return str(child.name())
         return None
 
     def reason(self) -> str:

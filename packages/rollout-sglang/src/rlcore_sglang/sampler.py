@@ -66,7 +66,7 @@ def _build() -> Any:
             token_ids_logprobs: list[list[int]],
             positions: torch.Tensor,
         ) -> torch.Tensor:
-            logits = self._preprocess_logits(logits_output.next_token_logits, sampling_info).float()
+            logits: torch.Tensor = self._preprocess_logits(logits_output.next_token_logits, sampling_info).float()
             if not sampling_info.is_all_greedy:
                 logits = logits / sampling_info.temperatures
             logprobs = logits.log_softmax(-1)

@@ -23,15 +23,16 @@ REFUSED = "rlcore refuses: "
 def main(file: Path) -> None:
     threading.Thread(target=_end_with_starter, daemon=True).start()
     given = json.loads(file.read_text())
-    from sglang.srt.entrypoints.http_server import launch_server
-    from sglang.srt.plugins import load_plugins
     from sglang.srt.server_args import ServerArgs
-    from sglang.srt.utils import kill_process_tree
 
-    load_plugins()
     wrong = problems(given["args"], inspect.signature(ServerArgs).parameters)
     if wrong:
         raise SystemExit(f"{REFUSED}rollout.sglang.args: {'; '.join(wrong)}")
+    from sglang.srt.entrypoints.http_server import launch_server
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.utils import kill_process_tree
+
+    load_plugins()
     arguments = ServerArgs(**given["arguments"])
     arguments.resolve_once()
     try:

@@ -84,7 +84,9 @@ class ServerRollout(RolloutEngine):
         self._holders = [self._connection, *(self._connect(other) for other in others if other != url)]
         try:
             ours = None if process is None else settings.sampling_backend
-            self._greeting: Greeting = greet(self._connection, spec, versions, ours=ours)
+            self._greeting: Greeting = greet(
+                self._connection, spec, versions, ours=ours, timeout_s=settings.weights_timeout_s
+            )
         except BaseException:
             self.close()
             raise
@@ -206,8 +208,8 @@ class ServerRollout(RolloutEngine):
 
     async def _look(self) -> None:
         """Ask the server whether it is well, if it has said nothing for long; it is not asked while it stands still."""
-        failure = None if self._process is None else await asyncio.to_thread(lambda: self._process.failure)
-        if failure is not None:
+        process = self._process
+        if process is not None and (failure := await asyncio.to_thread(lambda: process.failure)) is not None:
             raise WorkerDied(failure)
         async with self._looking:
             if time.monotonic() - self._last_sign < self._settings.health_interval_s:

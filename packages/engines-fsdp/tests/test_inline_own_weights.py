@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from rlcore.engines import (
@@ -307,3 +308,27 @@ def test_process_groups_do_not_matter(ranks: RankPool, paths: list[Path]) -> Non
     assert engine.generate_batch([request(10)])[0].tokens == found["before"].tokens
     engine.update_weights([bucket(weights(paths[1]))], 1)
     assert engine.generate_batch([request(10)]) == [found["after"]] == [found["single"]]
+
+
+@pytest.mark.parametrize("architecture", ["Qwen3Moe", "Mixtral"])
+def test_experts_travel_as_files_hold_them(tmp_path: Path, architecture: str) -> None:
+    sizes = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    sent, received = (
+        tiny_model(tmp_path / str(seed), architecture=architecture, seed=seed, head_dim=8, **sizes) for seed in range(2)
+    )
+    trainer = fsdp.build(TrainEngineSpec(ModelSettings(path=str(sent)), FSDPSettings(device="cpu"), max_tokens=512))
+    tensors = {name: tensor for part in trainer.export_weights(4096) for name, tensor in part.tensors}
+    in_file = load_file(sent / "model.safetensors")
+    assert tensors.keys() == in_file.keys()
+    assert any(".experts.3." in name for name in tensors)
+    assert all(tensor.equal(in_file[name]) for name, tensor in tensors.items())
+    rollout, expected = make(received), weights(sent)
+    for order in (1, -1):
+        rollout.update_weights([bucket({name: tensors[name]}) for name in list(tensors)[::order]], version=2 + order)
+        found = rollout._source.model.state_dict()
+        assert all(tensor.equal(found[name]) for name, tensor in expected.items())
+        rollout._source.model.apply(lambda module: [p.data.zero_() for p in module.parameters()])
+    tensors.pop(next(name for name in tensors if ".experts.3." in name))
+    with pytest.raises(EngineError, match="lacks 1 of"):
+        rollout.update_weights([bucket(tensors)], version=4)
+    rollout.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from rlcore_fsdp.distributed import (
     max_over_ranks,
     sum_over_ranks,
 )
+from rlcore_fsdp.file_names import in_files
 from rlcore_fsdp.loading import empty_model, load_model, read_config
 from rlcore_fsdp.optimizer import make_optimizer
 from rlcore_fsdp.packed_model import PackedModel, check_request, full_columns
@@ -301,11 +303,13 @@ class FSDPTrainEngine(TrainEngine):
     def export_weights(self, bucket_bytes: int = 512 << 20) -> Iterator[WeightBucket]:
         """See `TrainEngine`; tensors have compute precision.
 
-        Without FSDP they are the live parameters, not copies: take them over before the next `train`.
+        Without FSDP they may be the live parameters, not copies: take them over before the next `train`.
         """
         self.onload("params")
         with self._as_shards():
-            yield from buckets(full_weights(self.model, self.param_dtype, self._device), bucket_bytes)
+            whole = full_weights(self.model, self.param_dtype, self._device)
+            named = chain.from_iterable(in_files(self.model, name, tensor).items() for name, tensor in whole)
+            yield from buckets(named, bucket_bytes)
 
     @torch.no_grad()
     def save_pretrained(self, path: Path) -> None:

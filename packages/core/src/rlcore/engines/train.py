@@ -129,7 +129,7 @@ class TrainEngine(ABC):
     @abstractmethod
     @dispatch(Dispatch.STREAM)
     def export_weights(self, bucket_bytes: int = 512 << 20) -> Iterator[WeightBucket]:
-        """Stream full tensors under Hugging Face names, in the model's order, tied weights once.
+        """Stream full tensors as Hugging Face model files name and hold them, in the model's order, tied weights once.
 
         At most two buckets exist at a time. A tensor larger than ``bucket_bytes`` has a bucket of its own.
         All ranks must consume the stream to its end.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from itertools import starmap
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -13,6 +14,7 @@ from rlcore.engines import ModelSettings
 from rlcore.engines.device import choose_device
 from rlcore.engines.weight_sync import WeightBucket
 from rlcore.errors import EngineError
+from rlcore_fsdp.file_names import FromFiles
 from rlcore_fsdp.inline.config import InlineSettings
 from rlcore_fsdp.loading import load_model, read_config
 
@@ -72,7 +74,7 @@ class OwnWeights:
 
     @torch.no_grad()
     def load(self, buckets: Iterable[WeightBucket]) -> None:
-        """Copy whole tensors under their Hugging Face names into the model; tied weights come under any of their names.
+        """Copy whole tensors into the model, under the names of model files; tied weights come under any of theirs.
 
         Nothing may be generated meanwhile, nor after an error in the middle until a later call succeeds.
 
@@ -81,8 +83,9 @@ class OwnWeights:
         """
         own = self.model.state_dict(keep_vars=True)
         came: set[int] = set()
+        from_files = FromFiles(self.model)
         for bucket in buckets:
-            for name, tensor in bucket.tensors:
+            for name, tensor in filter(None, starmap(from_files.add, bucket.tensors)):
                 target = own.get(name)
                 if target is None:
                     raise EngineError(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -384,6 +386,52 @@ def test_waiting_for_a_pause_is_not_hanging(clients):
     assert len(asyncio.run(scenario()).tokens) == 20
 
 
+@pytest.fixture
+def router(server):
+    """SGLang's own, before the server."""
+    with socket.socket() as first, socket.socket() as second:
+        for probe in (first, second):
+            probe.bind(("127.0.0.1", 0))
+        port, metrics = first.getsockname()[1], second.getsockname()[1]
+    key = server.rollout._process.api_key
+    where = ["--host", "127.0.0.1", "--port", str(port), "--prometheus-host", "127.0.0.1"]
+    options = [*where, "--prometheus-port", str(metrics), "--worker-urls", server.url, "--api-key", key]
+    process = subprocess.Popen([sys.executable, "-m", "sglang_router.launch_router", *options])
+    try:
+        deadline = time.monotonic() + 300
+        while True:
+            with suppress(httpx.TransportError):
+                if httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200:
+                    break
+            assert process.poll() is None, "the router ended"
+            assert time.monotonic() < deadline, "the router did not start"
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def test_sglangs_router(server, clients, router):
+    """It passes requests on; weights and aborts go to the server."""
+    engine = clients(router=router)
+    engine.update_weights(weights_of(server.other), 5)
+    requests = [request(index) for index in range(8)]
+    completions = engine.generate_batch(requests)
+    assert largest_difference(server.other, requests, completions) < 1e-4
+    assert {span for made in completions for span in made.versions} == {(5, 20)}
+
+    async def scenario():
+        running = asyncio.create_task(engine.generate(request(9, 5000)))
+        await engine.generate(request(1))
+        await asyncio.to_thread(engine.abort, ["9"])
+        return await asyncio.wait_for(running, 60)
+
+    made = asyncio.run(scenario())
+    assert made.finish_reason == "abort"
+    assert made.tokens
+
+
 # --- users' mistakes -------------------------------------------------------------------------------------------------
 
 
@@ -467,6 +515,22 @@ def test_arguments_that_the_installed_version_does_not_know(server, tmp_path):
     settings = SGLangSettings(**{**ON_CPU, "args": {"grammar_backnd": "none"}}, log_dir=tmp_path)
     with pytest.raises(EngineError, match=r"^rollout\.sglang\.args: .* grammar_backnd; did you mean grammar_backend"):
         build(RolloutSpec(ModelSettings(path=str(server.model)), settings, MAX_MODEL_LEN))
+
+
+@pytest.mark.slow
+def test_two_processes_share_layers(server, tmp_path):
+    settings = SGLangSettings(**ON_CPU, tp_size=2, log_dir=tmp_path)
+    engine = build(RolloutSpec(ModelSettings(path=str(server.model)), settings, MAX_MODEL_LEN))
+    try:
+        requests = [request(index, max_tokens=8) for index in range(3)]
+        for version, model in ((0, server.model), (1, server.other), (2, server.model)):
+            if version:
+                engine.update_weights(weights_of(model, buckets=3), version)
+            completions = engine.generate_batch(requests)
+            assert largest_difference(model, requests, completions) < 1e-4
+            assert {span for made in completions for span in made.versions} == {(version, 8)}
+    finally:
+        engine.close()
 
 
 def test_the_server_ends_with_whoever_started_it(server, tmp_path):

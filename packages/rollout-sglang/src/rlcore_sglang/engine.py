@@ -64,7 +64,7 @@ def _started(
         arguments,
         settings.args,
         folder / f"server-{index}.log",
-        {**quirks.environment(on_cpu), **settings.env},
+        {**quirks.environment(on_cpu, settings.tp_size), **settings.env},
         settings.start_timeout_s,
     )
     try:

@@ -8,6 +8,7 @@ updates skip without a word (`rlcore_sglang.weights.checked`).
 from __future__ import annotations
 
 import importlib.util
+import os
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -35,14 +36,22 @@ def require_sglang() -> None:
         raise EngineError(f"sglang {version} is too old: rlcore-rollout-sglang needs {oldest} or newer")
 
 
-def environment(on_cpu: bool) -> dict[str, str]:
+def environment(on_cpu: bool, tp_size: int) -> dict[str, str]:
     """What SGLang takes from the environment only.
 
     - It refuses a ``context_length`` beyond the model's own, which `CONTEXT_SLACK` may be; no token gets there.
     - It computes on the CPU only if it is told to.
+    - Processes that share layers on the CPU need cores of their choice, or a NUMA node each.
+    - They try to use NCCL if torch's build has it, and fail; without a library of that name they take gloo.
     """
     chosen = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
-    return {**chosen, "SGLANG_USE_CPU_ENGINE": "1"} if on_cpu else chosen
+    if on_cpu:
+        chosen["SGLANG_USE_CPU_ENGINE"] = "1"
+    if on_cpu and tp_size > 1:
+        cores = sorted(os.sched_getaffinity(0))
+        chosen["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(cores[rank % len(cores)]) for rank in range(tp_size))
+        chosen["SGLANG_NCCL_SO_PATH"] = "none"
+    return chosen
 
 
 def cpu_arguments() -> dict[str, Any]:

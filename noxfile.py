@@ -95,7 +95,7 @@ def integration(session: nox.Session) -> None:
 @nox.session(name="integration-sglang")
 def integration_sglang(session: nox.Session) -> None:
     """Recipes that generate with SGLang, which pins other versions than vLLM does."""
-    names = ("rollout-sglang", "engines-fsdp", "recipes", "rewards")
+    names = ("rollout-sglang", "engines-fsdp", "engines-megatron", "recipes", "rewards")
     packages = [argument for name in names for argument in ("--package", f"rlcore-{name}")]
     sync(session, *packages, "--group", "test", *OTHER_GROUPS["rollout-sglang"])
     pytest(session, SGLANG_RECIPES)

@@ -517,6 +517,14 @@ def test_arguments_that_the_installed_version_does_not_know(server, tmp_path):
         build(RolloutSpec(ModelSettings(path=str(server.model)), settings, MAX_MODEL_LEN))
 
 
+def test_nobody_else_sees_the_key(server):
+    process = server.rollout._process
+    arguments = server.log.with_suffix(".json")
+    assert process.api_key in arguments.read_text()
+    assert [file.stat().st_mode & 0o077 for file in (arguments, server.log)] == [0, 0]
+    assert process.api_key not in " ".join(psutil.Process(process._process.pid).cmdline())
+
+
 @pytest.mark.slow
 def test_two_processes_share_layers(server, tmp_path):
     settings = SGLangSettings(**ON_CPU, tp_size=2, log_dir=tmp_path)

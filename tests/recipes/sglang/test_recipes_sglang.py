@@ -90,9 +90,12 @@ def test_grpo_learns_on_a_server_that_it_starts(task: Any, metrics_of: Metrics, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_step_by_step(task: Any, running: dict[str, Any], metrics_of: Metrics, tmp_path: Path, recipe: str) -> None:
-    result = task.run(recipe, tmp_path, {**SGLANG, "rollout.sglang": running, **RECIPES[recipe]})
+@pytest.mark.parametrize(("recipe", "trainer"), [("grpo", "megatron"), ("dapo", "fsdp")])
+def test_step_by_step(
+    task: Any, running: dict[str, Any], metrics_of: Metrics, tmp_path: Path, recipe: str, trainer: str
+) -> None:
+    engine = {"actor.engine": trainer, f"actor.{trainer}.device": "cpu", "actor.fsdp.device": "cpu"}
+    result = task.run(recipe, tmp_path, {**SGLANG, "rollout.sglang": running, **RECIPES[recipe], **engine})
     assert result.exit_code == 0, result.output
     steps = metrics_of(tmp_path)
     assert len(steps) == STEPS

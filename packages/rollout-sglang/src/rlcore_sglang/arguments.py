@@ -30,6 +30,7 @@ OURS = {
     "host": "servers that are started here listen on this machine alone",
     "port": "a free one is taken",
     "api_key": "every server gets one of its own",
+    "served_model_name": "a server is known by it while it starts",
     "weight_version": "it tells which run's weights a server holds",
     "skip_tokenizer_init": "stop strings need the tokenizer",
     "dp_size": "several servers are replicas",

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import psutil
 
@@ -89,9 +89,12 @@ class ServerProcess:
 
     def reason(self) -> str:
         """Why, in the server's own words."""
+        return reason_in(self._output())
+
+    def _output(self) -> str:
         with self.log.open(errors="replace") as log:
             log.seek(self._begin)
-            return reason_in(log.read())
+            return log.read()
 
     def stop(self) -> None:
         """End the whole group; idempotent."""
@@ -111,12 +114,13 @@ class ServerProcess:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        given = {**arguments, "host": "127.0.0.1", "port": port, "api_key": self.api_key}
+        self._name = f"rlcore-{secrets.token_hex(8)}"
+        place = {"host": "127.0.0.1", "port": port, "api_key": self.api_key, "served_model_name": self._name}
         file = self.log.with_suffix(".json")
-        with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as target:
-            json.dump({"arguments": given, "args": dict(extra)}, target, indent=2)
+        with _private(file, os.O_TRUNC) as target:
+            json.dump({"arguments": {**arguments, **place}, "args": dict(extra)}, target, indent=2)
         self._begin = self.log.stat().st_size if self.log.exists() else 0
-        with self.log.open("a") as output:
+        with _private(self.log, os.O_APPEND) as output:  # SGLang prints its key, too
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "rlcore_sglang.serve", str(file)],
                 stdin=subprocess.PIPE,
@@ -127,14 +131,15 @@ class ServerProcess:
             )
 
     def _wait(self) -> None:
-        """Until it answers to its key, which no other server on the port would."""
+        """Until it answers to its name, which no other server on the port would."""
         deadline = time.monotonic() + self._timeout_s
         connection = Connection(self.url, api_key=self.api_key, retries=0, most=2)
         try:
             while True:
-                with contextlib.suppress(WorkerError):
-                    connection.ask("GET", "/model_info", "name its model", timeout_s=10)
-                    return
+                with contextlib.suppress(WorkerError, EngineError):
+                    model = connection.ask("GET", "/model_info", "name its model", timeout_s=10)
+                    if model.get("served_model_name") == self._name:
+                        return
                 if self.failure is not None:
                     self._failed()
                 if time.monotonic() > deadline:
@@ -147,9 +152,9 @@ class ServerProcess:
             connection.close()
 
     def _failed(self) -> None:
-        reason = self.reason()
+        reason, taken = self.reason(), "address already in use" in self._output().lower()
         self.stop()
-        if "address already in use" in reason.lower():
+        if taken:
             raise _PortTaken
         if reason.startswith(REFUSED):
             raise EngineError(reason.removeprefix(REFUSED))
@@ -161,6 +166,11 @@ class ServerProcess:
         while self.failure is None and time.monotonic() < deadline:  # connections break before the process is gone
             time.sleep(0.05)
         return error if self.failure is None else WorkerDied(f"{error}; {self.failure}")
+
+
+def _private(file: Path, how: int) -> TextIO:
+    """``file`` to write to, which nobody else may read."""
+    return open(os.open(file, os.O_WRONLY | os.O_CREAT | how, 0o600), "w")
 
 
 class _PortTaken(Exception):

@@ -119,7 +119,7 @@ def _source(transfer: VLLMTransfer) -> Any:
     """vLLM's ``WeightSource`` over the bucket that is under way."""
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
-    class Bucket(WeightSource):  # type: ignore[misc]
+    class Bucket(WeightSource):
         def metadata(self) -> list[Any]:
             return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self]
 

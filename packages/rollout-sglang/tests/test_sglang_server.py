@@ -315,12 +315,13 @@ def test_one_sample_of_several_versions(server, clients, mode):
 
 
 def test_few_connections_and_an_abort_while_requests_wait_for_them(clients):
-    engine = clients(max_connections=2)
+    engine, other = clients(max_connections=2), clients()
 
     async def scenario():
         running = [asyncio.create_task(engine.generate(request(index, MAX_MODEL_LEN - 100))) for index in range(4)]
-        await asyncio.sleep(1)
-        engine.abort()
+        await asyncio.sleep(0.5)
+        await other.generate(request(9))  # the server has got so far
+        await asyncio.to_thread(engine.abort)
         return await asyncio.wait_for(asyncio.gather(*running), 60)
 
     completions = asyncio.run(scenario())

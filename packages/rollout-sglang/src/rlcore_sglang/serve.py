@@ -14,8 +14,6 @@ import sys
 import threading
 from pathlib import Path
 
-from rlcore_sglang.arguments import problems
-
 REFUSED = "rlcore refuses: "
 """What stands before a message for the user on the last line of the log."""
 
@@ -24,6 +22,8 @@ def main(file: Path) -> None:
     threading.Thread(target=_end_with_starter, daemon=True).start()
     given = json.loads(file.read_text())
     from sglang.srt.server_args import ServerArgs
+
+    from rlcore_sglang.arguments import problems
 
     wrong = problems(given["args"], inspect.signature(ServerArgs).parameters)
     if wrong:

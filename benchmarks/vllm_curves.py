@@ -95,11 +95,8 @@ def result(curve: list[tuple[int, float]]) -> float:
 def described(run: Path, curve: list[tuple[int, float]]) -> str:
     steps = [line for line in metrics(run) if "timing_s/gen" in line]
     generation = statistics.median(line["timing_s/gen"] for line in steps)
-    mismatch = max(line["actor/rollout_ratio_max"] for line in steps) - 1
-    return (
-        f"{curve[0][1]:.3f} to {result(curve):.3f} in {(run / 'seconds').read_text()} s, {generation:.2f} s a step for "
-        f"generation; largest rollout ratio 1 + {mismatch:.1e}"
-    )
+    seconds = (run / "seconds").read_text()
+    return f"{curve[0][1]:.3f} to {result(curve):.3f} in {seconds} s, {generation:.2f} s a step for generation"
 
 
 def draw(curves: dict[str, dict[int, list[tuple[int, float]]]], path: Path) -> None:

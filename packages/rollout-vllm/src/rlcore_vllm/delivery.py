@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from rlcore.engines.weight_sync import WeightBucket
-from rlcore.errors import EngineError, WorkerError
+from rlcore.errors import EngineError
 from rlcore.weight_transfer import TransferError, WeightSender, open_sender
 from rlcore_vllm.backend import Backend
 
@@ -28,8 +28,8 @@ class Delivery:
         """Give all workers all buckets as ``version``.
 
         Raises:
-            EngineError: a worker cannot use them, or some are missing.
-            WorkerError: the engine is gone, or they did not reach its workers in time.
+            EngineError: a worker cannot use them, some are missing, or they did not come in time.
+            WorkerError: the engine is gone.
         """
         if self._backend.local:
             self._load_here(buckets, version)
@@ -70,7 +70,7 @@ class Delivery:
             self.close()
             received.wait(quietly=True)
             failed = self._backend.failure
-            kind = WorkerError if failed is None else type(failed)
+            kind = EngineError if failed is None else type(failed)
             raise kind(f"the weight update {version} did not reach vLLM's workers: {failed or error}") from error
         except BaseException:
             self.close()

@@ -337,7 +337,8 @@ def test_an_abort_in_a_pause(clients, mode):
 
     async def scenario():
         running = [asyncio.create_task(engine.generate(request(0, 5000)))]
-        await engine.generate(request(1))
+        for _ in range(2):  # the second begins when the first of all has long arrived
+            await engine.generate(request(1))
         await asyncio.to_thread(engine.pause)
         running.append(asyncio.create_task(engine.generate(request(2))))
         await asyncio.sleep(0.2)
@@ -400,9 +401,12 @@ def router(server):
     process = subprocess.Popen([sys.executable, "-m", "sglang_router.launch_router", *options])
     try:
         deadline = time.monotonic() + 300
-        while True:
+        body = {"input_ids": [5], "sampling_params": {"max_new_tokens": 1}}
+        while True:  # it is well before it knows its server
             with suppress(httpx.TransportError):
-                if httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200:
+                headers = {"Authorization": f"Bearer {key}"}
+                url = f"http://127.0.0.1:{port}/generate"
+                if httpx.post(url, json=body, headers=headers, timeout=30).status_code == 200:
                     break
             assert process.poll() is None, "the router ended"
             assert time.monotonic() < deadline, "the router did not start"

@@ -16,10 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
-from rlcore import tensor_file
+from rlcore.checkpoint import tensor_file
+from rlcore.checkpoint.tensor_file import write_tensors
 from rlcore.engines import ModelSettings, OptimSettings, TrainEngineSpec
 from rlcore.errors import CheckpointError
-from rlcore.tensor_file import write_tensors
 from rlcore.testing.processes import RankPool
 from rlcore.testing.tiny_model import tiny_model
 from rlcore.testing.train_engine import WeightedLogprobs, exported, make_batch

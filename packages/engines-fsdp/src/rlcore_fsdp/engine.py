@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,9 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from rlcore.batch import Batch, Jagged, micro_batches, predicted_positions
+from rlcore.checkpoint import random_states, rank_files
+from rlcore.checkpoint.background_save import BackgroundSave
+from rlcore.checkpoint.rank_files import RankPart
 from rlcore.engines import ForwardRequest, Objective, TrainEngine, TrainEngineSpec, WeightBucket
 from rlcore.engines.device import choose_device
 from rlcore.engines.schedule import learning_rate
@@ -25,7 +30,6 @@ from rlcore.errors import CheckpointError, EngineError
 from rlcore.metrics import Metrics
 from rlcore_fsdp import checkpoint, saved_state, sharding
 from rlcore_fsdp.attention import Packing, choose_kernel
-from rlcore_fsdp.background_save import BackgroundSave
 from rlcore_fsdp.config import FSDPSettings
 from rlcore_fsdp.distributed import (
     gather_objects,
@@ -35,6 +39,7 @@ from rlcore_fsdp.distributed import (
     sum_over_ranks,
 )
 from rlcore_fsdp.file_names import in_files
+from rlcore_fsdp.host_copy import HostCopy
 from rlcore_fsdp.loading import empty_model, load_model, read_config
 from rlcore_fsdp.optimizer import make_optimizer
 from rlcore_fsdp.packed_model import PackedModel, check_request, full_columns
@@ -108,7 +113,8 @@ class FSDPTrainEngine(TrainEngine):
         self._schedule_step = 0
         self._where: dict[Part, torch.device] = dict.fromkeys(_PARTS, self._device)
         self.step_count = 0
-        self._saving = BackgroundSave(self.dp_rank, self._world)
+        self._saving = BackgroundSave(self.dp_rank, partial(gather_objects, world=self._world))
+        self._host_copy = HostCopy()
         self._lent = False  # somebody generates with the whole weights
         self._broken = False
         if config.model_type not in TESTED:
@@ -330,21 +336,16 @@ class FSDPTrainEngine(TrainEngine):
 
     def save(self, path: Path) -> None:
         """See `TrainEngine`; the layout is that of `rlcore_fsdp.checkpoint`."""
-        path, rank = Path(path), self.dp_rank
-        written: FileRecord | CheckpointError
         with self._as_shards():
-            part, facts = self._saved_state()
-            try:
-                written = checkpoint.write_part(path, part, rank)
-            except CheckpointError as error:
-                written = error
-        self._saving.written = checkpoint.complete(path, part, written, facts, rank, self._world)
+            self._saving.save(Path(path), *self._saved_state())
 
     @torch.no_grad()
     def start_save(self, path: Path) -> None:
         """See `TrainEngine`. Takes as much host memory as this rank's weights and optimizer states, and keeps it."""
+        self._saving.check_idle(Path(path))
         with self._as_shards():
-            self._saving.start(Path(path), *self._saved_state())
+            part, facts = self._saved_state()
+            self._saving.start(Path(path), replace(part, tensors=self._host_copy.of(part.tensors)), facts)
 
     def save_done(self) -> bool:
         return self._saving.done()
@@ -363,7 +364,7 @@ class FSDPTrainEngine(TrainEngine):
         weights = {f"weight/{name}": tensor for name, tensor in named_weights(self.model)}
         error: Exception | None = None
         try:
-            manifest = checkpoint.read_manifest(path, {name: tensor.shape for name, tensor in weights.items()})
+            manifest = checkpoint.read_manifest(path, weights)
             if self._optimizer is not None and not manifest["optimizer"]:
                 raise CheckpointError(f"{path} was saved by a frozen engine: it has no optimizer states to go on with")
             wanted = {name: checkpoint.piece(tensor, rank) for name, tensor in weights.items()}
@@ -372,22 +373,22 @@ class FSDPTrainEngine(TrainEngine):
             for name in adam:
                 for moment in MOMENTS:
                     wanted[f"{moment}/{name}"] = wanted[f"weight/{name}"]
-            checkpoint.check_files(path, manifest, rank, self._world)
+            rank_files.check_files(path, manifest, rank, self._world)
             values = checkpoint.read(path, manifest, wanted)
-            random_states = checkpoint.read_random_states(path, manifest, rank)
+            states = checkpoint.read_random_states(path, manifest, rank)
         except CheckpointError as problem:
             error = problem
-        checkpoint.agree(error, path, self._world)  # from here on nothing fails
+        rank_files.agree(error, path, partial(gather_objects, world=self._world))  # from here on nothing fails
         self.onload()
         for name, tensor in weights.items():
             sharding.local(tensor).copy_(values[name])
         if self._optimizer is not None:
             saved_state.restore_adam_states(self.model, self._optimizer, adam, values)
             self._schedule_step = manifest["schedule_step"]
-            checkpoint.restore_random_states(*random_states)
+            random_states.restore(*states)
         self.step_count += 1
 
-    def _saved_state(self) -> tuple[checkpoint.Part, dict[str, Any]]:
+    def _saved_state(self) -> tuple[RankPart, dict[str, Any]]:
         part, facts = saved_state.collect(self.model, self._optimizer, self.dp_rank)
         return part, {"head": self.spec.head, "schedule_step": self._schedule_step, **facts}
 

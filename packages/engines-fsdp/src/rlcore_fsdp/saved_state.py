@@ -8,20 +8,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from rlcore.checkpoint.rank_files import RankPart
 from rlcore_fsdp import checkpoint, sharding
 from rlcore_fsdp.weights import named_weights
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def collect(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None, rank: int
-) -> tuple[checkpoint.Part, dict[str, Any]]:
+def collect(model: nn.Module, optimizer: torch.optim.Optimizer | None, rank: int) -> tuple[RankPart, dict[str, Any]]:
     """What this rank writes, as live views, and facts that are the same on all ranks."""
     adam = adam_states(model, optimizer)
     tensors = {f"weight/{name}": tensor for name, tensor in named_weights(model)}
     tensors |= {f"{moment}/{name}": state[moment] for name, state in adam.items() for moment in MOMENTS}
     facts = {
+        "format": checkpoint.FORMAT,
         "optimizer": optimizer is not None,
         "adam_steps": {name: float(state["step"]) for name, state in adam.items()},
         "shapes": {name: list(tensor.shape) for name, tensor in tensors.items()},

@@ -11,9 +11,9 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from rlcore.checkpoint.tensor_file import flush
 from rlcore.engines.train import FileRecord
 from rlcore.errors import CheckpointError
-from rlcore.tensor_file import flush
 from rlcore_recipes.checkpoint.manifest import (
     MANIFEST,
     STATE,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,8 @@ import torch
 
 def collect() -> tuple[dict[str, torch.Tensor], str]:
     """States of torch (and CUDA where there is one) and NumPy, and as JSON those of Python and the rest of NumPy's."""
-    kind, keys, position, has_gauss, cached = np.random.get_state()
+    numpy: Any = np.random.get_state()
+    kind, keys, position, has_gauss, cached = numpy
     states = {"random/torch": torch.get_rng_state(), "random/numpy": torch.from_numpy(keys.astype(np.int64))}
     if torch.cuda.is_available():
         states["random/cuda"] = torch.cuda.get_rng_state()

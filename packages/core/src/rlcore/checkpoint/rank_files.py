@@ -1,0 +1,178 @@
+"""A folder that the ranks of an engine write together: a file of tensors each and a manifest, without any pickle.
+
+``rank-NNNNN.safetensors`` holds the parts of whole tensors that a rank writes, and its random states.
+``checkpoint.json``, written last, says which parts those are (in the engine's own terms), the files' checksums, and
+what identifies the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlcore.checkpoint.tensor_file import flush, write_tensors
+from rlcore.engines.train import FileRecord
+from rlcore.errors import CheckpointError
+
+MANIFEST = "checkpoint.json"
+
+Gather = Callable[[Any], list[Any]]
+"""Gives a value of plain data that each rank calls it with to all of them, by rank."""
+
+
+@dataclass(frozen=True)
+class RankPart:
+    """What one rank writes.
+
+    Attributes:
+        tensors: by their names in the file, on any device; live views or copies.
+        places: which parts of the whole they are, as JSON.
+        random: random states as text (the rest of them is among ``tensors``).
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    places: Any
+    random: str
+
+
+def rank_file(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+def write_part(path: Path, part: RankPart, rank: int) -> FileRecord:
+    """Write ``part`` to the folder ``path`` and flush it to disk; its checksum is taken on the way. No collective.
+
+    Raises:
+        CheckpointError: names the file.
+    """
+    file = path / rank_file(rank)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if rank == 0:  # of an earlier checkpoint, which this one replaces
+            (path / MANIFEST).unlink(missing_ok=True)
+        return write_tensors(file, part.tensors, {"random": part.random})
+    except OSError as problem:
+        raise CheckpointError(f"rank {rank}: cannot write {file}: {problem.strerror or problem}") from problem
+
+
+def complete(
+    path: Path,
+    part: RankPart,
+    written: FileRecord | CheckpointError,
+    facts: Mapping[str, Any],
+    rank: int,
+    gather: Gather,
+) -> dict[str, FileRecord]:
+    """Add the manifest once all ranks have written their parts; collective.
+
+    Args:
+        written: what became of this rank's part.
+        facts: entries of the manifest, on rank 0 those of the whole model; "format" among them.
+
+    Returns:
+        the files that this rank wrote.
+
+    Raises:
+        CheckpointError: a rank could not write; the folder then has no manifest.
+    """
+    failed = isinstance(written, CheckpointError)
+    reports = gather((str(written) if failed else None, None if failed else written, part.places))
+    _raise_first(f"checkpoint {path} could not be written", (report[0] for report in reports))
+    assert not isinstance(written, CheckpointError)
+    records = {rank_file(rank): written}
+    error = None
+    if rank == 0:
+        manifest = {
+            **facts,
+            "files": {rank_file(other): report[1] for other, report in enumerate(reports)},
+            "ranks": [report[2] for report in reports],
+        }
+        try:
+            records[MANIFEST] = _write_manifest(path, manifest)
+        except OSError as problem:
+            error = f"rank 0: cannot write {path / MANIFEST}: {problem.strerror or problem}"
+    # nobody returns before the manifest stands
+    _raise_first(f"checkpoint {path} could not be written", gather(error))
+    return records
+
+
+def read_manifest(path: Path, version: int, facts: Iterable[str]) -> dict[str, Any]:
+    """The manifest of the checkpoint ``path``, which has "shapes", "files", "ranks" and ``facts``.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or its format is not ``version``.
+    """
+    file = path / MANIFEST
+    if not file.is_file():
+        raise CheckpointError(f"{path} holds no complete checkpoint: {MANIFEST} is missing")
+    try:
+        manifest: dict[str, Any] = json.loads(file.read_text())
+        if manifest["format"] != version:
+            raise CheckpointError(f"{path} has checkpoint format {manifest['format']}, this version reads {version}")
+        missing = {"shapes", "files", "ranks", *facts} - manifest.keys()
+        if missing:
+            raise KeyError(min(missing))
+        manifest["shapes"].keys()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file} is damaged: {type(error).__name__}: {error}") from error
+    return manifest
+
+
+def check_shapes(path: Path, saved: Mapping[str, Iterable[int]], ours: Mapping[str, Iterable[int]]) -> None:
+    """Compare the shapes of whole tensors.
+
+    Raises:
+        CheckpointError: the checkpoint ``path`` is of another model.
+    """
+    for name in sorted(saved.keys() | ours.keys()):
+        here, there = (list(known[name]) if name in known else "nothing" for known in (ours, saved))
+        if here != there:
+            raise CheckpointError(
+                f"{path} is a checkpoint of another model: {name} has shape {there} there and {here} here"
+            )
+
+
+def check_files(path: Path, manifest: Mapping[str, Any], rank: int, world: int) -> None:
+    """Compare this rank's share of the files with their checksums: together all ranks read each of them once.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    for name, record in list(manifest["files"].items())[rank::world]:
+        try:
+            with (path / name).open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise CheckpointError(f"{path / name} is missing or damaged: {error}") from error
+        if found != record["sha256"]:
+            raise CheckpointError(f"{path / name} is damaged: it does not match its checksum")
+
+
+def agree(error: Exception | None, path: Path, gather: Gather) -> None:
+    """Raise CheckpointError on every rank if one of them has an error; collective."""
+    reports = gather(None if error is None else str(error))
+    if error is not None:
+        raise error
+    _raise_first(f"checkpoint {path} cannot be loaded on another rank", reports)
+
+
+def _write_manifest(path: Path, manifest: Mapping[str, Any]) -> FileRecord:
+    content = json.dumps(manifest).encode()
+    temporary = path / f"{MANIFEST}.partial"
+    temporary.write_bytes(content)
+    flush(temporary)
+    temporary.replace(path / MANIFEST)
+    flush(path)
+    return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _raise_first(what: str, errors: Iterable[str | None]) -> None:
+    for error in errors:
+        if error is not None:
+            raise CheckpointError(f"{what}: {error}")

@@ -220,7 +220,7 @@ def test_weights_by_every_way(server, tmp_path, way):
             assert largest_difference(model, requests, completions) < 1e-4
             assert {span for completion in completions for span in completion.versions} == {(version, 20)}
         if way == "delta":
-            weights = weights_of(server.other, buckets=7)
+            weights = weights_of(server.model, buckets=7)
             weights[0].tensors[0][1][0, 0] += 1
             rollout.update_weights(iter(weights), 5)
             stats = rollout._replicas[0].engine._weights.stats

@@ -18,6 +18,9 @@ PACKAGES = sorted(path.parent.name for path in Path("packages").glob("*/pyprojec
 # SGLang imports half of what there is in each of its processes: compiling that once is less than each of them does.
 OTHER_GROUPS = {"rollout-sglang": ("--group", "sglang", "--compile-bytecode")}
 SGLANG_RECIPES = "tests/recipes/sglang"
+# Two files of tests at a time. Not where all files share one inference server, which takes minutes to start.
+SIDE_BY_SIDE = ("--numprocesses", "2", "--dist", "loadfile")
+ONE_BY_ONE = {"rollout-sglang", "rollout-vllm"}
 # One thread per process: tests start several processes, and threads that compete are slower than one.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -47,7 +50,7 @@ def pytest(session: nox.Session, *arguments: str) -> None:
 def package_tests(session: nox.Session, package: str) -> None:
     name = {"core": "rlcore"}.get(package, f"rlcore-{package}")
     sync(session, "--package", name, "--group", "test", *OTHER_GROUPS.get(package, ()))
-    pytest(session, f"packages/{package}/tests")
+    pytest(session, f"packages/{package}/tests", *(() if package in ONE_BY_ONE else SIDE_BY_SIDE))
 
 
 for package in PACKAGES:
@@ -70,7 +73,7 @@ def tests_with(session: nox.Session, resolution: str) -> None:
     with TemporaryDirectory() as elsewhere, session.chdir(elsewhere):
         session.install("--upgrade", "--resolution", resolution, *editable, "--group", group)
     for package in packages:
-        pytest(session, str(package / "tests"))
+        pytest(session, str(package / "tests"), *SIDE_BY_SIDE)
 
 
 @nox.session(name="tests-lowest", default=False)
@@ -89,7 +92,7 @@ def tests_newest(session: nox.Session) -> None:
 def integration(session: nox.Session) -> None:
     """Cross-package, end-to-end, fault-injection and installation tests."""
     sync(session, "--all-packages", "--group", "test", "--group", "trackers", "--group", "ray")
-    pytest(session, "tests", f"--ignore={SGLANG_RECIPES}")
+    pytest(session, "tests", f"--ignore={SGLANG_RECIPES}", *SIDE_BY_SIDE)
 
 
 @nox.session(name="integration-sglang")

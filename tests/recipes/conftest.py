@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,18 @@ def interruptible() -> None:
 @pytest.fixture(scope="session")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
     return Task(tmp_path_factory.mktemp("task"))
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """One Ray cluster for all runs of a module."""
+    from rlcore.controller.placement import ResourcePool
+    from rlcore.controller.ray import cluster
+
+    started = cluster.connect(None, {"all": ResourcePool(processes=6)})
+    yield
+    if started:
+        cluster.disconnect()
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +33,6 @@ APART = {
 # Sequences that take as long as several steps: they cannot but see new weights.
 LONG = {"data.max_response_length": 96, "rollout.inline.max_running": 8, "rollout.n": 4, "data.train_batch_size": 4}
 Metrics = Callable[[Path], Any]
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    """One cluster for all runs of this module."""
-    from rlcore.controller.placement import ResourcePool
-    from rlcore.controller.ray import cluster
-
-    started = cluster.connect(None, {"all": ResourcePool(processes=6)})
-    yield
-    if started:
-        cluster.disconnect()
 
 
 def run(task: Any, recipe: str, out_dir: Path, k: int, **changes: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +30,6 @@ RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "ppo, pipeline parallel": ("ppo", {"critic.optim": ADAM}, {"actor": PIPELINE, "critic": PIPELINE}),
     "dapo, tensor parallel": ("dapo", {"algorithm.overlong": {"buffer": 4}}, {"actor": TENSOR}),
 }
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    """One cluster for all runs of this module."""
-    from rlcore.controller.placement import ResourcePool
-    from rlcore.controller.ray import cluster
-
-    started = cluster.connect(None, {"all": ResourcePool(processes=5)})
-    yield
-    if started:
-        cluster.disconnect()
 
 
 def on_ray(engines: Mapping[str, Any], processes: int = 2) -> dict[str, Any]:

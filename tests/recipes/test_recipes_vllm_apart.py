@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +38,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "ppo": {"critic.fsdp.device": "cpu", "controller.placement": {**APART["controller.placement"], "critic": "train"}},
     "dapo": {"algorithm.overlong": {"buffer": 4}},
 }
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    """One cluster for all runs of this module."""
-    from rlcore.controller.placement import ResourcePool
-    from rlcore.controller.ray import cluster
-
-    started = cluster.connect(None, {"all": ResourcePool(processes=4)})
-    yield
-    if started:
-        cluster.disconnect()
 
 
 @pytest.fixture(scope="module")

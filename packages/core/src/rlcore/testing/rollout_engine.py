@@ -251,7 +251,8 @@ class RolloutEngineConformance:
     def test_abort(self, engine: RolloutEngine) -> None:
         async def scenario() -> list[Completion]:
             running = [asyncio.create_task(engine.generate(self._endless(name))) for name in ("a", "b", "c")]
-            await engine.generate(_request(6))
+            for _ in range(3):  # on a busy machine requests to a server may overtake each other
+                await engine.generate(_request(6))
             engine.abort(["b", "unknown"])
             first = await running[1]
             assert not running[0].done()

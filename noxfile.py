@@ -27,7 +27,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "WANDB_MODE": "offline",
     "TOKENIZERS_PARALLELISM": "false",
-    "COLUMNS": "120",  # tables are as wide as where there is no terminal; pytest-xdist's workers are told a narrower one
+    "COLUMNS": "120",  # as where there is no terminal; pytest-xdist tells its processes of a narrower one
 }
 
 

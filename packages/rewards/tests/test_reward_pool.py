@@ -160,7 +160,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 10) -> bool:
         ("while True: os.write(2, b'x' * 10**6)", "output", "max_output_kb=1024"),
         ("subprocess.run(['sh', '-c', 'yes & yes'])", "output", "max_output_kb=1024"),
         (
-            "[os.write(fd, b'garbage garbage') for fd in range(3, 20) if os.path.exists(f'/proc/self/fd/{fd}')]",
+            "[os.write(fd, b'garbage garbage') for fd in range(3, 200) if os.path.exists(f'/proc/self/fd/{fd}')]",
             None,
             "",
         ),

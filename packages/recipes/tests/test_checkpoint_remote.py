@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import multiprocessing.util
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -263,6 +264,7 @@ def test_what_a_killed_process_left_on_the_disk_is_deleted(own_disk: Path) -> No
 
 
 def alone_on_its_disk(tmp: Path, rank: int) -> None:
+    multiprocessing.util.get_temp_dir()  # of sockets, whose paths must be short: chosen before
     tempfile.tempdir = str(tmp / f"disk-{rank}")
     Path(tempfile.tempdir).mkdir(exist_ok=True)
     node_folder._held.clear()

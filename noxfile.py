@@ -18,6 +18,7 @@ PACKAGES = sorted(path.parent.name for path in Path("packages").glob("*/pyprojec
 # SGLang imports half of what there is in each of its processes: compiling that once is less than each of them does.
 OTHER_GROUPS = {"rollout-sglang": ("--group", "sglang", "--compile-bytecode")}
 SGLANG_RECIPES = "tests/recipes/sglang"
+QUICKSTART = "tests/test_quickstart.py"  # takes both cores
 # Two files of tests at a time. Not where all files share one inference server, which takes minutes to start.
 SIDE_BY_SIDE = ("--numprocesses", "2", "--dist", "loadfile")
 ONE_BY_ONE = {"rollout-sglang", "rollout-vllm"}
@@ -93,7 +94,8 @@ def tests_newest(session: nox.Session) -> None:
 def integration(session: nox.Session) -> None:
     """Cross-package, end-to-end, fault-injection and installation tests."""
     sync(session, "--all-packages", "--group", "test", "--group", "trackers", "--group", "ray")
-    pytest(session, "tests", f"--ignore={SGLANG_RECIPES}", *SIDE_BY_SIDE)
+    pytest(session, "tests", f"--ignore={SGLANG_RECIPES}", f"--ignore={QUICKSTART}", *SIDE_BY_SIDE)
+    pytest(session, QUICKSTART)
 
 
 @nox.session(name="integration-sglang")

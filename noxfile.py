@@ -95,7 +95,8 @@ def integration(session: nox.Session) -> None:
     """Cross-package, end-to-end, fault-injection and installation tests."""
     sync(session, "--all-packages", "--group", "test", "--group", "trackers", "--group", "ray")
     pytest(session, "tests", f"--ignore={SGLANG_RECIPES}", f"--ignore={QUICKSTART}", *SIDE_BY_SIDE)
-    pytest(session, QUICKSTART)
+    if not session.posargs:  # which choose among the tests above
+        pytest(session, QUICKSTART)
 
 
 @nox.session(name="integration-sglang")

@@ -83,6 +83,7 @@ class FSDPTrainEngine(TrainEngine):
         self.settings = settings = spec.options
         self._device = choose_device(settings.device)
         self._world = join_processes(self._device)
+        self._gather = partial(gather_objects, world=self._world)
         default = "bfloat16" if self._device.type == "cuda" else "float32"
         self.param_dtype = getattr(torch, settings.param_dtype or default)
         master = settings.master_dtype or ("float32" if spec.optim else None)
@@ -113,7 +114,7 @@ class FSDPTrainEngine(TrainEngine):
         self._schedule_step = 0
         self._where: dict[Part, torch.device] = dict.fromkeys(_PARTS, self._device)
         self.step_count = 0
-        self._saving = BackgroundSave(self.dp_rank, partial(gather_objects, world=self._world))
+        self._saving = BackgroundSave(self.dp_rank, self._gather)
         self._host_copy = HostCopy()
         self._lent = False  # somebody generates with the whole weights
         self._broken = False
@@ -129,7 +130,7 @@ class FSDPTrainEngine(TrainEngine):
                 source = load_model(spec.model, config, spec.head, "auto", spec.seed)
             except EngineError as problem:
                 error = str(problem)
-        if error := gather_objects(error, self._world)[0]:
+        if error := self._gather(error)[0]:
             raise EngineError(error)
         return source
 
@@ -331,7 +332,7 @@ class FSDPTrainEngine(TrainEngine):
                     write_model(self.model, state, self.param_dtype, Path(path))
                 except (OSError, SafetensorError) as problem:
                     error = str(problem)
-        if error := gather_objects(error, self._world)[0]:
+        if error := self._gather(error)[0]:
             raise EngineError(f"model folder {path} could not be written: {error}")
 
     def save(self, path: Path) -> None:
@@ -378,7 +379,7 @@ class FSDPTrainEngine(TrainEngine):
             states = checkpoint.read_random_states(path, manifest, rank)
         except CheckpointError as problem:
             error = problem
-        rank_files.agree(error, path, partial(gather_objects, world=self._world))  # from here on nothing fails
+        rank_files.agree(error, path, self._gather)  # from here on nothing fails
         self.onload()
         for name, tensor in weights.items():
             sharding.local(tensor).copy_(values[name])

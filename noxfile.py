@@ -29,6 +29,7 @@ ENVIRONMENT = {
     "WANDB_MODE": "offline",
     "TOKENIZERS_PARALLELISM": "false",
     "COLUMNS": "120",  # as where there is no terminal; pytest-xdist tells its processes of a narrower one
+    "PYTHONDONTWRITEBYTECODE": "",  # unset: tests start hundreds of processes, which would each compile all they import
 }
 
 

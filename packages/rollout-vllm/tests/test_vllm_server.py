@@ -288,9 +288,12 @@ def test_versions_are_those_of_the_run(server):
     assert server.get("/is_paused") == {"is_paused": True}
     server.post("/update_weight_version", json={"new_version": "another:3"})
     assert connect().version == UNKNOWN
+    first.update_weights(weights_of(server.other), 10)
     stranger = ServerRollout(server.url, server.spec(), settings, Versions())
     assert stranger.version == 0
     assert server.get("/is_paused") == {"is_paused": False}
+    completions = stranger.generate_batch([request()])
+    assert largest_difference(server.model, [request()], completions) < 1e-4, "the server reads its model again"
     for engine in (first, again, broken, stranger):
         engine.close()
 

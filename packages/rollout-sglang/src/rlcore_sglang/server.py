@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
-import contextlib
 import threading
 import time
 import uuid
 from collections.abc import Coroutine, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from rlcore.engines import Completion, GenerationRequest, RolloutEngine, RolloutSpec, WeightBucket
 from rlcore.engines.prompts import check_prompt
 from rlcore.errors import EngineError, WorkerDied, WorkerError
+from rlcore.servers.calls import Call, Calls
 from rlcore.servers.connection import Connection
+from rlcore.servers.standstill import Standstill
 from rlcore.servers.versions import Versions
 from rlcore_sglang import requests
 from rlcore_sglang.config import SGLangSettings
@@ -25,32 +24,12 @@ from rlcore_sglang.weights import checked, open_delivery, shapes_of
 
 CONTROL_CONNECTIONS = 8
 """Connections beyond those for completions."""
-INSIST_S = 0.5
-"""After which time an abort is repeated for a request that was still on its way to the server."""
 WATCH_S = 2.0
 """How often a request that is waited for looks at the server's processes."""
 HEALTH_S = 60.0
 """Longest wait for a server to say whether it is well, which by itself it ponders for 20 s."""
 MEMORY = ["kv_cache", "weights"]
 """What `ServerRollout.sleep` gives back."""
-
-
-@dataclass(eq=False)
-class _Call:
-    """One request; changed on the connection's thread.
-
-    Attributes:
-        server_id: the server's name of it; empty while it is not there.
-        aborted: by the caller.
-        interrupted: by a pause that aborts; it goes on afterwards.
-        task: works at it.
-    """
-
-    request: GenerationRequest
-    server_id: str = ""
-    aborted: bool = False
-    interrupted: bool = False
-    task: asyncio.Task[Completion] | None = None
 
 
 class ServerRollout(RolloutEngine):
@@ -96,10 +75,10 @@ class ServerRollout(RolloutEngine):
         self._slots = asyncio.Semaphore(settings.max_connections)
         self._open = asyncio.Event()  # set on the connection's thread alone
         self._connection.submit(self._gate()).result()
-        self._calls: set[_Call] = set()
+        self._calls = Calls(self._abort)
+        self._interrupted = set[Call]()  # by a pause that aborts; they go on afterwards
+        self._standstill = Standstill()
         self._paused = self._asleep = self._dropped = False
-        self._stands_since: float | None = None  # paused, asleep, or taking weights
-        self._stood_s = 0.0
         self._last_sign = time.monotonic()
         self._looking, self._waking = asyncio.Lock(), asyncio.Lock()
         self._updates = threading.Lock()
@@ -138,43 +117,41 @@ class ServerRollout(RolloutEngine):
             raise error if self._process is None else await asyncio.to_thread(self._process.explain, error) from error
 
     async def _generate(self, request: GenerationRequest) -> Completion:
-        call = _Call(request)
-        call.task = asyncio.current_task()
-        self._calls.add(call)
         made = Completion([], [], "abort", request_id=request.request_id)
         ends = requests.ends_of(request, self._greeting.end_tokens)
-        try:
-            async with self._slots:
-                while True:
-                    await self._admitted()
-                    answer = await self._part(call, requests.continued(request, made), ends)
-                    made = requests.joined(made, requests.completion(request, answer, self.url, self._versions))
-                    cut = made.finish_reason == "abort" and call.interrupted and not call.aborted
-                    if not cut and not requests.ended_too_early(request, answer, ends):
-                        return made
-                    if self._room(request, made) == 0:
-                        return requests.joined(made, Completion([], [], "length", request_id=request.request_id))
-                    call.interrupted = False
-        except asyncio.CancelledError:
-            if call.aborted and not call.server_id:
-                return made
-            raise
-        finally:
-            self._calls.discard(call)
+        with self._calls.begin(request) as call:
+            try:
+                async with self._slots:
+                    while True:
+                        await self._admitted()
+                        answer = await self._part(call, requests.continued(request, made), ends)
+                        made = requests.joined(made, requests.completion(request, answer, self.url, self._versions))
+                        cut = made.finish_reason == "abort" and call in self._interrupted and not call.aborted
+                        if not cut and not requests.ended_too_early(request, answer, ends):
+                            return made
+                        if self._room(request, made) == 0:
+                            return requests.joined(made, Completion([], [], "length", request_id=request.request_id))
+                        self._interrupted.discard(call)
+            except asyncio.CancelledError:
+                if call.aborted and not call.server_id:
+                    return made
+                raise
+            finally:
+                self._interrupted.discard(call)
 
     def _room(self, request: GenerationRequest, made: Completion) -> int:
         """Tokens that may still be made."""
         most = min(request.sampling.max_tokens, self._spec.max_model_len - len(request.prompt))
         return most - len(made.tokens)
 
-    async def _part(self, call: _Call, request: GenerationRequest, ends: frozenset[int]) -> Any:
+    async def _part(self, call: Call, request: GenerationRequest, ends: frozenset[int]) -> Any:
         """The server's answer, to the end or to the next interruption."""
         call.server_id = f"rlcore-{uuid.uuid4().hex}"
         room = self._spec.max_model_len - len(request.prompt)
         body = requests.body(request, call.server_id, room, ends)
         what = f"complete request {request.request_id!r}"
         try:
-            return await self._patiently(self._generating.url, self._asked(body, what))
+            return await self._patiently(self._asked(body, what))
         finally:
             call.server_id = ""
 
@@ -185,26 +162,15 @@ class ServerRollout(RolloutEngine):
             self._generating.submit(self._generating.request("POST", requests.PATH, what, body=body))
         )
 
-    async def _patiently(self, url: str, work: Coroutine[Any, Any, Any]) -> Any:
-        """The result of ``work``, which may take ``timeout_s`` while the server does not stand still."""
-        task = asyncio.ensure_future(work)
-        start, stood = time.monotonic(), self._standing_s()
+    async def _patiently(self, work: Coroutine[Any, Any, Any]) -> Any:
         limit = self._settings.timeout_s
+        every = min(self._settings.health_interval_s, WATCH_S)
         try:
-            while True:
-                left = limit - (time.monotonic() - start) + (self._standing_s() - stood)
-                await asyncio.wait({task}, timeout=min(max(left, 0), self._settings.health_interval_s, WATCH_S))
-                if task.done():
-                    self._last_sign = time.monotonic()
-                    return task.result()
-                if self._stands_since is not None:
-                    await asyncio.wait({task}, timeout=min(limit, 1))
-                elif left <= 0:
-                    raise WorkerDied(f"{url} completed a request not within {limit:g} s (timeout_s)")
-                else:
-                    await self._look()
-        finally:
-            task.cancel()
+            answer = await self._standstill.within(limit, work, look=self._look, look_every_s=every)
+        except TimeoutError:
+            raise WorkerDied(f"{self._generating.url} completed a request not within {limit:g} s (timeout_s)") from None
+        self._last_sign = time.monotonic()
+        return answer
 
     async def _look(self) -> None:
         """Ask the server whether it is well, if it has said nothing for long; it is not asked while it stands still."""
@@ -214,11 +180,11 @@ class ServerRollout(RolloutEngine):
         async with self._looking:
             if time.monotonic() - self._last_sign < self._settings.health_interval_s:
                 return
-            stood = self._standing_s()
+            stood = self._standstill.seconds()
             try:
                 await self._connection.request("GET", "/health", "say whether it is well", timeout_s=HEALTH_S)
             except (WorkerError, EngineError) as error:
-                if self._standing_s() == stood:
+                if self._standstill.seconds() == stood:
                     raise WorkerDied(f"{self.url} hangs: {error}") from error
             self._last_sign = time.monotonic()
 
@@ -256,9 +222,9 @@ class ServerRollout(RolloutEngine):
             first = next(stream, None)
             if first is None:
                 raise EngineError("the weight update is empty")
-            self._wait(self._awake(), "wake up")
+            self._connection.wait_for(self._awake(), "wake up")
             self._delivery.prepare(first.tensors[0][1].device)
-            self._wait(self._stand_still(self._settings.pause_mode), "pause")
+            self._connection.wait_for(self._stand_still(self._settings.pause_mode), "pause")
             self._label(self._versions.updating)
             self._delivery.send(_chained(first, stream))
             del first
@@ -270,7 +236,7 @@ class ServerRollout(RolloutEngine):
                 raise WorkerError(f"{self.url} attests version {self._version} after an update to {version}")
             self._dropped = False
             if not self._paused:
-                self._wait(self._go_on(), "go on")
+                self._connection.wait_for(self._go_on(), "go on")
 
     def _label(self, label: str) -> None:
         body = {"new_version": label, "abort_all_requests": False}
@@ -282,27 +248,23 @@ class ServerRollout(RolloutEngine):
 
     def pause(self) -> None:
         self._paused = True
-        self._wait(self._stand_still(self._settings.pause_mode), "pause")
+        self._connection.wait_for(self._stand_still(self._settings.pause_mode), "pause")
 
     async def _stand_still(self, mode: str) -> None:
         self._open.clear()
         if mode == "abort":
-            for call in self._calls:
-                call.interrupted = bool(call.server_id)
+            self._interrupted |= {call for call in self._calls if call.server_id}
         await self._control("/pause_generation", "pause", {"mode": mode})
-        if self._stands_since is None:
-            self._stands_since = time.monotonic()
+        self._standstill.begin()
 
     def resume(self) -> None:
         self._paused = False
         if not self._asleep:
-            self._wait(self._go_on(), "go on")
+            self._connection.wait_for(self._go_on(), "go on")
 
     async def _go_on(self) -> None:
         await self._control("/continue_generation", "go on", {})
-        if self._stands_since is not None:
-            self._stood_s += time.monotonic() - self._stands_since
-            self._stands_since = None
+        self._standstill.end()
         self._last_sign = time.monotonic()
         self._open.set()
 
@@ -310,21 +272,9 @@ class ServerRollout(RolloutEngine):
         self._open.set()
 
     def abort(self, request_ids: Sequence[str] | None = None) -> None:
-        self._wait(self._abort(request_ids), "abort requests")
+        self._connection.wait_for(self._calls.abort(request_ids), "abort requests")
 
-    async def _abort(self, request_ids: Sequence[str] | None) -> None:
-        calls = [call for call in self._calls if request_ids is None or call.request.request_id in request_ids]
-        for call in calls:
-            call.aborted = True
-            if not call.server_id and call.task is not None:
-                call.task.cancel()
-        sent = [call for call in calls if call.server_id]
-        await self._abort_sent(sent)
-        if sent:
-            insisting = asyncio.ensure_future(self._insist(sent))
-            insisting.add_done_callback(_ignore)
-
-    async def _abort_sent(self, calls: Sequence[_Call]) -> None:
+    async def _abort(self, calls: Sequence[Call]) -> None:
         asked = [
             holder.submit(
                 holder.request(
@@ -340,26 +290,17 @@ class ServerRollout(RolloutEngine):
         ]
         await asyncio.gather(*map(asyncio.wrap_future, asked))
 
-    async def _insist(self, calls: Sequence[_Call]) -> None:
-        """Repeat an abort for requests that had not arrived at the server yet."""
-        while True:
-            await asyncio.sleep(INSIST_S)
-            left = [call for call in calls if call in self._calls and call.server_id]
-            if not left:
-                return
-            await self._abort_sent(left)
-
     def sleep(self) -> None:
         """Have the server give its memory back; see ``sleep_level``. On the CPU it keeps it."""
         if not self._asleep:
             # whatever pause_mode is: it ends if it has anything running when it is to give memory back
-            self._wait(self._stand_still("retract"), "pause")
+            self._connection.wait_for(self._stand_still("retract"), "pause")
             self._ask("/release_memory_occupation", "give its memory back", {"tags": MEMORY})
             self._asleep = True
             self._dropped = self._settings.sleep_level == 2
 
     def wake(self) -> None:
-        self._wait(self._awake(), "wake up")
+        self._connection.wait_for(self._awake(), "wake up")
 
     def close(self) -> None:
         """Let the server go, or end it if it was started for this engine."""
@@ -376,27 +317,9 @@ class ServerRollout(RolloutEngine):
     async def _control(self, path: str, what: str, body: Any) -> None:
         await self._connection.request("POST", path, what, body=body, timeout_s=self._connection.timeout_s)
 
-    def _wait(self, work: Coroutine[Any, Any, None], what: str) -> None:
-        limit = self._settings.control_timeout_s
-        try:
-            self._connection.submit(work).result(limit)
-        except concurrent.futures.TimeoutError:
-            raise WorkerDied(f"{self.url} did not {what} within {limit:g} s") from None
-
-    def _standing_s(self) -> float:
-        """Seconds that the server has stood still in all, which is no fault of its own."""
-        since = self._stands_since
-        return self._stood_s + (0.0 if since is None else time.monotonic() - since)
-
 
 def _chained(first: WeightBucket | None, rest: Iterable[WeightBucket]) -> Iterable[WeightBucket]:
     assert first is not None
     yield first
     first = None  # two buckets exist at most
     yield from rest
-
-
-def _ignore(task: asyncio.Future[None]) -> None:
-    """A server that dies while it is asked again has its requests to tell of it."""
-    with contextlib.suppress(asyncio.CancelledError):
-        task.exception()

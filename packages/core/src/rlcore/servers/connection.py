@@ -71,6 +71,20 @@ class Connection:
             raise WorkerDied(f"the connection to {self.url} is closed")
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
+    def wait_for(self, work: Coroutine[Any, Any, T], what: str, timeout_s: float | None = None) -> T:
+        """The result of ``work`` on the connection's thread, which is cancelled after ``timeout_s`` (the usual limit).
+
+        Raises:
+            WorkerDied: it took longer.
+        """
+        limit = self.timeout_s if timeout_s is None else timeout_s
+        working = self.submit(work)
+        try:
+            return working.result(limit)
+        except concurrent.futures.TimeoutError:
+            working.cancel()
+            raise WorkerDied(f"{self.url} did not {what} within {limit:g} s") from None
+
     def ask(
         self,
         method: Literal["GET", "POST"],
@@ -84,12 +98,8 @@ class Connection:
     ) -> Any:
         """What the server answers, waiting in this thread; see `request`."""
         limit = self.timeout_s if timeout_s is None else timeout_s
-        answer = self.submit(self.request(method, path, what, params=params, body=body, timeout_s=limit, plain=plain))
-        try:
-            return answer.result((self._retries + 1) * limit + GRACE_S)
-        except concurrent.futures.TimeoutError:
-            answer.cancel()
-            raise WorkerDied(f"{self.url} did not {what} in time") from None
+        work = self.request(method, path, what, params=params, body=body, timeout_s=limit, plain=plain)
+        return self.wait_for(work, what, (self._retries + 1) * limit + GRACE_S)
 
     async def request(
         self,

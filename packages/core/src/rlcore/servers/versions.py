@@ -21,7 +21,7 @@ class Versions:
     """The labels of one run, shared by the clients of all its servers.
 
     Attributes:
-        greeted: servers whose weights were called version 0 when the run began, whatever they were.
+        greeted: servers that this run has met: what they hold now is no other run's, so it is not called version 0.
     """
 
     run: str = field(default_factory=lambda: secrets.token_hex(4))

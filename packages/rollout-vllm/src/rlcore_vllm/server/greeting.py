@@ -55,18 +55,27 @@ def greet(connection: Connection, spec: RolloutSpec, settings: ServerSettings, v
         workers = int(connection.ask("GET", "/get_world_size", "tell its number of workers")["world_size"])
     except EngineError as error:
         raise EngineError(f"{connection.url} cannot be controlled; {START} ({error})") from error
-    first = connection.url not in versions.greeted
     _prepare(connection)
-    version = versions.number(label)
-    if label == FRESH or (first and version == UNKNOWN):
-        if label != FRESH:
-            logger.warning("%s holds weights of an earlier run (%s) until the first update", connection.url, label)
-        _post(connection, "/update_weight_version", "label its weights", {"new_version": versions.label(0)})
-        version = 0
-    if version != UNKNOWN:  # a client that died may have left it paused; a mixture of weights must stay so
-        _post(connection, "/resume", "resume", None)
-    versions.greeted.add(connection.url)
+    version = _adopt(connection, label, versions, settings.weights_timeout_s)
     return Greeting(name, version, workers, *vocabulary(spec.model))
+
+
+def _adopt(connection: Connection, label: str, versions: Versions, timeout_s: float) -> int:
+    """The version of the weights that it holds; those of another run give way to its model's, which are version 0."""
+    url, version = connection.url, versions.number(label)
+    if url not in versions.greeted and version == UNKNOWN:
+        logger.warning("%s holds weights of an earlier run (%s) and reads its model's files again", url, label)
+        _post(connection, "/pause", "pause", mode="keep")
+        body = {"method": "rlcore_restore"}
+        connection.ask("POST", "/collective_rpc", "read its model's files again", body=body, timeout_s=timeout_s)
+        _post(connection, "/reset_prefix_cache", "reset its prefix cache", reset_running_requests="true")
+        version = 0
+    if label == FRESH or version == 0:
+        _post(connection, "/update_weight_version", "label its weights", {"new_version": versions.label(0)})
+    if version != UNKNOWN:  # a client that died may have left it paused; a mixture of weights must stay so
+        _post(connection, "/resume", "resume")
+    versions.greeted.add(url)
+    return version
 
 
 def _model(connection: Connection, spec: RolloutSpec, settings: ServerSettings) -> str:
@@ -101,5 +110,5 @@ def _prepare(connection: Connection) -> None:
         raise
 
 
-def _post(connection: Connection, path: str, what: str, body: Any) -> None:
-    connection.ask("POST", path, what, body=body)
+def _post(connection: Connection, path: str, what: str, body: Any = None, **params: str) -> None:
+    connection.ask("POST", path, what, params=params, body=body)

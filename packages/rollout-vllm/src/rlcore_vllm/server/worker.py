@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from rlcore_vllm.worker import WorkerExtension
 
@@ -23,3 +24,13 @@ class ServerWorkerExtension(WorkerExtension):
                 self.rlcore_load([(name, tensors.get_tensor(name)) for name in tensors.keys()])  # noqa: SIM118
         self.rlcore_finish(version)
         return version
+
+    def rlcore_restore(self) -> None:
+        """Load the files that the server was started with again, tensor by tensor, as version 0."""
+        from vllm.model_executor.model_loader import get_model_loader
+
+        loader: Any = get_model_loader(self.vllm_config.load_config)
+        self.rlcore_begin()
+        for tensor in loader.get_all_weights(self.vllm_config.model_config, self.model_runner.get_model()):
+            self.rlcore_load([tensor])
+        self.rlcore_finish(0)

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,6 +27,8 @@ from rlcore_vllm.config import VLLMSettings
 from rlcore_vllm.engine import VLLMRollout, build
 
 KV_CACHE_BYTES = 64 << 20
+BLOCK = 128
+"""Tokens in a block of vLLM's prefix cache on the CPU."""
 HEADS = {"architecture": "Llama", "head_dim": 32}
 
 
@@ -103,6 +106,31 @@ class VLLMConformance(RolloutEngineConformance):
             )
         )
         assert tokenizer.decode(made.tokens, skip_special_tokens=True) in ("yes", "no")
+
+    def test_lower_priorities_run_first(self, engine: VLLMRollout) -> None:
+        """More requests than are decoded together: the last one overtakes all that wait."""
+        running = VLLMSettings().max_num_seqs
+        finished = list[int]()
+
+        async def generate(index: int, priority: int) -> None:
+            await engine.generate(replace(request(8, seed=index), priority=priority))
+            finished.append(index)
+
+        async def scenario() -> None:
+            last = running + 50
+            await asyncio.gather(*(generate(index, 0 if index == last else 1) for index in range(last + 1)))
+            assert last in finished[: running + 1], finished.index(last)
+
+        asyncio.run(scenario())
+
+    def test_a_second_turn_computes_only_what_is_new(self, engine: VLLMRollout, reference: Any) -> None:
+        first = request(100, prompt=[10 + index % 200 for index in range(200)])
+        made, _ = asyncio.run(engine.generate_with(first, {}))
+        before = [*first.prompt, *made.tokens]
+        second = request(4, prompt=[*before, 20, 21, 22])
+        again, output = asyncio.run(engine.generate_with(second, {}))
+        assert len(before) - BLOCK <= output.num_cached_tokens <= len(before)
+        assert largest_difference(reference, second, again) < 1e-4
 
 
 class TestInProcess(VLLMConformance):

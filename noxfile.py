@@ -15,8 +15,7 @@ nox.options.sessions = ["lint", "typecheck", "tests", "docs", "integration", "in
 
 PACKAGES = sorted(path.parent.name for path in Path("packages").glob("*/pyproject.toml"))
 # What a package's tests need beside its group "test", and what does not fit into one environment with the others'.
-# SGLang imports half of what there is in each of its processes: compiling that once is less than each of them does.
-OTHER_GROUPS = {"rollout-sglang": ("--group", "sglang", "--compile-bytecode")}
+OTHER_GROUPS = {"rollout-sglang": ("--group", "sglang")}
 SGLANG_RECIPES = "tests/recipes/sglang"
 QUICKSTART = "tests/test_quickstart.py"  # takes both cores
 # Two files of tests at a time. Not where all files share one inference server, which takes minutes to start.

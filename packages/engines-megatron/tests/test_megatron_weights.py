@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from transformers.core_model_loading import revert_weight_conversion
 
 from rlcore.batch import Batch, Jagged
 from rlcore.engines import ForwardRequest, WeightBucket
@@ -308,19 +309,12 @@ def test_weights_go_into_every_layout_and_come_back(
 
 
 def in_order(model: Model) -> list[str]:
-    """Names in files in the order of the model in memory, tied ones once; experts one after another."""
+    """Names in files in the order of the model in memory, tied ones once."""
     with safe_open(model.folder / "model.safetensors", "pt") as file:
         saved = set(file.keys())
-    names = []
-    for name, tensor in model.model.state_dict().items():
-        if model.model.config.model_type == "mixtral":
-            name = name.replace(".mlp.", ".block_sparse_moe.")
-        if name.endswith(".experts.gate_up_proj"):
-            prefix = name.removesuffix("gate_up_proj")
-            parts = ("w1", "w3", "w2") if "block_sparse_moe" in name else ("gate_proj", "up_proj", "down_proj")
-            names += [f"{prefix}{expert}.{part}.weight" for expert in range(len(tensor)) for part in parts]
-        elif name in saved:
-            names.append(name)
+    state = model.model.state_dict().items()
+    written = [name for key, tensor in state for name in revert_weight_conversion(model.model, {key: tensor})]
+    names = [name for name in written if name in saved]
     assert set(names) == saved
     return names
 

@@ -100,17 +100,16 @@ class Family:
     def body(self, hf_config: Any) -> Iterator[Named]:
         """Every tensor but the head's, in the order of transformers' model.
 
-        Experts, which transformers keep in one tensor in memory and apart in files, come one after another under their
-        names in files.
+        Experts, which transformers keep together in memory and apart in files, come as they write them: the gates of
+        a layer's experts, then all their up projections, then all down projections.
         """
         yield Named(EMBEDDING.hf, EMBEDDING)
         experts = self.experts(hf_config)
         for layer in range(hf_config.num_hidden_layers):
             weights = self.layer if self.has_experts(hf_config, layer) or not self.dense_layer else self.dense_layer
             for per_expert, together in groupby(weights, lambda weight: weight.per_expert):
-                run = [_in_layer(weight) for weight in together]
-                for expert in range(experts) if per_expert else (None,):
-                    for weight in run:
+                for weight in map(_in_layer, together):
+                    for expert in range(experts) if per_expert else (None,):
                         yield Named(weight.hf.format(layer=layer, expert=expert), weight, layer, expert)
         yield Named(FINAL_NORM.hf, FINAL_NORM)
 

@@ -7,6 +7,8 @@ gradient descent, so that weights can be compared as closely as gradients.
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,10 @@ import torch
 import torch.distributed as dist
 
 from rlcore.batch import Batch
+from rlcore.checkpoint.rank_files import file_record
 from rlcore.controller.dispatch import gather
 from rlcore.engines import ForwardRequest, ModelSettings, OptimSettings, TrainEngine, TrainEngineSpec
-from rlcore.errors import EngineError
+from rlcore.errors import CheckpointError, EngineError
 from rlcore.testing.processes import RankPool
 from rlcore.testing.tiny_model import tiny_model
 from rlcore.testing.train_engine import SquaredError, WeightedLogprobs, exported, make_batch
@@ -262,17 +265,138 @@ def test_a_checkpoint_changes_its_layout(
             torch.testing.assert_close(again[name], tensor, atol=ATOL, rtol=0, msg=f"{layout}: {name}")
 
 
+@pytest.mark.parametrize("files", ["safetensors", "torch_dist"])
 def test_a_checkpoint_of_experts_and_bf16_changes_its_layout(
-    ranks: RankPool, experts_path: Path, tmp_path: Path
+    ranks: RankPool, experts_path: Path, tmp_path: Path, files: str
 ) -> None:
-    layout = {"expert_parallel": 2, "tensor_parallel": 2, "sequence_parallel": True}
+    layout = {"expert_parallel": 2, "tensor_parallel": 2, "sequence_parallel": True, "checkpoint_format": files}
     expected = ranks.run(save_after_a_step, experts_path, tmp_path / "fp32", layout, timeout=300)[0]
     for name, tensor in continue_from(experts_path, tmp_path / "fp32", {}).items():
         torch.testing.assert_close(tensor, expected[name], atol=ATOL, rtol=0, msg=name)
-    half = {"dtype": "bfloat16", "expert_parallel": 2}
+    half = {"dtype": "bfloat16", "expert_parallel": 2, "checkpoint_format": files}
     expected = ranks.run(save_after_a_step, experts_path, tmp_path / "bf16", half, timeout=300)[0]
     same = ranks.run(continue_from, experts_path, tmp_path / "bf16", half, timeout=300)[0]
     assert all(torch.equal(same[name], expected[name]) for name in expected)
+
+
+def go_on(engine: TrainEngine) -> dict[str, Any]:
+    """What an engine does next, and the random numbers that it would draw."""
+    result: dict[str, Any] = {"drawn": torch.rand(3)}
+    out = spread(engine, BATCHES[0], lambda part: engine.forward(part, REQUEST))
+    result |= {name: out.flat(name) for name in out.names}
+    steps = [spread(engine, batch, lambda part: engine.train(part, WeightedLogprobs())) for batch in BATCHES]
+    return result | {"metrics": [step.to_dict() for step in steps], "weights": exported(engine)}
+
+
+def save_and_go_on(path: Path, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Everything after ``start_save`` happens before ``finish_save``."""
+    engine = make_engine(path, {**options, "checkpoint_format": "torch_dist"})
+    spread(engine, BATCHES[1], lambda part: engine.train(part, WeightedLogprobs()))
+    saved = exported(engine)
+    engine.start_save(folder)
+    result = go_on(engine)
+    files = engine.finish_save()
+    engine.close()
+    return result | {"files": files, "saved": saved}
+
+
+def load_and_go_on(path: Path, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    engine = make_engine(path, options, seed=5)
+    engine.load(folder)
+    result = go_on(engine)
+    engine.close()
+    return result
+
+
+def load_with_megatron(path: Path, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    from megatron.core import dist_checkpointing
+
+    engine: Any = make_engine(path, options, optim=None)
+    (module,) = engine.modules
+    module.load_state_dict(dist_checkpointing.load(module.sharded_state_dict(), str(folder)), strict=False)
+    weights = exported(engine)
+    engine.close()
+    return {"weights": weights, "names": set(dist_checkpointing.load_tensors_metadata(str(folder)))}
+
+
+def test_megatrons_own_files_change_their_layout(ranks: RankPool, model_path: Path, tmp_path: Path) -> None:
+    results = ranks.run(save_and_go_on, model_path, tmp_path, LAYOUTS["tp2"], timeout=300)
+    files = {name: record for result in results for name, record in result["files"].items()}
+    assert files == {file.name: file_record(file) for file in tmp_path.iterdir()}, "on some rank's list, once"
+    assert {"checkpoint.json", "metadata.json", ".metadata", "common.pt", "__3_0.distcp"} <= files.keys()
+    expected = results[0]
+    for result, same in zip(results, ranks.run(load_and_go_on, model_path, tmp_path, LAYOUTS["tp2"], timeout=300)):
+        assert torch.equal(same["drawn"], result["drawn"])
+        assert same["metrics"] == expected["metrics"]
+        assert torch.equal(same["logprobs"], expected["logprobs"])
+        assert all(torch.equal(same["weights"][name], tensor) for name, tensor in expected["weights"].items())
+    for layout in ("pp2", "dp4-plain-optimizer"):
+        other = ranks.run(load_and_go_on, model_path, tmp_path, LAYOUTS[layout], timeout=300)[0]
+        torch.testing.assert_close(other["logprobs"], expected["logprobs"], atol=0, rtol=1e-6)
+        for name, tensor in expected["weights"].items():
+            torch.testing.assert_close(other["weights"][name], tensor, atol=ATOL, rtol=0, msg=f"{layout}: {name}")
+    read = ranks.run(load_with_megatron, model_path, tmp_path, LAYOUTS["pp2"], timeout=300)[0]
+    assert all(torch.equal(read["weights"][name], tensor) for name, tensor in expected["saved"].items())
+    weights = {name for name in read["names"] if not name.startswith("optimizer.")}
+    assert "decoder.layers.self_attention.linear_qkv.weight" in weights
+    states = {f"optimizer.state.{state}.{name}" for state in ("param", "exp_avg", "exp_avg_sq") for name in weights}
+    assert read["names"] == weights | states
+
+
+class Intruder:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> Any:
+        return Path.write_text, (self.target, "executed")
+
+
+def test_damaged_megatron_files_are_refused(model_path: Path, tmp_path: Path) -> None:
+    engine = make_engine(model_path, {"checkpoint_format": "torch_dist"})
+    good, folder, before = tmp_path / "good", tmp_path / "bad", exported(engine)
+    engine.save(good)
+    spread(engine, BATCHES[0], lambda part: engine.train(part, WeightedLogprobs()))
+    after = exported(engine)
+
+    def refused(words: str) -> None:
+        with pytest.raises(CheckpointError, match=words):
+            engine.load(folder)
+        assert all(torch.equal(tensor, after[name]) for name, tensor in exported(engine).items())
+        shutil.rmtree(folder)
+        shutil.copytree(good, folder)
+
+    shutil.copytree(good, folder)
+    content = bytearray((folder / "__0_0.distcp").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "__0_0.distcp").write_bytes(content)
+    refused("__0_0.distcp is damaged: it does not match its checksum")
+    (folder / "__0_1.distcp").unlink()
+    refused("__0_1.distcp is missing or damaged")
+    (folder / "checkpoint.json").unlink()  # what remains is what Megatron itself would have written
+    refused("holds no complete checkpoint: checkpoint.json is missing")
+    manifest = json.loads((folder / "checkpoint.json").read_text())
+    (folder / "checkpoint.json").write_text(json.dumps({**manifest, "files_format": "zarr"}))
+    refused("unknown format 'zarr'")
+    # somebody else's file, with a checksum that fits
+    torch.save(Intruder(tmp_path / "proof"), folder / "__0_0.distcp")
+    record = file_record(folder / "__0_0.distcp")
+    for where, _, _ in manifest["ranks"][0]:
+        if where[0] == "__0_0.distcp":
+            where[1:3] = 0, record["size"]
+    manifest["files"]["__0_0.distcp"] = record
+    (folder / "checkpoint.json").write_text(json.dumps(manifest))
+    refused("__0_0.distcp is missing or damaged: Weights only load failed")
+    assert not (tmp_path / "proof").exists()
+
+    (tmp_path / "file").write_text("mine")
+    for save in (engine.save, engine.start_save):
+        with pytest.raises(CheckpointError, match=f"cannot write {tmp_path / 'file'}"):
+            save(tmp_path / "file")
+    engine.load(folder)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in exported(engine).items())
+    engine.close()
 
 
 # --- layouts that do not fit ------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from rlcore.checkpoint import random_states, rank_files
 from rlcore.checkpoint.rank_files import MANIFEST, RankPart, rank_file
+from rlcore.checkpoint.rank_files import read_random_states as read_random_states
 from rlcore.errors import CheckpointError
 
 FORMAT = 2
@@ -64,17 +65,24 @@ def part(tensors: Mapping[str, torch.Tensor], rank: int) -> RankPart:
     return RankPart({**held, **states}, rows, text)
 
 
-def read_manifest(path: Path, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """The manifest of a checkpoint of ``weights`` (named "weight/…").
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or it is of another model.
+        CheckpointError: there is none, or it is damaged.
     """
-    manifest = rank_files.read_manifest(path, FORMAT, ("optimizer", "schedule_step", "adam_steps"))
+    return rank_files.read_manifest(path, FORMAT, ("optimizer", "schedule_step", "adam_steps"))
+
+
+def check_shapes(path: Path, manifest: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> None:
+    """Compare what a checkpoint holds with ``weights`` (named "weight/…").
+
+    Raises:
+        CheckpointError: it is of another model.
+    """
     prefix = "weight/"
     saved = {name.removeprefix(prefix): n for name, n in manifest["shapes"].items() if name.startswith(prefix)}
     rank_files.check_shapes(path, saved, {name.removeprefix(prefix): w.shape for name, w in weights.items()})
-    return manifest
 
 
 def read(path: Path, manifest: Mapping[str, Any], wanted: Mapping[str, Piece]) -> dict[str, torch.Tensor]:
@@ -110,14 +118,3 @@ def read(path: Path, manifest: Mapping[str, Any], wanted: Mapping[str, Piece]) -
         if found[name] != part.stop - part.start:
             raise CheckpointError(f"{path / MANIFEST} is damaged: it names {found[name]} rows of {name} for this rank")
     return values
-
-
-def read_random_states(path: Path, manifest: Mapping[str, Any], rank: int) -> tuple[dict[str, torch.Tensor], str]:
-    """The random states of ``rank`` (of another one where there were fewer ranks)."""
-    file = path / rank_file(rank % len(manifest["ranks"]))
-    try:
-        with safe_open(file, "pt") as tensors:
-            states = {name: tensors.get_tensor(name) for name in tensors.keys() if name.startswith("random/")}  # noqa: SIM118
-            return states, tensors.metadata()["random"]
-    except (OSError, SafetensorError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} is missing or damaged: {error}") from error

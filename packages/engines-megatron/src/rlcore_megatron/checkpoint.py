@@ -1,14 +1,14 @@
 """Checkpoints (`rlcore.checkpoint.rank_files`) of blocks of the global tensors that `sharded_state` describes.
 
 The manifest names each rank's blocks. Any layout can load it: each rank reads whatever overlaps with its own blocks.
-
-Megatron's own writer is not used: its ``.metadata`` is a pickle, which reading would execute, it differs from one save
-to the next, and its background writer is a spawned process. The description of the layout is Megatron's.
+They lie in the ranks' own safetensors files, or in Megatron's (`rlcore_megatron.torch_dist`). Neither is read by
+Megatron's reader: its ``.metadata`` is a pickle, which reading would execute.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import pickle
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +16,32 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
-from rlcore.checkpoint.rank_files import MANIFEST, rank_file
+from rlcore.checkpoint.rank_files import MANIFEST
 from rlcore.errors import CheckpointError
+from rlcore_megatron import torch_dist
+from rlcore_megatron.overlap import overlap
 
-FORMAT = 1
-Block = tuple[str, str, tuple[int, ...]]
-"""Name in the file, key of the global tensor, offset in it."""
+FORMAT = 2
+Block = tuple[Sequence[Any], str, tuple[int, ...]]
+"""Where it lies in which file, as its format says; key of the global tensor; offset in it."""
 
 
 class Reader:
-    """Blocks of the global tensors, put together from those that were saved."""
+    """Blocks of the global tensors, put together from those that were saved.
+
+    Raises:
+        CheckpointError: this version does not know the files that ``manifest`` speaks of.
+    """
 
     def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
         self._path = path
-        self._saved: dict[str, list[Block]] = {}
-        for rank, blocks in enumerate(manifest["ranks"]):
-            for name, key, offset in blocks:
-                self._saved.setdefault(key, []).append((rank_file(rank), name, tuple(offset)))
+        known = {"safetensors": _read_overlap, torch_dist.BACKEND: torch_dist.read_overlap}
+        if manifest["files_format"] not in known:
+            raise CheckpointError(f"{path} has files of the unknown format {manifest['files_format']!r}")
+        self._read_overlap: Callable[..., Any] = known[manifest["files_format"]]
+        self._saved: dict[str, list[tuple[Sequence[Any], tuple[int, ...]]]] = {}
+        for where, key, offset in (block for blocks in manifest["ranks"] for block in blocks):
+            self._saved.setdefault(key, []).append((where, tuple(offset)))
 
     def fill(self, key: str, offset: tuple[int, ...], into: torch.Tensor, padded: bool) -> None:
         """Copy what was saved of ``key`` at ``offset`` into a tensor on the CPU.
@@ -46,32 +55,17 @@ class Reader:
         found = 0
         if padded:
             into.zero_()
-        for file, name, start in self._saved.get(key, ()):
+        for where, start in self._saved.get(key, ()):
             try:
-                with safe_open(self._path / file, "pt") as tensors:
-                    piece = tensors.get_slice(name)
-                    overlap = _overlap(start, piece.get_shape(), offset, into.shape)
-                    if overlap is None:
-                        continue
-                    theirs, ours = overlap
-                    values = piece[theirs] if theirs else tensors.get_tensor(name)
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{self._path / file} is missing or damaged: {error}") from error
-            into[ours] = values.to(into.dtype)
-            found += values.numel()
+                common = self._read_overlap(self._path, where, start, offset, into.shape)
+            except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+                raise CheckpointError(f"{self._path / where[0]} is missing or damaged: {error}") from error
+            if common is not None:
+                values, ours = common
+                into[ours] = values.to(into.dtype)
+                found += values.numel()
         if found != into.numel() and not padded:
             raise CheckpointError(f"{self._path / MANIFEST} is damaged: it names {found} of {into.numel()} of {key}")
-
-    def random_states(self, rank: int) -> tuple[dict[str, torch.Tensor], str]:
-        """The random states of ``rank`` (of another one where there were fewer ranks)."""
-        files = sorted(self._path.glob("rank-*.safetensors"))
-        file = files[rank % len(files)]
-        try:
-            with safe_open(file, "pt") as tensors:
-                names = [name for name in tensors.keys() if name.startswith("random/")]  # noqa: SIM118
-                return {name: tensors.get_tensor(name) for name in names}, tensors.metadata()["random"]
-        except (OSError, SafetensorError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{file} is missing or damaged: {error}") from error
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -81,14 +75,15 @@ def gather_objects(value: Any) -> list[Any]:
     return gathered
 
 
-def _overlap(
-    start: Sequence[int], size: Sequence[int], other_start: Sequence[int], other_size: Sequence[int]
-) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
-    """Where two boxes meet, within the first and within the second; None if nowhere."""
-    low = [max(a, b) for a, b in zip(start, other_start)]
-    high = [min(a + n, b + m) for a, n, b, m in zip(start, size, other_start, other_size)]
-    if any(a >= b for a, b in zip(low, high)):
-        return None
-    first = tuple(slice(a - origin, b - origin) for a, b, origin in zip(low, high, start))
-    second = tuple(slice(a - origin, b - origin) for a, b, origin in zip(low, high, other_start))
-    return first, second
+def _read_overlap(
+    folder: Path, where: tuple[str, str], start: Sequence[int], offset: Sequence[int], size: torch.Size
+) -> tuple[torch.Tensor, tuple[slice, ...]] | None:
+    """See `torch_dist.read_overlap`; ``where`` is a safetensors file and a name in it."""
+    file, name = where
+    with safe_open(folder / file, "pt") as tensors:
+        piece = tensors.get_slice(name)
+        both = overlap(start, piece.get_shape(), offset, size)
+        if both is None:
+            return None
+        theirs, ours = both
+        return (piece[theirs] if theirs else tensors.get_tensor(name)), ours

@@ -12,6 +12,7 @@ from rlcore.config import Config
 from rlcore_megatron import megatron_fields
 
 DType = Literal["float32", "bfloat16"]
+CheckpointFormat = Literal["safetensors", "torch_dist"]
 
 # Fields of Megatron's dataclasses that an own setting, the model or the engine decides, and which.
 _OURS: dict[str, dict[str, str]] = {
@@ -103,6 +104,10 @@ class MegatronSettings(Config):
     offload_optimizer: bool = Field(False, description="Keep optimizer states in host memory between optimizer steps.")
     logits_chunk: int | None = Field(
         None, ge=1, description="Tokens whose logits exist at a time; null bounds the logits by memory instead."
+    )
+    checkpoint_format: CheckpointFormat = Field(
+        "safetensors",
+        description="Files to write: safetensors, or Megatron's own, which its tools read. The engine reads both.",
     )
     transformer: dict[str, Any] = Field(
         default_factory=dict, description="Any other field of megatron-core's TransformerConfig."

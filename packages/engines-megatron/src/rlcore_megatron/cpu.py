@@ -51,6 +51,7 @@ _NAMES_CUDA_TENSORS = (
 # Megatron imports some of these only when it needs them, after `install`.
 _IMPORTED = (
     *_NAMES_CUDA_TENSORS,
+    "megatron.core.dist_checkpointing.strategies.torch",
     "megatron.core.distributed",
     "megatron.core.models.gpt.gpt_model",
     "megatron.core.models.gpt.gpt_layer_specs",

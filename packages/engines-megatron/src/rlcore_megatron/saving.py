@@ -2,41 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedBase
 
 from rlcore.checkpoint import random_states, rank_files
 from rlcore.checkpoint.background_save import BackgroundSave
-from rlcore.checkpoint.rank_files import RankPart
+from rlcore.checkpoint.rank_files import RankPart, rank_file
 from rlcore.errors import CheckpointError
+from rlcore_megatron import torch_dist
 from rlcore_megatron.checkpoint import FORMAT, Reader, gather_objects
+from rlcore_megatron.config import CheckpointFormat
 from rlcore_megatron.modules import PackedGPT
 from rlcore_megatron.optimizer import MOMENTS, Optimization
 from rlcore_megatron.parallel import Parallel
-from rlcore_megatron.sharded_state import Local, adam_step, local_parameters, restore_moments
+from rlcore_megatron.sharded_state import Local, adam_step, local_parameters, other_states, restore_moments
+from rlcore_megatron.torch_dist import TorchDistPart
+
+_MEGATRONS_NAMES = {"weight": "optimizer.state.param."} | {kind: f"optimizer.state.{kind}." for kind in MOMENTS}
 
 
 class Saving:
-    """The checkpoints of one engine, one at a time."""
+    """The checkpoints of one engine, one at a time; ``files_format`` is that of those that it writes."""
 
-    def __init__(self, modules: Sequence[PackedGPT], optimization: Optimization | None, parallel: Parallel) -> None:
+    def __init__(
+        self,
+        modules: Sequence[PackedGPT],
+        optimization: Optimization | None,
+        parallel: Parallel,
+        files_format: CheckpointFormat,
+    ) -> None:
         self._modules = modules
         self._optimization = optimization
         self._parallel = parallel
-        self._background = BackgroundSave(parallel.rank, gather_objects)
+        self._format = files_format
+        own = (rank_files.write_part, rank_files.complete)
+        steps = (torch_dist.write, torch_dist.complete) if files_format == torch_dist.BACKEND else own
+        self._background: BackgroundSave[Any] = BackgroundSave(parallel.rank, gather_objects, *steps)
         self.done, self.finish = self._background.done, self._background.finish
 
     def start(self, path: Path, schedule_step: int) -> None:
         """Copy this rank's share to host memory and begin to write it; collective."""
         self._background.check_idle(path)
-        self._background.start(path, *self._collect(schedule_step))
+        self._background.start(path, *self._collect(path, schedule_step))
 
     def save(self, path: Path, schedule_step: int) -> None:
         """All of it at once; collective."""
-        self._background.save(path, *self._collect(schedule_step))
+        self._background.check_idle(path)
+        self._background.save(path, *self._collect(path, schedule_step))
 
     def load(self, path: Path) -> int | None:
         """Restore weights and, if there is an optimizer, its states and the random ones; collective.
@@ -51,7 +67,9 @@ class Saving:
         local = local_parameters(self._modules, self._optimization, parallel)
         shapes = _shapes(local)
         try:
-            manifest = rank_files.read_manifest(path, FORMAT, ("optimizer", "schedule_step", "adam_step"))
+            manifest = rank_files.read_manifest(
+                path, FORMAT, ("files_format", "optimizer", "schedule_step", "adam_step")
+            )
             rank_files.check_shapes(path, manifest["shapes"], shapes)
             if self._optimization is not None and not manifest["optimizer"]:
                 raise CheckpointError(f"{path} was saved by a frozen engine: it has no optimizer states to go on with")
@@ -60,7 +78,7 @@ class Saving:
             step = manifest["adam_step"] if self._optimization is not None else 0.0
             kinds = ("weight", *MOMENTS) if step else ("weight",)
             values = [{kind: _read(reader, kind, one) for kind in kinds} for one in local]
-            states, text = reader.random_states(parallel.rank)
+            states, text = rank_files.read_random_states(path, manifest, parallel.rank)
         except CheckpointError as problem:
             error = problem
         rank_files.agree(error, path, gather_objects)  # from here on nothing fails
@@ -77,32 +95,65 @@ class Saving:
         random_states.restore(states, text)
         return int(manifest["schedule_step"])
 
-    def _collect(self, schedule_step: int) -> tuple[RankPart, dict[str, Any]]:
-        """Copies of what this rank writes, and facts about the whole."""
+    def _collect(self, path: Path, schedule_step: int) -> tuple[RankPart | TorchDistPart, dict[str, Any]]:
+        """Copies of what this rank writes, and facts about the whole; collective."""
         local = local_parameters(self._modules, self._optimization, self._parallel)
         shapes = _shapes(local)
         step = adam_step(self._optimization) if self._optimization is not None else 0.0
         step = max(gather_objects(step))  # a rank may have no element of any parameter
-        tensors, text = random_states.collect()
-        blocks = []
-        for number, one in enumerate(local):
-            target = number % one.copies.size()  # the copies share the work
-            for kind in ("weight", *MOMENTS) if step else ("weight",):
-                tensor = one.whole(kind, target)
-                if tensor is None or not one.writes:
-                    continue
-                for block in one.blocks(tensor):
-                    name = f"{kind}/{block.key}@{','.join(map(str, block.offset))}"
-                    tensors[name] = block.data.detach().to("cpu", copy=True).contiguous()
-                    blocks.append((name, f"{kind}/{block.key}", block.offset))
         facts = {
             "format": FORMAT,
+            "files_format": self._format,
             "optimizer": self._optimization is not None,
             "adam_step": step,
             "schedule_step": schedule_step,
             "shapes": shapes,
         }
-        return RankPart(tensors, blocks, text), facts
+        states, text = random_states.collect()
+        kinds = ("weight", *MOMENTS) if step else ("weight",)
+        if self._format == torch_dist.BACKEND:
+            described, keys = _in_megatrons_terms(local, kinds)
+            described += other_states(self._modules)
+            own = RankPart(states, [], text)
+            return torch_dist.plan(path, described, keys, schedule_step, own, gather_objects), facts
+        blocks = []
+        for one, kind, tensor in _share(local, kinds):
+            for block in one.blocks(tensor):
+                name = f"{kind}/{block.key}@{','.join(map(str, block.offset))}"
+                states[name] = _copy(block.data)
+                blocks.append(((rank_file(self._parallel.rank), name), f"{kind}/{block.key}", block.offset))
+        return RankPart(states, blocks, text), facts
+
+
+def _share(local: Sequence[Local], kinds: Sequence[str]) -> Iterator[tuple[Local, str, torch.Tensor]]:
+    """What this rank writes of each parameter, shaped as it; collective. Weights are those of the optimizer."""
+    for number, one in enumerate(local):
+        target = number % one.copies.size()  # the copies share the work
+        for kind in kinds:
+            tensor = one.whole(kind, target)
+            if tensor is not None and one.writes:
+                yield one, kind, tensor
+
+
+def _in_megatrons_terms(local: Sequence[Local], kinds: Sequence[str]) -> tuple[list[ShardedBase], dict[str, str]]:
+    """Copies of this rank's share as Megatron describes them, and our keys by its keys.
+
+    The names of optimizer states are those of Megatron's ``fully_reshardable`` format. The weights that the optimizer
+    updates are among them, and are ours; beside them stand the model's, for Megatron's tools.
+    """
+    described: list[ShardedBase] = []
+    keys = {}
+    for one, kind, tensor in _share(local, kinds):
+        prefix = _MEGATRONS_NAMES[kind] if one.main is not None else ""
+        described.append(one.described(_copy(tensor), prefix))
+        keys |= {prefix + block.key: f"{kind}/{block.key}" for block in one.blocks(tensor)}
+        if kind == "weight" and prefix:
+            described.append(one.described(_copy(one.parameter), ""))
+    return described, keys
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def _shapes(local: Sequence[Local]) -> dict[str, list[int]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor, ShardedTensorFactory
 
 from rlcore_megatron.modules import PackedGPT
 from rlcore_megatron.optimizer import Optimization
@@ -63,7 +63,16 @@ class Local:
         if isinstance(self.description, ShardedTensor):
             return [_block(replace(self.description, data=tensor, dtype=tensor.dtype))]
         described = replace(self.description, data=tensor)
-        return [_block(part) for part in _sharded_tensors(described.build())]
+        return [_block(part) for part in _described(described.build())]
+
+    def described(self, tensor: torch.Tensor, prefix: str) -> ShardedBase:
+        """``tensor``, shaped as the parameter, as Megatron describes it, for the one rank that writes it."""
+        replica: Any = self.description.replica_id
+        first = tuple(0 for _ in replica) if isinstance(replica, tuple) else 0
+        changes: dict[str, Any] = {"key": prefix + self.description.key, "data": tensor, "replica_id": first}
+        if isinstance(self.description, ShardedTensor):
+            changes["dtype"] = tensor.dtype
+        return replace(self.description, **changes)
 
     def whole(self, kind: str, target: int) -> torch.Tensor | None:
         """All of "weight" or of a moment, shaped as the parameter, on the copies' rank ``target``; None on the others.
@@ -94,9 +103,9 @@ def local_parameters(
     found = []
     for module in modules:
         parameters = {id(p): p for p in module.parameters()}
-        for description in _sharded_tensors(module.sharded_state_dict()):
+        for description in _described(module.sharded_state_dict()):
             parameter = parameters.pop(id(description.data), None)
-            if parameter is None:  # buffers and the like, which are computed
+            if parameter is None:
                 continue
             start, stop, main, owner = shards.get(parameter, (0, parameter.numel(), None, None))
             copies = parallel.dp_cp_group if getattr(parameter, "allreduce", True) else parallel.expert_dp_group
@@ -106,6 +115,17 @@ def local_parameters(
             found.append(Local(parameter, description, start, stop, main, owner, divided, copies, first))
         assert not parameters, "Megatron describes every parameter"
     return found
+
+
+def other_states(modules: Sequence[PackedGPT]) -> list[ShardedBase]:
+    """What Megatron describes besides parameters (of TransformerEngine, mostly nothing), and its readers insist on."""
+    parameters = {id(p) for module in modules for p in module.parameters()}
+    return [
+        state
+        for module in modules
+        for state in _described(module.sharded_state_dict())
+        if id(state.data) not in parameters
+    ]
 
 
 def adam_step(optimization: Optimization) -> float:
@@ -162,15 +182,15 @@ def _undivided(part: Any) -> Iterator[tuple[torch.Tensor, torch.nn.Parameter]]:
         yield from zip(parameters, parameters)
 
 
-def _sharded_tensors(tree: Any) -> Iterator[Any]:
-    if isinstance(tree, ShardedTensor | ShardedTensorFactory):
+def _described(tree: Any) -> Iterator[Any]:
+    if isinstance(tree, ShardedBase):
         yield tree
     elif isinstance(tree, dict):
         for value in tree.values():
-            yield from _sharded_tensors(value)
+            yield from _described(value)
     elif isinstance(tree, list | tuple):
         for value in tree:
-            yield from _sharded_tensors(value)
+            yield from _described(value)
 
 
 def _block(tensor: ShardedTensor) -> Block:

@@ -75,7 +75,7 @@ class MegatronEngine(TrainEngine):
             for chunk in chunks:
                 chunk.requires_grad_(False)
         self._pipeline = Pipeline(chunks, spec.head, self.parallel, settings.sequence_parallel, device)
-        self._saving = Saving(self.modules, self._optimization, self.parallel)
+        self._saving = Saving(self.modules, self._optimization, self.parallel, settings.checkpoint_format)
         self._schedule_step = 0
         self._parked: dict[Part, list[Parked]] = {}
         self.step_count = 0

@@ -45,7 +45,7 @@ def rank_file(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def write_part(path: Path, part: RankPart, rank: int) -> FileRecord:
+def write_part(path: Path, part: RankPart, rank: int) -> dict[str, FileRecord]:
     """Write ``part`` to the folder ``path`` and flush it to disk; its checksum is taken on the way. No collective.
 
     Raises:
@@ -56,7 +56,7 @@ def write_part(path: Path, part: RankPart, rank: int) -> FileRecord:
         path.mkdir(parents=True, exist_ok=True)
         if rank == 0:  # of an earlier checkpoint, which this one replaces
             (path / MANIFEST).unlink(missing_ok=True)
-        return write_tensors(file, part.tensors, {"random": part.random})
+        return {file.name: write_tensors(file, part.tensors, {"random": part.random})}
     except OSError as problem:
         raise CheckpointError(f"rank {rank}: cannot write {file}: {problem.strerror or problem}") from problem
 
@@ -64,7 +64,7 @@ def write_part(path: Path, part: RankPart, rank: int) -> FileRecord:
 def complete(
     path: Path,
     part: RankPart,
-    written: FileRecord | CheckpointError,
+    written: Mapping[str, FileRecord] | CheckpointError,
     facts: Mapping[str, Any],
     rank: int,
     gather: Gather,
@@ -72,7 +72,7 @@ def complete(
     """Add the manifest once all ranks have written their parts; collective.
 
     Args:
-        written: what became of this rank's part.
+        written: what became of this rank's part: its files.
         facts: entries of the manifest, on rank 0 those of the whole model; "format" among them.
 
     Returns:
@@ -85,12 +85,12 @@ def complete(
     reports = gather((str(written) if failed else None, None if failed else written, part.places))
     _raise_first(f"checkpoint {path} could not be written", (report[0] for report in reports))
     assert not isinstance(written, CheckpointError)
-    records = {rank_file(rank): written}
+    records = dict(written)
     error = None
     if rank == 0:
         manifest = {
             **facts,
-            "files": {rank_file(other): report[1] for other, report in enumerate(reports)},
+            "files": {name: record for report in reports for name, record in report[1].items()},
             "ranks": [report[2] for report in reports],
         }
         try:
@@ -146,20 +146,42 @@ def check_files(path: Path, manifest: Mapping[str, Any], rank: int, world: int) 
     """
     for name, record in list(manifest["files"].items())[rank::world]:
         try:
-            with (path / name).open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+            found = file_record(path / name)
         except OSError as error:
             raise CheckpointError(f"{path / name} is missing or damaged: {error}") from error
-        if found != record["sha256"]:
+        if found["sha256"] != record["sha256"]:
             raise CheckpointError(f"{path / name} is damaged: it does not match its checksum")
 
 
-def agree(error: Exception | None, path: Path, gather: Gather) -> None:
+def read_random_states(path: Path, manifest: Mapping[str, Any], rank: int) -> tuple[dict[str, torch.Tensor], str]:
+    """The random states of ``rank`` (of another one where there were fewer), as `random_states.restore` takes them.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    from safetensors import SafetensorError, safe_open  # which engines that read these files install, the core does not
+
+    file = path / rank_file(rank % len(manifest["ranks"]))
+    try:
+        with safe_open(file, "pt") as tensors:
+            names = [name for name in tensors.keys() if name.startswith("random/")]  # noqa: SIM118 (not a mapping)
+            return {name: tensors.get_tensor(name) for name in names}, tensors.metadata()["random"]
+    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} is missing or damaged: {error}") from error
+
+
+def file_record(file: Path) -> FileRecord:
+    """What the file holds, by reading it."""
+    with file.open("rb") as content:
+        return {"size": file.stat().st_size, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
+
+
+def agree(error: Exception | None, path: Path, gather: Gather, done: str = "loaded") -> None:
     """Raise CheckpointError on every rank if one of them has an error; collective."""
     reports = gather(None if error is None else str(error))
     if error is not None:
         raise error
-    _raise_first(f"checkpoint {path} cannot be loaded on another rank", reports)
+    _raise_first(f"checkpoint {path} cannot be {done} on another rank", reports)
 
 
 def _write_manifest(path: Path, manifest: Mapping[str, Any]) -> FileRecord:

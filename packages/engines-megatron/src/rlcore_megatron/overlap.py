@@ -1,0 +1,18 @@
+"""Where blocks of one tensor meet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def overlap(
+    start: Sequence[int], size: Sequence[int], other_start: Sequence[int], other_size: Sequence[int]
+) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
+    """Where two boxes meet, within the first and within the second; None if nowhere."""
+    low = [max(a, b) for a, b in zip(start, other_start)]
+    high = [min(a + n, b + m) for a, n, b, m in zip(start, size, other_start, other_size)]
+    if any(a >= b for a, b in zip(low, high)):
+        return None
+    first = tuple(slice(a - origin, b - origin) for a, b, origin in zip(low, high, start))
+    second = tuple(slice(a - origin, b - origin) for a, b, origin in zip(low, high, other_start))
+    return first, second

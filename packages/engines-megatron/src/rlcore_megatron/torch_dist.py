@@ -1,0 +1,212 @@
+"""Checkpoints in Megatron's own format ``torch_dist``, which Megatron's tools read: `megatron.core.dist_checkpointing`.
+
+Megatron plans them: what each rank writes, under which names, and that this is everything, once. A thread of ours
+writes. Beside Megatron's files stand those of `rlcore.checkpoint.rank_files`: the random states, and a manifest that
+says where in Megatron's files each block lies. The engine reads by this manifest: whoever reads ``.metadata`` unpickles
+it, and with it whatever somebody may have put there.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import queue
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.mapping import CheckpointingException, ShardedBase
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch.distributed.checkpoint import Metadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.storage import WriteResult
+
+from rlcore.checkpoint import rank_files
+from rlcore.checkpoint.rank_files import Gather, RankPart, file_record
+from rlcore.checkpoint.tensor_file import flush
+from rlcore.engines.train import FileRecord
+from rlcore.errors import CheckpointError
+from rlcore_megatron.overlap import overlap
+
+BACKEND, VERSION = "torch_dist", 1
+_BY_RANK_0 = ("common.pt", ".metadata", "metadata.json")
+
+
+@dataclass(frozen=True)
+class TorchDistPart:
+    """What one rank writes.
+
+    Attributes:
+        buckets: Megatron's plan: for each file its name, and what goes in: tensors, or other states as bytes.
+        keys: the names of global tensors in the manifest by those in Megatron's files; others are not in it.
+        own: random states, which have a file of their own.
+        writer, metadata: what completes the plan (on rank 0).
+        written: grows in `write`; see `_write_bucket`.
+    """
+
+    buckets: Sequence[tuple[str, Sequence[tuple[Any, torch.Tensor | io.BytesIO]]]]
+    keys: Mapping[str, str]
+    own: RankPart
+    writer: Any
+    metadata: Metadata | None
+    written: list[tuple[WriteResult, list[int]]] = field(default_factory=list)
+
+
+def plan(
+    path: Path, states: Sequence[ShardedBase], keys: Mapping[str, str], step: int, own: RankPart, gather: Gather
+) -> TorchDistPart:
+    """Plan to write ``states``, which nobody changes any more and which are on the CPU, to ``path``; collective.
+
+    Args:
+        step: of the schedule; Megatron calls it the iteration.
+
+    Raises:
+        CheckpointError: the folder cannot be written; on all ranks.
+    """
+    error = None
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        error = CheckpointError(f"cannot write {path}: {problem.strerror or problem}")
+    rank_files.agree(error, path, gather, "written")
+    strategy = _PlanOnly(BACKEND, VERSION)
+    with _without_manager():
+        try:
+            dist_checkpointing.save(
+                {"states": list(states), "iteration": step, "checkpoint_version": 3.0},
+                str(path),
+                sharded_strategy=strategy,
+                async_sharded_save=True,
+            )
+        except (OSError, RuntimeError, CheckpointingException) as problem:
+            raise CheckpointError(f"checkpoint {path} could not be written: {problem}") from problem
+    buckets = [(name, [*others, *tensors]) for _, name, (others, tensors) in strategy.writer.write_buckets]
+    return TorchDistPart(buckets, keys, own, strategy.writer, strategy.metadata)
+
+
+def write(path: Path, part: TorchDistPart, rank: int) -> dict[str, FileRecord]:
+    """Write what ``part`` plans and flush it to disk. No collective.
+
+    Raises:
+        CheckpointError: names the file.
+    """
+    records = rank_files.write_part(path, part.own, rank)
+    for name, items in part.buckets:
+        file = path / name
+        try:
+            part.written.extend(_write_bucket(file, items))
+            records[name] = file_record(file)
+        except (OSError, RuntimeError) as problem:  # torch's writer raises the latter too
+            raise CheckpointError(f"rank {rank}: cannot write {file}: {problem}") from problem
+    return records
+
+
+def complete(
+    path: Path,
+    part: TorchDistPart,
+    written: Mapping[str, FileRecord] | CheckpointError,
+    facts: Mapping[str, Any],
+    rank: int,
+    gather: Gather,
+) -> dict[str, FileRecord]:
+    """Add Megatron's metadata and then the manifest, once all ranks have written; see `rank_files.complete`."""
+    failed = isinstance(written, CheckpointError)
+    results = gather(None if failed else [result for result, _ in part.written])
+    if rank == 0 and not isinstance(written, CheckpointError) and None not in results:
+        try:
+            part.writer.finish(part.metadata, results)
+            save_config(CheckpointingConfig(BACKEND, VERSION), str(path))
+            for name in _BY_RANK_0:
+                flush(path / name)
+            written = {**written, **{name: file_record(path / name) for name in _BY_RANK_0}}
+        except OSError as problem:
+            written = CheckpointError(f"rank 0: cannot write to {path}: {problem.strerror or problem}")
+    blocks = [
+        ([result.storage_data.relative_path, result.storage_data.offset, result.storage_data.length, shape],
+         part.keys[result.index.fqn], list(result.index.offset))
+        for result, shape in part.written
+        if result.index.fqn in part.keys
+    ]  # fmt: skip
+    return rank_files.complete(path, replace(part.own, places=blocks), written, facts, rank, gather)
+
+
+def read_overlap(
+    folder: Path, where: tuple[str, int, int, list[int]], start: Sequence[int], offset: Sequence[int], size: torch.Size
+) -> tuple[torch.Tensor, tuple[slice, ...]] | None:
+    """What a block of a file has of a wanted one.
+
+    Args:
+        where: the block: its file, place and length in bytes there, and shape.
+        start: its place in the global tensor.
+        offset, size: the wanted block.
+
+    Returns:
+        the values, and where in the wanted block they belong; None if the blocks do not meet.
+
+    Raises:
+        OSError, RuntimeError, UnpicklingError: the file is missing or damaged.
+    """
+    name, begin, length, shape = where
+    both = overlap(start, shape, offset, size)
+    if both is None:
+        return None
+    with (folder / name).open("rb") as file:
+        file.seek(begin)
+        content = file.read(length)
+    if len(content) != length:
+        raise pickle.UnpicklingError("it is too short")
+    tensor = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    return tensor.view(shape)[both[0]], both[1]
+
+
+class _PlanOnly(TorchDistSaveShardedStrategy):  # type: ignore[misc]
+    """Megatron's strategy up to the writing.
+
+    megatron-core 0.16.1 writes from processes that it forks, out of a process full of threads, and finishes with
+    collectives that wait for ever where one rank cannot write.
+    """
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, planned: Sequence[Any]) -> AsyncRequest:
+        self.writer, self.metadata = writer, planned[1]
+        return AsyncRequest(None, (), [])
+
+
+@contextmanager
+def _without_manager() -> Iterator[None]:
+    """Keep megatron-core 0.16.1 from spawning a process, for a queue of results, while it plans.
+
+    It would import the main module of the program once more.
+    """
+    module: Any = filesystem_async
+    before, module._results_queue = module._results_queue, queue.SimpleQueue()
+    try:
+        yield
+    finally:
+        module._results_queue = before
+
+
+def _write_bucket(
+    file: Path, items: Sequence[tuple[Any, torch.Tensor | io.BytesIO]]
+) -> Iterator[tuple[WriteResult, list[int]]]:
+    """Write one after another; where each lies, and the shape of a tensor as a block of the global one."""
+    with file.open("wb") as stream:
+        for item, content in items:
+            begin, shape = stream.tell(), []
+            if isinstance(content, torch.Tensor):
+                torch.save(content, stream)
+                sizes, offset = item.tensor_data.chunk.sizes, item.index.offset
+                shape = [1] * (len(offset) - len(sizes)) + list(sizes)
+            else:
+                stream.write(content.getbuffer())
+            length = stream.tell() - begin
+            yield WriteResult(item.index, length, _StorageInfo(file.name, begin, length)), shape
+        stream.flush()
+        os.fsync(stream.fileno())

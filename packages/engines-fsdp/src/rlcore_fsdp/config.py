@@ -7,6 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from rlcore.config import Config
+from rlcore.engines import LoRASettings
 
 DType = Literal["float32", "bfloat16"]
 
@@ -45,6 +46,9 @@ class FSDPSettings(Config):
         description="Keep parameters, gradients and optimizer states in host memory; layers visit the GPU in turn.",
     )
     offload_optimizer: bool = Field(False, description="Keep optimizer states in host memory between optimizer steps.")
+    lora: LoRASettings | None = Field(
+        None, description="Train low-rank adapters (and a new scalar head) beside frozen weights; null trains all."
+    )
     logits_chunk: int | None = Field(
         None, ge=1, description="Tokens whose logits exist at a time; null bounds the logits by memory instead."
     )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from rlcore.engines.schedule import learning_rate
 from rlcore.engines.train import FileRecord, Part
 from rlcore.errors import CheckpointError, EngineError
 from rlcore.metrics import Metrics
-from rlcore_fsdp import checkpoint, saved_state, sharding
+from rlcore_fsdp import checkpoint, lora, saved_state, sharding
 from rlcore_fsdp.attention import Packing, choose_kernel
 from rlcore_fsdp.config import FSDPSettings
 from rlcore_fsdp.distributed import (
@@ -45,7 +45,7 @@ from rlcore_fsdp.optimizer import make_optimizer
 from rlcore_fsdp.packed_model import PackedModel, check_request, full_columns
 from rlcore_fsdp.saved_state import MOMENTS
 from rlcore_fsdp.verification import TESTED, verify
-from rlcore_fsdp.weights import buckets, full_weights, named_weights, write_model
+from rlcore_fsdp.weights import buckets, full_weights, write_model
 
 _PARTS: tuple[Part, ...] = ("params", "optimizer")
 
@@ -90,10 +90,11 @@ class FSDPTrainEngine(TrainEngine):
         self.master_dtype = getattr(torch, master) if master else self.param_dtype
         self._kernel = choose_kernel(spec.model.attn_implementation, self._device, self.param_dtype)
         config = read_config(spec.model)
+        frozen_dtype = self.param_dtype if settings.lora else self.master_dtype
         if needs_sharding(settings, self._device, self._world, self.master_dtype != self.param_dtype):
             mesh = make_mesh(self._device, settings.replicate)
             source = self._load_on_first_rank(config)
-            model = empty_model(spec.model, config, spec.head, self.master_dtype)
+            model = self._with_adapters(empty_model(spec.model, config, spec.head, frozen_dtype))
             self.root = PackedModel(model, spec.head, settings.logits_chunk)
             sharding.shard(self.root, mesh, settings, self.param_dtype, getattr(torch, settings.reduce_dtype))
             home = torch.device("cpu") if settings.offload_params else self._device
@@ -101,16 +102,20 @@ class FSDPTrainEngine(TrainEngine):
         else:
             if settings.replicate > 1:
                 raise EngineError(f"replicate {settings.replicate} needs that many processes; this is the only one")
-            model = load_model(spec.model, config, spec.head, self.param_dtype, spec.seed).to(self._device)
+            model = load_model(spec.model, config, spec.head, self.param_dtype, spec.seed)
+            model = self._with_adapters(model).to(self._device)
             self.root = PackedModel(model, spec.head, settings.logits_chunk)
-        self.root.eval().requires_grad_(spec.optim is not None)
+        self.root.eval().requires_grad_(False)
+        trained = [parameter for _, parameter in self._trained_parameters()]
+        for parameter in trained:
+            parameter.requires_grad_(spec.optim is not None)
         if settings.gradient_checkpointing:
             if not self.model.supports_gradient_checkpointing:
                 raise EngineError(
                     f"{type(self.model).__name__} does not support gradient_checkpointing in transformers"
                 )
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self._optimizer = make_optimizer(self.root.parameters(), spec.optim) if spec.optim else None
+        self._optimizer = make_optimizer(trained, spec.optim) if spec.optim else None
         self._schedule_step = 0
         self._where: dict[Part, torch.device] = dict.fromkeys(_PARTS, self._device)
         self.step_count = 0
@@ -127,12 +132,20 @@ class FSDPTrainEngine(TrainEngine):
         spec, source, error = self.spec, None, None
         if dist.get_rank() == 0:
             try:
-                source = load_model(spec.model, config, spec.head, "auto", spec.seed)
+                source = self._with_adapters(load_model(spec.model, config, spec.head, "auto", spec.seed))
             except EngineError as problem:
                 error = str(problem)
         if error := self._gather(error)[0]:
             raise EngineError(error)
         return source
+
+    def _with_adapters(self, model: PreTrainedModel) -> PreTrainedModel:
+        if self.settings.lora is not None:
+            lora.add_adapters(model, self.settings.lora, self.spec.head, self.master_dtype, self.spec.seed)
+        return model
+
+    def _trained_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        return self.model.named_parameters() if self.settings.lora is None else lora.trained_parameters(self.model)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -190,7 +203,7 @@ class FSDPTrainEngine(TrainEngine):
             for index, members in enumerate(divided):
                 self._accumulate(last=index == len(divided) - 1)
                 micro = batch.take(members)
-                with self._recomputing():
+                with self._in_training():
                     outputs = self._outputs(micro, request)
                 if members:
                     loss, metrics = objective.loss(outputs, micro.to(self._device), denominators)
@@ -237,16 +250,17 @@ class FSDPTrainEngine(TrainEngine):
         return full_columns(outputs, positions, total)
 
     @contextmanager
-    def _recomputing(self) -> Iterator[None]:
-        """Let layers checkpoint their activations, which they do in training mode; their parts stay in evaluation."""
-        layers = sharding.decoder_layers(self.model) if self.settings.gradient_checkpointing else []
-        for layer in layers:
-            layer.training = True
+    def _in_training(self) -> Iterator[None]:
+        """Let layers checkpoint their activations and adapters drop theirs; all else stays in evaluation mode."""
+        modules = sharding.decoder_layers(self.model) if self.settings.gradient_checkpointing else []
+        modules += [layer.lora_dropout[lora.ADAPTER] for _, layer in lora.adapted_layers(self.model)]
+        for module in modules:
+            module.training = True
         try:
             yield
         finally:
-            for layer in layers:
-                layer.training = False
+            for module in modules:
+                module.training = False
 
     def _accumulate(self, last: bool) -> None:
         if isinstance(self.root, FSDPModule):
@@ -319,17 +333,36 @@ class FSDPTrainEngine(TrainEngine):
             yield from buckets(named, bucket_bytes)
 
     @torch.no_grad()
+    def export_adapters(self, bucket_bytes: int = 512 << 20) -> Iterator[WeightBucket]:
+        """See `TrainEngine`; tensors are copies in compute precision."""
+        if self.settings.lora is None:
+            super().export_adapters()
+        self.onload("params")
+        with self._as_shards():
+            yield from buckets(lora.scaled_adapters(self.model, self.param_dtype, self._device), bucket_bytes)
+
+    @torch.no_grad()
     def save_pretrained(self, path: Path) -> None:
-        """See `TrainEngine`; weights have compute precision and are gathered in rank 0's host memory."""
+        """See `TrainEngine`; weights have compute precision and are gathered in rank 0's host memory.
+
+        Adapters are merged into them, and stand once more, as they are trained, in PEFT's format in the subfolder
+        ``adapter``.
+        """
         state = {}
         error = None
         with self._as_shards():
             for name, tensor in full_weights(self.model, self.param_dtype, self._device):
                 if self.dp_rank == 0:
                     state[name] = tensor.cpu()
+            write_more = None
+            if self.settings.lora is not None:
+                adapters = lora.whole_adapters(self.model)
+                write_more = partial(
+                    lora.write_adapters, adapters, self.model, self.settings.lora, self.spec.model.path
+                )
             if self.dp_rank == 0:
                 try:
-                    write_model(self.model, state, self.param_dtype, Path(path))
+                    write_model(self.model, state, self.param_dtype, Path(path), write_more)
                 except (OSError, SafetensorError) as problem:
                     error = str(problem)
         if error := self._gather(error)[0]:
@@ -362,14 +395,17 @@ class FSDPTrainEngine(TrainEngine):
         of the ranks does.
         """
         path, rank = Path(path), self.dp_rank
-        weights = {f"weight/{name}": tensor for name, tensor in named_weights(self.model)}
+        weights = {f"weight/{name}": tensor for name, tensor in saved_state.kept_weights(self.model)}
+        base = self._base
         error: Exception | None = None
         try:
-            manifest = checkpoint.read_manifest(path, weights)
+            manifest = checkpoint.read_manifest(path)
+            saved_state.check_base(path, manifest, base)
+            checkpoint.check_shapes(path, manifest, weights)
             if self._optimizer is not None and not manifest["optimizer"]:
                 raise CheckpointError(f"{path} was saved by a frozen engine: it has no optimizer states to go on with")
             wanted = {name: checkpoint.piece(tensor, rank) for name, tensor in weights.items()}
-            trained = {name for name, _ in self.model.named_parameters()} if self._optimizer is not None else set()
+            trained = {name for name, _ in self._trained_parameters()} if self._optimizer is not None else set()
             adam = {name: step for name, step in manifest["adam_steps"].items() if name in trained}
             for name in adam:
                 for moment in MOMENTS:
@@ -391,7 +427,19 @@ class FSDPTrainEngine(TrainEngine):
 
     def _saved_state(self) -> tuple[RankPart, dict[str, Any]]:
         part, facts = saved_state.collect(self.model, self._optimizer, self.dp_rank)
-        return part, {"head": self.spec.head, "schedule_step": self._schedule_step, **facts}
+        return part, {"head": self.spec.head, "schedule_step": self._schedule_step, **self._base, **facts}
+
+    @cached_property
+    def _base(self) -> dict[str, Any]:
+        """What a checkpoint says of weights that it does not hold; collective."""
+        settings = self.settings.lora
+        if settings is None:
+            return {"lora": None}
+        number = saved_state.frozen_number(self.model, self.dp_rank, self._gather)
+        return {
+            "lora": {"rank": settings.rank, "alpha": settings.alpha},
+            "frozen": {"dtype": str(self.param_dtype), "number": number},
+        }
 
     # --- memory --------------------------------------------------------------------------------------------------
 

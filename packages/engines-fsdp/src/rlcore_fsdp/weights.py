@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rlcore.engines import WeightBucket
-from rlcore_fsdp import sharding
+from rlcore_fsdp import lora, sharding
 from rlcore_fsdp.loading import quiet
 
 
@@ -26,13 +26,19 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def full_weights(model: nn.Module, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
-    """`named_weights`, whole, on ``device``, floating-point ones as ``dtype``; all ranks iterate to the end.
+    """The model's weights, whole, on ``device``, floating-point ones as ``dtype``; all ranks iterate to the end.
 
-    Whatever already is all that is not copied.
+    Adapters are merged into them. Whatever already is all that is not copied.
     """
+    adapted = dict(lora.adapted_layers(model))
     for name, tensor in named_weights(model):
-        moved = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
-        yield name, sharding.full(moved)
+        if lora.is_adapter(name):
+            continue
+        whole = sharding.full(tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype))
+        layer, inside, kind = name.rpartition(".base_layer.")
+        if inside and kind == "weight":
+            whole = lora.merged(adapted[layer], whole)
+        yield f"{layer}.{kind}" if inside else name, whole
 
 
 def buckets(weights: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int) -> Iterator[WeightBucket]:
@@ -49,11 +55,18 @@ def buckets(weights: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int) -> I
         yield WeightBucket(tuple(held))
 
 
-def write_model(model: PreTrainedModel, weights: dict[str, torch.Tensor], dtype: torch.dtype, path: Path) -> None:
+def write_model(
+    model: PreTrainedModel,
+    weights: dict[str, torch.Tensor],
+    dtype: torch.dtype,
+    path: Path,
+    write_more: Callable[[Path], None] | None = None,
+) -> None:
     """Write ``weights`` with the model's configuration to the folder ``path``, which other files may stand in already.
 
-    Everything is written beside the folder first. A new folder appears in one piece; in an existing one ``config.json``
-    goes first and comes back last, so that a folder with a configuration is complete.
+    Everything is written beside the folder first; ``write_more`` adds what it likes to it. A new folder appears in one
+    piece; in an existing one ``config.json`` goes first and comes back last, so that a folder with a configuration is
+    complete.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -62,6 +75,8 @@ def write_model(model: PreTrainedModel, weights: dict[str, torch.Tensor], dtype:
             model.save_pretrained(temporary, state_dict=weights)
             model.config.dtype = str(dtype).removeprefix("torch.")  # of what was written, not of the master weights
             model.config.save_pretrained(temporary)
+        if write_more is not None:
+            write_more(temporary)
         if not path.exists():
             temporary.rename(path)
             return
@@ -69,6 +84,8 @@ def write_model(model: PreTrainedModel, weights: dict[str, torch.Tensor], dtype:
         for stale in path.glob("model*.safetensors*"):
             stale.unlink()
         for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
+            if file.is_dir():
+                shutil.rmtree(path / file.name, ignore_errors=True)
             file.replace(path / file.name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rlcore.engines.reward import Reward, RewardResult, RewardSample
     from rlcore.engines.rollout import Completion, GenerationRequest, RolloutEngine, SamplingParams
     from rlcore.engines.settings import (
+        LoRASettings,
         ModelSettings,
         OptimSettings,
         RewardSettings,
@@ -25,6 +26,7 @@ _HOMES = {
     "Completion": "rollout",
     "ForwardRequest": "train",
     "GenerationRequest": "rollout",
+    "LoRASettings": "settings",
     "ModelSettings": "settings",
     "Objective": "train",
     "OptimSettings": "settings",
@@ -47,6 +49,7 @@ __all__ = [
     "Completion",
     "ForwardRequest",
     "GenerationRequest",
+    "LoRASettings",
     "ModelSettings",
     "Objective",
     "OptimSettings",

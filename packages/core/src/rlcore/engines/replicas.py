@@ -148,6 +148,10 @@ class Replicas(RolloutEngine):
         return all(r.engine is not None and r.engine.shares_weights for r in self._replicas)
 
     @property
+    def takes_adapters(self) -> bool:
+        return any(r.engine is not None and r.engine.takes_adapters for r in self._replicas)
+
+    @property
     def reasons(self) -> dict[str, str]:
         """Why each replica that takes no requests does not, by name."""
         with self._lock:

@@ -114,6 +114,11 @@ class RolloutEngine(ABC):
         return False
 
     @property
+    def takes_adapters(self) -> bool:
+        """True if the engine holds the frozen weights, and `update_weights` takes `TrainEngine.export_adapters`."""
+        return False
+
+    @property
     def dp_rank(self) -> int:
         return 0
 

@@ -72,6 +72,40 @@ class OptimSettings(Config):
     )
 
 
+class LoRASettings(Config):
+    """Low-rank adapters beside frozen weights (LoRA: Hu et al., 2021, https://arxiv.org/abs/2106.09685).
+
+    A training engine that knows them has a section ``lora`` of this type among its options.
+    """
+
+    rank: int = Field(16, ge=1, description="Inner width r of an adapter's two matrices.")
+    alpha: float = Field(32.0, gt=0, description="A layer computes W x + alpha / rank · B A x.")
+    dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Dropout before A, in training only; with reinforcement learning the policy that is trained is "
+        "then not quite the one that generated.",
+    )
+    target_modules: tuple[str, ...] | None = Field(
+        None,
+        min_length=1,
+        description="Last parts of the names of the linear layers that get adapters (q_proj, v_proj …); null: all but "
+        "the head.",
+    )
+
+
+def adapter_rank(train_options: Config) -> int | None:
+    """Rank of the adapters that a training engine with these options trains; None if it trains whole weights."""
+    lora = getattr(train_options, "lora", None)
+    return lora.rank if isinstance(lora, LoRASettings) else None
+
+
+def wants_adapters(rollout_options: Config) -> bool:
+    """Whether a rollout engine with these options takes adapters instead of whole weights (option ``enable_lora``)."""
+    return getattr(rollout_options, "enable_lora", False) is True
+
+
 class RewardSettings(Config):
     """Limits under which reward functions run."""
 
@@ -130,6 +164,7 @@ class RolloutSpec:
     Attributes:
         max_model_len: longest prompt plus completion, in tokens.
         train_engine: the policy in the same process, or None; `inline` generates with its weights.
+        adapter_rank: of the LoRA adapters that the policy trains; None if it trains whole weights.
     """
 
     model: ModelSettings
@@ -137,3 +172,4 @@ class RolloutSpec:
     max_model_len: int
     seed: int = 0
     train_engine: TrainEngine | None = None
+    adapter_rank: int | None = None

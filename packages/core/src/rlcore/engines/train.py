@@ -13,6 +13,7 @@ import torch
 from rlcore.batch import Batch
 from rlcore.controller.dispatch import Dispatch, dispatch
 from rlcore.engines.weight_sync import WeightBucket
+from rlcore.errors import EngineError
 from rlcore.metrics import Metrics
 
 TRAIN_ENGINE_INTERFACE = 1
@@ -131,9 +132,23 @@ class TrainEngine(ABC):
     def export_weights(self, bucket_bytes: int = 512 << 20) -> Iterator[WeightBucket]:
         """Stream full tensors as Hugging Face model files name and hold them, in the model's order, tied weights once.
 
+        Adapters, if the engine trains them, are merged into the weights that they belong to.
         At most two buckets exist at a time. A tensor larger than ``bucket_bytes`` has a bucket of its own.
         All ranks must consume the stream to its end.
         """
+
+    @dispatch(Dispatch.STREAM)
+    def export_adapters(self, bucket_bytes: int = 512 << 20) -> Iterator[WeightBucket]:
+        """Stream the adapters alone, for a rollout that holds the frozen weights (`RolloutEngine.takes_adapters`).
+
+        A linear layer ``m`` that computes ``W x + B A x`` gives ``base_model.model.m.lora_A.weight`` (A,
+        ``[rank, in]``) and ``base_model.model.m.lora_B.weight`` (B, ``[out, rank]``, the factor alpha / rank included),
+        which are the names in PEFT's files. All ranks must consume the stream to its end.
+
+        Raises:
+            EngineError: this engine trains no adapters.
+        """
+        raise EngineError(f"{type(self).__name__} trains no adapters: set the rollout's enable_lora to false")
 
     @abstractmethod
     @dispatch(Dispatch.BROADCAST)

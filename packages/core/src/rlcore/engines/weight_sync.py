@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,9 +27,15 @@ class WeightBucket:
 def sync_weights(trainer: TrainEngine, rollout: RolloutEngine, version: int, bucket_bytes: int = 512 << 20) -> None:
     """Make ``rollout`` generate with the trainer's current weights and call them ``version``.
 
-    A rollout that generates with the trainer's own tensors only takes the version; otherwise buckets are streamed.
+    A rollout that generates with the trainer's own tensors only takes the version; otherwise buckets are streamed, of
+    whole weights or, to a rollout that holds the frozen ones, of adapters.
     """
     if rollout.shares_weights:
         rollout.update_weights((), version)
     else:
-        rollout.update_weights(trainer.export_weights(bucket_bytes), version)
+        rollout.update_weights(export(trainer, bucket_bytes, adapters=rollout.takes_adapters), version)
+
+
+def export(trainer: TrainEngine, bucket_bytes: int, *, adapters: bool) -> Iterator[WeightBucket]:
+    """What a rollout takes: the trainer's adapters alone, or its whole weights."""
+    return trainer.export_adapters(bucket_bytes) if adapters else trainer.export_weights(bucket_bytes)

@@ -10,6 +10,7 @@ from rlcore.controller.ray.calls import Head
 from rlcore.controller.ray.pool import Pool
 from rlcore.controller.ray.waiting import Asked, raise_failure
 from rlcore.engines.settings import WeightSyncSettings
+from rlcore.engines.weight_sync import export
 from rlcore.errors import WorkerDied
 from rlcore.weight_transfer import Address, TransferStats, open_receiver, open_sender
 
@@ -33,6 +34,7 @@ class WeightLink:
         self._rollout: Pool = rollout._pool
         self._rollout_role: str = rollout._role
         self._settings = settings
+        self._adapters = False  # what the rollout takes instead of whole weights, as it says when the link is opened
         self._connected: list[Any] = []  # the rollout's processes when the link was opened
 
     def sync(self, version: int) -> TransferStats:
@@ -49,10 +51,11 @@ class WeightLink:
             sent = self._ask_all(
                 self._trainer,
                 "engine",
-                "export_weights",
+                "export_adapters" if self._adapters else "export_weights",
                 partial(_send, self._trainer_role),
                 version,
                 self._settings.bucket_mb << 20,
+                self._adapters,
             )
             received = self._ask_all(self._rollout, "control", "update_weights", partial(_receive, self._rollout_role))
             heads = self._executor.waiter.collect([*sent, *received])
@@ -101,11 +104,15 @@ class WeightLink:
         )
         address: Address = opened[0].value
         asked = [
-            self._ask(self._rollout, rank, "control", "open_receiver", _open_receiver, address, rank)
+            self._ask(
+                self._rollout, rank, "control", "open_receiver", _open_receiver, self._rollout_role, address, rank
+            )
             for rank in range(len(workers))
         ]
-        if not self._fine(asked, self._executor.waiter.collect(asked), last):
+        heads = self._executor.waiter.collect(asked)
+        if not self._fine(asked, heads, last):
             return False
+        self._adapters = any(isinstance(head, Head) and head.value for head in heads)
         self._connected = workers
         return True
 
@@ -147,15 +154,17 @@ def _open_sender(
     return address
 
 
-def _open_receiver(engines: dict[str, Any], address: Address, rank: int) -> None:
+def _open_receiver(engines: dict[str, Any], role: str, address: Address, rank: int) -> bool:
+    """Whether the rollout takes adapters."""
     if _RECEIVER in engines:
         engines.pop(_RECEIVER).close()
     engines[_RECEIVER] = open_receiver(address, rank)
+    return bool(engines[role].takes_adapters)
 
 
-def _send(role: str, engines: dict[str, Any], version: int, bucket_bytes: int) -> TransferStats | None:
+def _send(role: str, engines: dict[str, Any], version: int, bucket_bytes: int, adapters: bool) -> TransferStats | None:
     """In every process of the trainer: all take part in the export, the first sends."""
-    buckets = engines[role].export_weights(bucket_bytes)
+    buckets = export(engines[role], bucket_bytes, adapters=adapters)
     if _SENDER in engines:
         return engines[_SENDER].send(buckets, version)  # type: ignore[no-any-return]
     for _ in buckets:

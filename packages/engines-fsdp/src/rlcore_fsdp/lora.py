@@ -1,0 +1,142 @@
+"""Low-rank adapters (LoRA: Hu et al., 2021, https://arxiv.org/abs/2106.09685) beside frozen linear layers, by PEFT.
+
+The model stays the Hugging Face one; PEFT puts its own layer around every adapted one, whose weights are then named
+``….base_layer.weight``. What leaves the engine has the names that it would have without adapters, or those of PEFT's
+files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from rlcore.engines import LoRASettings
+from rlcore.engines.settings import Head
+from rlcore.errors import EngineError
+from rlcore_fsdp import sharding
+
+ADAPTER = "default"
+"""The name that PEFT knows the only adapter of every layer by."""
+PREFIX = "base_model.model."
+"""Before every name in PEFT's files: the modules that PEFT wraps a model in."""
+SCORE = "score"
+"""The head of value and score models, which is trained whole."""
+
+
+def add_adapters(model: PreTrainedModel, settings: LoRASettings, head: Head, dtype: torch.dtype, seed: int) -> None:
+    """Put adapters of ``dtype``, initialised from ``seed``, around the wanted layers of ``model`` (also a meta model).
+
+    B starts at zero, so that the model computes what it did; A is uniform as in the paper's code.
+
+    Raises:
+        EngineError: PEFT is not installed, or the model has no such layers.
+    """
+    config = _peft_config(settings, _targets(model, settings))
+    from peft import inject_adapter_in_model
+
+    with torch.random.fork_rng(devices=[]):
+        inject_adapter_in_model(config, model, adapter_name=ADAPTER, low_cpu_mem_usage=True)
+    generator = torch.Generator().manual_seed(seed)
+    for _, layer in adapted_layers(model):
+        device = layer.base_layer.weight.device
+        down, up = (torch.zeros(part[ADAPTER].weight.shape, device=device) for part in (layer.lora_A, layer.lora_B))
+        if device.type != "meta":
+            nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
+        layer.lora_A[ADAPTER].weight = nn.Parameter(down.to(dtype))
+        layer.lora_B[ADAPTER].weight = nn.Parameter(up.to(dtype))
+    if head != "policy":
+        model.get_submodule(SCORE).to(dtype)
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """PEFT's layers and the names that the layers in them have without adapters."""
+    for name, module in model.named_modules():
+        if hasattr(module, "base_layer") and hasattr(module, "lora_A"):
+            yield name, module
+
+
+def trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """What is trained of a model with adapters: these, and a scalar head."""
+    for name, parameter in model.named_parameters():
+        if is_adapter(name) or name.startswith(f"{SCORE}."):
+            yield name, parameter
+
+
+def is_adapter(name: str) -> bool:
+    """Whether the parameter of this name is one of an adapter's."""
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def merged(layer: Any, weight: torch.Tensor) -> torch.Tensor:
+    """W + alpha / rank · B A for the whole ``weight`` of ``layer``, computed in fp32; collective."""
+    down, up = _matrices(layer, weight.device)
+    return torch.addmm(weight.float(), up, down, alpha=layer.scaling[ADAPTER]).to(weight.dtype)
+
+
+def scaled_adapters(model: nn.Module, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+    """Whole adapters as `TrainEngine.export_adapters` names and scales them; all ranks iterate to the end."""
+    for name, layer in adapted_layers(model):
+        down, up = _matrices(layer, device)
+        yield f"{PREFIX}{name}.lora_A.weight", down.to(dtype)
+        yield f"{PREFIX}{name}.lora_B.weight", (up * layer.scaling[ADAPTER]).to(dtype)
+
+
+def whole_adapters(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What PEFT's file holds of ``model``, in host memory; collective."""
+    return {
+        PREFIX + name.replace(f".{ADAPTER}.", "."): sharding.full(parameter.detach()).cpu()
+        for name, parameter in trained_parameters(model)
+    }
+
+
+def write_adapters(
+    weights: dict[str, torch.Tensor], model: PreTrainedModel, settings: LoRASettings, base: str, folder: Path
+) -> None:
+    """Write the folder ``adapter`` in ``folder``, which ``peft.PeftModel.from_pretrained`` loads onto ``base``."""
+    config = _peft_config(settings, _targets(model, settings))
+    config.base_model_name_or_path = base
+    config.inference_mode = True
+    if any(name.startswith(f"{PREFIX}{SCORE}.") for name in weights):
+        config.modules_to_save = [SCORE]
+    own = folder / "adapter"
+    own.mkdir()
+    save_file(weights, own / "adapter_model.safetensors")
+    config.save_pretrained(str(own))
+
+
+def _matrices(layer: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B of ``layer``, whole, fp32; collective."""
+    down, up = (sharding.full(part[ADAPTER].weight.detach().to(device)) for part in (layer.lora_A, layer.lora_B))
+    return down.float(), up.float()
+
+
+def _targets(model: PreTrainedModel, settings: LoRASettings) -> list[str]:
+    """The last parts of the names of the layers that get adapters."""
+    head = model.get_output_embeddings()
+    known = {
+        name.removesuffix(".base_layer").rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and ".lora_" not in name
+    } - {SCORE}
+    wanted = set(settings.target_modules or known)
+    if missing := sorted(wanted - known):
+        raise EngineError(
+            f"lora.target_modules names {', '.join(missing)}, but the linear layers of {type(model).__name__} that can "
+            f"have adapters are {', '.join(sorted(known))}"
+        )
+    return sorted(wanted)
+
+
+def _peft_config(settings: LoRASettings, targets: list[str]) -> Any:
+    try:
+        from peft import LoraConfig
+    except ModuleNotFoundError as error:
+        raise EngineError("the option lora needs PEFT, which is not installed: pip install 'rlcore[lora]'") from error
+    return LoraConfig(r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=targets)

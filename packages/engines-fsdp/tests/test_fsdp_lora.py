@@ -1,0 +1,279 @@
+"""LoRA: what PEFT computes, on one rank and on two; adapters alone are trained, saved and, merged, exported.
+
+Tolerances: PEFT's own model differs by the order of fp32 sums. The optimizer is AdamW with ε = 1, which is nearly plain
+gradient descent, so that a step is as exact as its gradient.
+"""
+
+from __future__ import annotations
+
+import builtins
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+
+from rlcore.batch import Batch
+from rlcore.engines import ForwardRequest, LoRASettings, ModelSettings, OptimSettings, TrainEngineSpec
+from rlcore.errors import CheckpointError, EngineError
+from rlcore.testing.processes import RankPool
+from rlcore.testing.tiny_model import tiny_model
+from rlcore.testing.train_engine import SquaredError, WeightedLogprobs, exported, make_batch, reference_outputs
+from rlcore_fsdp.config import FSDPSettings
+from rlcore_fsdp.engine import FSDPTrainEngine, build
+
+LORA = LoRASettings(rank=4, alpha=8)
+ATOL = 1e-5
+BATCHES = [make_batch((50, 3, 3, 2, 31, 4), seed=1), make_batch((9, 9, 40), seed=2)]
+
+
+def make_engine(path: Path, lora: LoRASettings | None = LORA, head: Any = "policy", **options: Any) -> FSDPTrainEngine:
+    optim = OptimSettings(lr=0.5, eps=1.0, clip_grad=1.0)
+    settings = FSDPSettings(device="cpu", lora=lora, **options)
+    return build(TrainEngineSpec(ModelSettings(path=str(path)), settings, head, optim, max_tokens=40))
+
+
+def train(engine: FSDPTrainEngine, batch: Batch) -> dict[str, float]:
+    """One step with this rank's part of ``batch``."""
+    objective = WeightedLogprobs() if engine.spec.head == "policy" else SquaredError()
+    metrics = engine.train(batch.take(batch.partition(engine.dp_size)[engine.dp_rank]), objective)
+    return {name: metrics.to_dict()[name] for name in ("grad_norm", "lr", "skipped_steps")}
+
+
+def logprobs(engine: FSDPTrainEngine, batch: Batch) -> torch.Tensor:
+    """Of the whole of ``batch``, on every rank."""
+    return engine.forward(batch.select("tokens"), ForwardRequest()).flat("logprobs")
+
+
+def adapters(engine: FSDPTrainEngine) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for bucket in engine.export_adapters() for name, tensor in bucket.tensors}
+
+
+def run(path: Path, options: dict[str, Any], folder: Path | None = None) -> dict[str, Any]:
+    """Two steps, a checkpoint after the first; whole results on every rank."""
+    engine = make_engine(path, **options)
+    metrics = [train(engine, BATCHES[0])]
+    if folder is not None:
+        engine.save(folder)
+    metrics.append(train(engine, BATCHES[1]))
+    whole = exported(engine) if engine.spec.head == "policy" else {}
+    return {"metrics": metrics, "adapters": adapters(engine), "weights": whole}
+
+
+def resume(path: Path, folder: Path) -> dict[str, torch.Tensor]:
+    engine = make_engine(path)
+    engine.load(folder)
+    train(engine, BATCHES[1])
+    return adapters(engine)
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[RankPool]:
+    pool = RankPool(2)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # 261 rows of embeddings and 63 of the MLP do not divide by two, nor does a rank of 3.
+    return tiny_model(tmp_path_factory.mktemp("model"), intermediate_size=63)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("checkpoint") / "one"
+
+
+@pytest.fixture(scope="module")
+def alone(model_path: Path, checkpoint: Path) -> dict[str, Any]:
+    return run(model_path, {}, checkpoint)
+
+
+@torch.no_grad()
+def fill_up_matrices(engine: FSDPTrainEngine) -> None:
+    """Adapters that do something: B starts at zero."""
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in engine.model.named_parameters():
+        if ".lora_B." in name:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 10)
+
+
+def test_a_step_is_that_of_peft(model_path: Path, tmp_path: Path) -> None:
+    """Log-probs, gradients and one optimizer step."""
+    engine, batch = make_engine(model_path), BATCHES[0]
+    fill_up_matrices(engine)
+    engine.save_pretrained(tmp_path / "saved")
+    plain = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    model = PeftModel.from_pretrained(plain, tmp_path / "saved" / "adapter", is_trainable=True).eval()
+    loss = torch.zeros(())
+    ours = engine.forward(batch.select("tokens"), ForwardRequest()).rows()
+    for row, mine in zip(batch.rows(), ours, strict=True):
+        theirs, entropy = reference_outputs(model, row["tokens"])
+        torch.testing.assert_close(mine["logprobs"], theirs, atol=ATOL, rtol=0)
+        loss -= ((theirs * row["weights"] + 0.05 * entropy) * row["loss_mask"]).sum()
+    (loss / batch.flat("loss_mask").sum()).backward()
+
+    seen: dict[str, torch.Tensor] = {}
+    for name, parameter in engine.model.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda p, name=name: seen.update({name: p.grad.clone()}))
+    metrics = train(engine, batch)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained.keys() == {f"base_model.model.{name}" for name in seen}
+    assert len(seen) == 2 * 2 * 7  # A and B of seven linear layers in two blocks
+    for name, grad in seen.items():
+        torch.testing.assert_close(grad, trained[f"base_model.model.{name}"].grad, atol=ATOL, rtol=0, msg=name)
+    norm = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+    assert metrics["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
+    torch.optim.AdamW(trained.values(), lr=0.5, eps=1.0, weight_decay=0.0, foreach=False).step()
+    expected = dict(model.named_parameters())
+    for name, parameter in engine.model.named_parameters():
+        torch.testing.assert_close(parameter, expected[f"base_model.model.{name}"], atol=ATOL, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="sharded"),
+        pytest.param({"offload_params": True}, id="offloaded"),
+        pytest.param({"gradient_checkpointing": True, "reduce_every_micro_batch": True}, id="checkpointed"),
+    ],
+)
+def test_two_ranks_equal_one(ranks: RankPool, model_path: Path, alone: dict[str, Any], options: dict[str, Any]) -> None:
+    for result in ranks.run(run, model_path, options):
+        for ours, theirs in zip(result["metrics"], alone["metrics"], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4)
+        for kind in ("adapters", "weights"):
+            assert result[kind].keys() == alone[kind].keys()
+            for name, tensor in alone[kind].items():
+                torch.testing.assert_close(result[kind][name], tensor, atol=ATOL, rtol=0, msg=name)
+
+
+def test_frozen_weights_stay_as_they_are(model_path: Path, alone: dict[str, Any]) -> None:
+    """And whole weights have the names and the order that they have without adapters."""
+    before = exported(make_engine(model_path, lora=None))
+    assert list(alone["weights"]) == list(before)
+    for name, tensor in before.items():
+        adapted = "_proj.weight" in name
+        assert torch.equal(alone["weights"][name], tensor) is not adapted, name
+
+
+def test_merged_weights_compute_what_adapters_do(model_path: Path, tmp_path: Path) -> None:
+    engine = make_engine(model_path)
+    fill_up_matrices(engine)
+    engine.save_pretrained(tmp_path / "merged")
+    plain = make_engine(tmp_path / "merged", lora=None)
+    torch.testing.assert_close(logprobs(plain, BATCHES[0]), logprobs(engine, BATCHES[0]), atol=ATOL, rtol=0)
+    weights, frozen = exported(engine), exported(make_engine(model_path, lora=None))
+    found = adapters(engine)
+    name = "model.layers.1.mlp.down_proj"
+    up, down = (found[f"base_model.model.{name}.lora_{part}.weight"] for part in "BA")
+    torch.testing.assert_close(weights[f"{name}.weight"], frozen[f"{name}.weight"] + up @ down, atol=1e-6, rtol=0)
+    engine.save_pretrained(tmp_path / "merged")  # over what stands there
+    assert (tmp_path / "merged" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_resumed_training_is_the_same(
+    ranks: RankPool, model_path: Path, alone: dict[str, Any], checkpoint: Path
+) -> None:
+    shapes = json.loads((checkpoint / "checkpoint.json").read_text())["shapes"]
+    assert all(".lora_" in name for name in shapes)
+    resumed = resume(model_path, checkpoint)
+    for name, tensor in alone["adapters"].items():
+        assert torch.equal(resumed[name], tensor), name
+    for result in ranks.run(resume, model_path, checkpoint):
+        for name, tensor in alone["adapters"].items():
+            torch.testing.assert_close(result[name], tensor, atol=ATOL, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("lora", "other_weights", "message"),
+    [
+        (None, False, "trains adapters of rank 4 and alpha 8; this one trains whole weights"),
+        (LoRASettings(rank=2, alpha=8), False, "rank 4 and alpha 8; this one trains adapters of rank 2 and alpha 8"),
+        (LORA, True, "holds adapters for other frozen weights than those of model.path"),
+    ],
+    ids=["whole weights", "another rank", "another model"],
+)
+def test_checkpoints_of_something_else(
+    model_path: Path,
+    alone: dict[str, Any],
+    checkpoint: Path,
+    tmp_path: Path,
+    lora: LoRASettings | None,
+    other_weights: bool,
+    message: str,
+) -> None:
+    path = tiny_model(tmp_path, intermediate_size=63, seed=1) if other_weights else model_path
+    with pytest.raises(CheckpointError, match=message):
+        make_engine(path, lora=lora).load(checkpoint)
+
+
+def test_a_critic_trains_its_head_too(ranks: RankPool, model_path: Path, tmp_path: Path) -> None:
+    engine = make_engine(model_path, head="value")
+    before = exported(engine)
+    train(engine, BATCHES[0])
+    after = exported(engine)
+    assert not torch.equal(before["score.weight"], after["score.weight"])
+    assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
+    engine.save_pretrained(tmp_path)
+    plain = AutoModelForTokenClassification.from_pretrained(model_path, num_labels=1, dtype=torch.float32)
+    model = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
+    tokens = BATCHES[0].select("tokens").take([0])
+    ours = engine.forward(tokens, ForwardRequest(("values",))).flat("values")[1:]
+    with torch.no_grad():
+        theirs = model(input_ids=tokens.flat("tokens")[None]).logits[0, :-1, 0]
+    torch.testing.assert_close(ours, theirs, atol=ATOL, rtol=1e-5)
+    train(engine, BATCHES[1])
+    for result in ranks.run(run, model_path, {"head": "value"}):
+        for name, tensor in adapters(engine).items():
+            torch.testing.assert_close(result["adapters"][name], tensor, atol=ATOL, rtol=0, msg=name)
+
+
+def test_adapters_keep_master_precision(model_path: Path) -> None:
+    """Beside frozen weights in the precision that is computed in, which need no more."""
+    engine = make_engine(model_path, param_dtype="bfloat16")
+    for name, parameter in engine.model.named_parameters():
+        assert parameter.dtype == (torch.float32 if ".lora_" in name else torch.bfloat16), name
+    train(engine, BATCHES[0])
+    assert {tensor.dtype for tensor in [*adapters(engine).values(), *exported(engine).values()]} == {torch.bfloat16}
+
+
+def test_dropout_is_for_training_only(model_path: Path) -> None:
+    moved = []
+    for dropout in (0.0, 0.5):
+        engine = make_engine(model_path, LoRASettings(rank=4, alpha=8, dropout=dropout))
+        fill_up_matrices(engine)
+        before = logprobs(engine, BATCHES[0])
+        assert torch.equal(before, logprobs(engine, BATCHES[0]))
+        moved.append((before, train(engine, BATCHES[0])["grad_norm"]))
+    assert torch.equal(moved[0][0], moved[1][0])
+    assert moved[0][1] != moved[1][1]
+
+
+def test_mistakes_are_named(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(EngineError, match=r"target_modules names lm_head, wait, but .* are down_proj, gate_proj, "):
+        make_engine(model_path, LoRASettings(target_modules=("q_proj", "wait", "lm_head")))
+    with pytest.raises(EngineError, match="trains no adapters"):
+        list(make_engine(model_path, lora=None).export_adapters())
+    real = builtins.__import__
+
+    def without_peft(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == "peft":
+            raise ModuleNotFoundError("No module named 'peft'")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_peft)
+    with pytest.raises(EngineError, match=r"needs PEFT, which is not installed: pip install 'rlcore\[lora\]'"):
+        make_engine(model_path)
+
+
+def test_chosen_layers_only(model_path: Path) -> None:
+    found = adapters(make_engine(model_path, LoRASettings(rank=3, target_modules=("q_proj", "v_proj"))))
+    assert {name.split(".")[-3] for name in found} == {"q_proj", "v_proj"}
+    assert {min(tensor.shape) for tensor in found.values()} == {3}

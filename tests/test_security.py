@@ -165,6 +165,8 @@ class Trainer:
 
 
 class Rollout:
+    takes_adapters = False
+
     def __init__(self, engines: Any) -> None:
         self.weights: dict[str, Any] = {}
         self.device = "cpu"

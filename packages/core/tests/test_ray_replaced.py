@@ -42,9 +42,14 @@ class Trainer:
     def export_weights(self, bucket_bytes: int) -> Iterator[WeightBucket]:
         yield WeightBucket((("trained", torch.tensor([float(self.trained)])),))
 
+    def export_adapters(self, bucket_bytes: int) -> Iterator[WeightBucket]:
+        yield WeightBucket((("trained", torch.tensor([-float(self.trained)])),))
+
 
 class Generator:
     """A rollout engine that answers with its process, version and weights."""
+
+    takes_adapters = False
 
     def __init__(self, engines: Mapping[str, Any]) -> None:
         self.version, self.weights = 0, 0.0
@@ -91,6 +96,10 @@ def train(engine: Trainer, steps: int) -> None:
     engine.trained = steps
 
 
+def take_adapters(engine: Generator, takes: bool) -> None:
+    engine.takes_adapters = takes
+
+
 @pytest.fixture(scope="module")
 def run() -> Iterator[tuple[RayExecutor, Any, Any]]:
     executor = RayExecutor(POOLS, {"actor": "train", "rollout": "gen", "compute": "gen"}, call_timeout_s=WAIT_S)
@@ -135,6 +144,15 @@ def wait_until(condition: Callable[[], bool]) -> None:
 def pids(run: tuple[RayExecutor, Any, Any]) -> list[int]:
     executor, _, rollout = run
     return [pid for pid, _, _ in executor.apply(rollout, answer)]
+
+
+def test_a_rollout_gets_the_adapters_that_it_takes(run: tuple[RayExecutor, Any, Any]) -> None:
+    executor, _, rollout = run
+    for takes, expected in ((True, -6.0), (False, 6.0)):
+        executor.apply(rollout, take_adapters, takes)
+        executor._links.clear()  # it says so when a connection is opened
+        step(run, 6)
+        assert [weights for _, _, weights in executor.apply(rollout, answer)] == [expected, expected]
 
 
 def test_a_replaced_process_is_asked_for_nothing_before_it_has_the_weights(

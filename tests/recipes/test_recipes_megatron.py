@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,8 +10,14 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
+from rlcore.engines import ModelSettings, TrainEngineSpec
 from rlcore.testing.tiny_model import tiny_model
+from rlcore_fsdp.config import FSDPSettings
+from rlcore_fsdp.engine import build as build_fsdp
+from rlcore_megatron.families import family_of
+from rlcore_recipes.checkpoint import verify
 
 Metrics = Callable[[Path], list[dict[str, float]]]
 # Far from the sign-like steps that Adam makes at the start, which would blow differences in the last bit up.
@@ -80,10 +87,17 @@ def test_megatron_computes_what_fsdp_does(task: Any, metrics_of: Metrics, tmp_pa
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_a_resumed_run_ends_with_the_same_weights(task: Any, metrics_of: Metrics, tmp_path: Path) -> None:
+    """The actor's checkpoints are in Megatron's own format, the critic's in ours."""
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    changes = {**RUN, "critic.optim": ADAM, "trainer.save_freq": 1, **on_ray({"actor": PIPELINE, "critic": PIPELINE})}
+    engines = {"actor": {**PIPELINE, "checkpoint_format": "torch_dist"}, "critic": PIPELINE}
+    changes = {**RUN, "critic.optim": ADAM, "trainer.save_freq": 1, **on_ray(engines)}
     result = task.run("ppo", whole, changes)
     assert result.exit_code == 0, result.output
+    saved = whole / "checkpoints" / "step-000001"
+    verify(saved)
+    manifest = json.loads((saved / "manifest.json").read_text())["files"]
+    assert {f"actor/{file.name}" for file in (saved / "actor").iterdir()} <= manifest.keys()
+    assert {"actor/.metadata", "actor/__1_0.distcp", "critic/rank-00001.safetensors"} <= manifest.keys()
     shutil.copytree(whole, resumed)
     shutil.rmtree(resumed / "model")
     shutil.rmtree(resumed / "checkpoints" / "step-000002")
@@ -94,6 +108,18 @@ def test_a_resumed_run_ends_with_the_same_weights(task: Any, metrics_of: Metrics
     expected, found = (load_file(folder / "model/model.safetensors") for folder in (whole, resumed))
     assert all(tensor.equal(found[name]) for name, tensor in expected.items())
     assert metrics_of(whole)[-1]["critic/grad_norm"] == metrics_of(resumed)[-1]["critic/grad_norm"]
+
+
+@pytest.mark.parametrize("architecture", ["Qwen2", "Qwen3Moe", "Mixtral"])
+def test_both_engines_export_the_same_names_in_the_same_order(tmp_path: Path, architecture: str) -> None:
+    experts = {"Qwen3Moe": {"num_experts": 12, "moe_intermediate_size": 16}, "Mixtral": {"num_local_experts": 12}}
+    path = tiny_model(tmp_path, architecture=architecture, **experts.get(architecture, {}))
+    engine = build_fsdp(TrainEngineSpec(ModelSettings(path=str(path)), FSDPSettings(device="cpu")))
+    names = [name for bucket in engine.export_weights() for name, _ in bucket.tensors]
+    engine.close()
+    config = AutoConfig.from_pretrained(path)
+    # `rlcore_megatron.weights` streams these in this order, as its own tests show
+    assert names == [named.name for named in family_of(config).body(config)]
 
 
 @pytest.mark.slow

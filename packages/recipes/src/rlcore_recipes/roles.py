@@ -18,7 +18,7 @@ from rlcore.engines import (
     TrainEngine,
     TrainEngineSpec,
 )
-from rlcore.engines.settings import Head
+from rlcore.engines.settings import Head, adapter_rank
 from rlcore.errors import ConfigError, WorkerError
 from rlcore_recipes import processes
 from rlcore_recipes.run_folder import LOGS
@@ -77,6 +77,7 @@ def rollout_engine(config: RLConfig, actor: TrainEngine | None) -> RolloutEngine
         max_model_len=config.data.max_prompt_length + config.data.max_response_length,
         seed=config.seed,
         train_engine=actor,
+        adapter_rank=adapter_rank(config.actor.options),
     )
     return plugins.get(config.rollout.plugin_group, config.rollout.engine).build(spec)  # type: ignore[no-any-return]
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from rlcore.engines.settings import RolloutSpec
 from rlcore.errors import EngineError
+from rlcore_vllm.adapters import lora_arguments
 from rlcore_vllm.config import VLLMSettings
 
 WORKER_EXTENSION = "rlcore_vllm.worker.WorkerExtension"
@@ -30,7 +31,8 @@ OURS = {
     "pipeline_parallel_size": "only tensor parallelism is supported",
     "speculative_config": "log-probs of drafted tokens are not those of the policy at every temperature",
     "stream_interval": "only finished requests are passed on",
-    "enable_lora": "the whole weights are updated",
+    "max_lora_rank": "it follows from the policy's adapters",
+    "max_loras": "there is one adapter, the policy's",
 }
 """Arguments that settings do not take in ``args``, and why."""
 
@@ -74,6 +76,8 @@ def engine_arguments(spec: RolloutSpec, device_type: str, *, sleep_mode: bool, r
         size = settings.tensor_parallel_size
         arguments["device_ids"] = list(range(replica * size, (replica + 1) * size))
     check_extra_arguments(settings.args)
+    if settings.enable_lora:
+        arguments |= lora_arguments(spec.adapter_rank)
     if settings.weight_transfer != "rlcore":
         arguments["weight_transfer_config"] = {"backend": checked_transfer(settings.weight_transfer, on_cpu)}
     given = {name: value for name, value in arguments.items() if value is not None}

@@ -49,6 +49,11 @@ class VLLMSettings(Config):
         "auto",
         description="How vLLM reads the model's files; 'dummy' reads none, if weights are sent before the start.",
     )
+    enable_lora: bool = Field(
+        False,
+        description="Take the policy's adapters in place of whole weights, for a policy that trains adapters; those of "
+        "model.path stay below them.",
+    )
     sleep_level: Literal[1, 2] = Field(
         1,
         description="What sleep does with the weights: 1 keeps them in host memory, 2 drops them until an update.",
@@ -82,3 +87,20 @@ class VLLMSettings(Config):
             yield "weight_transfer", f"is for engines of mode 'process'; mode is {self.mode!r}"
         if self.mode != "process" and self.replicas > 1:
             yield "replicas", f"several engines need processes of their own: set mode to 'process', not {self.mode!r}"
+        if self.enable_lora:
+            yield from self._lora_problems()
+
+    def _lora_problems(self) -> Iterator[tuple[str, str]]:
+        if self.mode == "server":
+            yield (
+                "enable_lora",
+                "servers take whole weights, with the adapters merged into them; set it to false",
+            )
+        if self.tensor_parallel_size > 1:
+            yield "enable_lora", "is for tensor_parallel_size=1; with more, whole weights are sent: set it to false"
+        if self.weight_transfer != "rlcore":
+            yield "enable_lora", f"adapters go by rlcore's transfer, not weight_transfer={self.weight_transfer}"
+        if self.sleep_level == 2:
+            yield "enable_lora", "sleep_level=2 drops the weights below the adapters, which nobody sends; set it to 1"
+        if self.load_format == "dummy":
+            yield "enable_lora", "load_format=dummy reads no weights, and nobody sends those below the adapters"

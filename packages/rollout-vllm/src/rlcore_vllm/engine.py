@@ -90,6 +90,10 @@ class VLLMRollout(RolloutEngine):
         return self._version
 
     @property
+    def takes_adapters(self) -> bool:
+        return self._settings.enable_lora
+
+    @property
     def vllm_config(self) -> Any:
         """vLLM's own ``VllmConfig``."""
         return self._backend.config
@@ -143,7 +147,8 @@ class VLLMRollout(RolloutEngine):
     # --- control ---------------------------------------------------------------------------------------------------
 
     def update_weights(self, buckets: Iterable[WeightBucket], version: int) -> None:
-        """Take over the weights in ``buckets``, a whole model under its Hugging Face names.
+        """Take over the weights in ``buckets``: a whole model under its Hugging Face names, or with ``enable_lora`` all
+        adapters (`TrainEngine.export_adapters`).
 
         Raises:
             EngineError: the weights do not fit or are not all there; then requests fail until an update succeeds.
@@ -226,7 +231,7 @@ class VLLMRollout(RolloutEngine):
     def _start(self) -> Backend:
         backend = _start_backend(self._spec, self._settings, self._index)
         try:
-            backend.call_workers("rlcore_prepare", timeout_s=self._settings.start_timeout_s)
+            backend.call_workers("rlcore_prepare", self._settings.enable_lora, timeout_s=self._settings.start_timeout_s)
         except BaseException:
             backend.close(kill=True)
             raise

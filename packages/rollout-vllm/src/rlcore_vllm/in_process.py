@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from rlcore.errors import EngineError, WorkerError
 from rlcore_vllm import quirks
+from rlcore_vllm.adapters import adapter_request
 from rlcore_vllm.backend import CLOSED, Done, called
 from rlcore_vllm.startup import noting_reasons
 
@@ -43,6 +44,7 @@ class InProcess:
             except TimeoutError:
                 raise EngineError(f"vLLM did not start within {start_timeout_s:g} s (start_timeout_s)") from None
         self.config = self._engine.vllm_config
+        self._adapter = adapter_request(self.config)
         self.workers = self.config.parallel_config.world_size
         self.local = self.workers == 1
 
@@ -192,7 +194,9 @@ class InProcess:
             done(self._error)
             return
         try:
-            internal = self._engine.add_request(key, tokens_input(prompt), params, priority=priority)
+            internal = self._engine.add_request(
+                key, tokens_input(prompt), params, lora_request=self._adapter, priority=priority
+            )
         except Exception as error:
             done(EngineError(f"vLLM refuses the request: {quirks.root_reason(error)}"))
             return

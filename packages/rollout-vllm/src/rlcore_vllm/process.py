@@ -14,6 +14,7 @@ import psutil
 
 from rlcore.errors import EngineError, WorkerDied, WorkerError
 from rlcore_vllm import quirks
+from rlcore_vllm.adapters import adapter_request
 from rlcore_vllm.backend import CLOSED, Done, called
 from rlcore_vllm.startup import noting_reasons
 
@@ -52,6 +53,7 @@ class OwnProcess:
             self.close(kill=True)
             raise
         self.config = self._engine.vllm_config
+        self._adapter = adapter_request(self.config)
         self.workers = self.config.parallel_config.world_size
 
     @property
@@ -148,7 +150,9 @@ class OwnProcess:
         outcome: Any = EngineError(CLOSED)
         try:
             if self._engine is not None:
-                async for output in self._engine.generate(tokens_input(prompt), params, key, priority=priority):
+                async for output in self._engine.generate(
+                    tokens_input(prompt), params, key, lora_request=self._adapter, priority=priority
+                ):
                     outcome = output
         except Exception as error:
             outcome = self.failure or EngineError(

@@ -14,6 +14,7 @@ import torch
 
 from rlcore.weight_transfer import Address, WeightReceiver, open_receiver
 from rlcore_vllm import sampler
+from rlcore_vllm.adapters import AdapterReload, begin_with_none
 from rlcore_vllm.reload import Reload
 
 
@@ -33,13 +34,20 @@ class WorkerExtension:
     start_weight_update: Callable[[], None]
     update_weights: Callable[[Any], None]
 
-    def rlcore_prepare(self) -> int:
-        """Have contractual log-probs; the number of this worker among all. Once is enough, again changes nothing."""
+    def rlcore_prepare(self, takes_adapters: bool = False) -> int:
+        """Have contractual log-probs; the number of this worker among all. Once is enough, again changes nothing.
+
+        Args:
+            takes_adapters: updates bring adapters, not whole weights.
+        """
         if not hasattr(self, "rlcore_held_version"):
             sampler.install(self.model_runner)
             self.rlcore_held_version = 0
             self.rlcore_receiver: WeightReceiver | None = None
-            self.rlcore_reload: Reload | None = None
+            self.rlcore_reload: Reload | AdapterReload | None = None
+            self.rlcore_takes_adapters = takes_adapters
+            if takes_adapters:
+                begin_with_none(self.model_runner)
         return self.rank
 
     def rlcore_version(self) -> int:
@@ -47,6 +55,9 @@ class WorkerExtension:
         return self.rlcore_held_version
 
     def rlcore_begin(self) -> None:
+        if self.rlcore_takes_adapters:
+            self.rlcore_reload = AdapterReload(self.model_runner)
+            return
         with self._rlcore_configured():
             self.rlcore_reload = Reload(self.model_runner.get_model(), self.vllm_config.model_config)
 
@@ -63,7 +74,7 @@ class WorkerExtension:
             self.rlcore_reload.finish()
         self.rlcore_reload = None
         reset_lora = getattr(self.model_runner, "reset_lora_state", None)
-        if reset_lora is not None:
+        if reset_lora is not None and not self.rlcore_takes_adapters:
             reset_lora()
         self.rlcore_held_version = version
 
@@ -80,7 +91,7 @@ class WorkerExtension:
 
     def rlcore_take_transfer(self, information: Any) -> None:
         """Load one bucket that vLLM's weight-transfer engine moves; nothing of its memory is needed afterwards."""
-        assert self.rlcore_reload is not None
+        assert isinstance(self.rlcore_reload, Reload)
         with self._rlcore_configured():
             self.update_weights(information)
             self.rlcore_reload.keep_what_waits()

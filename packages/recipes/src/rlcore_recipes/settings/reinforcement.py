@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pydantic import Field
 
 from rlcore.engines import ModelSettings, WeightSyncSettings
+from rlcore.engines.settings import adapter_rank, wants_adapters
 from rlcore_recipes.data.settings import DataSettings
 from rlcore_recipes.settings.algorithm import AlgorithmSettings
 from rlcore_recipes.settings.asynchronous import AsyncSection, AsyncSettings, async_problems
@@ -122,6 +123,12 @@ class RLConfig(AsyncSection):  # type: ignore[misc,valid-type]
         if "values" in self.algorithm.advantage.entry.needs and not self.has_critic:
             name = self.algorithm.advantage.name
             yield "algorithm.advantage", f"{name} needs the values of a critic, which the recipe ppo trains"
+        if wants_adapters(self.rollout.options) and adapter_rank(self.actor.options) is None:
+            yield (
+                f"rollout.{self.rollout.engine}.enable_lora",
+                f"the actor's engine {self.actor.engine} trains whole weights here; have it train adapters "
+                "(actor.fsdp.lora.rank=16; other engines cannot), or set this to false",
+            )
         yield from unused(self.controller, self.roles)
         yield from async_problems(self)
 

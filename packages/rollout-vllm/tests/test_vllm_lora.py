@@ -1,0 +1,183 @@
+"""Adapters that are replaced in a running engine: in this process, and in a process of its own."""
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from rlcore.engines import GenerationRequest, ModelSettings, RolloutEngine, RolloutSpec, SamplingParams, WeightBucket
+from rlcore.errors import EngineError
+from rlcore.testing.tiny_model import tiny_model
+from rlcore_vllm.config import VLLMSettings
+from rlcore_vllm.engine import build
+
+RANK = 4
+PREFIX = "base_model.model."
+REQUESTS = [
+    GenerationRequest([20 + index] * (index + 1), SamplingParams(max_tokens=12, seed=index, ignore_eos=True))
+    for index in range(4)
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # vLLM's attention on the CPU has no kernel for heads of less than 32 dimensions.
+    path = tmp_path_factory.mktemp("model")
+    return tiny_model(path, initializer_range=0.15, architecture="Llama", head_dim=32)
+
+
+def make_engine(model: Path, rank: int | None = RANK, **options: Any) -> RolloutEngine:
+    settings = VLLMSettings(kv_cache_memory_bytes=64 << 20, enable_lora=True, **options)
+    return build(RolloutSpec(ModelSettings(path=str(model)), settings, max_model_len=64, adapter_rank=rank))
+
+
+@pytest.fixture(scope="module", params=["in_process", "process"])
+def engine(request: pytest.FixtureRequest, model: Path) -> Iterator[RolloutEngine]:
+    engine = make_engine(model, mode=request.param)
+    yield engine
+    engine.close()
+
+
+def random_adapters(model: Path, seed: int) -> dict[str, torch.Tensor]:
+    """For every linear layer but the head, with the factor in B, as training engines export them."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for name, layer in plain(model).named_modules():
+        if isinstance(layer, nn.Linear) and name != "lm_head":
+            found[f"{PREFIX}{name}.lora_A.weight"] = torch.randn(RANK, layer.in_features, generator=generator) / 4
+            found[f"{PREFIX}{name}.lora_B.weight"] = torch.randn(layer.out_features, RANK, generator=generator) / 4
+    return found
+
+
+def plain(model: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
+
+
+@torch.no_grad()
+def merged(model: Path, adapters: dict[str, torch.Tensor]) -> Any:
+    reference = plain(model)
+    for name, down in adapters.items():
+        if name.endswith(".lora_A.weight"):
+            layer = reference.get_submodule(name.removeprefix(PREFIX).removesuffix(".lora_A.weight"))
+            layer.weight += adapters[name.replace("lora_A", "lora_B")] @ down
+    return reference
+
+
+def tiny_buckets(adapters: dict[str, torch.Tensor]) -> Iterator[WeightBucket]:
+    """Buckets of one tensor each, in memory that is overwritten afterwards."""
+    for name, tensor in adapters.items():
+        sent = tensor.clone()
+        yield WeightBucket(((name, sent),))
+        sent.fill_(float("nan"))
+
+
+@torch.no_grad()
+def largest_difference(reference: Any, engine: RolloutEngine, version: int) -> float:
+    """Between the log-probs of fresh completions, all by ``version``, and those of ``reference``."""
+    found = []
+    for asked, made in zip(REQUESTS, engine.generate_batch(REQUESTS), strict=True):
+        assert made.versions == [(version, len(made.tokens))]
+        tokens = torch.tensor([[*asked.prompt, *made.tokens]])
+        logits = reference(input_ids=tokens).logits[0, len(asked.prompt) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(-1, torch.tensor(made.tokens)[:, None])[:, 0]
+        found.append(float((expected - torch.tensor(made.logprobs)).abs().max()))
+    return max(found)
+
+
+def test_adapters_are_replaced_in_place(engine: RolloutEngine, model: Path) -> None:
+    """Prompts stay the same, so that a prefix cache which outlived an update would show."""
+    assert engine.takes_adapters
+    assert largest_difference(plain(model), engine, engine.version) < 1e-4
+    for version in range(1, 4):
+        adapters = random_adapters(model, seed=version)
+        reference = merged(model, adapters)
+        assert largest_difference(reference, engine, version - 1) > 1e-2, "a skipped update would not be seen"
+        engine.update_weights(tiny_buckets(adapters), version)
+        assert engine.version == version
+        assert largest_difference(reference, engine, version) < 1e-4
+
+
+def test_layers_without_adapters_compute_as_before(engine: RolloutEngine, model: Path) -> None:
+    """An update replaces all adapters: those that do not come any more are gone. Half a fused layer may have one."""
+    adapters = random_adapters(model, seed=9)
+    few = {name: tensor for name, tensor in adapters.items() if "v_proj" in name or "layers.1.mlp.up_proj" in name}
+    engine.update_weights(tiny_buckets(few), 10)
+    assert largest_difference(merged(model, few), engine, 10) < 1e-4
+
+
+def test_an_update_in_mid_generation(engine: RolloutEngine, model: Path) -> None:
+    """What is unfinished goes on with the new adapters; every token says which it is of."""
+    engine.update_weights(tiny_buckets(random_adapters(model, seed=1)), 20)
+    asked = GenerationRequest([7, 8, 9], SamplingParams(max_tokens=40, seed=3, ignore_eos=True))
+
+    async def generate() -> Any:
+        engine.pause()
+        making = asyncio.ensure_future(engine.generate(asked))
+        await asyncio.sleep(0)
+        engine.resume()
+        while engine.version == 20:
+            await asyncio.to_thread(engine.update_weights, tiny_buckets(random_adapters(model, seed=2)), 21)
+        return await making
+
+    made = asyncio.run(generate())
+    assert sum(count for _, count in made.versions) == 40
+    assert {version for version, _ in made.versions} <= {20, 21}
+    assert largest_difference(merged(model, random_adapters(model, seed=2)), engine, 21) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.pop(next(iter(a))), "lacks a matrix of base_model.model.model.layers.0.self_attn.q_proj"),
+        (lambda a: a.clear() or a.update({"model.norm.weight": torch.ones(32)}), "takes adapters, not model.norm"),
+        (
+            lambda a: a.update({f"{PREFIX}wait.lora_{part}.weight": torch.ones(1, 1) for part in "AB"}),
+            "no layers for 1 of the adapters: wait",
+        ),
+        (
+            lambda a: a.update(
+                {name: torch.ones(9, 32) if "_A" in name else torch.ones(64, 9) for name in list(a)[:2]}
+            ),
+            "rank 9 is greater than max_lora_rank 8",
+        ),
+    ],
+    ids=["half an adapter", "whole weights", "an unknown layer", "too high a rank"],
+)
+def test_adapters_that_do_not_fit(engine: RolloutEngine, model: Path, change: Any, message: str) -> None:
+    adapters = random_adapters(model, seed=1)
+    change(adapters)
+    with pytest.raises(EngineError, match=message):
+        engine.update_weights(tiny_buckets(adapters), 30)
+    with pytest.raises(EngineError, match="weight update 30 failed midway"):
+        engine.generate_batch(REQUESTS[:1])
+    right = random_adapters(model, seed=4)
+    engine.update_weights(tiny_buckets(right), 31)
+    assert largest_difference(merged(model, right), engine, 31) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "server", "server": {"urls": ["http://127.0.0.1:1"]}}, "servers take whole weights"),
+        ({"tensor_parallel_size": 2}, "is for tensor_parallel_size=1"),
+        ({"mode": "process", "weight_transfer": "nccl"}, "not weight_transfer=nccl"),
+        ({"sleep_level": 2}, "sleep_level=2 drops the weights below"),
+        ({"load_format": "dummy"}, "load_format=dummy reads no weights"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_options_that_do_not_go_together(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        VLLMSettings(enable_lora=True, **options)
+
+
+def test_an_engine_without_room_for_the_adapters(model: Path) -> None:
+    with pytest.raises(EngineError, match="enable_lora: the policy trains whole weights"):
+        make_engine(model, rank=None)
+    with pytest.raises(EngineError, match="takes adapters up to rank 512"):
+        make_engine(model, rank=513)

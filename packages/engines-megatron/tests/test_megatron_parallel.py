@@ -394,6 +394,12 @@ def test_damaged_megatron_files_are_refused(model_path: Path, tmp_path: Path) ->
     for save in (engine.save, engine.start_save):
         with pytest.raises(CheckpointError, match=f"cannot write {tmp_path / 'file'}"):
             save(tmp_path / "file")
+    (folder / "__0_1.distcp").unlink()
+    (folder / "__0_1.distcp").mkdir()  # where a file should be
+    engine.start_save(folder)
+    with pytest.raises(CheckpointError, match=r"rank 0: cannot write .*__0_1\.distcp"):
+        engine.finish_save()
+    refused("no complete checkpoint")
     engine.load(folder)
     assert all(torch.equal(tensor, before[name]) for name, tensor in exported(engine).items())
     engine.close()

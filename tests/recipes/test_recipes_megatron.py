@@ -36,6 +36,13 @@ RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "grpo, tensor parallel": ("grpo", {"actor.objective.kl_loss.coeff": 0.01}, {"actor": TENSOR, "ref": TENSOR}),
     "ppo, pipeline parallel": ("ppo", {"critic.optim": ADAM}, {"actor": PIPELINE, "critic": PIPELINE}),
     "dapo, tensor parallel": ("dapo", {"algorithm.overlong": {"buffer": 4}}, {"actor": TENSOR}),
+    "grpo, expert parallel": ("grpo", {}, {"actor": {"device": "cpu", "expert_parallel": 2}}),
+}
+EXPERTS: dict[str, Any] = {
+    "architecture": "Qwen3Moe",
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
 }
 
 
@@ -60,11 +67,12 @@ def on_ray(engines: Mapping[str, Any], processes: int = 2) -> dict[str, Any]:
 @pytest.mark.parametrize("case", RUNS)
 def test_megatron_computes_what_fsdp_does(task: Any, metrics_of: Metrics, tmp_path: Path, case: str) -> None:
     recipe, changes, engines = RUNS[case]
+    model = tiny_model(tmp_path / "model", **EXPERTS) if "expert" in case else task.model
+    changes = {**RUN, **changes, "model.path": model}
     alone, divided = tmp_path / "fsdp", tmp_path / "megatron"
-    fsdp = {f"{role}.fsdp.device": "cpu" for role in engines}
-    result = task.run(recipe, alone, {**RUN, **changes, **fsdp})
+    result = task.run(recipe, alone, {**changes, **{f"{role}.fsdp.device": "cpu" for role in engines}})
     assert result.exit_code == 0, result.output
-    result = task.run(recipe, divided, {**RUN, **changes, **on_ray(engines)})
+    result = task.run(recipe, divided, {**changes, **on_ray(engines)})
     assert result.exit_code == 0, result.output
 
     compared = set()
@@ -77,7 +85,7 @@ def test_megatron_computes_what_fsdp_does(task: Any, metrics_of: Metrics, tmp_pa
                 compared.add(name)
     assert {"actor/grad_norm", "actor/entropy"} <= compared
     assert ("critic/grad_norm" in compared) == ("critic" in engines)
-    start = load_file(task.model / "model.safetensors")
+    start = load_file(model / "model.safetensors")
     one, two = (load_file(folder / "model/model.safetensors") for folder in (alone, divided))
     assert one.keys() == two.keys()
     assert max(float((one[name] - start[name]).abs().max()) for name in one) > 1e-4

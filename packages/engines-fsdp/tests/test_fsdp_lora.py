@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import builtins
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,9 @@ from rlcore.testing.train_engine import SquaredError, WeightedLogprobs, exported
 from rlcore_fsdp.config import FSDPSettings
 from rlcore_fsdp.engine import FSDPTrainEngine, build
 
-LORA = LoRASettings(rank=4, alpha=8)
+LORA = LoRASettings(rank=3, alpha=6)
 ATOL = 1e-5
+START_S = 300  # importing PEFT and transformers on a busy machine takes its time
 BATCHES = [make_batch((50, 3, 3, 2, 31, 4), seed=1), make_batch((9, 9, 40), seed=2)]
 
 
@@ -72,15 +72,8 @@ def resume(path: Path, folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def ranks() -> Iterator[RankPool]:
-    pool = RankPool(2)
-    yield pool
-    pool.close()
-
-
-@pytest.fixture(scope="module")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # 261 rows of embeddings and 63 of the MLP do not divide by two, nor does a rank of 3.
+    # 261 rows of embeddings and 63 of the MLP do not divide by two, nor does the rank of the adapters.
     return tiny_model(tmp_path_factory.mktemp("model"), intermediate_size=63)
 
 
@@ -145,7 +138,7 @@ def test_a_step_is_that_of_peft(model_path: Path, tmp_path: Path) -> None:
     ],
 )
 def test_two_ranks_equal_one(ranks: RankPool, model_path: Path, alone: dict[str, Any], options: dict[str, Any]) -> None:
-    for result in ranks.run(run, model_path, options):
+    for result in ranks.run(run, model_path, options, timeout=START_S):
         for ours, theirs in zip(result["metrics"], alone["metrics"], strict=True):
             assert ours == pytest.approx(theirs, rel=1e-4)
         for kind in ("adapters", "weights"):
@@ -186,7 +179,7 @@ def test_resumed_training_is_the_same(
     resumed = resume(model_path, checkpoint)
     for name, tensor in alone["adapters"].items():
         assert torch.equal(resumed[name], tensor), name
-    for result in ranks.run(resume, model_path, checkpoint):
+    for result in ranks.run(resume, model_path, checkpoint, timeout=START_S):
         for name, tensor in alone["adapters"].items():
             torch.testing.assert_close(result[name], tensor, atol=ATOL, rtol=0, msg=name)
 
@@ -194,8 +187,8 @@ def test_resumed_training_is_the_same(
 @pytest.mark.parametrize(
     ("lora", "other_weights", "message"),
     [
-        (None, False, "trains adapters of rank 4 and alpha 8; this one trains whole weights"),
-        (LoRASettings(rank=2, alpha=8), False, "rank 4 and alpha 8; this one trains adapters of rank 2 and alpha 8"),
+        (None, False, "trains adapters of rank 3 and alpha 6; this one trains whole weights"),
+        (LoRASettings(rank=2, alpha=8), False, "rank 3 and alpha 6; this one trains adapters of rank 2 and alpha 8"),
         (LORA, True, "holds adapters for other frozen weights than those of model.path"),
     ],
     ids=["whole weights", "another rank", "another model"],
@@ -230,7 +223,7 @@ def test_a_critic_trains_its_head_too(ranks: RankPool, model_path: Path, tmp_pat
         theirs = model(input_ids=tokens.flat("tokens")[None]).logits[0, :-1, 0]
     torch.testing.assert_close(ours, theirs, atol=ATOL, rtol=1e-5)
     train(engine, BATCHES[1])
-    for result in ranks.run(run, model_path, {"head": "value"}):
+    for result in ranks.run(run, model_path, {"head": "value"}, timeout=START_S):
         for name, tensor in adapters(engine).items():
             torch.testing.assert_close(result["adapters"][name], tensor, atol=ATOL, rtol=0, msg=name)
 
@@ -245,15 +238,18 @@ def test_adapters_keep_master_precision(model_path: Path) -> None:
 
 
 def test_dropout_is_for_training_only(model_path: Path) -> None:
-    moved = []
-    for dropout in (0.0, 0.5):
-        engine = make_engine(model_path, LoRASettings(rank=4, alpha=8, dropout=dropout))
+    """And layers that are computed again in backward drop the same."""
+    norms = []
+    for options in ({"dropout": 0.0}, {"dropout": 0.5}, {"dropout": 0.5, "gradient_checkpointing": True}):
+        lora = LoRASettings(rank=4, alpha=8, dropout=options.pop("dropout"))
+        engine = make_engine(model_path, lora, **options)
         fill_up_matrices(engine)
         before = logprobs(engine, BATCHES[0])
         assert torch.equal(before, logprobs(engine, BATCHES[0]))
-        moved.append((before, train(engine, BATCHES[0])["grad_norm"]))
-    assert torch.equal(moved[0][0], moved[1][0])
-    assert moved[0][1] != moved[1][1]
+        torch.manual_seed(5)
+        norms.append(train(engine, BATCHES[0])["grad_norm"])
+    assert norms[0] != pytest.approx(norms[1], rel=1e-2)
+    assert norms[1] == pytest.approx(norms[2], rel=1e-5)
 
 
 def test_mistakes_are_named(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ first steps are nearly plain gradient descent, so that weights can be compared a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +54,6 @@ def spread(engine: FSDPTrainEngine, batch: Batch, call: Any) -> Any:
     results: list[Any] = [None] * engine.dp_size
     dist.all_gather_object(results, mine)
     return gather(results, parts)
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[RankPool]:
-    pool = RankPool(2)
-    yield pool
-    pool.close()
 
 
 @pytest.fixture(scope="module")

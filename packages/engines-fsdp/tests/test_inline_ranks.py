@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +31,6 @@ from rlcore_fsdp.inline.config import InlineSettings
 from rlcore_fsdp.inline.engine import InlineRollout, build
 
 SHARES = (3, 14)  # requests of each rank
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[RankPool]:
-    pool = RankPool(2)
-    yield pool
-    pool.close()
 
 
 @pytest.fixture(scope="module")

@@ -203,14 +203,15 @@ class FSDPTrainEngine(TrainEngine):
             for index, members in enumerate(divided):
                 self._accumulate(last=index == len(divided) - 1)
                 micro = batch.take(members)
-                with self._in_training():
+                with self._in_training():  # also backward, which computes checkpointed layers again
                     outputs = self._outputs(micro, request)
-                if members:
-                    loss, metrics = objective.loss(outputs, micro.to(self._device), denominators)
-                    parts.append(metrics)
-                else:  # other ranks still have sequences: take part in their communication
-                    loss = torch.stack([output.sum() for output in outputs.values()]).sum() * 0.0
-                (loss * self._world).backward()  # FSDP averages gradients over ranks, the objective wants their sum
+                    if members:
+                        loss, metrics = objective.loss(outputs, micro.to(self._device), denominators)
+                        parts.append(metrics)
+                    else:  # other ranks still have sequences: take part in their communication
+                        loss = torch.stack([output.sum() for output in outputs.values()]).sum() * 0.0
+                    # FSDP averages gradients over ranks, the objective wants their sum
+                    (loss * self._world).backward()
         except BaseException:
             self._optimizer.zero_grad()
             self._broken = self._sharded  # FSDP2 holds unreduced gradients where nobody can drop them

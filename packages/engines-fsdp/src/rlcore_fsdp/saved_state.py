@@ -71,7 +71,7 @@ def check_base(path: Path, manifest: Mapping[str, Any], facts: Mapping[str, Any]
     if (
         ours is not None
         and manifest["frozen"]["dtype"] == facts["frozen"]["dtype"]
-        and (manifest["frozen"]["number"] != facts["frozen"]["number"])
+        and manifest["frozen"]["number"] != facts["frozen"]["number"]
     ):
         raise CheckpointError(f"{path} holds adapters for other frozen weights than those of model.path here")
 

@@ -19,11 +19,9 @@ from safetensors import SafetensorError, safe_open
 from rlcore.checkpoint.rank_files import MANIFEST
 from rlcore.errors import CheckpointError
 from rlcore_megatron import torch_dist
-from rlcore_megatron.overlap import overlap
+from rlcore_megatron.blocks import overlap
 
 FORMAT = 2
-Block = tuple[Sequence[Any], str, tuple[int, ...]]
-"""Where it lies in which file, as its format says; key of the global tensor; offset in it."""
 
 
 class Reader:

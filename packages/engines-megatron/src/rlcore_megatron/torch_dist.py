@@ -34,7 +34,7 @@ from rlcore.checkpoint.rank_files import Gather, RankPart, file_record
 from rlcore.checkpoint.tensor_file import flush
 from rlcore.engines.train import FileRecord
 from rlcore.errors import CheckpointError
-from rlcore_megatron.overlap import overlap
+from rlcore_megatron.blocks import SavedBlock, overlap
 
 BACKEND, VERSION = "torch_dist", 1
 _BY_RANK_0 = ("common.pt", ".metadata", "metadata.json")
@@ -129,13 +129,8 @@ def complete(
             written = {**written, **{name: file_record(path / name) for name in _BY_RANK_0}}
         except OSError as problem:
             written = CheckpointError(f"rank 0: cannot write to {path}: {problem.strerror or problem}")
-    blocks = [
-        ([result.storage_data.relative_path, result.storage_data.offset, result.storage_data.length, shape],
-         part.keys[result.index.fqn], list(result.index.offset))
-        for result, shape in part.written
-        if result.index.fqn in part.keys
-    ]  # fmt: skip
-    return rank_files.complete(path, replace(part.own, places=blocks), written, facts, rank, gather)
+    own = replace(part.own, places=list(_blocks(part)))
+    return rank_files.complete(path, own, written, facts, rank, gather)
 
 
 def read_overlap(
@@ -165,6 +160,15 @@ def read_overlap(
         raise pickle.UnpicklingError("it is too short")
     tensor = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     return tensor.view(shape)[both[0]], both[1]
+
+
+def _blocks(part: TorchDistPart) -> Iterator[SavedBlock]:
+    """Where what is in the manifest was written."""
+    for result, shape in part.written:
+        if result.index.fqn in part.keys:
+            place = result.storage_data
+            where = (place.relative_path, place.offset, place.length, shape)
+            yield where, part.keys[result.index.fqn], tuple(result.index.offset)
 
 
 class _PlanOnly(TorchDistSaveShardedStrategy):  # type: ignore[misc]

@@ -13,12 +13,11 @@ from rlcore.checkpoint.rank_files import Gather
 from rlcore.engines.train import FileRecord
 from rlcore.errors import CheckpointError
 
-# Where threads compete for cores, training goes before writing; whoever waits for the writer leaves it the core.
-_NICENESS = 10
-
-
 Part = TypeVar("Part")
 Files = dict[str, FileRecord]
+
+# Where threads compete for cores, training goes before writing; whoever waits for the writer leaves it the core.
+_NICENESS = 10
 
 
 class BackgroundSave(Generic[Part]):

@@ -1,8 +1,12 @@
-"""Where blocks of one tensor meet."""
+"""Blocks of global tensors, in files and in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+SavedBlock = tuple[Sequence[Any], str, tuple[int, ...]]
+"""In a manifest: where it lies in which file, as its format says; key of the global tensor; offset in it."""
 
 
 def overlap(

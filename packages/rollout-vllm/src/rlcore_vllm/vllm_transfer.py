@@ -7,8 +7,9 @@ an engine of the test's. The front end's own transfer (`rlcore_vllm.delivery`) i
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import cache, cached_property
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from rlcore.engines.weight_sync import WeightBucket
 from rlcore.errors import EngineError, WorkerError
 from rlcore_vllm.backend import Backend
+from rlcore_vllm.quirks import CallableList
 
 Kind = Literal["nccl", "ipc"]
 
@@ -30,7 +32,6 @@ class VLLMTransfer:
     def __init__(self, backend: Backend, kind: Kind, timeout_s: float) -> None:
         self._backend, self._kind, self._timeout_s = backend, kind, timeout_s
         self._engine: Any = None
-        self._bucket: WeightBucket | None = None
 
     def load(self, buckets: Iterable[WeightBucket], version: int) -> None:
         """Give all workers all buckets as ``version``.
@@ -42,14 +43,15 @@ class VLLMTransfer:
         begun = False
         try:
             for bucket in buckets:
-                self._bucket = bucket
+                source = _source_class()(bucket)
                 if not begun:
-                    self._connect(bucket.tensors[0][1].device)
+                    self._connect(bucket.tensors[0][1].device, source)
                     self._call("rlcore_begin_transfer")
                     begun = True
+                self._engine.source = source
                 self._engine.send_weights()
-                self._bucket = None
-                del bucket
+                self._engine.source = None
+                del bucket, source
             if not begun:
                 raise EngineError("the weight update is empty")
             self._call("rlcore_finish_transfer", version)
@@ -66,7 +68,7 @@ class VLLMTransfer:
             self._engine.shutdown()
             self._engine = None
 
-    def _connect(self, device: torch.device) -> None:
+    def _connect(self, device: torch.device, source: Any) -> None:
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
         if self._engine is not None:
@@ -77,7 +79,7 @@ class VLLMTransfer:
                 "CPU; set it to rlcore"
             )
         self._engine = WeightTransferTrainerFactory.trainer_init(
-            self._information(), client=_Client(self), source=_source(self)
+            self._information(), client=_Client(self), source=source
         )
 
     def _information(self) -> Any:
@@ -115,16 +117,22 @@ class _Client:
     def finish_weight_update(self, weight_version: str | None = None) -> None: ...
 
 
-def _source(transfer: VLLMTransfer) -> Any:
-    """vLLM's ``WeightSource`` over the bucket that is under way."""
+@cache
+def _source_class() -> Any:
+    """A class of vLLM's ``WeightSource`` over one bucket."""
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
-    class Bucket(WeightSource):
-        def metadata(self) -> list[Any]:
-            return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self]
+    class BucketSource(WeightSource):
+        def __init__(self, bucket: WeightBucket) -> None:
+            self._bucket = bucket
 
-        def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-            assert transfer._bucket is not None
-            return iter(transfer._bucket.tensors)
+        @cached_property
+        def metadata(self) -> Callable[[], list[Any]]:
+            return CallableList(ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self)
 
-    return Bucket()
+        def iter_full(self) -> Iterator[tuple[str, torch.Tensor]]:  # vLLM 0.33
+            return iter(self._bucket.tensors)
+
+        __iter__ = iter_full  # vLLM 0.32
+
+    return BucketSource

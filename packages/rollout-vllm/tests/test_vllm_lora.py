@@ -10,7 +10,15 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from rlcore.engines import GenerationRequest, ModelSettings, RolloutEngine, RolloutSpec, SamplingParams, WeightBucket
+from rlcore.engines import (
+    Completion,
+    GenerationRequest,
+    ModelSettings,
+    RolloutEngine,
+    RolloutSpec,
+    SamplingParams,
+    WeightBucket,
+)
 from rlcore.errors import EngineError
 from rlcore.testing.tiny_model import tiny_model
 from rlcore_vllm.config import VLLMSettings
@@ -77,15 +85,18 @@ def tiny_buckets(adapters: dict[str, torch.Tensor]) -> Iterator[WeightBucket]:
 
 
 @torch.no_grad()
+def logprobs(reference: Any, asked: GenerationRequest, made: Completion) -> torch.Tensor:
+    """Those of ``reference`` for the completion's tokens."""
+    logits = reference(input_ids=torch.tensor([[*asked.prompt, *made.tokens]])).logits[0, len(asked.prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(-1, torch.tensor(made.tokens)[:, None])[:, 0]
+
+
 def largest_difference(reference: Any, engine: RolloutEngine, version: int) -> float:
     """Between the log-probs of fresh completions, all by ``version``, and those of ``reference``."""
     found = []
     for asked, made in zip(REQUESTS, engine.generate_batch(REQUESTS), strict=True):
         assert made.versions == [(version, len(made.tokens))]
-        tokens = torch.tensor([[*asked.prompt, *made.tokens]])
-        logits = reference(input_ids=tokens).logits[0, len(asked.prompt) - 1 : -1]
-        expected = logits.log_softmax(-1).gather(-1, torch.tensor(made.tokens)[:, None])[:, 0]
-        found.append(float((expected - torch.tensor(made.logprobs)).abs().max()))
+        found.append(float((logprobs(reference, asked, made) - torch.tensor(made.logprobs)).abs().max()))
     return max(found)
 
 
@@ -112,22 +123,22 @@ def test_layers_without_adapters_compute_as_before(engine: RolloutEngine, model:
 
 def test_an_update_in_mid_generation(engine: RolloutEngine, model: Path) -> None:
     """What is unfinished goes on with the new adapters; every token says which it is of."""
-    engine.update_weights(tiny_buckets(random_adapters(model, seed=1)), 20)
+    adapters = {version: random_adapters(model, seed=version) for version in (20, 21)}
+    engine.update_weights(tiny_buckets(adapters[20]), 20)
     asked = GenerationRequest([7, 8, 9], SamplingParams(max_tokens=40, seed=3, ignore_eos=True))
 
     async def generate() -> Any:
-        engine.pause()
         making = asyncio.ensure_future(engine.generate(asked))
-        await asyncio.sleep(0)
-        engine.resume()
-        while engine.version == 20:
-            await asyncio.to_thread(engine.update_weights, tiny_buckets(random_adapters(model, seed=2)), 21)
+        await asyncio.sleep(0.05)
+        await asyncio.to_thread(engine.update_weights, tiny_buckets(adapters[21]), 21)
         return await making
 
     made = asyncio.run(generate())
-    assert sum(count for _, count in made.versions) == 40
-    assert {version for version, _ in made.versions} <= {20, 21}
-    assert largest_difference(merged(model, random_adapters(model, seed=2)), engine, 21) < 1e-4
+    references = {version: logprobs(merged(model, adapters[version]), asked, made) for version in adapters}
+    versions = [version for version, count in made.versions for _ in range(count)]
+    assert len(versions) == 40
+    for place, (version, found) in enumerate(zip(versions, made.logprobs, strict=True)):
+        assert found == pytest.approx(float(references[version][place]), abs=1e-4)
 
 
 @pytest.mark.parametrize(

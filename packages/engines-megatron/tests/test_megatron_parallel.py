@@ -343,6 +343,14 @@ def test_megatrons_own_files_change_their_layout(ranks: RankPool, model_path: Pa
     assert read["names"] == weights | states
 
 
+def test_megatron_reads_experts(ranks: RankPool, experts_path: Path, tmp_path: Path) -> None:
+    saved = {"expert_parallel": 2, "tensor_parallel": 2, "sequence_parallel": True, "dtype": "bfloat16"}
+    expected = ranks.run(save_and_go_on, experts_path, tmp_path, saved, timeout=300)[0]["saved"]
+    other = {"expert_parallel": 4, "dtype": "bfloat16"}
+    read = ranks.run(load_with_megatron, experts_path, tmp_path, other, timeout=300)[0]["weights"]
+    assert all(torch.equal(read[name], tensor) for name, tensor in expected.items())
+
+
 class Intruder:
     """Writes a file when it is unpickled."""
 

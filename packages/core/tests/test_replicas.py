@@ -345,6 +345,25 @@ def test_a_replica_dies_in_mid_generation():
     replicas.close()
 
 
+def test_requests_that_the_closing_of_a_dead_replica_refuses_go_to_the_other():
+    """One request tells of the death; the engine is closed under the others, which it then refuses."""
+
+    class Dying(MemoryEngine):
+        async def generate(self, request: GenerationRequest) -> Completion:
+            if request.request_id == "0":
+                raise WorkerDied("the process got signal 9")
+            while not self.closed:
+                await asyncio.sleep(0.001)
+            raise EngineError("the engine is closed")
+
+    built = [Dying]
+    replicas = Replicas([lambda: built.pop()() if built else MemoryEngine(), Factory()])
+    requests = [request(index) for index in range(8)]
+    completions = replicas.generate_batch(requests)
+    assert [completion.tokens for completion in completions] == expected(requests)
+    replicas.close()
+
+
 def test_requests_of_a_hung_replica_go_to_the_other():
     factories = [Factory(), Factory()]
     replicas = Replicas(factories, stall_timeout_s=0.5)

@@ -241,6 +241,12 @@ class Replicas(RolloutEngine):
                 return lost.result()
             self._drain(replica, life, str(error))
             return str(error)
+        except EngineError:
+            with self._lock:
+                drained = replica.life != life
+            if not drained:
+                raise
+            return await lost  # the engine refused because it was closed under the request
         finally:
             if not making.done():
                 making.add_done_callback(_forget)

@@ -17,7 +17,6 @@ from torch.distributed.tensor import DTensor
 
 from rlcore.checkpoint import random_states, rank_files
 from rlcore.checkpoint.rank_files import MANIFEST, RankPart, rank_file
-from rlcore.checkpoint.rank_files import read_random_states as read_random_states
 from rlcore.errors import CheckpointError
 
 FORMAT = 2

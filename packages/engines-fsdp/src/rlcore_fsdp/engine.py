@@ -413,7 +413,7 @@ class FSDPTrainEngine(TrainEngine):
                     wanted[f"{moment}/{name}"] = wanted[f"weight/{name}"]
             rank_files.check_files(path, manifest, rank, self._world)
             values = checkpoint.read(path, manifest, wanted)
-            states = checkpoint.read_random_states(path, manifest, rank)
+            states = rank_files.read_random_states(path, manifest, rank)
         except CheckpointError as problem:
             error = problem
         rank_files.agree(error, path, self._gather)  # from here on nothing fails

@@ -15,10 +15,11 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from rlcore.background import in_background
+from rlcore.checkpoint.rank_files import file_record
 from rlcore.engines import TrainEngine
 from rlcore.engines.train import FileRecord
 from rlcore.errors import CheckpointError
-from rlcore_recipes.checkpoint.manifest import check_contents, check_size, record_of
+from rlcore_recipes.checkpoint.manifest import check_contents, check_size
 from rlcore_recipes.checkpoint.naming import Place
 from rlcore_recipes.checkpoint.node_folder import base, locked, outbox
 
@@ -115,7 +116,7 @@ def _upload(source: Path, place: Place, role: str, known: Mapping[str, FileRecor
     for file in sorted(path for path in source.rglob("*") if path.is_file()):
         name = file.relative_to(source).as_posix()
         target = f"{role}/{name}"
-        found[target] = known.get(name) or record_of(file)
+        found[target] = known.get(name) or file_record(file)
         with reported(f"cannot write {place.location}/{target}"):
             upload(system, file, f"{path}/{place.name}/{target}")
         os.unlink(file)
@@ -133,6 +134,6 @@ def _download(folder: Path, place: Place, files: Mapping[str, FileRecord]) -> No
         target.parent.mkdir(parents=True, exist_ok=True)
         with reported(f"cannot read {place.location}/{name}"):
             system.get_file(f"{path}/{place.name}/{name}", str(target))
-        found = record_of(target)
+        found = file_record(target)
         check_size(place.location, name, found["size"], expected)
         check_contents(place.location, name, found, expected)

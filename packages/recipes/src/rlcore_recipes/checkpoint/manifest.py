@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypedDict
 
+from rlcore.checkpoint.rank_files import file_record
 from rlcore.engines.train import FileRecord
 from rlcore.errors import CheckpointError
 
@@ -61,15 +62,9 @@ def record(content: bytes) -> FileRecord:
     return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def record_of(path: Path) -> FileRecord:
-    """What the file holds, by reading it."""
-    with path.open("rb") as file:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
 def records_of(paths: Iterable[Path]) -> list[FileRecord]:
     with ThreadPoolExecutor(4) as pool:
-        return list(pool.map(record_of, paths))
+        return list(pool.map(file_record, paths))
 
 
 def check_size(location: str, name: str, size: int | None, expected: FileRecord) -> None:

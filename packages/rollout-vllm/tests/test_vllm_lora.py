@@ -113,6 +113,18 @@ def test_adapters_are_replaced_in_place(engine: RolloutEngine, model: Path) -> N
         assert largest_difference(reference, engine, version) < 1e-4
 
 
+def test_workers_that_share_layers(model: Path) -> None:
+    """Each takes whole adapters and computes with its part."""
+    engine = make_engine(model, mode="process", tensor_parallel_size=2)
+    try:
+        for version in (1, 2):
+            adapters = random_adapters(model, seed=version)
+            engine.update_weights(tiny_buckets(adapters), version)
+            assert largest_difference(merged(model, adapters), engine, version) < 1e-4
+    finally:
+        engine.close()
+
+
 def test_layers_without_adapters_compute_as_before(engine: RolloutEngine, model: Path) -> None:
     """An update replaces all adapters: those that do not come any more are gone. Half a fused layer may have one."""
     adapters = random_adapters(model, seed=9)
@@ -175,7 +187,6 @@ def test_adapters_that_do_not_fit(engine: RolloutEngine, model: Path, change: An
     ("options", "message"),
     [
         ({"mode": "server", "server": {"urls": ["http://127.0.0.1:1"]}}, "servers take whole weights"),
-        ({"tensor_parallel_size": 2}, "is for tensor_parallel_size=1"),
         ({"mode": "process", "weight_transfer": "nccl"}, "not weight_transfer=nccl"),
         ({"sleep_level": 2}, "sleep_level=2 drops the weights below"),
         ({"load_format": "dummy"}, "load_format=dummy reads no weights"),

@@ -96,8 +96,6 @@ class VLLMSettings(Config):
                 "enable_lora",
                 "servers take whole weights, with the adapters merged into them; set it to false",
             )
-        if self.tensor_parallel_size > 1:
-            yield "enable_lora", "is for tensor_parallel_size=1; with more, whole weights are sent: set it to false"
         if self.weight_transfer != "rlcore":
             yield "enable_lora", f"adapters go by rlcore's transfer, not weight_transfer={self.weight_transfer}"
         if self.sleep_level == 2:

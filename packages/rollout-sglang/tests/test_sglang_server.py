@@ -185,6 +185,19 @@ def test_weights_by_every_way(server, clients, tmp_path, way):
         assert {span for completion in completions for span in completion.versions} == {(version, 20)}
 
 
+def test_weights_that_sleep_dropped(server, clients):
+    """On the CPU SGLang keeps its memory; that nobody generates with what was in it is the client's doing."""
+    rollout = clients(sleep_level=2)
+    rollout.update_weights(weights_of(server.other), 1)
+    rollout.sleep()
+    with pytest.raises(EngineError, match="sleep_level 2 dropped the weights; update them before requests"):
+        rollout.generate_batch([request()])
+    rollout.update_weights(weights_of(server.model), 2)
+    completions = rollout.generate_batch([request()])
+    assert completions[0].versions == [(2, 20)]
+    assert largest_difference(server.model, [request()], completions) < 1e-4
+
+
 WRONG = {
     "unknown": (lambda tensors: [*tensors, ("model.no_such", torch.zeros(4))], "holds model.no_such, which the model"),
     "shape": (lambda tensors: [(tensors[0][0], torch.zeros(3, 2))], r"of shape \[3, 2\] instead of \[261, 32\]"),

@@ -17,7 +17,8 @@ PACKAGES = sorted(path.parent.name for path in Path("packages").glob("*/pyprojec
 # What a package's tests need beside its group "test", and what does not fit into one environment with the others'.
 OTHER_GROUPS = {"rollout-sglang": ("--group", "sglang")}
 SGLANG_RECIPES = "tests/recipes/sglang"
-QUICKSTART = "tests/test_quickstart.py"  # takes both cores
+# One takes both cores; the other kills processes at random moments and looks for what stays in shared memory.
+ALONE = ("tests/test_quickstart.py", "tests/recipes/test_recipes_faults.py")
 # Two files of tests at a time. Not where all files share one inference server, which takes minutes to start.
 SIDE_BY_SIDE = ("--numprocesses", "2", "--dist", "loadfile")
 ONE_BY_ONE = {"rollout-sglang", "rollout-vllm"}
@@ -94,9 +95,9 @@ def tests_newest(session: nox.Session) -> None:
 def integration(session: nox.Session) -> None:
     """Cross-package, end-to-end, fault-injection and installation tests."""
     sync(session, "--all-packages", "--group", "test", "--group", "trackers", "--group", "ray")
-    pytest(session, "tests", f"--ignore={SGLANG_RECIPES}", f"--ignore={QUICKSTART}", *SIDE_BY_SIDE)
+    pytest(session, "tests", *(f"--ignore={path}" for path in (SGLANG_RECIPES, *ALONE)), *SIDE_BY_SIDE)
     if not session.posargs:  # which choose among the tests above
-        pytest(session, QUICKSTART)
+        pytest(session, *ALONE)
 
 
 @nox.session(name="integration-sglang")

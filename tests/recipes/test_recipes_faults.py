@@ -9,7 +9,6 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +58,7 @@ def nothing_stays() -> Iterator[None]:
     yield
     left = wait_until(lambda: not (set(family()) - before), GONE_S)
     assert left, [p.cmdline() for p in set(family()) - before]
-    assert wait_until(lambda: not abandoned(shared), GONE_S), abandoned(shared)
-
-
-def abandoned(before: set[str]) -> set[str]:
-    """Shared memory that came after ``before`` and that no process uses (that of tests beside this one is in use)."""
-    used = set[str]()
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            used |= {Path(mapped.path).name for mapped in process.memory_maps() if mapped.path.startswith("/dev/shm/")}
-    return set(os.listdir("/dev/shm")) - before - used
+    assert wait_until(lambda: set(os.listdir("/dev/shm")) <= shared, GONE_S), os.listdir("/dev/shm")
 
 
 def family() -> list[psutil.Process]:

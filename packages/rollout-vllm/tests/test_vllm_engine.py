@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -155,6 +156,17 @@ class TestTensorParallel:
         engine = build(RolloutSpec(ModelSettings(path=str(model)), settings, MAX_MODEL_LEN))
         yield engine
         engine.close()
+
+    def test_workers_leave_no_shared_memory_behind(self, engine: RolloutEngine) -> None:
+        """What they share has no name any more, so that it goes with them, however they end."""
+        children = psutil.Process().children(recursive=True)
+        maps = [mapped for child in children if "Worker" in child.name() for mapped in child.memory_maps()]
+        shared = {Path(mapped.path) for mapped in maps if mapped.path.startswith("/dev/shm/")}
+        of_the_cpu = {path for path in shared if "cpushm" in path.name}
+        queues = {path for path in shared if path.name.startswith("psm_")}
+        assert len(of_the_cpu) == 2
+        assert not [path for path in of_the_cpu if path.exists()]
+        assert len([path for path in queues if path.exists()]) <= 1 < len(queues)  # one is the engine's own
 
     def test_ten_steps_of_an_optimizer(self, engine: RolloutEngine, model: Path) -> None:
         take_ten_steps(engine, model)

@@ -6,6 +6,7 @@ is no CPU build) over that build's kernels. Each entry names the reason, so that
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import logging
 import os
@@ -13,6 +14,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from rlcore.errors import EngineError
@@ -49,6 +51,26 @@ def require_vllm() -> str:
             logger.warning("%s %s is newer than %s, the newest that rlcore was tested with", name, version, newest)
         return version
     return "unknown"
+
+
+def forget_shared_memory() -> None:
+    """Take the name from the shared memory that this process made for others, who have all opened it.
+
+    It then goes with its last user. With its name it stays, hundreds of megabytes, when processes are killed; the queues
+    also when an engine is closed but not collected, the CPU's also when its workers are ended in an orderly way (0.32).
+    """
+    from vllm.distributed.device_communicators.shm_broadcast import ShmRingBuffer
+    from vllm.distributed.parallel_state import get_tp_group, model_parallel_is_initialized
+
+    for queue in gc.get_objects():  # nobody else knows all of them
+        if type(queue) is ShmRingBuffer and queue.is_creator:
+            queue.shared_memory.unlink()
+            queue.is_creator = False
+    if model_parallel_is_initialized():
+        communicator = get_tp_group().device_communicator
+        name = getattr(getattr(communicator, "dist_module", None), "group_name", None)  # on the CPU alone
+        if name is not None:
+            Path(f"/dev/shm/{name}_{communicator.rank}").unlink(missing_ok=True)
 
 
 class CallableList(list[Any]):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from rlcore.weight_transfer import Address, WeightReceiver, open_receiver
-from rlcore_vllm import sampler
+from rlcore_vllm import quirks, sampler
 from rlcore_vllm.adapters import AdapterReload, begin_with_none
 from rlcore_vllm.reload import Reload
 
@@ -41,6 +41,7 @@ class WorkerExtension:
             takes_adapters: updates bring adapters, not whole weights.
         """
         if not hasattr(self, "rlcore_held_version"):
+            quirks.forget_shared_memory()
             sampler.install(self.model_runner)
             self.rlcore_held_version = 0
             self.rlcore_receiver: WeightReceiver | None = None

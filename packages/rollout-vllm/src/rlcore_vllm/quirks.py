@@ -56,8 +56,8 @@ def require_vllm() -> str:
 def forget_shared_memory() -> None:
     """Take the name from the shared memory that this process made for others, who have all opened it.
 
-    It then goes with its last user. With its name it stays when processes are killed, hundreds of megabytes; queues also
-    when an engine is closed but not collected, and the CPU's even when its workers end in an orderly way (0.32).
+    It then goes with its last user. With its name it stays, hundreds of megabytes, when processes are killed; queues
+    also when an engine is closed but not collected, the CPU's even when its workers end in an orderly way (0.32).
     """
     from vllm.distributed.device_communicators.shm_broadcast import ShmRingBuffer
     from vllm.distributed.parallel_state import get_tp_group, model_parallel_is_initialized

@@ -55,7 +55,7 @@ def test_without_vllm_it_says_what_to_install(monkeypatch):
 def test_a_version_that_was_not_tested(monkeypatch, caplog):
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.99.0")
     assert quirks.require_vllm() == "0.99.0"
-    assert "vllm 0.99.0 is newer than 0.32" in caplog.text
+    assert "vllm 0.99.0 is newer than 0.33" in caplog.text
 
 
 def test_a_version_that_is_too_old(monkeypatch):

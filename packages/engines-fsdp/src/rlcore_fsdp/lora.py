@@ -26,6 +26,8 @@ ADAPTER = "default"
 """The name that PEFT knows the only adapter of every layer by."""
 PREFIX = "base_model.model."
 """Before every name in PEFT's files: the modules that PEFT wraps a model in."""
+FOLDER = "adapter"
+"""Where a model folder has PEFT's files."""
 SCORE = "score"
 """The head of value and score models, which is trained whole."""
 
@@ -99,13 +101,13 @@ def whole_adapters(model: nn.Module) -> dict[str, torch.Tensor]:
 def write_adapters(
     weights: dict[str, torch.Tensor], model: PreTrainedModel, settings: LoRASettings, base: str, folder: Path
 ) -> None:
-    """Write the folder ``adapter`` in ``folder``, which ``peft.PeftModel.from_pretrained`` loads onto ``base``."""
+    """Write `FOLDER` in ``folder``, which ``peft.PeftModel.from_pretrained`` loads onto ``base``."""
     config = _peft_config(settings, _targets(model, settings))
     config.base_model_name_or_path = base
     config.inference_mode = True
     if any(name.startswith(f"{PREFIX}{SCORE}.") for name in weights):
         config.modules_to_save = [SCORE]
-    own = folder / "adapter"
+    own = folder / FOLDER
     own.mkdir()
     save_file(weights, own / "adapter_model.safetensors")
     config.save_pretrained(str(own))

@@ -83,9 +83,8 @@ def write_model(
         (path / "config.json").unlink(missing_ok=True)
         for stale in path.glob("model*.safetensors*"):
             stale.unlink()
+        shutil.rmtree(path / lora.FOLDER, ignore_errors=True)
         for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
-            if file.is_dir():
-                shutil.rmtree(path / file.name, ignore_errors=True)
             file.replace(path / file.name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

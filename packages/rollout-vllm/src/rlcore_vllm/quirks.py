@@ -53,17 +53,24 @@ def require_vllm() -> str:
     return "unknown"
 
 
-def forget_shared_memory() -> None:
+def forget_shared_memory(engine: Any = None) -> None:
     """Take the name from the shared memory that this process made for others, who have all opened it.
 
-    It then goes with its last user. With its name it stays, hundreds of megabytes, when processes are killed; queues
-    also when an engine is closed but not collected, the CPU's even when its workers end in an orderly way (0.32).
+    It then goes with its last user. With its name it stays, hundreds of megabytes, when processes are killed, and the
+    CPU's even when its workers end in an orderly way (0.32).
+
+    Args:
+        engine: an ``LLMEngine`` of this process, whose queue to its workers is hidden from the garbage collector.
     """
     from vllm.distributed.device_communicators.shm_broadcast import ShmRingBuffer
     from vllm.distributed.parallel_state import get_tp_group, model_parallel_is_initialized
 
-    for queue in gc.get_objects():  # nobody else knows all of them
-        if type(queue) is ShmRingBuffer and queue.is_creator:
+    queues = [found for found in gc.get_objects() if type(found) is ShmRingBuffer]  # nobody else knows all of them
+    executor = engine and engine.engine_core.engine_core.model_executor
+    if (to_workers := getattr(executor, "rpc_broadcast_mq", None)) is not None:
+        queues.append(to_workers.buffer)
+    for queue in queues:
+        if queue.is_creator:
             queue.shared_memory.unlink()
             queue.is_creator = False
     if model_parallel_is_initialized():

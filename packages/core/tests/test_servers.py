@@ -9,6 +9,7 @@ from rlcore.engines import GenerationRequest, SamplingParams
 from rlcore.servers import calls as calls_module
 from rlcore.servers.calls import Calls
 from rlcore.servers.standstill import Standstill
+from rlcore.servers.versions import FRESH, UNKNOWN, Versions
 
 LONG_S = 100.0
 
@@ -117,3 +118,30 @@ def test_an_abort_of_nothing_tells_nobody():
         raise AssertionError(calls)
 
     asyncio.run(Calls(abort).abort(None))
+
+
+@pytest.mark.parametrize(
+    ("label", "greeted", "version", "done"),
+    [
+        (FRESH, False, 0, ["ours:0", "go on"]),
+        (FRESH, True, 0, ["ours:0", "go on"]),
+        ("ours:0", True, 0, ["ours:0", "go on"]),
+        ("ours:7", True, 7, ["go on"]),
+        ("theirs:7", False, 0, ["read again", "ours:0", "go on"]),
+        ("theirs:7", True, UNKNOWN, []),
+        ("ours:updating", True, UNKNOWN, []),
+    ],
+)
+def test_what_a_server_holds_when_it_is_met(label, greeted, version, done):
+    """Another run's weights give way once; a mixture, and what came later from elsewhere, stays paused."""
+    versions = Versions("ours", {"url"} if greeted else set())
+    told = []
+    found = versions.adopt(
+        "url",
+        label,
+        read_again=lambda: told.append("read again"),
+        name=told.append,
+        go_on=lambda: told.append("go on"),
+    )
+    assert (found, told) == (version, done)
+    assert versions.greeted == {"url"}

@@ -10,7 +10,7 @@ from rlcore.engines.settings import RolloutSpec
 from rlcore.errors import EngineError
 from rlcore.servers.connection import Connection
 from rlcore.servers.model import check_same_model, vocabulary
-from rlcore.servers.versions import FRESH, UNKNOWN, Versions
+from rlcore.servers.versions import Versions
 from rlcore_sglang.quirks import CONTEXT_SLACK
 from rlcore_sglang.sampler import NAME
 
@@ -82,18 +82,16 @@ def _seeded(about: dict[str, Any], ours: str | None) -> bool:
 
 
 def _adopt(connection: Connection, label: str, served: str, versions: Versions, timeout_s: float) -> int:
-    """The version of the weights that it holds; those of another run give way to its model's, which are version 0."""
-    url, version = connection.url, versions.number(label)
-    if url not in versions.greeted and version == UNKNOWN:
-        logger.warning("%s holds weights of an earlier run (%s) and reads %s again", url, label, served)
+    def read_again() -> None:
         connection.ask("POST", "/pause_generation", "pause", body={"mode": "retract"})
         body = {"model_path": served}
         connection.ask("POST", "/update_weights_from_disk", f"read {served} again", body=body, timeout_s=timeout_s)
-        version = 0
-    if label == FRESH or version == 0:
-        body = {"new_version": versions.label(0), "abort_all_requests": False}
+
+    def name(label: str) -> None:
+        body = {"new_version": label, "abort_all_requests": False}
         connection.ask("POST", "/update_weight_version", "label its weights", body=body)
-    if version != UNKNOWN:  # a client that died may have left it paused; a mixture of weights must stay so
+
+    def go_on() -> None:
         connection.ask("POST", "/continue_generation", "go on", body={})
-    versions.greeted.add(url)
-    return version
+
+    return versions.adopt(connection.url, label, read_again=read_again, name=name, go_on=go_on)

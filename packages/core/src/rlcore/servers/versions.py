@@ -6,8 +6,12 @@ that was started anew, is not taken for one with current weights.
 
 from __future__ import annotations
 
+import logging
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass, field
+
+logger = logging.getLogger(__name__)
 
 FRESH = "default"
 """The servers' own label of the weights that they started with (vLLM 0.32, SGLang 0.5)."""
@@ -41,3 +45,33 @@ class Versions:
         if run != self.run:
             return 0 if label == FRESH else UNKNOWN
         return UNKNOWN if version == _UPDATING else int(version)
+
+    def adopt(
+        self,
+        url: str,
+        label: str,
+        *,
+        read_again: Callable[[], None],
+        name: Callable[[str], None],
+        go_on: Callable[[], None],
+    ) -> int:
+        """The version of the weights of the server at ``url``, which carry ``label``.
+
+        Those of another run give way to its model's, which are version 0.
+
+        Args:
+            read_again: pauses the server and has it read its model's files.
+            name: gives its weights a label.
+            go_on: ends a pause.
+        """
+        version = self.number(label)
+        if url not in self.greeted and version == UNKNOWN:
+            logger.warning("%s holds weights of an earlier run (%s) and reads its model's files again", url, label)
+            read_again()
+            version = 0
+        if label == FRESH or version == 0:
+            name(self.label(0))
+        if version != UNKNOWN:  # a client that died may have left it paused; a mixture of weights must stay so
+            go_on()
+        self.greeted.add(url)
+        return version

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +9,8 @@ from rlcore.engines.settings import RolloutSpec
 from rlcore.errors import EngineError, WorkerError
 from rlcore.servers.connection import Connection
 from rlcore.servers.model import check_same_model, vocabulary
-from rlcore.servers.versions import FRESH, UNKNOWN, Versions
+from rlcore.servers.versions import Versions
 from rlcore_vllm.server.settings import ServerSettings
-
-logger = logging.getLogger(__name__)
 
 EXTENSION = "rlcore_vllm.server.worker.ServerWorkerExtension"
 START = (
@@ -61,21 +58,19 @@ def greet(connection: Connection, spec: RolloutSpec, settings: ServerSettings, v
 
 
 def _adopt(connection: Connection, label: str, versions: Versions, timeout_s: float) -> int:
-    """The version of the weights that it holds; those of another run give way to its model's, which are version 0."""
-    url, version = connection.url, versions.number(label)
-    if url not in versions.greeted and version == UNKNOWN:
-        logger.warning("%s holds weights of an earlier run (%s) and reads its model's files again", url, label)
+    def read_again() -> None:
         _post(connection, "/pause", "pause", mode="keep")
         body = {"method": "rlcore_restore"}
         connection.ask("POST", "/collective_rpc", "read its model's files again", body=body, timeout_s=timeout_s)
         _post(connection, "/reset_prefix_cache", "reset its prefix cache", reset_running_requests="true")
-        version = 0
-    if label == FRESH or version == 0:
-        _post(connection, "/update_weight_version", "label its weights", {"new_version": versions.label(0)})
-    if version != UNKNOWN:  # a client that died may have left it paused; a mixture of weights must stay so
+
+    def name(label: str) -> None:
+        _post(connection, "/update_weight_version", "label its weights", {"new_version": label})
+
+    def go_on() -> None:
         _post(connection, "/resume", "resume")
-    versions.greeted.add(url)
-    return version
+
+    return versions.adopt(connection.url, label, read_again=read_again, name=name, go_on=go_on)
 
 
 def _model(connection: Connection, spec: RolloutSpec, settings: ServerSettings) -> str:

@@ -135,7 +135,7 @@ class InProcess:
         with noting_reasons(arguments) as (noting, reason):
             try:
                 self._engine = _make_engine(noting)
-                quirks.forget_shared_memory(self._engine)
+                quirks.forget_queue_to_workers(self._engine)
             except BaseException as error:
                 started.set_exception(EngineError(f"vLLM cannot start: {reason() or quirks.root_reason(error)}"))
                 return

@@ -53,31 +53,35 @@ def require_vllm() -> str:
     return "unknown"
 
 
-def forget_shared_memory(engine: Any = None) -> None:
-    """Take the name from the shared memory that this process made for others, who have all opened it.
+def forget_shared_memory() -> None:
+    """Take the names from what this worker shares with others, who have all opened it.
 
     It then goes with its last user. With its name it stays, hundreds of megabytes, when processes are killed, and the
     CPU's even when its workers end in an orderly way (0.32).
-
-    Args:
-        engine: an ``LLMEngine`` of this process, whose queue to its workers is hidden from the garbage collector.
     """
     from vllm.distributed.device_communicators.shm_broadcast import ShmRingBuffer
-    from vllm.distributed.parallel_state import get_tp_group, model_parallel_is_initialized
+    from vllm.distributed.parallel_state import get_tp_group
 
-    queues = [found for found in gc.get_objects() if type(found) is ShmRingBuffer]  # nobody else knows all of them
-    executor = engine and engine.engine_core.engine_core.model_executor
-    if (to_workers := getattr(executor, "rpc_broadcast_mq", None)) is not None:
-        queues.append(to_workers.buffer)
-    for queue in queues:
-        if queue.is_creator:
-            queue.shared_memory.unlink()
-            queue.is_creator = False
-    if model_parallel_is_initialized():
-        communicator = get_tp_group().device_communicator
-        name = getattr(getattr(communicator, "dist_module", None), "group_name", None)  # on the CPU alone
-        if name is not None:
-            Path(f"/dev/shm/{name}_{communicator.rank}").unlink(missing_ok=True)
+    for found in gc.get_objects():  # nobody else knows all of them
+        if type(found) is ShmRingBuffer:
+            _forget(found)
+    communicator = get_tp_group().device_communicator
+    name = getattr(getattr(communicator, "dist_module", None), "group_name", None)  # on the CPU alone
+    if name is not None:
+        Path(f"/dev/shm/{name}_{communicator.rank}").unlink(missing_ok=True)
+
+
+def forget_queue_to_workers(engine: Any) -> None:
+    """See `forget_shared_memory`; what an ``LLMEngine`` of this process shares with its workers, if they are others."""
+    queue = getattr(engine.engine_core.engine_core.model_executor, "rpc_broadcast_mq", None)
+    if queue is not None:
+        _forget(queue.buffer)
+
+
+def _forget(ring: Any) -> None:
+    if ring.is_creator:
+        ring.shared_memory.unlink()
+        ring.is_creator = False
 
 
 class CallableList(list[Any]):

@@ -41,7 +41,8 @@ class WorkerExtension:
             takes_adapters: updates bring adapters, not whole weights.
         """
         if not hasattr(self, "rlcore_held_version"):
-            quirks.forget_shared_memory()
+            if self.vllm_config.parallel_config.world_size > 1:
+                quirks.forget_shared_memory()
             sampler.install(self.model_runner)
             self.rlcore_held_version = 0
             self.rlcore_receiver: WeightReceiver | None = None

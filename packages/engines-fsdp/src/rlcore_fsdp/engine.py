@@ -253,15 +253,18 @@ class FSDPTrainEngine(TrainEngine):
     @contextmanager
     def _in_training(self) -> Iterator[None]:
         """Let layers checkpoint their activations and adapters drop theirs; all else stays in evaluation mode."""
-        modules = sharding.decoder_layers(self.model) if self.settings.gradient_checkpointing else []
-        modules += [layer.lora_dropout[lora.ADAPTER] for _, layer in lora.adapted_layers(self.model)]
-        for module in modules:
+        for module in self._with_training_mode:
             module.training = True
         try:
             yield
         finally:
-            for module in modules:
+            for module in self._with_training_mode:
                 module.training = False
+
+    @cached_property
+    def _with_training_mode(self) -> list[nn.Module]:
+        layers = sharding.decoder_layers(self.model) if self.settings.gradient_checkpointing else []
+        return [*layers, *(layer.lora_dropout[lora.ADAPTER] for _, layer in lora.adapted_layers(self.model))]
 
     def _accumulate(self, last: bool) -> None:
         if isinstance(self.root, FSDPModule):

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import resource
-import signal
-import socket
 import sys
-import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 from warnings import warn
 
@@ -22,13 +17,14 @@ import torch
 
 from rlcore.config import Config
 from rlcore.engines import TrainEngine
-from rlcore.errors import CheckpointError, ConfigError, RlcoreWarning, WorkerDied
+from rlcore.errors import CheckpointError, ConfigError, RlcoreWarning
 from rlcore.tracking import RunInfo, Tracker
 from rlcore_recipes.checkpoint import Checkpoint, CheckpointManager
 from rlcore_recipes.processes import all_gather, executor, is_main, on_rank_zero
 from rlcore_recipes.randomness import seed_generators
 from rlcore_recipes.run_folder import MODEL, write_config
 from rlcore_recipes.settings import TrainerSettings
+from rlcore_recipes.stopping import exit_code, stop_asked_for, stop_signals
 from rlcore_recipes.timing import Timings
 from rlcore_recipes.trackers import open_trackers
 from rlcore_recipes.validation import Validation
@@ -74,7 +70,7 @@ class Run:
 def train(run: Run) -> None:
     """Make all steps of ``run``, from the beginning or from its checkpoint.
 
-    SIGTERM and SIGINT end it after the step under way, with a checkpoint (see `stopped` for the exit codes).
+    SIGTERM and SIGINT end it after the step under way, with a checkpoint (see `exit_code`).
     """
     trainer = run.trainer
     checkpoints = CheckpointManager(
@@ -118,7 +114,7 @@ def train(run: Run) -> None:
                     if last or stop is not None or not trainer.async_save:
                         checkpoints.finish()
             if stop is not None and not last:
-                raise SystemExit(stopped(run, done, stop))
+                raise SystemExit(exit_code(stop, trainer, done, run.total_steps))
         if trainer.save_hf:
             export(run, trainer.out_dir / MODEL)
 
@@ -235,7 +231,7 @@ def export(run: Run, folder: Path) -> None:
     on_rank_zero(lambda: run.save_tokenizer(folder))
 
 
-# --- tracking and stopping ------------------------------------------------------------------------------------------
+# --- tracking -------------------------------------------------------------------------------------------------------
 
 
 class _Silent(Tracker):
@@ -264,102 +260,3 @@ def tracking(run: Run, run_id: str, done: int) -> Iterator[Tracker]:
         yield tracker
     finally:
         tracker.close()
-
-
-@contextmanager
-def stop_signals(grace_s: float, checkpoints: CheckpointManager) -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT instead of dying of them; a second SIGINT interrupts at once.
-
-    A process that is still here ``grace_s`` seconds after SIGTERM ends, and says from where the run can go on.
-    """
-    received: list[int] = []
-    announce = is_main()
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and number in received:
-            raise KeyboardInterrupt
-        received.append(number)
-        if announce:
-            how = f"within {grace_s:g} s" if number == signal.SIGTERM else "Ctrl-C again: at once"
-            print(f"stopping after this step ({how})", file=sys.stderr)
-
-    try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not in the main thread: whoever runs us there handles signals
-        yield received
-        return
-    try:
-        with grace_period(grace_s, checkpoints if announce else None):
-            yield received
-    except WorkerDied as error:  # as a rule of the same event as the signal: machines are being taken away
-        if not received:
-            raise
-        if announce:
-            how = f"continue from {checkpoints.newest}" if checkpoints.newest else "there is no checkpoint"
-            print(f"ended in the middle of a step: {str(error).partition(chr(10))[0]}; {how}", file=sys.stderr)
-        raise SystemExit(128 + min(received)) from error
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def grace_period(seconds: float, announced: CheckpointManager | None) -> Iterator[None]:
-    """Ends the process if the block has not ended so many seconds after a SIGTERM that the process handles.
-
-    Args:
-        announced: names the checkpoint to continue from; None on processes that say nothing.
-    """
-    # A signal's number is written here even while the main thread is in a call that runs no Python, such as a
-    # collective that hangs.
-    numbers, wake = socket.socketpair()
-    wake.setblocking(False)
-    ended = threading.Event()
-
-    def watch() -> None:
-        while (number := numbers.recv(1)) and number[0] != signal.SIGTERM:
-            continue
-        if not number or ended.wait(seconds):
-            return
-        if announced is not None:
-            how = f"continue from {announced.newest}" if announced.newest else "there is no checkpoint to continue from"
-            message = f"gave up in the middle of a step, {seconds:g} s after SIGTERM (trainer.grace_s); {how}"
-            print(message, file=sys.stderr, flush=True)
-        os._exit(128 + signal.SIGTERM)
-
-    watching = threading.Thread(target=watch, name="grace-period", daemon=True)
-    watching.start()
-    before = signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(before)
-        ended.set()
-        wake.close()
-        watching.join()
-        numbers.close()
-
-
-def stop_asked_for(received: list[int]) -> int | None:
-    """The signal that ends the run, on whichever process it was received; SIGINT before SIGTERM."""
-    everywhere = {number for numbers in all_gather(received[:]) for number in numbers}
-    return min(everywhere, default=None)  # SIGINT is 2, SIGTERM 15
-
-
-def stopped(run: Run, step: int, number: int) -> int:
-    """Say how to go on; the exit code.
-
-    It is 0 after SIGTERM, by which schedulers take a machine away, if a checkpoint was made; otherwise the code that
-    shells give to what a signal ended.
-    """
-    saves = run.trainer.save_freq > 0
-    if is_main():
-        how = (
-            "nothing was saved, so it cannot be continued: trainer.save_freq is -1"
-            if not saves
-            else "run the same command again to continue"
-            if run.trainer.resume != "never"
-            else "continue with trainer.resume=auto"
-        )
-        print(f"stopped after step {step} of {run.total_steps}; {how}", file=sys.stderr)
-    return 0 if saves and number == signal.SIGTERM else 128 + number

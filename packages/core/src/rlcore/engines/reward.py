@@ -17,11 +17,12 @@ class RewardSample:
 
     Attributes:
         prompt: the chat messages, or one user message for plain-text data.
-        completion: the generated text without special tokens.
+        completion: the generated text, without special tokens or, on request, without the token that ended it alone.
         ground_truth: as in the data file (None if it has none).
         data_source: names the data set the sample came from.
         extra: the data file's remaining fields.
         finish_reason: see `rlcore.engines.rollout.Completion`.
+        completion_tokens: the generated token ids, the token that ended the completion included.
     """
 
     prompt: list[dict[str, Any]]
@@ -30,6 +31,7 @@ class RewardSample:
     data_source: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
     finish_reason: str = "stop"
+    completion_tokens: Sequence[int] = ()
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,9 @@ def test_passes_the_customary_keywords(build: Build) -> None:
         "import asyncio\nasync def f(sample):\n    await asyncio.sleep(0.001)\n    return len(sample.completion)",
         "class F:\n    def __call__(self, sample): return len(sample.completion)\nf = F()",
         "from functools import partial\ndef g(by, solution_str): return by * len(solution_str)\nf = partial(g, 1)",
+        "from functools import partial\ndef g(solution_str, by): return by * len(solution_str)\nf = partial(g, by=1)",
+        "from functools import partial\n"
+        "def g(solution_str, ground_truth): return len(solution_str) * ground_truth\nf = partial(g, ground_truth=1)",
         "from neighbour import f",
     ],
 )
@@ -138,9 +141,23 @@ def test_accepts_many_kinds_of_results(build: Build, value: str, result: RewardR
 @pytest.mark.parametrize(
     "value",
     [
-        *("None", "'1'", "b'1'", "[1]", "1j", "object()", "lambda: 1", "float('nan')", "-float('inf')", "10**400"),
+        *(
+            "None",
+            "'1'",
+            "b'1'",
+            "[1]",
+            "1j",
+            "object()",
+            "lambda: 1",
+            "float('nan')",
+            "-float('inf')",
+            "10**400",
+            "1e39",
+        ),
         *("{}", "{'score': None}", "{'score': {'score': 1}}", "RewardResult(float('nan'))"),
         *("{'score': 1, 'answer': 'x' * 2_000_000}", "RewardResult(1, {'a': 'b'})"),
+        *("{'score': 1, 'error_ratio': 0.5}", "{'score': 1, '': 2}", "RewardResult(1, {'a\\nb': 2})"),
+        "{'score': 1, **{str(i): i for i in range(2000)}}",
     ],
 )
 def test_refuses_other_results(build: Build, value: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -174,6 +191,9 @@ def test_finds_functions_by_import_path(tmp_path: Path, monkeypatch: pytest.Monk
         ("def f(): ...", "{file}:f", r"one RewardSample, but f\(\) cannot be called so"),
         ("def f(completion, truth): ...", "{file}:f", "missing a required argument: 'truth'"),
         ("def f(solution_str, scale): ...", "{file}:f", "missing a required argument: 'scale'"),
+        ("from functools import partial\nf = partial(lambda: 1)", "{file}:f", r"but <lambda>\(\) cannot be called so"),
+        ("class F:\n    def __call__(self): ...\nf = F()", "{file}:f", r"but F\(\) cannot be called so"),
+        ("def f(completions, **kwargs): ...", "{file}:f", "takes lists of samples, as TRL's"),
         ("def f(solution_str", "{file}:f", r"importing it fails with SyntaxError: .* \(reward.py, line 1\)$"),
         ("import nothing_like_this", "{file}:f", "ModuleNotFoundError.*reward.py, line 1"),
         ("x = 1\n1 / 0", "{file}:f", "ZeroDivisionError.*reward.py, line 2"),

@@ -49,6 +49,10 @@ class TestMathConformance(RewardConformance):
         (r"\boxed{18}", "16 - 7 = 9\n#### 18"),
         (r"\boxed{18}", r"a solution with $\boxed{18}$ in it"),
         (r"\boxed{18}", 18),
+        (r"\boxed{\frac12}", ["0.25", "0.5"]),
+        (r"\boxed{\text{No}}", "no"),
+        (r"\boxed{true}", True),
+        (r"\boxed{b \cdot a}", "ab"),
     ],
 )
 def test_equal_answers_score_1(reward: Reward, completion: str, truth: object) -> None:
@@ -64,11 +68,15 @@ def test_equal_answers_score_1(reward: Reward, completion: str, truth: object) -
         (r"\boxed{\frac13}", "0.5", 1.0),
         (r"\boxed{1} \boxed{2}", "1", 1.0),
         (r"\boxed{[1,2]}", "(1,2]", 1.0),
+        (r"\boxed{on}", "No", 1.0),
+        (r"\boxed{\text{blue}}", r"\text{lube}", 1.0),
+        (r"\boxed{1}", True, 1.0),
+        (r"\boxed{3}", ["1", 2], 1.0),
         ("no idea", "2", 0.0),
         ("", "2", 0.0),
     ],
 )
-def test_other_answers_score_0(reward: Reward, completion: str, truth: str, answered: float) -> None:
+def test_other_answers_score_0(reward: Reward, completion: str, truth: object, answered: float) -> None:
     [result] = reward.score_batch([RewardSample([], completion, truth)])
     assert (result.score, result.error) == (0.0, None)
     assert result.extras == {"correct": 0.0, "answered": answered}
@@ -81,7 +89,9 @@ def test_may_insist_on_a_box_and_pay_for_the_format() -> None:
     assert [result.score for result in results] == [1.0, 0.1, 0.0]
 
 
-@pytest.mark.parametrize("truth", [None, "", "####"])
+@pytest.mark.parametrize(
+    "truth", [None, "", "####", [], ["2", ""], [["2"]], {"answer": 2}, {2}, b"2", float("nan")], ids=repr
+)
 def test_an_unreadable_ground_truth_is_a_failure(reward: Reward, truth: object) -> None:
     [result] = reward.score_batch([RewardSample([], r"\boxed{2}", truth)])
     assert (result.score, result.error) == (-1.0, "ground_truth")

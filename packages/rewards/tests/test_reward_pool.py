@@ -170,6 +170,7 @@ def test_mischief_costs_one_sample(
     build: Callable[..., PooledReward], caplog: pytest.LogCaptureFixture, code: str, kind: str | None, message: str
 ) -> None:
     reward = build()
+    reward.score_batch([do("pass")])  # a first call has no time limit but that of the start
     samples = [do("pass"), do(code), *[do("time.sleep(0.01)")] * 8]
     before = time.monotonic()
     results = reward.score_batch(samples)
@@ -177,7 +178,7 @@ def test_mischief_costs_one_sample(
     assert [result.score for result in results] == [1.0, -1.0, *[1.0] * 8]
     assert [result.error for result in results] == [None, results[1].error, *[None] * 8]
     assert results[1].error == kind or (kind is None and results[1].error in ("protocol", "exception"))
-    assert reward.stats() == {"samples": 10, "errors": 1, f"errors/{results[1].error}": 1}
+    assert reward.stats() == {"samples": 11, "errors": 1, f"errors/{results[1].error}": 1}
     assert caplog.records
     assert re.search(message, caplog.text)
     assert len(caplog.text) < 10_000
@@ -190,6 +191,15 @@ def test_a_failure_costs_the_worker_only_where_it_must(build: Callable[..., Pool
     assert len(pids()) == 1
     reward.score_batch([do("os._exit(0)"), do("pass")])
     assert len(pids()) == 2
+
+
+def test_the_first_call_of_a_worker_may_import(build: Callable[..., PooledReward]) -> None:
+    """Later workers' first calls too, as long as they take about as long; other calls have the sample's limit."""
+    first = "time.sleep(0.6 if not globals().setdefault('imported', []) else 0); imported.append(1)"
+    reward = build(workers=1, timeout_s=0.3)
+    codes = [first, first, "time.sleep(9)", first, first, "os._exit(0)", "time.sleep(9)", first]
+    errors = [result.error for result in reward.score_batch([do(code) for code in codes])]
+    assert errors == [None, None, "timeout", None, None, "died", "timeout", None]
 
 
 def test_each_kind_is_logged_once(build: Callable[..., PooledReward], caplog: pytest.LogCaptureFixture) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,22 +14,30 @@ from rlcore import plugins
 from rlcore.batch import Batch
 from rlcore.controller import Dispatch, dispatch
 from rlcore.engines import ModelSettings, Reward, RewardResult, RewardSample
+from rlcore.engines.reward import result_problem
 from rlcore_recipes.data.tokenizer import load_tokenizer
 from rlcore_recipes.rollouts import completion_texts
 from rlcore_recipes.settings import RewardRole
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Scorer:
-    """The engine of the reward role: a reward, and the tokenizer that gives it texts."""
+    """The engine of the reward role: a reward, and the tokenizer that gives it texts.
+
+    Attributes:
+        error_score: of samples for which the reward returns what cannot be used, such as a score that is not finite.
+    """
 
     reward: Reward
     tokenizer: Any
+    error_score: float = 0.0
 
     def score(self, batch: Batch) -> Batch:
         """``score`` (dense fp32), ``reward_result`` (objects) and ``completion`` (objects: the text)."""
         texts = completion_texts(batch, self.tokenizer)
-        results: list[RewardResult] = self.reward.score_batch(reward_samples(batch, texts))
+        results = checked(self.reward.score_batch(reward_samples(batch, texts)), self.error_score)
         scores = torch.tensor([result.score for result in results], dtype=torch.float32)
         return Batch({"score": scores, "reward_result": results, "completion": texts})
 
@@ -43,7 +53,25 @@ def reward_of(role: RewardRole) -> Reward:
 
 def build_scorer(role: RewardRole, model: ModelSettings, engines: Mapping[str, Any]) -> Scorer:
     """The scorer that ``role`` names, for completions of ``model``."""
-    return Scorer(reward_of(role), load_tokenizer(model))
+    return Scorer(reward_of(role), load_tokenizer(model), role.error_score)
+
+
+def checked(results: Sequence[RewardResult], error_score: float) -> list[RewardResult]:
+    """``results``, of which those that cannot be used have become failed ones (kind "result")."""
+    found, problems = [], Counter[str]()
+    for result in results:
+        problem = result_problem(result)
+        found.append(result if problem is None else RewardResult(error_score, error="result"))
+        problems.update([problem] if problem is not None else [])
+    if problems:
+        logger.warning(
+            "%d of %d samples get error_score=%g, because the reward returned %s",
+            problems.total(),
+            len(results),
+            error_score,
+            problems.most_common(1)[0][0],
+        )
+    return found
 
 
 def reward_samples(batch: Batch, texts: list[str]) -> list[RewardSample]:

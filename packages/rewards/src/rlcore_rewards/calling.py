@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import sys
 from collections.abc import Awaitable, Callable, Mapping
-from functools import reduce
+from functools import partial, reduce
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -23,6 +23,9 @@ KEYWORDS: dict[str, Callable[[RewardSample], Any]] = {
     "extra_info": lambda sample: _extra_info(sample.extra),
 }
 """The keyword arguments of verl's ``compute_score``, and what they are here."""
+
+BATCHED = ("completions", "prompts")
+"""First parameters of functions that score a list of samples in one call."""
 
 
 def load(options: Mapping[str, Any]) -> Callable[[RewardSample], Any]:
@@ -83,19 +86,34 @@ def _adapt(function: Callable[..., Any], kwargs: dict[str, Any]) -> Callable[[Re
     parameters = signature.parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     by_keyword = "solution_str" in parameters
-    wanted = [name for name in KEYWORDS if takes_any or name in parameters] if by_keyword else []
+    if next(iter(parameters), None) in BATCHED:
+        raise WorkerFailure(
+            "startup",
+            f"{_name_of(function)}{signature} takes lists of samples, as TRL's reward functions do; it must take one "
+            f"sample: {', '.join(KEYWORDS)} as keyword arguments, or one RewardSample",
+        )
+    bound = function.keywords if isinstance(function, partial) else {}  # set by the user
+    wanted = [name for name in KEYWORDS if name not in bound and (takes_any or name in parameters)]
+    wanted = wanted if by_keyword else []
     try:
         signature.bind(*([] if by_keyword else [None]), **dict.fromkeys(wanted), **kwargs)
     except TypeError as error:
         raise WorkerFailure(
             "startup",
             f"it must take {', '.join(KEYWORDS)} as keyword arguments (those it needs, at least solution_str) or one "
-            f"RewardSample, but {function.__name__}{signature} cannot be called so"
+            f"RewardSample, but {_name_of(function)}{signature} cannot be called so"
             f"{f' with kwargs {sorted(kwargs)}' if kwargs else ''}: {error}",
         ) from None
     if by_keyword:
         return lambda sample: function(**{name: KEYWORDS[name](sample) for name in wanted}, **kwargs)
     return lambda sample: function(sample, **kwargs)
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    """A name for messages: of the function in a partial object, of the class of a callable object."""
+    if isinstance(function, partial):
+        return _name_of(function.func)
+    return getattr(function, "__name__", type(function).__name__)
 
 
 def _extra_info(extra: Mapping[str, Any]) -> dict[str, Any]:

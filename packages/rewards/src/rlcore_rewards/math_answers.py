@@ -7,8 +7,10 @@ math-verify's own time limits are switched off: they are alarms, which a long op
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
@@ -19,6 +21,7 @@ from rlcore_rewards.reply import WorkerFailure
 _LATEX = LatexExtractionConfig(boxed_match_priority=0)
 _EXPRESSION = ExprExtractionConfig()
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\[\\{}]|[{}]")
+_WORD = re.compile(r"\s*(?:\\(?:text|textbf|textit|mathrm)\s*\{\s*([A-Za-z]{2,})\s*\}|([A-Za-z]{2,}))\s*\.?\s*")
 
 
 def load(options: Mapping[str, Any]) -> Callable[[RewardSample], RewardResult]:
@@ -28,7 +31,7 @@ def load(options: Mapping[str, Any]) -> Callable[[RewardSample], RewardResult]:
 
 
 def score(sample: RewardSample, extraction: str, max_chars: int, format_score: float) -> RewardResult:
-    gold = parse_ground_truth(sample.ground_truth)
+    golds = read_ground_truth(sample.ground_truth)
     text = sample.completion[-max_chars:]
     boxed = last_boxed(text)
     if boxed is not None:
@@ -37,25 +40,68 @@ def score(sample: RewardSample, extraction: str, max_chars: int, format_score: f
         answer = _parse(text, _LATEX, _EXPRESSION)
     else:
         answer = []
-    correct = bool(answer) and verify(gold, answer, timeout_seconds=None)
+    word = _word(boxed or "")
+    correct = bool(answer) and any(_equal(gold, answer, word) for gold in golds)
     extras = {"correct": float(correct), "answered": float(bool(answer))}
-    return RewardResult(1.0 if correct else format_score if answer else 0.0, extras, str(answer[0]) if answer else None)
+    vote = (word or str(answer[0])) if answer else None
+    return RewardResult(1.0 if correct else format_score if answer else 0.0, extras, vote)
 
 
-def parse_ground_truth(ground_truth: Any) -> list[Any]:
-    r"""The expressions of a gold answer: plain LaTeX ("\frac{1}{2}"), or a solution with \boxed{} or "#### number".
+@dataclass(frozen=True)
+class Gold:
+    """One right answer.
+
+    Attributes:
+        expressions: what math-verify reads in it.
+        word: the answer in lower case if it is one word ("no"); None for anything else.
+    """
+
+    expressions: list[Any]
+    word: str | None
+
+
+def read_ground_truth(ground_truth: Any) -> list[Gold]:
+    r"""The right answers: a number, a boolean, a text, or a list of such, any of which is right.
+
+    A text is plain LaTeX ("\frac{1}{2}"), a word, or a solution with \boxed{} or "#### answer".
 
     Raises:
-        WorkerFailure: nothing can be read from it.
+        WorkerFailure: it is something else, or nothing can be read from it.
     """
-    text = "" if ground_truth is None else str(ground_truth)
+    answers = ground_truth if isinstance(ground_truth, list | tuple) else [ground_truth]
+    if not answers:
+        raise WorkerFailure("ground_truth", "the ground truth is an empty list")
+    return [_read_answer(answer) for answer in answers]
+
+
+def _read_answer(answer: Any) -> Gold:
+    if not isinstance(answer, str | int | float) or (isinstance(answer, float) and not math.isfinite(answer)):
+        raise WorkerFailure(
+            "ground_truth",
+            f"the ground truth must be a number, a text or a list of these, not {str(answer)[:100]!r} "
+            f"({type(answer).__name__})",
+        )
+    text = str(answer)
     boxed = last_boxed(text)
     if boxed is None:
         boxed = text.rpartition("####")[2].strip().strip("$")
     gold = _parse(f"\\boxed{{{boxed}}}", _LATEX)
     if not gold:
         raise WorkerFailure("ground_truth", f"no expression can be read from the ground truth {text[:100]!r}")
-    return gold
+    return Gold(gold, _word(boxed))
+
+
+def _equal(gold: Gold, answer: list[Any], word: str | None) -> bool:
+    # math-verify reads a word as the product of its letters, so that "on" would equal "No"
+    if gold.word is not None and word is not None:
+        return gold.word == word
+    return bool(verify(gold.expressions, answer, timeout_seconds=None))
+
+
+def _word(text: str) -> str | None:
+    r"""The word in lower case if ``text`` is one of at least two letters, in \text{} or not; None otherwise."""
+    found = _WORD.fullmatch(text)
+    return (found[1] or found[2]).lower() if found else None
 
 
 def last_boxed(text: str) -> str | None:

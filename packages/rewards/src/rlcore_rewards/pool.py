@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 import pickle
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
@@ -47,6 +48,7 @@ class PooledReward(Reward):
         self._workers: set[WorkerProcess] = set()
         self._owner = os.getpid()
         self._closed = False
+        self._slowest_first: float | None = None
         self._idle = [self._start()]
 
     async def score(self, sample: RewardSample) -> RewardResult:
@@ -72,7 +74,7 @@ class PooledReward(Reward):
         try:
             request = _pickle(sample)
             worker = self._borrow()
-            result = decode(worker.ask(request))
+            result = decode(self._ask(worker, request))
         except WorkerFailure as failure:
             if worker and failure.kind in HARMLESS:
                 self._idle.append(worker)
@@ -83,6 +85,27 @@ class PooledReward(Reward):
             return self._tally.failed(failure.kind, str(failure))
         self._idle.append(worker)
         return self._tally.scored(result)
+
+    def _ask(self, worker: WorkerProcess, request: bytes) -> bytes:
+        """The worker's reply to a pickled sample, within the sample's time limit.
+
+        A worker's first call may import what the function needs, so it has up to ``startup_timeout_s``. Once first
+        calls have been answered, it has ``timeout_s`` and twice the time of the slowest of these: a sample that never
+        ends must not cost each new worker the whole start-up limit.
+        """
+        seconds, limit = self._settings.timeout_s, f"timeout_s={self._settings.timeout_s:g}"
+        if worker.answered:
+            return worker.ask(request, seconds, limit)
+        longest = self._settings.startup_timeout_s
+        if self._slowest_first is None and longest > seconds:
+            seconds, limit = longest, f"startup_timeout_s={longest:g} (the first call)"
+        elif self._slowest_first is not None:
+            seconds += 2 * self._slowest_first
+            limit += f" and {2 * self._slowest_first:.3g} s for imports"
+        start = time.monotonic()
+        reply = worker.ask(request, seconds, limit)
+        self._slowest_first = max(self._slowest_first or 0.0, time.monotonic() - start)
+        return reply
 
     def _borrow(self) -> WorkerProcess:
         while True:

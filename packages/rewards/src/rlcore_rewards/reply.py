@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from rlcore.engines.reward import RewardResult
+from rlcore.engines.reward import RewardResult, result_problem
 
 MAX_BYTES = 1 << 20
 """Size of the largest reply that the trainer reads."""
@@ -47,11 +47,8 @@ def encode_result(value: Any) -> bytes:
     answer = None
     score = value
     if isinstance(value, RewardResult):
-        score, extras, answer = (
-            value.score,
-            {key: _finite(number) for key, number in value.extras.items()},
-            value.answer,
-        )
+        score, answer = value.score, value.answer
+        extras = {str(key): _finite(number) for key, number in value.extras.items()}
     elif isinstance(value, Mapping):
         if "score" not in value:
             raise WorkerFailure("result", f"the function returned a dict without 'score': {_short(list(value))}")
@@ -63,7 +60,11 @@ def encode_result(value: Any) -> bytes:
                     extras[str(key)] = _finite(number)
                 except WorkerFailure:
                     continue
-    reply = json.dumps({"score": _finite(score), "extras": extras, "answer": answer}).encode()
+    result = RewardResult(_finite(score), extras, answer)
+    problem = result_problem(result)
+    if problem is not None:
+        raise WorkerFailure("result", f"the function returned {problem}")
+    reply = json.dumps({"score": result.score, "extras": extras, "answer": answer}).encode()
     if len(reply) > MAX_BYTES:
         raise WorkerFailure("result", f"the function returned {len(reply)} bytes, more than {MAX_BYTES}")
     return reply
@@ -87,7 +88,11 @@ def decode(reply: bytes) -> RewardResult:
         else:
             extras = {key: _finite(number) for key, number in fields["extras"].items()}
             answer = fields["answer"]
-            return RewardResult(_finite(fields["score"]), extras, None if answer is None else str(answer))
+            result = RewardResult(_finite(fields["score"]), extras, None if answer is None else str(answer))
+            problem = result_problem(result)
+            if problem is None:
+                return result
+            failure = WorkerFailure("protocol", f"the worker sent {problem}")
     except Exception as error:
         failure = WorkerFailure("protocol", f"the worker sent a malformed reply ({type(error).__name__}: {error})")
     raise failure

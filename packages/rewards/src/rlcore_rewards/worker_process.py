@@ -38,12 +38,17 @@ _ENVIRONMENT_SET = {
 
 
 class WorkerProcess:
-    """One worker; `start` must be called before it can be asked."""
+    """One worker; `start` must be called before it can be asked.
+
+    Attributes:
+        answered: it has replied to a sample.
+    """
 
     def __init__(self, settings: RewardSettings) -> None:
         self._settings = settings
         self._closing = Lock()
         self._closed = False
+        self.answered = False
         request_read, self._requests = os.pipe()
         self._replies, reply_write = os.pipe()
         control_read, self._control = os.pipe()
@@ -76,17 +81,23 @@ class WorkerProcess:
             WorkerFailure: it cannot be loaded; the worker must be killed then.
         """
         setup = {"sys_path": sys.path, "loader": loader, "options": dict(options)}
-        reply = self._exchange(pickle.dumps(setup), "startup_timeout_s", self._settings.startup_timeout_s)
+        seconds = self._settings.startup_timeout_s
+        reply = self._exchange(pickle.dumps(setup), seconds, f"startup_timeout_s={seconds:g}")
         if reply != READY:
             decode(reply)
 
-    def ask(self, request: bytes) -> bytes:
+    def ask(self, request: bytes, seconds: float, limit: str) -> bytes:
         """The reply to a pickled sample.
+
+        Args:
+            limit: where ``seconds`` come from, for the message.
 
         Raises:
             WorkerFailure: there is none; the worker must be killed then.
         """
-        return self._exchange(request, "timeout_s", self._settings.timeout_s)
+        reply = self._exchange(request, seconds, limit)
+        self.answered = True
+        return reply
 
     def idle(self) -> bool:
         """True if the worker lives and has said nothing unasked."""
@@ -117,7 +128,7 @@ class WorkerProcess:
         for descriptor in (self._control, self._requests, self._replies, self._output):
             os.close(descriptor)
 
-    def _exchange(self, request: bytes, limit: str, seconds: float) -> bytes:
+    def _exchange(self, request: bytes, seconds: float, limit: str) -> bytes:
         """Write a request, read its reply, and drain what the worker prints, all within ``seconds``."""
         now = time.monotonic()
         deadline, check = now + seconds, now + CHECK_INTERVAL
@@ -154,7 +165,7 @@ class WorkerProcess:
                             raise WorkerFailure("protocol", "the worker sent something else than one reply")
             now = time.monotonic()
             if now >= deadline:
-                raise WorkerFailure("timeout", f"took longer than {limit}={seconds:g}")
+                raise WorkerFailure("timeout", f"took longer than {limit}")
             if now >= check:
                 check = now + CHECK_INTERVAL
                 self._tell(CHECK)

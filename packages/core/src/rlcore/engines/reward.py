@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,7 +37,7 @@ class RewardSample:
 
 @dataclass(frozen=True)
 class RewardResult:
-    """``score`` is finite; ``extras`` are further numbers to log and to aggregate in validation.
+    """``score`` is finite (as fp32); ``extras`` are further numbers to log and to aggregate in validation.
 
     ``answer`` is what was read from the completion, in a form in which equal answers are equal strings; validation
     votes with it (maj@N). None if the reward reads no answer. ``error`` names the kind of failure ("timeout",
@@ -47,6 +48,30 @@ class RewardResult:
     extras: Mapping[str, float] = field(default_factory=dict)
     answer: str | None = None
     error: str | None = None
+
+
+RESERVED_EXTRAS = frozenset({"error_ratio", "equal_score_groups", "overlong_punishment", "reward_model_score"})
+"""Names that metrics of ours have where extras are logged."""
+
+MAX_EXTRAS = 1000
+LARGEST_SCORE = 3.4028234663852886e38
+"""The largest fp32 number; scores are fp32 in a batch."""
+
+
+def result_problem(result: RewardResult) -> str | None:
+    """What keeps ``result`` from being used, as the end of a sentence; None if nothing does."""
+    if not abs(result.score) <= LARGEST_SCORE:  # NaN too
+        return f"the score {result.score:g}, which is not finite as a 32-bit float"
+    if len(result.extras) > MAX_EXTRAS:
+        return f"{len(result.extras)} numbers besides the score, more than {MAX_EXTRAS}; each is a metric of its name"
+    for name, value in result.extras.items():
+        if name in RESERVED_EXTRAS:
+            return f"a number under the key {name!r}, which is the name of a metric of rlcore; choose another key"
+        if not name.strip() or not name.isprintable() or len(name) > 200:
+            return f"a number under the key {name[:50]!r}, which cannot name a metric"
+        if not math.isfinite(value):
+            return f"{value} under the key {name!r}, not a finite number"
+    return None
 
 
 class Reward(ABC):

@@ -111,7 +111,9 @@ class RewardSettings(Config):
 
     workers: int = Field(4, ge=1, description="Most worker processes of the reward pool; they start as needed.")
     timeout_s: float = Field(10.0, gt=0, description="Seconds one sample may take before its worker is killed.")
-    startup_timeout_s: float = Field(120.0, gt=0, description="Seconds a worker may take to import the function.")
+    startup_timeout_s: float = Field(
+        120.0, gt=0, description="Seconds a worker may take to import the function, and for its first call."
+    )
     memory_mb: int = Field(2048, gt=0, description="Memory a worker and its children may use, in MiB.")
     max_processes: int = Field(64, gt=0, description="Processes a worker and its children may be.")
     max_output_kb: int = Field(1024, gt=0, description="Output (stdout and stderr) one sample may print, in KiB.")

@@ -154,15 +154,18 @@ class TestConformance(RolloutEngineConformance):
     draws = 400  # each is an HTTP request
 
     @pytest.fixture(scope="class")
-    def model(self, server):
+    @classmethod
+    def model(cls, server):
         return server.model
 
     @pytest.fixture(scope="class")
-    def other_model(self, server):
+    @classmethod
+    def other_model(cls, server):
         return server.other
 
     @pytest.fixture(scope="class")
-    def engine(self, server):
+    @classmethod
+    def engine(cls, server):
         return server.engine
 
 

@@ -43,11 +43,13 @@ class VLLMConformance(RolloutEngineConformance):
         return build(RolloutSpec(ModelSettings(path=str(model)), settings, max_model_len))
 
     @pytest.fixture(scope="class")
-    def model(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    @classmethod
+    def model(cls, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return sharp_model(tmp_path_factory.mktemp("model"), seed=0)
 
     @pytest.fixture(scope="class")
-    def other_model(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    @classmethod
+    def other_model(cls, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return sharp_model(tmp_path_factory.mktemp("other_model"), seed=1)
 
     # --- weights -----------------------------------------------------------------------------------------------------
@@ -147,11 +149,13 @@ class TestTensorParallel:
     """Two workers, which on two cores take long for a token."""
 
     @pytest.fixture(scope="class")
-    def model(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    @classmethod
+    def model(cls, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return sharp_model(tmp_path_factory.mktemp("model"), seed=0)
 
     @pytest.fixture(scope="class")
-    def engine(self, model: Path) -> Iterator[RolloutEngine]:
+    @classmethod
+    def engine(cls, model: Path) -> Iterator[RolloutEngine]:
         settings = VLLMSettings(mode="process", tensor_parallel_size=2, kv_cache_memory_bytes=KV_CACHE_BYTES)
         engine = build(RolloutSpec(ModelSettings(path=str(model)), settings, MAX_MODEL_LEN))
         yield engine

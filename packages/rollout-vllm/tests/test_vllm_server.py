@@ -183,15 +183,18 @@ class TestConformance(RolloutEngineConformance):
     draws = 500  # each is an HTTP request
 
     @pytest.fixture(scope="class")
-    def model(self, server) -> Path:
+    @classmethod
+    def model(cls, server) -> Path:
         return server.model
 
     @pytest.fixture(scope="class")
-    def other_model(self, server) -> Path:
+    @classmethod
+    def other_model(cls, server) -> Path:
         return server.other
 
     @pytest.fixture(scope="class")
-    def engine(self, server):
+    @classmethod
+    def engine(cls, server):
         engine = build(server.spec(max_connections=32))  # httpx's cost of a request grows with its connections
         yield engine
         engine.close()

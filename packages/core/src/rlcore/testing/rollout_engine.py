@@ -56,20 +56,24 @@ class RolloutEngineConformance:
     # --- fixtures ----------------------------------------------------------------------------------------------------
 
     @pytest.fixture(scope="class")
-    def model(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    @classmethod
+    def model(cls, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return _sharp_model(tmp_path_factory.mktemp("model"), seed=0)
 
     @pytest.fixture(scope="class")
-    def other_model(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    @classmethod
+    def other_model(cls, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return _sharp_model(tmp_path_factory.mktemp("other_model"), seed=1)
 
     @pytest.fixture(scope="class")
-    def reference(self, model: Path) -> Any:
+    @classmethod
+    def reference(cls, model: Path) -> Any:
         return _load(model)
 
     @pytest.fixture(scope="class")
-    def engine(self, model: Path) -> Iterator[RolloutEngine]:
-        engine = self.make_engine(model, self.max_model_len)
+    @classmethod
+    def engine(cls, model: Path) -> Iterator[RolloutEngine]:
+        engine = cls().make_engine(model, cls.max_model_len)
         yield engine
         engine.close()
 

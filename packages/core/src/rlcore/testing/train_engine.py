@@ -142,8 +142,9 @@ class TrainEngineConformance:
         raise NotImplementedError
 
     @pytest.fixture(scope="class")
-    def model_path(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        return tiny_model(tmp_path_factory.mktemp("model"), architecture=self.architecture)
+    @classmethod
+    def model_path(cls, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        return tiny_model(tmp_path_factory.mktemp("model"), architecture=cls.architecture)
 
     def engine(self, path: Path, **overrides: Any) -> TrainEngine:
         settings: dict[str, Any] = {"optim": OptimSettings(lr=1e-2), "max_tokens": 64, **overrides}

@@ -8,13 +8,17 @@ from typing import Any
 
 import pytest
 
-CHANGES = {"trainer.test_freq": 2, "trainer.save_freq": 2, "actor.optim.lr": 1e-3}
+# five and one of six validation prompts: one rank has none of the last part
+CHANGES = {"trainer.test_freq": 2, "trainer.save_freq": 2, "actor.optim.lr": 1e-3, "data.val_batch_size": 5}
 
 
 @pytest.mark.parametrize(
     ("recipe", "changes"),
     [
         ("ppo", {"critic.optim.lr": 1e-3, "actor.objective.kl_loss.coeff": 0.01, "actor.mini_batch_size": 4}),
+        # a batch of one sample, of which one rank has none
+        ("ppo", {"critic.optim.lr": 1e-3, "actor.objective.kl_loss.coeff": 0.01, "data.train_batch_size": 1,
+                 "rollout.n": 1, "algorithm.advantage": "{name: gae, lam: 0.9}"}),
         ("sft", {"data.max_response_length": None, "data.max_prompt_length": None, "rollout.n": None,
                  "reward.path": None, "reward.workers": None}),
     ],

@@ -15,7 +15,7 @@ from rlcore.engines import Completion, GenerationRequest, RewardResult, RolloutE
 from rlcore_recipes.collect import refill
 from rlcore_recipes.data.prompts import PromptSample
 from rlcore_recipes.randomness import sample_seed
-from rlcore_recipes.rollouts import generate, greedy, trajectories
+from rlcore_recipes.rollouts import SamplingJob, generate, greedy, sample_together, trajectories
 from rlcore_recipes.scoring import score
 
 
@@ -82,6 +82,16 @@ def test_trajectories_of_nothing() -> None:
     batch = trajectories([], [], n=4)
     assert len(batch) == 0
     assert len(batch.flat("token_version")) == 0
+
+
+def test_parts_of_validation_have_the_same_columns_however_small() -> None:
+    """A rank without prompts adds nothing, and a completion of no tokens brings no log-probs that none asked for."""
+    sampling = greedy(SamplingParams(max_tokens=8))
+    empty = trajectories([prompt(0, [1])], [Completion([], [], "abort", [], "")], n=1, logprobs=sampling.logprobs)
+    jobs = [SamplingJob(prompt(1, [1]), sampling, n=1, seed=0)]
+    parts = [part for given in (jobs, []) for _, part in sample_together(Echo(), given)]
+    assert "rollout_logprobs" not in parts[0]
+    assert len(Batch.concat([empty, *parts])) == 2
 
 
 def test_a_sample_does_not_depend_on_what_runs_beside_it() -> None:

@@ -72,9 +72,12 @@ class SamplingJob:
 
 
 def sample_together(engine: RolloutEngine, jobs: Sequence[SamplingJob]) -> Iterator[tuple[list[int], Batch]]:
-    """All trajectories of ``jobs`` as one batch; with the places of the jobs."""
+    """All trajectories of ``jobs`` as one batch; with the places of the jobs. Nothing without jobs, which a rank has
+    where there are fewer prompts than ranks; the engine is called even so."""
     completions = engine.generate_batch([request for job in jobs for request in job.requests])
-    yield list(range(len(jobs))), trajectories([job.prompt for job in jobs], completions, jobs[0].n if jobs else 1)
+    if jobs:
+        prompts = [job.prompt for job in jobs]
+        yield list(range(len(jobs))), trajectories(prompts, completions, jobs[0].n, jobs[0].sampling.logprobs)
 
 
 def sample_as_completed(engine: RolloutEngine, jobs: Sequence[SamplingJob]) -> Iterator[tuple[list[int], Batch]]:
@@ -94,7 +97,7 @@ def sample_as_completed(engine: RolloutEngine, jobs: Sequence[SamplingJob]) -> I
 async def sample_one(engine: RolloutEngine, job: SamplingJob) -> Batch:
     """The trajectories of one job."""
     completions = await asyncio.gather(*(engine.generate(request) for request in job.requests))
-    return trajectories([job.prompt], completions, job.n)
+    return trajectories([job.prompt], completions, job.n, job.sampling.logprobs)
 
 
 def generate(
@@ -108,14 +111,17 @@ def generate(
     """``n`` completions of each prompt, those of one prompt next to each other (see `trajectories`)."""
     jobs = [SamplingJob(prompt, sampling, n, seed, purpose) for prompt in prompts]
     requests = [request for job in jobs for request in job.requests]
-    return trajectories(prompts, engine.generate_batch(requests), n)
+    return trajectories(prompts, engine.generate_batch(requests), n, sampling.logprobs)
 
 
-def trajectories(prompts: Sequence[PromptSample], completions: Sequence[Completion], n: int) -> Batch:
+def trajectories(
+    prompts: Sequence[PromptSample], completions: Sequence[Completion], n: int, logprobs: bool = True
+) -> Batch:
     """Join each prompt with its ``n`` completions.
 
     Per token: ``tokens`` int64, ``loss_mask`` fp32 (1 on the completion), ``rollout_logprobs`` fp32 (0 on the prompt;
-    only if the engine gave them), ``token_version`` int32 (of the policy that made the token; -1 on the prompt).
+    only if ``logprobs`` were asked for and the engine gave them), ``token_version`` int32 (of the policy that made the
+    token; -1 on the prompt).
     Per sample: ``group`` (the prompt's position in the data stream), ``prompt_length``, ``response_length``,
     ``policy_version`` (of the oldest token), ``later_version_tokens`` (made by another version than the first token),
     all int64. Objects: ``finish_reason``, ``messages``, ``ground_truth``, ``data_source``, ``extra``.
@@ -125,10 +131,10 @@ def trajectories(prompts: Sequence[PromptSample], completions: Sequence[Completi
     prompt_length = torch.tensor([len(prompt.prompt_tokens) for prompt, _ in rows], dtype=torch.int64)
     loss_mask = completion_mask(tokens.lengths, prompt_length)
     sampled: dict[str, Jagged] = {}
-    if all(len(completion.logprobs) == len(completion.tokens) for _, completion in rows):
-        logprobs = torch.zeros(len(tokens.values))
-        logprobs[loss_mask.bool()] = torch.tensor([value for _, completion in rows for value in completion.logprobs])
-        sampled["rollout_logprobs"] = tokens.with_values(logprobs)
+    if logprobs and all(len(completion.logprobs) == len(completion.tokens) for _, completion in rows):
+        values = torch.zeros(len(tokens.values))
+        values[loss_mask.bool()] = torch.tensor([value for _, completion in rows for value in completion.logprobs])
+        sampled["rollout_logprobs"] = tokens.with_values(values)
     versions = [token_versions(completion) for _, completion in rows]
     token_version = torch.full((len(tokens.values),), -1, dtype=torch.int32)
     token_version[loss_mask.bool()] = torch.cat([*versions, torch.zeros(0, dtype=torch.int32)])

@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, services
 
 from rlcore.controller.placement import ResourcePool
 from rlcore.controller.ray.guard import Guard
@@ -47,9 +47,10 @@ def connect(address: str | None, pools: Mapping[str, ResourcePool]) -> bool:
         _start(options)
         return True
     try:
-        _check_answers(address)
-        with _on_loopback() if address.startswith(LOOPBACK) else nullcontext():
-            ray.init(address=address, **options)
+        found = services.get_ray_address_from_environment(address, None) if address == "auto" else address
+        _check_answers(found)
+        with _on_loopback() if found.startswith(LOOPBACK) else nullcontext():
+            ray.init(address=found, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"controller.address={address}: there is no Ray cluster to connect to ({str(error).splitlines()[0]}); "
@@ -59,10 +60,18 @@ def connect(address: str | None, pools: Mapping[str, ResourcePool]) -> bool:
 
 
 def _check_answers(address: str) -> None:
-    """Raise OSError if nobody listens at ``address`` (host:port): Ray itself would try for minutes."""
+    """Raise OSError if nothing listens at ``address`` (host:port).
+
+    Ray itself would try for minutes. What ``auto`` finds needs the check as much: Ray keeps the address of the cluster
+    that was started last, whether that still runs or not.
+    """
     host, _, port = address.rpartition(":")
-    if host and port.isdecimal() and "/" not in host:
+    if not host or not port.isdecimal() or "/" in host:
+        return
+    try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
+    except OSError as error:
+        raise ConnectionError(f"nothing listens at {address}: {error}") from error
 
 
 def _start(options: dict[str, Any], attempts: int = STARTS) -> None:

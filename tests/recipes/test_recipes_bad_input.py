@@ -53,6 +53,14 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"actor.drop_zero_advantage": True, "actor.objective.entropy_coeff": 0.1},
         ["actor.drop_zero_advantage", "entropy_coeff=0.1"],
     ),
+    "weights by the same ratio twice": (
+        {"actor.old_logprobs": "rollout", "actor.objective.correction": "tis"},
+        ["actor.objective.correction", "{name: mis, weight: one}"],
+    ),
+    "single completions for an estimator that compares": (
+        {"rollout.n": 1},
+        ["rollout.n: is 1, and grpo compares", "gae (recipe ppo)", "reinforce_plus_plus, remax"],
+    ),
     "missing checkpoint": ({"trainer.resume": "nowhere/step-000001"}, ["nowhere/step-000001"]),
     "missing reward function": ({"reward.path": "nowhere.py:f"}, ["nowhere.py"]),
 }

@@ -13,7 +13,7 @@ LEARN = {"trainer.total_steps": 25, "data.train_batch_size": 16, "actor.optim.lr
     ("recipe", "changes"),
     [
         ("grpo", {}),
-        ("grpo", {"actor.drop_zero_advantage": True, "actor.mini_batch_size": 8}),
+        ("grpo", {"actor.mini_batch_size": 8}),
         ("grpo", {"algorithm.advantage": "remax", "actor.optim.lr": 3e-2}),
         ("ppo", {"critic.optim.lr": 3e-3, "critic.warmup_steps": 2}),
         ("dapo", {"algorithm.overlong": "null"}),

@@ -269,10 +269,10 @@ def test_mismatch_is_measured_wherever_the_rollout_says_its_logprobs() -> None:
 @pytest.mark.parametrize("old", ["missing", "of the rollout"])
 def test_mismatch_is_that_of_the_trainer_where_old_logprobs_are_not_its_own(old: str) -> None:
     batch, outputs = mini_batch(8)
-    objective = policy()
+    objective = PolicyObjective(PolicyObjectiveSettings(), old_from_rollout=old == "of the rollout")
     sums = objective.denominators(batch)
     recomputed = batch.with_columns(old_logprobs=batch.jagged(outputs["logprobs"]))
-    expected = evaluate(objective, recomputed, outputs, sums)[2].to_dict()
+    expected = evaluate(policy(), recomputed, outputs, sums)[2].to_dict()
     other = batch.drop("old_logprobs")
     if old == "of the rollout":
         other = batch.with_columns(old_logprobs=batch["rollout_logprobs"])
@@ -281,6 +281,20 @@ def test_mismatch_is_that_of_the_trainer_where_old_logprobs_are_not_its_own(old:
     assert {"rollout_kl", "rollout_kl_k3", "rollout_ratio_max", "rollout_log_ratio_p999", "rollout_clipfrac"} <= names
     assert {name: measured[name] for name in names} == {name: expected[name] for name in names}
     assert measured["rollout_kl"] != 0
+
+
+@pytest.mark.parametrize("correction", [entry.name for entry in corrections])
+def test_correction_weighs_by_the_current_policy_where_old_logprobs_are_the_rollouts(correction: str) -> None:
+    """Weights made of the rollout's log-probs alone would be 1 on every token, as if there were no correction."""
+    batch, outputs = mini_batch(8)
+    settings = PolicyObjectiveSettings(policy_loss="reinforce", correction=correction)
+    taken = batch.with_columns(old_logprobs=batch["rollout_logprobs"])
+    sums = policy().denominators(batch)
+    loss, gradients, metrics = evaluate(PolicyObjective(settings, old_from_rollout=True), taken, outputs, sums)
+    expected, wanted, _ = evaluate(PolicyObjective(settings), batch.drop("old_logprobs"), outputs, sums)
+    assert torch.equal(loss, expected)
+    assert torch.equal(gradients["logprobs"], wanted["logprobs"])
+    assert metrics.to_dict()["correction_weight"] != 1
 
 
 def test_mini_batches_merge_to_the_mean_of_their_losses() -> None:

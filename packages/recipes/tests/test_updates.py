@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from rlcore.algorithms import policy_losses
 from rlcore.algorithms.objectives import PolicyObjective, PolicyObjectiveSettings
 from rlcore.batch import Batch, Jagged
 from rlcore.engines import Objective
 from rlcore.metrics import Metrics
-from rlcore_recipes.settings.roles import LOSSES_ZERO_WITH_ADVANTAGE
 from rlcore_recipes.updates import CountingLeftOut, train_epochs, training_columns, without_zero_advantage
 
 LENGTHS = [5, 3, 6, 2, 4, 7]
@@ -47,7 +47,9 @@ def loss_and_gradient(batch: Batch, objective: Objective) -> tuple[float, torch.
 
 
 @pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])
-@pytest.mark.parametrize("policy_loss", LOSSES_ZERO_WITH_ADVANTAGE)
+@pytest.mark.parametrize(
+    "policy_loss", [entry.name for entry in policy_losses if "vanishes_with_advantage" in entry.traits]
+)
 def test_loss_and_gradient_do_not_change(policy_loss: str, aggregation: str) -> None:
     settings = PolicyObjectiveSettings(policy_loss=policy_loss, aggregation=aggregation)
     objective = PolicyObjective(settings)
@@ -58,6 +60,35 @@ def test_loss_and_gradient_do_not_change(policy_loss: str, aggregation: str) -> 
     assert after[0] == pytest.approx(before[0], rel=1e-12)
     torch.testing.assert_close(after[1], before[1], rtol=1e-12, atol=1e-15)
     assert float(before[1].abs().max()) > 0
+
+
+def test_every_built_in_loss_vanishes_with_the_advantage() -> None:
+    """Otherwise the loop above would test fewer of them, and runs would compute samples for nothing."""
+    assert all("vanishes_with_advantage" in entry.traits for entry in policy_losses)
+
+
+def test_logged_losses_are_those_of_all_samples() -> None:
+    """Over two mini-batches, one without any advantage, each divided into micro-batches."""
+    objective = PolicyObjective(PolicyObjectiveSettings())
+    batches = [batch_of([0.5, 0.0, -1.2, 0.0, 0.0, 2.0], seed=1), batch_of([0.0] * 6, seed=2)]
+    plain = [(batch, objective) for batch in batches]
+    logged = []
+    for parts in (plain, [without_zero_advantage(batch, objective, keep=1) for batch in batches]):
+        measured = []
+        for batch, wanted in parts:
+            sums = wanted.denominators(batch)
+            for micro in batch.split(2):
+                logprobs = torch.linspace(-1, 0.2, 11, dtype=torch.float64)[micro.flat("tokens")]
+                measured.append(wanted.loss({"logprobs": logprobs, "entropy": -logprobs}, micro, sums)[1])
+        logged.append(Metrics.merge(measured).to_dict())
+    for name in ("loss", "pg_loss"):
+        assert logged[1][name] == pytest.approx(logged[0][name], rel=1e-12) != 0
+
+
+def test_a_sample_whose_advantage_is_not_a_number_is_not_left_out() -> None:
+    batch = batch_of([0.5, 0.0, float("nan"), 0.0, 0.0, 2.0])
+    kept, _ = without_zero_advantage(batch, PolicyObjective(PolicyObjectiveSettings()), keep=1)
+    assert len(kept) == 3
 
 
 def test_denominators_add_up_however_the_samples_are_divided() -> None:

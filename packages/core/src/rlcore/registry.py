@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar, get_args
 
 from rlcore.config.base import Config
 from rlcore.errors import PluginError
 
 F = TypeVar("F", bound=Callable[..., object])
+
+Trait = Literal["compares_group", "vanishes_with_advantage", "importance_ratio", "sequence_ratio"]
+"""What the rest of a run must know of a function to fit it in:
+
+- ``compares_group``: an advantage estimator whose baseline is made of the other samples of the same prompt;
+- ``vanishes_with_advantage``: a policy loss that is 0, with gradient 0, on a sequence whose advantages are all 0;
+- ``importance_ratio``: a policy loss that weighs samples by π/π_old itself, or a correction that weighs by π/π_rollout;
+- ``sequence_ratio``: a policy loss whose ratio is one per sequence, derived for means per sequence.
+"""
 
 
 class NoParams(Config):
@@ -19,13 +28,15 @@ class NoParams(Config):
 
 @dataclass(frozen=True)
 class Entry(Generic[F]):
-    """``needs``: batch columns the function reads besides the obvious ones; ``summary``: first docstring line."""
+    """``needs``: batch columns the function reads besides the obvious ones; ``traits``: see `Trait`; ``summary``:
+    first docstring line."""
 
     kind: str
     name: str
     function: F
     params: type[Config]
     needs: frozenset[str]
+    traits: frozenset[Trait]
 
     @property
     def summary(self) -> str:
@@ -51,15 +62,36 @@ class Registry(Generic[F]):
         _KINDS[kind] = self
 
     def register(
-        self, name: str, *, params: type[Config] = NoParams, needs: frozenset[str] | set[str] = frozenset()
+        self,
+        name: str,
+        *,
+        params: type[Config] = NoParams,
+        needs: Set[str] = frozenset(),
+        traits: Set[Trait] = frozenset(),
     ) -> Callable[[F], F]:
+        """Add the decorated function.
+
+        Args:
+            params: the model of its parameters.
+            needs: batch columns it reads besides the obvious ones.
+            traits: see `Trait`.
+
+        Raises:
+            PluginError: another module has registered ``name``, or a trait is unknown.
+        """
+        unknown = sorted(traits - set(get_args(Trait)))
+        if unknown:
+            raise PluginError(
+                f"{self.kind} {name!r} has unknown traits: {', '.join(unknown)}; known: {', '.join(get_args(Trait))}"
+            )
+
         def add(function: F) -> F:
             if name in self._entries and self._entries[name].function.__module__ != function.__module__:
                 raise PluginError(
                     f"{self.kind} {name!r} is registered by {self._entries[name].function.__module__} already; "
                     f"choose another name in {function.__module__}"
                 )
-            self._entries[name] = Entry(self.kind, name, function, params, frozenset(needs))
+            self._entries[name] = Entry(self.kind, name, function, params, frozenset(needs), frozenset(traits))
             return function
 
         return add

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from rlcore.algorithms.kl import KLController, apply_kl_penalty
+from rlcore.algorithms.sequences import trained_counts, trained_mask
 from rlcore.algorithms.shaping import overlong_punishment, terminal_rewards
 from rlcore.batch import Batch
 from rlcore.metrics import Metrics
@@ -12,6 +15,9 @@ from rlcore_recipes.settings import AlgorithmSettings
 
 if TYPE_CHECKING:
     from rlcore_recipes.session import Session
+
+GRADIENTLESS, SINGLE = "actor/zero_advantage_ratio", "reward/single_sample_groups"
+MOSTLY = 0.5  # the share of an update's tokens from which on it is worth a warning
 
 
 def with_advantages(session: Session[Any], batch: Batch) -> tuple[Batch, Metrics]:
@@ -22,6 +28,7 @@ def with_advantages(session: Session[Any], batch: Batch) -> tuple[Batch, Metrics
     )
     if session.kl is not None:
         session.kl.load_state_dict(kl)
+    warn_of_gradientless(session, metrics)
     return batch.with_columns(**{name: found[name] for name in found.names}), metrics
 
 
@@ -32,6 +39,8 @@ def advantages(
     ``kl`` afterwards.
 
     The score stands on the last token of each completion; shaping and the KL penalty come before the estimator.
+    ``actor/zero_advantage_ratio`` is the share of trained tokens in samples whose advantages are all 0, and
+    ``reward/single_sample_groups``, of estimators that compare within groups, the share of groups with one sample.
 
     Args:
         batch: all columns but objects.
@@ -47,7 +56,39 @@ def advantages(
         batch, measured = apply_kl_penalty(batch, algorithm.kl_in_reward.estimator, kl)
         metrics.update(measured.prefixed("actor/"))
     found = algorithm.advantage(batch)
+    tokens = trained_counts(trained_mask(batch), batch.lengths)
+    idle = without_advantage(batch.with_columns(advantages=batch.jagged(found.advantages)))
+    metrics.mean(GRADIENTLESS, float(tokens[idle].sum()) / max(float(tokens.sum()), 1.0))
+    if "compares_group" in algorithm.advantage.entry.traits:
+        sizes = torch.unique(batch["group"], return_counts=True)[1]
+        metrics.mean(SINGLE, float((sizes == 1).sum()) / max(len(sizes), 1))
     columns = {"token_rewards": batch["token_rewards"], "advantages": batch.jagged(found.advantages)}
     if found.returns is not None:
         columns["returns"] = batch.jagged(found.returns)
     return Batch(columns), metrics, {} if kl is None else kl.state_dict()
+
+
+def without_advantage(batch: Batch) -> torch.Tensor:
+    """Which samples have the advantage 0 on every trained token, ``[B]`` bool on the CPU."""
+    nonzero = trained_mask(batch) & (batch.flat("advantages") != 0)  # NaN is not 0: it must not be left out unseen
+    return trained_counts(nonzero, batch.lengths) == 0
+
+
+def warn_of_gradientless(session: Session[Any], metrics: Metrics) -> None:
+    """Warn, once in a run, of groups that cannot be compared and of updates that are mostly without policy gradient."""
+    found, actor = metrics.to_dict(), session.config.actor
+    if found.get(SINGLE):
+        session.warn_once(
+            SINGLE,
+            f"{found[SINGLE]:.0%} of the groups of a step have a single sample: "
+            f"{session.config.algorithm.advantage.name} has nothing to compare it with and gives it the advantage 0. "
+            f"{SINGLE} has the share of every step",
+        )
+    reasons = actor.trains_without_advantage
+    if found[GRADIENTLESS] >= MOSTLY and actor.drop_zero_advantage is None and reasons:
+        session.warn_once(
+            GRADIENTLESS,
+            f"{found[GRADIENTLESS]:.0%} of the tokens of an update have no policy gradient, as their advantages are 0. "
+            f"They are trained on because of {', '.join(f'actor.{reason}' for reason in reasons)}; without it they "
+            f"would be left out of the update, which takes less time. {GRADIENTLESS} has the share of every step",
+        )

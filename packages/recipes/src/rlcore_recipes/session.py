@@ -5,17 +5,20 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
+from warnings import warn
 
 from rlcore.algorithms.kl import KLController, kl_controller
 from rlcore.batch import Batch
 from rlcore.controller import Executor
+from rlcore.errors import RlcoreWarning
 from rlcore_recipes.asynchronous import Producer, open_producer
 from rlcore_recipes.collect import release, sampled_and_scored
 from rlcore_recipes.data.loader import PromptLoader
 from rlcore_recipes.data.prompts import PromptDataset, PromptSample, load_prompts
 from rlcore_recipes.data.tokenizer import load_tokenizer
+from rlcore_recipes.processes import is_main
 from rlcore_recipes.reward_model import check_reward_model
 from rlcore_recipes.roles import Roles, build_roles, open_executor
 from rlcore_recipes.rollouts import validation_sampling
@@ -41,6 +44,7 @@ class Session(Generic[C]):
         dynamic: which groups are worth training on; None: all.
         version: of the policy in the rollout processes: how many steps it has behind it.
         producer: generates while steps train, in asynchronous training only.
+        warned: subjects of `warn_once`.
     """
 
     config: C
@@ -55,6 +59,13 @@ class Session(Generic[C]):
     dynamic: DynamicSamplingSettings | None = None
     version: int = 0
     producer: Producer | None = None
+    warned: set[str] = field(default_factory=set)
+
+    def warn_once(self, subject: str, message: str) -> None:
+        """Warn with ``message``, unless the run was warned about ``subject`` before."""
+        if subject not in self.warned and is_main():
+            warn(message, RlcoreWarning, stacklevel=2)
+        self.warned.add(subject)
 
 
 @contextmanager

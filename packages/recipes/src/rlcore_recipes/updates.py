@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlcore.algorithms.objectives import PolicyObjective, ValueObjective
-from rlcore.algorithms.sequences import sequence_sums
+from rlcore.algorithms.objectives import LOSS_METRICS, PolicyObjective, ValueObjective
 from rlcore.batch import Batch
 from rlcore.engines import ForwardRequest, Objective, TrainEngine
 from rlcore.metrics import Metrics
+from rlcore_recipes.credit import without_advantage
 from rlcore_recipes.settings import CriticSettings, RLConfig
 
 if TYPE_CHECKING:
@@ -25,11 +25,13 @@ def update_actor(session: Session[Any], batch: Batch) -> Metrics:
     """Train the policy on ``batch``; metrics under ``actor/``."""
     config, actor = session.config, session.roles.actor
     settings = config.actor
-    objective = PolicyObjective(settings.objective, config.rollout.temperature)
+    objective = PolicyObjective(
+        settings.objective, config.rollout.temperature, old_from_rollout=settings.old_logprobs == "rollout"
+    )
     parts: list[tuple[Batch, Objective]] = [
         (part, objective) for part in training_columns(batch).split(config.mini_batch_size * config.rollout.n)
     ]
-    if settings.drop_zero_advantage:
+    if settings.drops_zero_advantage:
         keep = actor.dp_size
         parts = [session.executor.compute(without_zero_advantage, part, objective, keep) for part, _ in parts]
     return train_epochs(actor, parts, settings.epochs).prefixed("actor/")
@@ -73,7 +75,10 @@ def training_columns(batch: Batch) -> Batch:
 
 @dataclass(frozen=True)
 class CountingLeftOut:
-    """``objective`` on the samples that stay, with the denominators of all; those left out are recorded in columns."""
+    """``objective`` on the samples that stay, with the denominators of all; those left out are recorded in columns.
+
+    The losses in its metrics are those of all samples too. Its other metrics are means over the samples that stay.
+    """
 
     objective: Objective
 
@@ -88,7 +93,12 @@ class CountingLeftOut:
     def loss(
         self, outputs: Mapping[str, torch.Tensor], batch: Batch, denominators: Mapping[str, float]
     ) -> tuple[torch.Tensor, Metrics]:
-        return self.objective.loss(outputs, batch, denominators)
+        loss, metrics = self.objective.loss(outputs, batch, denominators)
+        tokens = batch[f"{LEFT_OUT}tokens"].sum()
+        for name in LOSS_METRICS:
+            if name in metrics:
+                metrics.mean(name, 0.0, tokens)
+        return loss, metrics
 
 
 def without_zero_advantage(batch: Batch, objective: Objective, keep: int) -> tuple[Batch, Objective]:
@@ -98,7 +108,7 @@ def without_zero_advantage(batch: Batch, objective: Objective, keep: int) -> tup
     of it. The first sample that stays carries what the others would have added to them. At least ``keep`` samples stay,
     so that every rank takes part and the optimizer makes its step.
     """
-    nonzero = sequence_sums(batch.flat("advantages").abs(), batch.lengths) > 0
+    nonzero = ~without_advantage(batch)
     stays = nonzero.clone()
     stays[(~nonzero).nonzero().squeeze(-1)[: max(keep - int(nonzero.sum()), 0)]] = True
     kept = batch.take(stays.nonzero().squeeze(-1))

@@ -1,8 +1,8 @@
 """Advantages of whole answers, relative to the other answers to the same prompt.
 
 s is a sample's score, the sum of its token rewards; μ and σ (unbiased) are taken over its group, n samples of one
-prompt. A sample that is alone in its group has μ = 0 and σ = 1. Every trained token gets its sample's advantage. Groups
-of equal scores get exactly 0, whatever the rounding.
+prompt. Every trained token gets its sample's advantage. Groups of equal scores get exactly 0, whatever the rounding; so
+does a sample that is alone in its group, as its own score is no baseline.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from rlcore.algorithms.registries import Advantages, advantages
 from rlcore.algorithms.sequences import per_token, sequence_sums, trained_counts, trained_mask, whiten
 from rlcore.batch import Batch
 from rlcore.config import Config
-from rlcore.errors import BatchError
 from rlcore.registry import NoParams
 
 
@@ -27,7 +26,7 @@ class GRPOParams(Config):
     epsilon: float = Field(1e-6, gt=0, description="Added to σ.")
 
 
-@advantages.register("grpo", params=GRPOParams)
+@advantages.register("grpo", params=GRPOParams, traits={"compares_group"})
 def grpo(batch: Batch, params: GRPOParams) -> Advantages:
     """(s − μ) / (σ + ε), or s − μ without ``normalize_std``.
 
@@ -38,7 +37,7 @@ def grpo(batch: Batch, params: GRPOParams) -> Advantages:
     return _spread(deviation / (groups.std + params.epsilon) if params.normalize_std else deviation, batch)
 
 
-@advantages.register("rloo")
+@advantages.register("rloo", traits={"compares_group"})
 def rloo(batch: Batch, params: NoParams) -> Advantages:
     """n/(n − 1) · (s − μ), which is s minus the mean of the *other* scores.
 
@@ -49,7 +48,7 @@ def rloo(batch: Batch, params: NoParams) -> Advantages:
     return _spread(groups.deviation * groups.count / (groups.count - 1).clamp(min=1), batch)
 
 
-@advantages.register("reinforce_plus_plus_baseline")
+@advantages.register("reinforce_plus_plus_baseline", traits={"compares_group"})
 def reinforce_plus_plus_baseline(batch: Batch, params: NoParams) -> Advantages:
     """whiten(s − μ): the group's mean as baseline, normalised over all trained tokens of the batch.
 
@@ -61,7 +60,7 @@ def reinforce_plus_plus_baseline(batch: Batch, params: NoParams) -> Advantages:
     return Advantages(result)
 
 
-@advantages.register("opo")
+@advantages.register("opo", traits={"compares_group"})
 def opo(batch: Batch, params: NoParams) -> Advantages:
     """s − Σ(ℓs)/Σℓ over the group, ℓ = trained tokens: the variance-optimal baseline under a simplification.
 
@@ -70,17 +69,18 @@ def opo(batch: Batch, params: NoParams) -> Advantages:
     groups = _groups(batch)
     lengths = trained_counts(trained_mask(batch), batch.lengths).to(groups.scores)
     baseline = groups.sums(lengths * groups.shifted) / groups.sums(lengths).clamp(min=1)
-    return _spread(torch.where(groups.count > 1, groups.shifted - baseline, groups.scores), batch)
+    return _spread(groups.shifted - baseline, batch)
 
 
-@advantages.register("gpg")
+@advantages.register("gpg", traits={"compares_group"})
 def gpg(batch: Batch, params: NoParams) -> Advantages:
-    """α(s − μ) with α = B / (samples with a score other than 0); use with the loss ``gpg``.
+    """α(s − μ) with α = B / (B − M), M = samples in groups of equal scores; use with the loss ``gpg``.
 
     Source: GPG, Chu et al. 2025, arXiv:2504.02546.
     """
     groups = _groups(batch)
-    alpha = len(batch) / max(int(groups.scores.count_nonzero()), 1)
+    spread = groups.sums(groups.shifted) > 0
+    alpha = len(batch) / max(int(spread.sum()), 1)
     return _spread(alpha * groups.deviation, batch)
 
 
@@ -91,23 +91,18 @@ class PassAtKParams(Config):
     epsilon: float = Field(1e-6, gt=0, description="Added to σ.")
 
 
-@advantages.register("pass_at_k", params=PassAtKParams)
+@advantages.register("pass_at_k", params=PassAtKParams, traits={"compares_group"})
 def pass_at_k(batch: Batch, params: PassAtKParams) -> Advantages:
     """Only the best of a group trains, with its lead (s₁ − s₂) / (σ + ε) over the second best.
 
     Source: Tang et al. 2025, "Optimizing language models for inference time objectives", arXiv:2503.19595.
-
-    Raises:
-        BatchError: a group holds a single sample.
     """
     groups = _groups(batch)
-    if bool((groups.count < 2).any()):
-        raise BatchError("pass_at_k compares the two best of each group: every prompt needs at least 2 samples")
     order = groups.scores.argsort(descending=True, stable=True)
     order = order[groups.index[order].argsort(stable=True)]  # group by group, best first
     sizes = groups.index.bincount()
-    first = order[sizes.cumsum(0) - sizes]
-    second = order[sizes.cumsum(0) - sizes + 1]
+    starts = sizes.cumsum(0) - sizes
+    first, second = order[starts], order[starts + (sizes > 1)]  # a sample alone has no lead over itself
     lead = torch.zeros_like(groups.scores)
     lead[first] = groups.scores[first] - groups.scores[second]
     return _spread(lead / (groups.std + params.epsilon) if params.normalize_std else lead, batch)
@@ -131,12 +126,11 @@ class _Groups:
     @property
     def deviation(self) -> torch.Tensor:
         """s − μ."""
-        return torch.where(self.count > 1, self.shifted - self.sums(self.shifted) / self.count, self.scores)
+        return self.shifted - self.sums(self.shifted) / self.count
 
     @property
     def std(self) -> torch.Tensor:
-        variance = self.sums(self.deviation.square()) / (self.count - 1).clamp(min=1)
-        return torch.where(self.count > 1, variance.sqrt(), 1.0)
+        return (self.sums(self.deviation.square()) / (self.count - 1).clamp(min=1)).sqrt()
 
 
 def _groups(batch: Batch) -> _Groups:

@@ -29,6 +29,9 @@ from rlcore.config import Choice, Chosen, Config
 from rlcore.engines.train import ForwardRequest
 from rlcore.metrics import Metrics
 
+# Metrics that are the mini-batch's loss, or a part of it: means whose weights are the mini-batch's trained tokens.
+LOSS_METRICS = ("loss", "pg_loss", "kl_loss")
+
 
 class KLLossSettings(Config):
     """KL to the reference policy as a term of the loss."""
@@ -64,12 +67,16 @@ class PolicyObjective:
     as on-policy, with the current log-probs, without gradient, as old ones. That saves a forward pass.
 
     Metrics: ``loss``, ``pg_loss``, ``entropy``, ``kl_loss`` (before its coefficient), those of the policy loss, the
-    correction and the mismatch (of the old log-probs to the rollout's; of the current ones where the old ones are the
-    rollout's).
+    correction and the mismatch. The correction and the mismatch compare the rollout's log-probs with the old ones, or
+    with the current ones (without gradient) where the old ones are the rollout's.
+
+    Attributes:
+        old_from_rollout: ``old_logprobs`` are those that the rollout engine reported.
     """
 
     settings: PolicyObjectiveSettings
     temperature: float = 1.0
+    old_from_rollout: bool = False
 
     @property
     def request(self) -> ForwardRequest:
@@ -90,12 +97,11 @@ class PolicyObjective:
         )
         if settings.correction is not None or "rollout_logprobs" in batch:
             rollout_logprobs = terms.column("rollout_logprobs")
-            # the rollout's own log-probs in place of the trainer's would show no mismatch
-            same = (old_logprobs == rollout_logprobs).all()
-            trainers = torch.where(same, logprobs.detach(), old_logprobs)
+            # the rollout's log-probs compared with themselves would show no mismatch, and weigh every sample 1
+            trainers = logprobs.detach() if self.old_from_rollout else old_logprobs
             metrics.update(mismatch_metrics(rollout_logprobs, trainers, terms.mask))
             if settings.correction is not None:
-                weights, measured = settings.correction(rollout_logprobs, old_logprobs, terms.mask, batch.lengths)
+                weights, measured = settings.correction(rollout_logprobs, trainers, terms.mask, batch.lengths)
                 token_losses = token_losses * weights
                 metrics.update(measured)
         loss = terms.add("pg_loss", token_losses, metrics)

@@ -1,7 +1,7 @@
 """When the sampler is not quite the policy: importance weights, and how far both are apart.
 
 Inference engines compute log-probs with other kernels, precisions and (asynchronously) older weights than the trainer.
-ρ = π_old / π_rollout, per token or sequence.
+ρ = π_old / π_rollout, per token or sequence. Where π_old is the rollout's own, the current policy takes its place.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class TISParams(Config):
     level: Literal["token", "sequence"] = Field("token", description="Take ρ per token, or its product per sequence.")
 
 
-@corrections.register("tis", params=TISParams)
+@corrections.register("tis", params=TISParams, traits={"importance_ratio"})
 def tis(
     rollout_logprobs: torch.Tensor,
     old_logprobs: torch.Tensor,
@@ -69,7 +69,7 @@ class MISParams(Config):
         return _check_order(self, self.low, self.high)
 
 
-@corrections.register("mis", params=MISParams)
+@corrections.register("mis", params=MISParams, traits={"importance_ratio"})
 def mis(
     rollout_logprobs: torch.Tensor,
     old_logprobs: torch.Tensor,
@@ -106,7 +106,7 @@ class IcePopParams(Config):
         return _check_order(self, self.low, self.high)
 
 
-@corrections.register("icepop", params=IcePopParams)
+@corrections.register("icepop", params=IcePopParams, traits={"importance_ratio"})
 def icepop(
     rollout_logprobs: torch.Tensor,
     old_logprobs: torch.Tensor,
@@ -154,7 +154,7 @@ def mismatch_metrics(rollout_logprobs: torch.Tensor, logprobs: torch.Tensor, mas
     ratio = difference.exp()
     metrics = Metrics()
     record_mean(metrics, "rollout_kl", -difference, mask)
-    record_mean(metrics, "rollout_kl_k3", ratio - difference - 1, mask)
+    record_mean(metrics, "rollout_kl_k3", difference.expm1() - difference, mask)  # eˣ − x − 1 without its rounding
     record_mean(metrics, "rollout_prob_diff", (logprobs.detach().exp() - rollout_logprobs.exp()).abs(), mask)
     record_mean(metrics, "rollout_clipfrac", ratio > USUAL_HIGH, mask)
     record_mean(metrics, "rollout_maskfrac", (ratio < USUAL_LOW) | (ratio > USUAL_HIGH), mask)

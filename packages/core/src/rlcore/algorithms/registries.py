@@ -91,7 +91,8 @@ class Aggregation(Protocol):
 
 class Correction(Protocol):
     """Per-token weights ``[T]`` (no gradient) on the policy loss, for samples that another policy than π_old drew,
-    and metrics. ``rollout_logprobs`` are the sampler's, ``old_logprobs`` the trainer's; both 0 where masked."""
+    and metrics. ``rollout_logprobs`` are the sampler's, ``old_logprobs`` the trainer's (those of the current policy
+    where the run takes the sampler's for its old ones); both 0 where masked."""
 
     def __call__(
         self,

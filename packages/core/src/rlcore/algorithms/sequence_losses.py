@@ -5,6 +5,8 @@ Aggregate them with ``seq-mean-token-mean``, for which they are derived: the tok
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 from pydantic import Field
 
@@ -14,8 +16,10 @@ from rlcore.algorithms.sequences import per_token, record_mean, sequence_means
 from rlcore.algorithms.token_losses import token_ratio
 from rlcore.config import Config
 from rlcore.metrics import Metrics
+from rlcore.registry import Trait
 
 SEQUENCE_LOG_RATIO_LIMIT = 10.0
+SEQUENCE_LOSS: Final[set[Trait]] = {"vanishes_with_advantage", "importance_ratio", "sequence_ratio"}
 
 
 class GSPOParams(Config):
@@ -25,7 +29,7 @@ class GSPOParams(Config):
     clip_high: float = Field(4e-4, ge=0, description="The sequence ratio is clipped above 1 + clip_high.")
 
 
-@policy_losses.register("gspo", params=GSPOParams)
+@policy_losses.register("gspo", params=GSPOParams, traits=SEQUENCE_LOSS)
 def gspo(inputs: PolicyLossInputs, params: GSPOParams) -> tuple[torch.Tensor, Metrics]:
     """max(−A·s, −A·clip(s, 1 − ε_low, 1 + ε_high)) with s = exp(mean_t (logπ − logπ_old)), the length-normalised
     ratio of the sequence.
@@ -53,7 +57,7 @@ class GMPOParams(Config):
     clip_high: float = Field(0.4, ge=0, description="Log-ratios are clipped above clip_high.")
 
 
-@policy_losses.register("gmpo", params=GMPOParams)
+@policy_losses.register("gmpo", params=GMPOParams, traits=SEQUENCE_LOSS)
 def gmpo(inputs: PolicyLossInputs, params: GMPOParams) -> tuple[torch.Tensor, Metrics]:
     """−A·exp(mean_t d̃): the geometric mean of token ratios, each clipped on the side its advantage's sign asks for.
 

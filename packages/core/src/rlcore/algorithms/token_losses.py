@@ -26,7 +26,7 @@ class PPOParams(Config):
     )
 
 
-@policy_losses.register("ppo", params=PPOParams)
+@policy_losses.register("ppo", params=PPOParams, traits={"vanishes_with_advantage", "importance_ratio"})
 def ppo(inputs: PolicyLossInputs, params: PPOParams) -> tuple[torch.Tensor, Metrics]:
     """max(−A·ratio, −A·clip(ratio, 1 − ε_low, 1 + ε_high)); where A < 0 at most −A·c.
 
@@ -54,7 +54,7 @@ class CISPOParams(Config):
     clip_high: float = Field(4.0, ge=0, description="The weight is at most 1 + clip_high.")
 
 
-@policy_losses.register("cispo", params=CISPOParams)
+@policy_losses.register("cispo", params=CISPOParams, traits={"vanishes_with_advantage", "importance_ratio"})
 def cispo(inputs: PolicyLossInputs, params: CISPOParams) -> tuple[torch.Tensor, Metrics]:
     """−stopgrad(clip(ratio, 1 − ε_low, 1 + ε_high))·A·logπ: clips the weight, and no token loses its gradient.
 
@@ -74,7 +74,7 @@ class SAPOParams(Config):
     tau_negative: float = Field(1.05, gt=0, description="Temperature of the gate elsewhere.")
 
 
-@policy_losses.register("sapo", params=SAPOParams)
+@policy_losses.register("sapo", params=SAPOParams, traits={"vanishes_with_advantage", "importance_ratio"})
 def sapo(inputs: PolicyLossInputs, params: SAPOParams) -> tuple[torch.Tensor, Metrics]:
     """−A·σ(τ(ratio − 1))·4/τ: a smooth gate instead of a clip; its slope at ratio 1 is that of −A·ratio.
 
@@ -86,8 +86,8 @@ def sapo(inputs: PolicyLossInputs, params: SAPOParams) -> tuple[torch.Tensor, Me
     return -inputs.advantages * torch.sigmoid(tau * (ratio - 1)) * 4 / tau, metrics
 
 
-@policy_losses.register("gpg")
-@policy_losses.register("reinforce")
+@policy_losses.register("gpg", traits={"vanishes_with_advantage"})
+@policy_losses.register("reinforce", traits={"vanishes_with_advantage"})
 def reinforce(inputs: PolicyLossInputs, params: NoParams) -> tuple[torch.Tensor, Metrics]:
     """−logπ·A: the plain policy gradient, for samples of the current policy.
 

@@ -38,7 +38,6 @@ def grpo_config(out: Path, seed: int, steps: int) -> GRPOConfig:
         "actor": {
             "mini_batch_size": 24,
             "old_logprobs": "rollout",
-            "drop_zero_advantage": True,
             "optim": {"lr": LR, "betas": [0.9, 0.95], "schedule": "linear", "warmup_steps": 20, "min_lr_ratio": 0.1},
             "objective": {"policy_loss": {"name": "ppo", "clip_low": 0.2, "clip_high": 0.28}},
         },

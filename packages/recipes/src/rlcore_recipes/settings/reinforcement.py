@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 from pydantic import Field
 
+from rlcore.algorithms.registries import advantages
+from rlcore.config import Choice
 from rlcore.engines import ModelSettings, WeightSyncSettings
 from rlcore.engines.settings import adapter_rank, wants_adapters
 from rlcore_recipes.data.settings import DataSettings
@@ -120,6 +122,7 @@ class RLConfig(AsyncSection):  # type: ignore[misc,valid-type]
             yield "algorithm.overlong.buffer", f"{overlong.buffer} does not fit into data.max_response_length={limit}"
         if self.trainer.test_freq > 0 and not self.data.val_files:
             yield "trainer.test_freq", f"is {self.trainer.test_freq}, but data.val_files is empty"
+        yield from ungrouped(self.algorithm.advantage, self.rollout.n)
         if "values" in self.algorithm.advantage.entry.needs and not self.has_critic:
             name = self.algorithm.advantage.name
             yield "algorithm.advantage", f"{name} needs the values of a critic, which the recipe ppo trains"
@@ -142,4 +145,19 @@ def indivisible(train_batch_size: int, key: str, mini_batch_size: int) -> Iterat
         yield (
             key,
             f"data.train_batch_size={train_batch_size} is no multiple of {key}={mini_batch_size} (both count prompts)",
+        )
+
+
+def ungrouped(advantage: Choice, n: int) -> Iterator[tuple[str, str]]:
+    """Why ``advantage`` cannot work with ``n`` completions of a prompt."""
+    if n == 1 and "compares_group" in advantage.entry.traits:
+        others = [
+            f"{entry.name} (recipe ppo)" if "values" in entry.needs else entry.name
+            for entry in advantages
+            if "compares_group" not in entry.traits
+        ]
+        yield (
+            "rollout.n",
+            f"is 1, and {advantage.name} compares the completions of a prompt: set it to 2 or more, or take an "
+            f"advantage estimator for single completions ({', '.join(others)})",
         )

@@ -8,11 +8,9 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from rlcore.algorithms.objectives import PolicyObjectiveSettings, ValueObjectiveSettings
-from rlcore.config import Config, PluginSections
+from rlcore.algorithms.off_policy import MISParams
+from rlcore.config import Choice, Config, PluginSections
 from rlcore.engines import ModelSettings, OptimSettings, RewardSettings
-
-# Losses that are 0, with gradient 0, on every token of a sequence whose advantages are all 0.
-LOSSES_ZERO_WITH_ADVANTAGE = ("ppo", "gspo", "gmpo", "cispo", "sapo", "gpg", "reinforce")
 
 
 class ModelRole(PluginSections):
@@ -45,28 +43,51 @@ class ActorSettings(ModelRole):
         description="Where the log-probs of the sampling policy come from. 'recompute' takes the training engine's and "
         "needs no extra pass when a batch makes one optimizer step; 'rollout' those reported by the rollout engine.",
     )
-    drop_zero_advantage: bool = Field(
-        False,
-        description="Leave samples whose advantages are all 0 out of the update. The loss and its gradient stay the "
-        "same: those samples still count in its denominators. Actor metrics then speak of the other samples only.",
+    drop_zero_advantage: bool | None = Field(
+        None,
+        description="Leave samples whose advantages are all 0 out of the update. Weights and logged losses stay the "
+        "same: those samples still count in the denominators. Other actor metrics then speak of the samples that are "
+        "left. null: wherever that is exact, which is with policy losses that vanish with the advantage, and without "
+        "KL loss and entropy bonus.",
     )
 
-    def problems(self) -> Iterator[tuple[str, str]]:
-        if not self.drop_zero_advantage:
-            return
+    @property
+    def drops_zero_advantage(self) -> bool:
+        """Whether samples without advantage are left out of the update."""
+        return not self.trains_without_advantage if self.drop_zero_advantage is None else self.drop_zero_advantage
+
+    @property
+    def trains_without_advantage(self) -> list[str]:
+        """Settings, as ``key=value`` below this section, by which a sample without advantage has a gradient."""
         objective = self.objective
-        if objective.policy_loss.name not in LOSSES_ZERO_WITH_ADVANTAGE:
-            yield (
-                "drop_zero_advantage",
-                f"is for losses that are known to vanish with the advantage ({', '.join(LOSSES_ZERO_WITH_ADVANTAGE)}), "
-                f"and objective.policy_loss is {objective.policy_loss.name}; switch it off",
-            )
-        for key, coeff in (("kl_loss.coeff", objective.kl_loss.coeff), ("entropy_coeff", objective.entropy_coeff)):
-            if coeff:
+        coeffs = {"kl_loss.coeff": objective.kl_loss.coeff, "entropy_coeff": objective.entropy_coeff}
+        found = [f"objective.{key}={coeff}" for key, coeff in coeffs.items() if coeff]
+        if "vanishes_with_advantage" not in objective.policy_loss.entry.traits:
+            found.append(f"objective.policy_loss={objective.policy_loss.name}")
+        return found
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.drop_zero_advantage:
+            for setting in self.trains_without_advantage:
                 yield (
                     "drop_zero_advantage",
-                    f"leaves samples out that objective.{key}={coeff} would train on; switch one of them off",
+                    f"leaves samples out that {setting} trains on; set it to null, or change {setting.split('=')[0]}",
                 )
+        loss, correction = self.objective.policy_loss, self.objective.correction
+        if self.old_logprobs == "rollout" and "importance_ratio" in loss.entry.traits and _weighs(correction):
+            yield (
+                "objective.correction",
+                f"weighs samples a second time: with old_logprobs=rollout the policy loss {loss.name} has the ratio to "
+                "the rollout's policy already. Set it to null or to {name: mis, weight: one}, which only drops, or set "
+                "old_logprobs=recompute",
+            )
+
+
+def _weighs(correction: Choice | None) -> bool:
+    """Whether ``correction`` multiplies by an importance ratio; it may also only drop samples."""
+    if correction is None or "importance_ratio" not in correction.entry.traits:
+        return False
+    return not (isinstance(correction.params, MISParams) and correction.params.weight == "one")
 
 
 class CriticSettings(ModelRole):

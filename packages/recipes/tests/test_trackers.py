@@ -79,7 +79,7 @@ def test_jsonl_of_a_resumed_run_has_every_step_once(run: RunInfo) -> None:
 def console(run: RunInfo, terminal: bool) -> tuple[ConsoleTracker, io.StringIO]:
     out = io.StringIO()
     screen = Console(file=out, force_terminal=terminal, width=100)
-    return ConsoleTracker(ConsoleSettings().columns, run, screen), out
+    return ConsoleTracker(ConsoleSettings(), run, screen), out
 
 
 def test_console_without_a_terminal_prints_plain_lines(run: RunInfo) -> None:
@@ -97,6 +97,16 @@ def test_console_without_a_terminal_prints_plain_lines(run: RunInfo) -> None:
     assert rows[4] == ["step", "loss", "score", "grad", "eta"]  # a new column: a new heading
     assert rows[5][:3] == ["3/10", "2", "nan"]
     assert "\x1b" not in out.getvalue()
+
+
+def test_console_shows_failures_once_there_are_some(run: RunInfo) -> None:
+    tracker, out = console(run, terminal=False)
+    for step, ratio in enumerate((0.0, 0.25, 0.0), 1):
+        tracker.log({"critic/score/mean": 0.5, "reward/error_ratio": ratio, "actor/skipped_steps": 0.0}, step)
+    tracker.close()
+    rows = [line.split()[:-1] for line in out.getvalue().splitlines()]
+    assert rows[0] == ["step", "score"]
+    assert rows[2:] == [["step", "score", "errors"], ["2/10", "0.5", "0.25"], ["3/10", "0.5", "0"]]
 
 
 def test_console_on_a_terminal_shows_progress(run: RunInfo) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +19,7 @@ import yaml
 
 from rlcore.config import Config, load_config
 from rlcore.engines import TrainEngine
-from rlcore.errors import CheckpointError, ConfigError
+from rlcore.errors import CheckpointError, ConfigError, RlcoreWarning, TrainingError
 from rlcore_recipes.processes import executor
 from rlcore_recipes.run_folder import check_free, write_config
 from rlcore_recipes.settings import TrainerSettings
@@ -213,3 +215,54 @@ def test_configuration_is_written_once(tmp_path: Path) -> None:
     assert write_config(tmp_path, config, 0) == []
     assert write_config(tmp_path, config, 5) == []
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def faulty(tmp_path: Path, metrics: Mapping[str, list[float]], *keys: str, steps: int = 20) -> tuple[Run, int]:
+    """A run whose steps have ``metrics``, the last of each for ever; and the steps that it made before it ended."""
+    run, _ = make(tmp_path, *keys, steps=steps)
+    plain, run.max_error_ratio, made = run.step, 0.5, 0
+
+    def step(number: int) -> dict[str, float]:
+        nonlocal made
+        made = number
+        return plain(number) | {name: values[min(number, len(values)) - 1] for name, values in metrics.items()}
+
+    run.step = step
+    train(run)
+    return run, made
+
+
+@pytest.mark.parametrize(
+    ("metrics", "keys", "steps", "ended", "message"),
+    [
+        ({"reward/error_ratio": [0.0, 0.0, 1.0]}, [], 20, 5, "failed on 60% of the samples of the last 5 steps"),
+        ({"reward/error_ratio": [0.0, 0.0, 1.0]}, [], 3, None, "failed on 100% of the samples of a step"),
+        ({"reward/error_ratio": [1.0]}, [], 2, 2, "failed on 100% of the samples of the last 2 steps"),
+        ({"reward/error_ratio": [0.5]}, [], 8, None, None),
+        ({"actor/skipped_steps": [0.0, 1.0]}, ["max_skipped_steps=3"], 20, 4, "skipped in each of the last 3 steps"),
+        ({"train/skipped_steps": [1.0]}, [], 2, 2, "skipped in each of the last 2 steps"),
+        ({"critic/skipped_steps": [1.0, 0.0] * 9}, ["max_skipped_steps=2"], 6, None, "norm is not finite (critic)"),
+        ({"actor/skipped_steps": [1.0]}, ["max_skipped_steps=null"], 6, None, None),
+        ({}, ["grace_s=1e-9"], 2, None, "longer than trainer.grace_s=1e-09"),
+    ],
+)
+def test_runs_that_learn_nothing_end(
+    tmp_path: Path,
+    metrics: dict[str, list[float]],
+    keys: list[str],
+    steps: int,
+    ended: int | None,
+    message: str | None,
+) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if ended is None:
+            assert faulty(tmp_path, metrics, "save_freq=1", *keys, steps=steps)[1] == steps
+        else:
+            with pytest.raises(TrainingError, match=re.escape(message or "")):
+                faulty(tmp_path, metrics, "save_freq=1", *keys, steps=steps)
+            assert [line["step"] for line in lines(tmp_path)] == list(range(1, ended + 1))
+            assert max(path.name for path in (tmp_path / "checkpoints").iterdir()) == f"step-{ended:06d}"
+    said = [str(warning.message) for warning in caught if issubclass(warning.category, RlcoreWarning)]
+    assert len(said) == (message is not None)
+    assert ended is not None or message is None or message in said[0]

@@ -29,6 +29,10 @@ class EngineError(RlcoreError):
     """A training or rollout engine cannot do what it was asked to."""
 
 
+class TrainingError(RlcoreError):
+    """A run goes on without learning anything: its rewards fail, or its updates are skipped."""
+
+
 class CheckpointError(RlcoreError):
     """A checkpoint is missing, damaged, or belongs to another model."""
 

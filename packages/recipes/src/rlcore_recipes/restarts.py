@@ -16,6 +16,7 @@ from typing import Protocol, TypeVar
 from rlcore.config import Config
 from rlcore.errors import PlacementError, RestartsExhausted, WorkerDied
 from rlcore_recipes.checkpoint.storage import open_storage
+from rlcore_recipes.output import output_may_end
 from rlcore_recipes.run_folder import check_free
 from rlcore_recipes.settings import ControllerSettings, TrainerSettings
 
@@ -48,6 +49,7 @@ def restarting(run: Callable[[C], None]) -> Callable[[C], None]:
     """
 
     @wraps(run)
+    @output_may_end()
     def restarted(config: C) -> None:
         trainer, controller = _settings(config)
         check_free(trainer, config)

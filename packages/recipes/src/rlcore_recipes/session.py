@@ -155,6 +155,7 @@ def train_rl(session: Session[C], recipe: str, step: Callable[[Session[C], int],
             save_tokenizer=session.tokenizer.save_pretrained,
             timed=session.timed,
             apply=session.executor.apply,
+            max_error_ratio=session.config.reward.max_error_ratio,
         )
     )
 

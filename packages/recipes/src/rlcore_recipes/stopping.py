@@ -16,12 +16,16 @@ from rlcore_recipes.checkpoint import CheckpointManager
 from rlcore_recipes.processes import all_gather, is_main
 from rlcore_recipes.settings import TrainerSettings
 
+TERMINATE = (signal.SIGTERM, signal.SIGHUP)
+"""Signals that come from outside: of a scheduler that takes the machine away, of a terminal that is closed."""
+
 
 @contextmanager
 def stop_signals(grace_s: float, checkpoints: CheckpointManager) -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT instead of dying of them; a second SIGINT interrupts at once.
+    """Collects SIGTERM, SIGHUP and SIGINT instead of dying of them; a second SIGINT interrupts immediately.
 
-    A process that is still here ``grace_s`` seconds after SIGTERM ends, and says from where the run can go on.
+    A process that is still here ``grace_s`` seconds after SIGTERM or SIGHUP ends, and says from where the run can go
+    on. SIGHUP stays ignored where it is (``nohup``).
     """
     received: list[int] = []
     announce = is_main()
@@ -31,12 +35,16 @@ def stop_signals(grace_s: float, checkpoints: CheckpointManager) -> Iterator[lis
             raise KeyboardInterrupt
         received.append(number)
         if announce:
-            how = f"within {grace_s:g} s" if number == signal.SIGTERM else "Ctrl-C again: at once"
+            how = f"within {grace_s:g} s" if number in TERMINATE else "Ctrl-C again: immediately"
             print(f"stopping after this step ({how})", file=sys.stderr)
 
     try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not in the main thread: whoever runs us there handles signals
+        before = {
+            number: signal.signal(number, note)
+            for number in (*TERMINATE, signal.SIGINT)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+        }
+    except ValueError:  # not in the main thread: its caller handles signals
         yield received
         return
     try:
@@ -56,7 +64,7 @@ def stop_signals(grace_s: float, checkpoints: CheckpointManager) -> Iterator[lis
 
 @contextmanager
 def grace_period(seconds: float, announced: CheckpointManager | None) -> Iterator[None]:
-    """Ends the process if the block has not ended so many seconds after a SIGTERM that the process handles.
+    """Ends the process if the block has not ended so many seconds after a SIGTERM or SIGHUP that the process handles.
 
     Args:
         announced: names the checkpoint to continue from; None on processes that say nothing.
@@ -68,15 +76,15 @@ def grace_period(seconds: float, announced: CheckpointManager | None) -> Iterato
     ended = threading.Event()
 
     def watch() -> None:
-        while (number := numbers.recv(1)) and number[0] != signal.SIGTERM:
+        while (number := numbers.recv(1)) and number[0] not in TERMINATE:
             continue
         if not number or ended.wait(seconds):
             return
         if announced is not None:
             how = f"continue from {announced.newest}" if announced.newest else "there is no checkpoint to continue from"
-            message = f"gave up in the middle of a step, {seconds:g} s after SIGTERM (trainer.grace_s); {how}"
-            print(message, file=sys.stderr, flush=True)
-        os._exit(128 + signal.SIGTERM)
+            after = f"{seconds:g} s after {signal.Signals(number[0]).name} (trainer.grace_s)"
+            print(f"gave up in the middle of a step, {after}; {how}", file=sys.stderr, flush=True)
+        os._exit(128 + number[0])
 
     watching = threading.Thread(target=watch, name="grace-period", daemon=True)
     watching.start()
@@ -92,16 +100,16 @@ def grace_period(seconds: float, announced: CheckpointManager | None) -> Iterato
 
 
 def stop_asked_for(received: list[int]) -> int | None:
-    """The signal that ends the run, on whichever process it was received; SIGINT before SIGTERM."""
+    """The signal that ends the run, on whichever process it was received; SIGINT before others."""
     everywhere = {number for numbers in all_gather(received[:]) for number in numbers}
-    return min(everywhere, default=None)  # SIGINT is 2, SIGTERM 15
+    return signal.SIGINT if signal.SIGINT in everywhere else max(everywhere, default=None)
 
 
 def exit_code(number: int, trainer: TrainerSettings, step: int, total_steps: int) -> int:
     """Say how to continue a run that the signal ``number`` ended after ``step``; return the process's exit code.
 
-    It is 0 after SIGTERM, by which schedulers take a machine away, if a checkpoint was made; otherwise the code that
-    shells give to what a signal ended.
+    It is 0 after SIGTERM, by which schedulers take a machine away, and after SIGHUP if a checkpoint was made; otherwise
+    the code that shells give to what a signal ended.
     """
     saves = trainer.save_freq > 0
     if is_main():
@@ -113,4 +121,4 @@ def exit_code(number: int, trainer: TrainerSettings, step: int, total_steps: int
             else "continue with trainer.resume=auto"
         )
         print(f"stopped after step {step} of {total_steps}; {how}", file=sys.stderr)
-    return 0 if saves and number == signal.SIGTERM else 128 + number
+    return 0 if saves and number in TERMINATE else 128 + number

@@ -20,6 +20,7 @@ from rlcore.engines import TrainEngine
 from rlcore.errors import CheckpointError, ConfigError, RlcoreWarning
 from rlcore.tracking import RunInfo, Tracker
 from rlcore_recipes.checkpoint import Checkpoint, CheckpointManager
+from rlcore_recipes.health import Health
 from rlcore_recipes.processes import all_gather, executor, is_main, on_rank_zero
 from rlcore_recipes.randomness import seed_generators
 from rlcore_recipes.run_folder import MODEL, write_config
@@ -50,6 +51,7 @@ class Run:
         resumed: called after a checkpoint was loaded, with the number of steps done.
         save_tokenizer: writes the tokenizer into a folder, beside an exported model.
         apply: runs a function in all processes of an engine (an executor's ``apply``).
+        max_error_ratio: share of samples whose reward may fail over some steps (see `Health`).
     """
 
     recipe: str
@@ -65,12 +67,16 @@ class Run:
     save_tokenizer: Callable[[Path], Any]
     timed: Timings = field(default_factory=Timings)
     apply: Callable[..., list[Any]] = executor.apply
+    max_error_ratio: float = 1.0
 
 
 def train(run: Run) -> None:
     """Make all steps of ``run``, from the beginning or from its checkpoint.
 
-    SIGTERM and SIGINT end it after the step under way, with a checkpoint (see `exit_code`).
+    SIGTERM, SIGHUP and SIGINT end it after the step under way, with a checkpoint (see `exit_code`).
+
+    Raises:
+        TrainingError: rewards failed, or updates were skipped, for too long.
     """
     trainer = run.trainer
     checkpoints = CheckpointManager(
@@ -90,6 +96,7 @@ def train(run: Run) -> None:
     changed = on_rank_zero(lambda: write_config(trainer.out_dir, run.config, done))
     if done and changed and is_main():
         print(f"continuing with other settings than before: {', '.join(changed)}", file=sys.stderr)
+    health = Health(trainer, run.max_error_ratio)
     with (
         tracking(run, run_id, done) as tracker,
         stop_signals(trainer.grace_s, checkpoints) as received,
@@ -104,7 +111,8 @@ def train(run: Run) -> None:
             if run.validate is not None and due(trainer.test_freq, done, last):
                 metrics |= validated(run, tracker, done)
             # logged first: a run killed while it saves repeats the step, one killed after it does not log it again
-            tracker.log(metrics | timings(run, metrics), done)
+            metrics |= timings(run, metrics)
+            tracker.log(metrics, done)
             if trainer.save_freq > 0:
                 with run.timed("save_checkpoint"):  # reported with the next step
                     checkpoints.poll()
@@ -113,6 +121,7 @@ def train(run: Run) -> None:
                         checkpoints.start(done, run.engines, saved, metrics, background=trainer.async_save)
                     if last or stop is not None or not trainer.async_save:
                         checkpoints.finish()
+            health.check(metrics, last)
             if stop is not None and not last:
                 raise SystemExit(exit_code(stop, trainer, done, run.total_steps))
         if trainer.save_hf:
@@ -159,11 +168,11 @@ def due(every: int, step: int, last: bool) -> bool:
 
 
 def memory() -> dict[str, float]:
-    """Peak memory of this process in GiB."""
-    found = {"perf/cpu_memory_used_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    """Peak memory of this process in GiB: its resident size, and what torch had of the GPU."""
+    found = {"perf/max_cpu_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
     if torch.cuda.is_available():
-        found["perf/max_memory_allocated_gb"] = torch.cuda.max_memory_allocated() / 2**30
-        found["perf/max_memory_reserved_gb"] = torch.cuda.max_memory_reserved() / 2**30
+        found["perf/max_memory_allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        found["perf/max_memory_reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
     return found
 
 

@@ -154,6 +154,12 @@ class RewardRole(RewardSettings, PluginSections):
     plugin_field: ClassVar[str] = "name"
 
     name: str = Field(description="Reward (`rlcore plugins` lists the installed ones).")
+    max_error_ratio: float = Field(
+        0.9,
+        ge=0,
+        le=1,
+        description="End the run if the reward fails on more than this share of the samples of five steps; 1: never.",
+    )
 
     @model_validator(mode="before")
     @classmethod

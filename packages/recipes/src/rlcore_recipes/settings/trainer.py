@@ -33,7 +33,13 @@ class TrainerSettings(PluginSections):
         description="Folder or URL (s3://, gs://, any of fsspec's) for checkpoints; null: out_dir/checkpoints.",
     )
     grace_s: float = Field(
-        120.0, gt=0, description="Seconds after SIGTERM in which the step and its checkpoint must end."
+        120.0, gt=0, description="Seconds after SIGTERM or SIGHUP in which the step and its checkpoint must end."
+    )
+    max_skipped_steps: int | None = Field(
+        10,
+        ge=1,
+        description="End the run after so many steps in a row in which an update was skipped, because its gradient "
+        "norm was not finite; null: never.",
     )
     keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints to keep.")
     best_metric: str | None = Field(None, description="Keep the checkpoint that is best by this metric as well.")

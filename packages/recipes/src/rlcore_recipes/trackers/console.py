@@ -21,8 +21,9 @@ HEADER_EVERY = 25
 class ConsoleTracker(Tracker):
     """One line of a table per step, above a progress bar; without a terminal the lines alone."""
 
-    def __init__(self, columns: Mapping[str, str], run: RunInfo, console: Console | None = None) -> None:
-        self._columns = columns
+    def __init__(self, options: ConsoleSettings, run: RunInfo, console: Console | None = None) -> None:
+        self._columns = options.columns | options.faults
+        self._faults = options.faults
         self._run = run
         self._console = console or Console()
         self._started = time.monotonic()
@@ -46,7 +47,7 @@ class ConsoleTracker(Tracker):
         eta = self._eta(step)
         if self._progress is not None:
             self._progress.update(self._task, completed=step, eta=f"eta {eta}")
-        present = [heading for heading, name in self._columns.items() if name in metrics]
+        present = [heading for heading, name in self._columns.items() if self._is_shown(heading, metrics.get(name))]
         if present:
             if not set(present) <= set(self._shown):
                 known = {*self._shown, *present}
@@ -61,6 +62,9 @@ class ConsoleTracker(Tracker):
         for name, value in metrics.items():
             if name.startswith(("val-core/", "val/")):
                 self._console.print(Text(f"step {step}  {name} = {_short(value)}", style="green"), soft_wrap=True)
+
+    def _is_shown(self, heading: str, value: float | None) -> bool:
+        return value is not None and (value != 0 or heading not in self._faults)
 
     def close(self) -> None:
         if self._progress is not None:
@@ -89,4 +93,4 @@ def _short(value: float) -> str:
 
 def open_console(options: Config, run: RunInfo) -> Tracker:
     assert isinstance(options, ConsoleSettings)
-    return ConsoleTracker(options.columns, run)
+    return ConsoleTracker(options, run)

@@ -27,6 +27,15 @@ class ConsoleSettings(Config):
         },
         description="Headings and the metrics below them; those a run does not have are left out.",
     )
+    faults: dict[str, str] = Field(
+        {
+            "errors": "reward/error_ratio",
+            "skipped": "actor/skipped_steps",
+            "vf skip": "critic/skipped_steps",
+            "sft skip": "train/skipped_steps",
+        },
+        description="Further columns, each shown from the first step on in which its metric is not 0.",
+    )
 
 
 class JsonlSettings(Config):

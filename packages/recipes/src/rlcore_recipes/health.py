@@ -1,0 +1,99 @@
+"""Runs that learn nothing: rewards that fail, updates that are skipped; and steps longer than the grace period."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from warnings import warn
+
+from rlcore.errors import RlcoreWarning, TrainingError
+from rlcore_recipes.settings import TrainerSettings
+
+WINDOW = 5
+"""Steps over which the share of failed rewards is taken."""
+
+SKIPPED = "/skipped_steps"
+
+
+class Health:
+    """Warns of what goes wrong in a step, and raises once it has gone wrong for too long.
+
+    Args:
+        max_error_ratio: share of samples whose reward may fail over `WINDOW` steps; 1 never ends the run.
+    """
+
+    def __init__(self, trainer: TrainerSettings, max_error_ratio: float) -> None:
+        self._trainer = trainer
+        self._max_error_ratio = max_error_ratio
+        self._error_ratios: deque[float] = deque(maxlen=WINDOW)
+        self._steps = 0
+        self._skipped = 0
+        self._warned: set[str] = set()
+
+    def check(self, metrics: Mapping[str, float], last: bool) -> None:
+        """Look at a step's metrics.
+
+        Args:
+            last: it is the run's last step, at which shorter failures count too if they lasted for the whole run.
+
+        Raises:
+            TrainingError: rewards failed, or updates were skipped, for too long.
+        """
+        self._steps += 1
+        self._check_rewards(metrics, last)
+        self._check_updates(metrics, last)
+        self._check_duration(metrics)
+
+    def _check_rewards(self, metrics: Mapping[str, float], last: bool) -> None:
+        if "reward/error_ratio" not in metrics:
+            return
+        limit, ratio = self._max_error_ratio, metrics["reward/error_ratio"]
+        self._error_ratios.append(ratio)
+        mean = sum(self._error_ratios) / len(self._error_ratios)
+        if mean > limit and (last or len(self._error_ratios) == WINDOW):
+            raise TrainingError(
+                f"the reward failed on {mean:.0%} of the samples of the last {len(self._error_ratios)} steps, more "
+                f"than reward.max_error_ratio={limit:g}: they got reward.error_score, from which nothing can be "
+                "learned. The warnings above say why it failed; correct the reward, or raise the limit (1: never)"
+            )
+        if ratio > limit:
+            self._warn(
+                "rewards",
+                f"the reward failed on {ratio:.0%} of the samples of a step; the run ends if more than "
+                f"reward.max_error_ratio={limit:g} of the samples fail over {WINDOW} steps",
+            )
+
+    def _check_updates(self, metrics: Mapping[str, float], last: bool) -> None:
+        found = [name for name, value in metrics.items() if name.endswith(SKIPPED) and value > 0]
+        self._skipped = self._skipped + 1 if found else 0
+        limit = self._trainer.max_skipped_steps
+        if not found or limit is None:
+            return
+        role = found[0].removesuffix(SKIPPED)
+        if self._skipped >= limit or (last and self._skipped == self._steps):
+            raise TrainingError(
+                f"an update was skipped in each of the last {self._skipped} steps, because its gradient norm was not "
+                f"finite ({role}; trainer.max_skipped_steps={limit}). Look for values that are not finite in the "
+                "model, the data or the settings of the loss (learning rate, coefficients, dtype)"
+            )
+        self._warn(
+            "updates",
+            f"an update was skipped because its gradient norm is not finite ({role}); the run ends after "
+            f"trainer.max_skipped_steps={limit} such steps in a row",
+        )
+
+    def _check_duration(self, metrics: Mapping[str, float]) -> None:
+        grace = self._trainer.grace_s
+        seconds = metrics.get("timing_s/step", 0.0) + metrics.get("timing_s/save_checkpoint", 0.0)
+        if self._trainer.save_freq > 0 and seconds > grace:
+            self._warn(
+                "duration",
+                f"a step and its checkpoint take {seconds:.0f} s, longer than trainer.grace_s={grace:g}: SIGTERM early "
+                "in a step ends the run without a checkpoint of that step; raise trainer.grace_s, up to what the "
+                "scheduler leaves",
+            )
+
+    def _warn(self, kind: str, message: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warn(message, RlcoreWarning, stacklevel=4)

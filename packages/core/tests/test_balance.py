@@ -83,6 +83,18 @@ def test_micro_batches_keep_to_the_budget(lengths: list[int], budget: int) -> No
     assert found == micro_batches(lengths, budget)
 
 
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 9)), max_size=40), st.integers(1, 60), st.integers(1, 4))
+def test_units_are_never_divided(samples: list[tuple[int, int]], budget: int, parts: int) -> None:
+    lengths, units = [length for length, _ in samples], [unit for _, unit in samples]
+    for found in (micro_batches(lengths, budget, units), balanced_partitions(lengths, parts, units)):
+        assert sorted(i for part in found for i in part) == list(range(len(lengths)))
+        assert all(part == sorted(part) for part in found)
+        homes = [{units[i] for i in part} for part in found]
+        assert sum(map(len, homes)) == len(set(units)), "a unit is in two parts"
+    for part in micro_batches(lengths, budget, units):
+        assert sum(lengths[i] for i in part) <= budget or len({units[i] for i in part}) == 1
+
+
 @given(lengths_lists, st.integers(50, 100))
 def test_micro_batches_are_few(lengths: list[int], budget: int) -> None:
     """No two could be merged, hence fewer than twice as many as the tokens need (+ 1)."""

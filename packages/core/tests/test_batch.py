@@ -344,6 +344,16 @@ ERRORS = {
     "short mask": (lambda: example().filter([True]), r"bool of shape \[1\]; one bool for each of the 2 samples"),
     "number mask": (lambda: example().filter([1, 0]), "the mask is int64"),
     "split": (lambda: example().split(0), "batches of 0 samples"),
+    "split unit": (
+        lambda: example().with_columns(unit=torch.tensor([7, 7])).split(1, together="unit"),
+        "batches of 1 samples would divide unit 7 of column 'unit'",
+    ),
+    "unit of floats": (
+        lambda: example().partition(2, together="score"),
+        r"'score' cannot say which samples belong together: .* not float32 of shape \[2\]",
+    ),
+    "unit per token": (lambda: example().micro_batches(9, together="tokens"), "'tokens' .* not a Jagged"),
+    "unit missing": (lambda: example().partition(2, together="unit"), "no column 'unit'"),
     "repeat": (lambda: example().repeat(-1), "-1 times"),
     "partition": (lambda: example().partition(0), "0 parts"),
     "concat names": (lambda: Batch.concat([example(), example().drop("text")]), "batch 1 differs .* columns text"),

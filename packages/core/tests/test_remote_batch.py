@@ -208,6 +208,9 @@ def test_lengths_come_with_the_first_per_token_column() -> None:
     scores = remote.select("score", "group")
     same(batch.select("score", "group"), scores)
     assert scores.partition(2) == batch.select("score", "group").partition(2)
+    assert scores.partition(2, together="group") == batch.select("score", "group").partition(2, together="group")
+    with pytest.raises(BatchError, match="would divide unit"):
+        scores.split(1, together="group")
     joined = RemoteBatch.concat([scores, scores])
     tokens = RemoteBatch.concat([remote, remote])["tokens"]
     same(Batch.concat([batch, batch]).select("score", "group", "tokens"), joined.with_columns(tokens=tokens))

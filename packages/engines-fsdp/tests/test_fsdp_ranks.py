@@ -16,12 +16,19 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from rlcore.batch import Batch
-from rlcore.controller.dispatch import gather
-from rlcore.engines import ForwardRequest, ModelSettings, OptimSettings, TrainEngineSpec
+from rlcore.controller.dispatch import gather, partition_of_call
+from rlcore.engines import ForwardRequest, ModelSettings, OptimSettings, TrainEngine, TrainEngineSpec
 from rlcore.errors import CheckpointError, EngineError
 from rlcore.testing.processes import RankPool
 from rlcore.testing.tiny_model import tiny_model
-from rlcore.testing.train_engine import SquaredError, WeightedLogprobs, exported, make_batch
+from rlcore.testing.train_engine import (
+    PairMargin,
+    SquaredError,
+    WeightedLogprobs,
+    exported,
+    make_batch,
+    make_pairs,
+)
 from rlcore_fsdp.config import FSDPSettings
 from rlcore_fsdp.engine import FSDPTrainEngine, build
 
@@ -109,6 +116,20 @@ def test_scalar_heads(ranks: RankPool, model_path: Path, head: str) -> None:
 def test_a_rank_without_samples_takes_part(ranks: RankPool, model_path: Path) -> None:
     batches = [make_batch((30,), seed=3)]
     check_equal(ranks.run(run, model_path, {}, batches)[1], run(model_path, {}, batches), ATOL)
+
+
+def train_pairs(path: Path) -> dict[str, Any]:
+    """As an executor would: the dispatch of `TrainEngine.train` divides the batch."""
+    engine, batch, objective = make_engine(path, {}), make_pairs(), PairMargin()
+    parts = partition_of_call(TrainEngine, "train", (batch, objective), {}, batch, engine.dp_size)
+    engine.train(batch.take(parts[engine.dp_rank]), objective)
+    return exported(engine)
+
+
+def test_pairs_are_on_one_rank(ranks: RankPool, model_path: Path) -> None:
+    expected = train_pairs(model_path)
+    for name, tensor in ranks.run(train_pairs, model_path)[0].items():
+        torch.testing.assert_close(tensor, expected[name], atol=ATOL, rtol=0, msg=name)
 
 
 def test_mixed_precision_over_fp32_weights(ranks: RankPool, model_path: Path, alone: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from rlcore.batch import Batch, Jagged, micro_batches, predicted_positions
+from rlcore.batch import Batch, Jagged, predicted_positions
 from rlcore.checkpoint import random_states, rank_files
 from rlcore.checkpoint.background_save import BackgroundSave
 from rlcore.checkpoint.rank_files import RankPart
@@ -197,7 +197,7 @@ class FSDPTrainEngine(TrainEngine):
         self._check_tokens(batch)
         self.onload("params")
         denominators = sum_over_ranks(objective.denominators(batch), self._world)
-        divided = self._micro_batches(batch)
+        divided = self._micro_batches(batch, request.together)
         parts: list[Metrics] = []
         try:
             for index, members in enumerate(divided):
@@ -228,9 +228,9 @@ class FSDPTrainEngine(TrainEngine):
                 f"{self.spec.model.path!r}; does the tokenizer belong to the model?"
             )
 
-    def _micro_batches(self, batch: Batch) -> list[list[int]]:
+    def _micro_batches(self, batch: Batch, together: str | None = None) -> list[list[int]]:
         """Indices per micro-batch; as many micro-batches on every rank, empty ones where there is less to do."""
-        divided = micro_batches(batch.lengths.tolist(), self.spec.max_tokens)
+        divided = batch.micro_batches(self.spec.max_tokens, together)
         count = max(1, max_over_ranks(len(divided), self._world))
         return divided + [[] for _ in range(count - len(divided))]
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from rlcore.batch import Batch, Jagged, micro_batches
+from rlcore.batch import Batch, Jagged
 from rlcore.engines import ForwardRequest, Objective, TrainEngine, TrainEngineSpec, WeightBucket
 from rlcore.engines.schedule import learning_rate
 from rlcore.engines.train import FileRecord, Part
@@ -121,7 +121,7 @@ class MegatronEngine(TrainEngine):
         self._check(batch, objective.request)
         self.onload("params")
         denominators = self._summed(objective.denominators(batch))
-        divided = [batch.take(members) for members in self._micro_batches(batch)]
+        divided = [batch.take(members) for members in self._micro_batches(batch, objective.request.together)]
         try:
             with _training(self.modules, self.settings.recompute != "none"):
                 metrics, error = self._pipeline.gradients(divided, objective, denominators)
@@ -147,9 +147,9 @@ class MegatronEngine(TrainEngine):
                 f"{self.spec.model.path!r}; does the tokenizer belong to the model?"
             )
 
-    def _micro_batches(self, batch: Batch) -> list[list[int]]:
+    def _micro_batches(self, batch: Batch, together: str | None = None) -> list[list[int]]:
         """Indices per micro-batch; as many micro-batches on every rank, empty ones where there is less to do."""
-        divided = micro_batches(batch.lengths.tolist(), self.spec.max_tokens)
+        divided = batch.micro_batches(self.spec.max_tokens, together)
         most = torch.tensor(max(1, len(divided)), device=self._device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.parallel.dp_group)
         count = int(most)

@@ -2,12 +2,12 @@
 
 import heapq
 from bisect import bisect_right, insort
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 from rlcore.errors import BatchError
 
 
-def balanced_partitions(lengths: Sequence[int], parts: int) -> list[list[int]]:
+def balanced_partitions(lengths: Sequence[int], parts: int, units: Sequence[Hashable] | None = None) -> list[list[int]]:
     """Spread sequences over ``parts`` ranks so that token counts are as even as possible.
 
     Largest differencing (Karmarkar & Karp, 1982): the two most uneven partial divisions are merged, heavy parts with
@@ -18,6 +18,9 @@ def balanced_partitions(lengths: Sequence[int], parts: int) -> list[list[int]]:
     Nearly all merges add one sequence to a division, which costs a search in its sorted parts; two divisions that fill
     all parts meet less often than once in ``parts`` sequences. So time grows with the sequences, hardly with ``parts``.
 
+    Args:
+        units: one id per sequence; sequences with the same id stay together on one rank. None: each is alone.
+
     Returns:
         ``parts`` lists of indices, each ascending; together they hold every index once.
 
@@ -26,6 +29,8 @@ def balanced_partitions(lengths: Sequence[int], parts: int) -> list[list[int]]:
     """
     if parts < 1:
         raise BatchError(f"cannot divide a batch into {parts} parts: at least 1 is needed")
+    if units is not None:
+        return _whole_units(lengths, units, lambda sums: balanced_partitions(sums, parts))
     if parts == 1 or not lengths:
         return [list(range(len(lengths))), *([] for _ in range(parts - 1))]
     # a part: (tokens, number of sequences, first and last of them, between which `following` leads)
@@ -66,11 +71,14 @@ def _chain(index: int, following: Sequence[int]) -> list[int]:
     return sorted(members)
 
 
-def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Pack sequences into micro-batches of at most ``max_tokens`` tokens each; a longer sequence stands alone.
+def micro_batches(lengths: Sequence[int], max_tokens: int, units: Sequence[Hashable] | None = None) -> list[list[int]]:
+    """Pack sequences (or units) into micro-batches of at most ``max_tokens`` tokens each; a longer one stands alone.
 
     Best-fit decreasing, which needs at most 11/9 of the fewest possible bins (+ 1; Johnson et al., 1974) and, over
     bins sorted by what they hold, little more time than sorting. A sequence is never divided.
+
+    Args:
+        units: one id per sequence; sequences with the same id stay in one micro-batch. None: each is alone.
 
     Returns:
         lists of indices, each ascending; the micro-batches that hold the longest sequences come first.
@@ -80,6 +88,8 @@ def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """
     if max_tokens < 1:
         raise BatchError(f"a micro-batch of {max_tokens} tokens holds nothing: at least 1 is needed")
+    if units is not None:
+        return _whole_units(lengths, units, lambda sums: micro_batches(sums, max_tokens))
     bins: list[list[int]] = []
     fill: list[tuple[int, int]] = []  # (tokens, bin), ascending
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -93,3 +103,15 @@ def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
             bins.append([index])
         insort(fill, (tokens + length, chosen))
     return [sorted(members) for members in bins]
+
+
+def _whole_units(
+    lengths: Sequence[int], units: Sequence[Hashable], divide: Callable[[list[int]], list[list[int]]]
+) -> list[list[int]]:
+    """``divide`` units, each as long as its sequences together, and return the sequences of every part."""
+    members: dict[Hashable, list[int]] = {}
+    for index, unit in enumerate(units):
+        members.setdefault(unit, []).append(index)
+    whole = list(members.values())
+    divided = divide([sum(lengths[index] for index in unit) for unit in whole])
+    return [sorted(index for unit in part for index in whole[unit]) for part in divided]

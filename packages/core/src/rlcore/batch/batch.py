@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from rlcore.batch.balance import balanced_partitions
-from rlcore.batch.indexing import kept_samples, sample_indices
+from rlcore.batch.balance import balanced_partitions, micro_batches
+from rlcore.batch.indexing import check_split, kept_samples, sample_indices, unit_ids
 from rlcore.batch.jagged import Jagged
 from rlcore.batch.memory import PickledTensor, dtype_name, to_numpy
 from rlcore.errors import BatchError
@@ -265,10 +265,16 @@ class Batch:
             objects=lambda column: column[start:stop],
         )
 
-    def split(self, size: int) -> list[Batch]:
-        """Consecutive batches of ``size`` samples, as views; the last may be smaller."""
+    def split(self, size: int, together: str | None = None) -> list[Batch]:
+        """Consecutive batches of ``size`` samples, as views; the last may be smaller.
+
+        Args:
+            together: a column of unit ids (see `partition`); it is an error if a unit would be divided.
+        """
         if size < 1:
             raise BatchError(f"cannot split into batches of {size} samples")
+        if together is not None:
+            check_split(unit_ids(together, self[together]), size, together)
         return [self.slice(start, start + size) for start in range(0, self._size, size)]
 
     def iterate(self, size: int, generator: torch.Generator | None = None) -> Iterator[Batch]:
@@ -279,9 +285,25 @@ class Batch:
             order = torch.randperm(self._size, generator=generator, device=generator.device)
             yield from self.take(order).split(size)
 
-    def partition(self, parts: int) -> list[list[int]]:
-        """Indices for ``parts`` ranks, balanced by token count (`balanced_partitions`)."""
-        return balanced_partitions(self._sequences().lengths.tolist(), parts)
+    def partition(self, parts: int, together: str | None = None) -> list[list[int]]:
+        """Indices for ``parts`` ranks, balanced by token count (`balanced_partitions`).
+
+        Args:
+            together: a dense column with one integer per sample, such as ``group``: samples with the same number are
+                one unit, which is never divided.
+        """
+        return balanced_partitions(self._sequences().lengths.tolist(), parts, self._units(together))
+
+    def micro_batches(self, max_tokens: int, together: str | None = None) -> list[list[int]]:
+        """Indices of micro-batches of at most ``max_tokens`` tokens (`rlcore.batch.micro_batches`).
+
+        Args:
+            together: a column of unit ids (see `partition`); a unit of more tokens stands alone.
+        """
+        return micro_batches(self._sequences().lengths.tolist(), max_tokens, self._units(together))
+
+    def _units(self, together: str | None) -> list[int] | None:
+        return None if together is None else unit_ids(together, self[together])
 
     def repeat(self, n: int) -> Batch:
         """Each sample ``n`` times in a row: a b → a a b b."""

@@ -1,8 +1,9 @@
-"""Which samples are meant: indices and masks, checked."""
+"""Which samples are meant: indices, masks and ids of units, checked."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -43,3 +44,34 @@ def kept_samples(mask: torch.Tensor | Sequence[bool], size: int) -> torch.Tensor
             f"{size} samples is needed"
         )
     return keep.nonzero().flatten()
+
+
+def unit_ids(name: str, column: Any) -> list[int]:
+    """The ids of the units that ``column`` divides the samples into: samples with the same id belong together.
+
+    Raises:
+        BatchError: the column is not one integer per sample.
+    """
+    if isinstance(column, torch.Tensor) and column.dim() == 1 and not column.is_floating_point():
+        return column.tolist()  # type: ignore[no-any-return]
+    kind = f"{dtype_name(column.dtype)} of shape {list(column.shape)}" if isinstance(column, torch.Tensor) else ""
+    raise BatchError(
+        f"column {name!r} cannot say which samples belong together: it must be dense, with one integer per sample"
+        + (f", not {kind}" if kind else f", not a {type(column).__name__}")
+    )
+
+
+def check_split(units: Sequence[int], size: int, name: str) -> None:
+    """See that batches of ``size`` consecutive samples hold whole units.
+
+    Raises:
+        BatchError: a unit would be divided.
+    """
+    part_of: dict[int, int] = {}
+    for index, unit in enumerate(units):
+        if part_of.setdefault(unit, index // size) != index // size:
+            raise BatchError(
+                f"batches of {size} samples would divide unit {unit} of column {name!r}, whose samples must stay "
+                "together: choose a size that is a multiple of the units', and put the samples of a unit next to each "
+                "other"
+            )

@@ -38,10 +38,14 @@ class Dispatch(Enum):
     STREAM = "stream"
 
 
-def dispatch(how: Dispatch, *, lazy: bool = False) -> Callable[[F], F]:
+def dispatch(
+    how: Dispatch, *, lazy: bool = False, together: Callable[..., str | None] | None = None
+) -> Callable[[F], F]:
     """Declare how calls of an interface method are spread.
 
     Args:
+        together: given the arguments of a SHARD call, names the column of unit ids whose samples stay on one rank
+            (`Batch.partition`), or None.
         lazy: the caller need not wait, if the engine is elsewhere. A SHARD method returns a batch of nothing but
             per-token columns over the tokens that it was given, so that their lengths are known already; others return
             None. What fails is raised by a later call.
@@ -50,6 +54,7 @@ def dispatch(how: Dispatch, *, lazy: bool = False) -> Callable[[F], F]:
     def mark(method: F) -> F:
         method.__dispatch__ = how  # type: ignore[attr-defined]
         method.__lazy__ = lazy  # type: ignore[attr-defined]
+        method.__together__ = together  # type: ignore[attr-defined]
         return method
 
     return mark
@@ -65,6 +70,14 @@ def is_lazy(interface: type, method: str) -> bool:
     """Whether the caller of ``method`` need not wait for it."""
     declared = _declared(interface, method)
     return declared is not None and bool(declared.__lazy__)
+
+
+def partition_of_call(
+    interface: type, method: str, args: Sequence[Any], kwargs: Mapping[str, Any], argument: Any, parts: int
+) -> list[list[int]]:
+    """Which samples of a SHARD call's divided ``argument`` each rank gets (`partition`)."""
+    named = getattr(_declared(interface, method), "__together__", None)
+    return partition(argument, parts, None if named is None else named(*args, **kwargs))
 
 
 def _declared(interface: type, method: str) -> Any:
@@ -85,23 +98,17 @@ def first_argument(
     return kwargs[name], lambda part: method(**{**kwargs, name: part})
 
 
-def partition(argument: Batch | Sequence[Any], parts: int) -> list[list[int]]:
+def partition(argument: Batch | Sequence[Any], parts: int, together: str | None = None) -> list[list[int]]:
     """Which samples each rank gets; parts may be empty.
 
-    Batches are balanced by tokens. Sequences of requests stay in runs of one ``group`` (so that a shared prompt is
-    prefilled once), and the runs are balanced by their number of requests.
+    Batches are balanced by tokens, and units of the column ``together`` stay whole. Sequences of requests stay in runs
+    of one ``group`` (so that a shared prompt is prefilled once), and the runs are balanced by their number of requests.
     """
     if not isinstance(argument, Sequence):  # a batch, here or in the workers
-        return argument.partition(parts)
-    runs: dict[Any, list[int]] = {}
-    for index, item in enumerate(argument):
-        group = getattr(item, "group", None)
-        runs.setdefault(("alone", index) if group is None else group, []).append(index)
-    members = list(runs.values())
-    return [
-        sorted(index for run in chosen for index in members[run])
-        for chosen in balanced_partitions([len(run) for run in members], parts)
-    ]
+        return argument.partition(parts, together)
+    groups = [getattr(item, "group", None) for item in argument]
+    runs = [("alone", index) if group is None else group for index, group in enumerate(groups)]
+    return balanced_partitions([1] * len(runs), parts, runs)
 
 
 def take(argument: Batch | Sequence[Any], indices: Sequence[int]) -> Any:

@@ -16,12 +16,20 @@ import asyncio
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
-from rlcore.controller.dispatch import Dispatch, dispatch_of, first_argument, gather, partition, take
+from rlcore.controller.dispatch import (
+    Dispatch,
+    dispatch_of,
+    first_argument,
+    gather,
+    partition,
+    partition_of_call,
+    take,
+)
 from rlcore.controller.executor import Event, Factory, name_of
 from rlcore.controller.pending import Done, Pending
 from rlcore.metrics import Metrics
@@ -191,16 +199,24 @@ class _LocalGroup:
         ranks = self._executor._ranks()
         if ranks is None or how is None or how is Dispatch.STREAM:
             return attribute
-        return _spread(how, ranks, f"{self._role}.{name}", attribute, self._engine)
+        divide = partial(partition_of_call, self._interface, name)
+        return _spread(how, ranks, f"{self._role}.{name}", attribute, self._engine, divide)
 
 
-def _spread(how: Dispatch, ranks: Ranks, call: str, method: Callable[..., Any], engine: Any) -> Callable[..., Any]:
+def _spread(
+    how: Dispatch,
+    ranks: Ranks,
+    call: str,
+    method: Callable[..., Any],
+    engine: Any,
+    divide: Callable[..., list[list[int]]],
+) -> Callable[..., Any]:
     @wraps(method)
     def spread(*args: Any, **kwargs: Any) -> Any:
         if how is not Dispatch.SHARD or engine.dp_size == 1:
             return ranks.first(call, lambda: method(*args, **kwargs), everywhere=how is not Dispatch.RANK_ZERO)
         argument, call_part = first_argument(method, args, kwargs)
-        parts = partition(argument, engine.dp_size)
+        parts = divide(args, kwargs, argument, engine.dp_size)
         answers = ranks.every(
             f"{call} with {len(argument)} samples",
             lambda: (engine.dp_rank, call_part(take(argument, parts[engine.dp_rank]))),

@@ -31,17 +31,21 @@ class FileRecord(TypedDict):
 
 @dataclass(frozen=True)
 class ForwardRequest:
-    """What a forward pass computes.
+    """What a forward pass computes, and which samples it must not divide.
 
     Attributes:
         outputs: per-token columns. "logprobs" and "entropy" need a policy head, "values" a value or score head.
             With a *value* head entry *t* is the value of the state before ``tokens[t]``; with a *score* head entry
             *t* is the scalar read **at** ``tokens[t]`` (the sequence's score stands at its last token).
         temperature: logits are divided by it before log-probs and entropy.
+        together: a dense column with one integer per sample, such as ``group`` or a pair's number. Samples with the
+            same number are one unit of an `Objective` (its loss compares them): they are on one rank and in one
+            micro-batch of `TrainEngine.train`, be they more tokens than the budget. None: every sample is alone.
     """
 
     outputs: tuple[Output, ...] = ("logprobs",)
     temperature: float = 1.0
+    together: str | None = None
 
 
 class Objective(Protocol):
@@ -54,7 +58,7 @@ class Objective(Protocol):
 
     @property
     def request(self) -> ForwardRequest:
-        """What the engine must compute, with gradient, before calling `loss`."""
+        """What the engine must compute, with gradient, before calling `loss`, and what `loss` must see together."""
         ...
 
     def denominators(self, batch: Batch) -> dict[str, float]:
@@ -69,7 +73,8 @@ class Objective(Protocol):
         Args:
             outputs: the requested columns, each ``[T]`` fp32 with gradient, aligned with ``batch.flat("tokens")``
                 and 0 where ``loss_mask`` is 0.
-            batch: the micro-batch, on the engine's device. Sequences are whole.
+            batch: the micro-batch, on the engine's device. Sequences are whole, and so are the units of the
+                request's ``together``.
 
         Returns:
             a scalar with gradient, and metrics with their reductions.
@@ -111,9 +116,10 @@ class TrainEngine(ABC):
         """
 
     @abstractmethod
-    @dispatch(Dispatch.SHARD)
+    @dispatch(Dispatch.SHARD, together=lambda batch, objective: objective.request.together)
     def train(self, batch: Batch, objective: Objective) -> Metrics:
-        """One optimizer step over one mini-batch, divided into micro-batches under the token budget.
+        """One optimizer step over one mini-batch, divided into micro-batches under the token budget
+        (`Batch.micro_batches`, which keeps the units of ``objective.request.together``).
 
         A step whose gradient norm is not finite is skipped (weights and optimizer unchanged) and counted as
         ``skipped_steps``; it still counts for the schedule.

@@ -97,6 +97,34 @@ class SquaredError:
         return loss, metrics
 
 
+@dataclasses.dataclass(frozen=True)
+class PairMargin:
+    """Loss ``−Σ log σ(s₀ − s₁) / N`` over the pairs of the column ``pair``; s is the sum of a sample's log-probs."""
+
+    @property
+    def request(self) -> ForwardRequest:
+        return ForwardRequest(("logprobs",), together="pair")
+
+    def denominators(self, batch: Batch) -> dict[str, float]:
+        return {"pairs": float(len(batch["pair"].unique()))}
+
+    def loss(
+        self, outputs: Mapping[str, torch.Tensor], batch: Batch, denominators: Mapping[str, float]
+    ) -> tuple[torch.Tensor, Metrics]:
+        sums = torch.stack([part.sum() for part in batch.jagged(outputs["logprobs"]).to_list()])
+        _, order, counts = torch.unique(batch["pair"], return_inverse=True, return_counts=True)
+        assert bool((counts == 2).all()), f"a micro-batch holds parts of pairs: {batch['pair'].tolist()}"
+        first, second = sums[order.argsort(stable=True)].reshape(-1, 2).T
+        metrics = Metrics()
+        metrics.sum("pairs", len(counts))
+        return -torch.nn.functional.logsigmoid(first - second).sum() / denominators["pairs"], metrics
+
+
+def make_pairs() -> Batch:
+    """Eight samples, of which those that belong together are far apart and of different lengths."""
+    return make_batch((5, 30, 17, 2, 40, 6, 9, 21)).with_columns(pair=torch.tensor([0, 1, 2, 3, 3, 0, 1, 2]))
+
+
 def make_batch(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> Batch:
     """Random tokens, the padding token (0) among them; about a third masked out at the start of each sequence (a
     prompt); ``weights`` per token."""
@@ -251,6 +279,18 @@ class TrainEngineConformance:
             weights.append(exported(engine))
         for other in (1, 2):
             assert metrics[other] == pytest.approx(metrics[0], rel=1e-4)
+            for name, tensor in weights[0].items():
+                torch.testing.assert_close(weights[other][name], tensor, atol=self.weight_atol, rtol=0, msg=name)
+
+    def test_samples_that_belong_together_are_in_one_micro_batch(self, model_path: Path) -> None:
+        batch, weights = make_pairs(), []
+        for size in (1000, 60, 1):
+            engine = self.engine(model_path, max_tokens=size, optim=OptimSettings(lr=1.0, eps=1.0, clip_grad=None))
+            metrics = engine.train(batch, PairMargin()).to_dict()
+            assert metrics["pairs"] == 4
+            assert metrics["grad_norm"] > 0
+            weights.append(exported(engine))
+        for other in (1, 2):
             for name, tensor in weights[0].items():
                 torch.testing.assert_close(weights[other][name], tensor, atol=self.weight_atol, rtol=0, msg=name)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from rlcore.controller.dispatch import Dispatch, dispatch_of, first_argument, gather, is_lazy, partition, take
+from rlcore.controller.dispatch import Dispatch, dispatch_of, first_argument, gather, is_lazy, partition_of_call, take
 from rlcore.controller.ray.calls import unpacked
 from rlcore.controller.ray.pool import Pool
 from rlcore.controller.ray.remote_batch import RemoteBatch
@@ -127,7 +127,7 @@ class RayGroup:
         assert self._layout is not None
         dp_ranks, dp_size = self._layout
         argument, _ = first_argument(method, args, kwargs)
-        parts = partition(argument, dp_size)
+        parts = partition_of_call(self._interface, name, args, kwargs, argument, dp_size)
         work = partial(_method, self._role, name)
         asked = []
         for rank, dp_rank in enumerate(dp_ranks):

@@ -16,7 +16,7 @@ import ray
 import torch
 
 from rlcore.batch import Batch, Jagged, balanced_partitions
-from rlcore.batch.indexing import kept_samples, sample_indices
+from rlcore.batch.indexing import check_split, kept_samples, sample_indices, unit_ids
 from rlcore.errors import BatchError, WorkerError
 
 FETCH_S = 3600.0
@@ -223,14 +223,17 @@ class RemoteBatch:
     def slice(self, start: int, stop: int) -> RemoteBatch:
         return self.take(range(self._size)[start:stop])
 
-    def split(self, size: int) -> list[RemoteBatch]:
+    def split(self, size: int, together: str | None = None) -> list[RemoteBatch]:
         if size < 1:
             raise BatchError(f"cannot split into batches of {size} samples")
+        if together is not None:
+            check_split(unit_ids(together, self[together]), size, together)
         return [self.slice(start, start + size) for start in range(0, self._size, size)]
 
-    def partition(self, parts: int) -> list[list[int]]:
-        """Indices for ``parts`` ranks, balanced by token count (`balanced_partitions`)."""
-        return balanced_partitions([0] * self._size if self._lengths is None else self._lengths.tolist(), parts)
+    def partition(self, parts: int, together: str | None = None) -> list[list[int]]:
+        """Indices for ``parts`` ranks, balanced by token count (`balanced_partitions`); see `Batch.partition`."""
+        lengths = [0] * self._size if self._lengths is None else self._lengths.tolist()
+        return balanced_partitions(lengths, parts, None if together is None else unit_ids(together, self[together]))
 
     @staticmethod
     def concat(batches: Sequence[RemoteBatch]) -> RemoteBatch:

@@ -1,0 +1,253 @@
+"""Every code block of the documentation: Python runs, configurations and commands are valid as they are printed.
+
+Blocks of a page run in the page's order, in one folder that has the files they speak of. What is run elsewhere:
+``examples/README.md`` by ``test_examples.py``, the core package's Python by ``test_batch_readme.py``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import shlex
+import textwrap
+import tomllib
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from threading import Lock
+from typing import Any, NamedTuple
+
+import click
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from rlcore import plugins
+from rlcore.cli import recipes
+from rlcore.cli.main import cli
+from rlcore.config import validate_config
+from rlcore.engines import RolloutEngine, RolloutSpec
+from rlcore.errors import ConfigError, RlcoreError
+from rlcore.testing.tiny_model import tiny_model
+
+ROOT = Path(__file__).parent.parent
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text()
+    for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("packages/*/README.md"))]
+}
+ENTRY_POINT_GROUPS = {*plugins.GROUPS, "rlcore.algorithms", "rlcore.commands", "rlcore.data_sets"}
+RECIPES = ("grpo", "ppo", "dapo", "sft")
+# What a command, or a part of a configuration, leaves out where it says "…".
+LEFT_OUT: Mapping[str, Any] = {
+    "model": {"path": "my-model"},
+    "data": {"train_files": ["a.parquet"], "val_files": ["b.parquet"]},
+    "trainer": {"out_dir": "runs/a"},
+}
+FOR_REINFORCEMENT: Mapping[str, Any] = {
+    "data": {"max_prompt_length": 512, "max_response_length": 1024},
+    "reward": {"name": "gsm8k"},
+}
+
+
+class Block(NamedTuple):
+    language: str
+    text: str
+    line: int
+
+
+def blocks(page: str) -> Iterator[Block]:
+    """Fenced blocks, and indented ones: Python below a comment with a file's name, shell commands otherwise."""
+    text = PAGES[page]
+    fenced = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+    for found in fenced.finditer(text):
+        yield Block(found[1], found[2], text.count("\n", 0, found.start(2)))
+    without = re.sub(r"^```.*?^```", lambda block: "\n" * block[0].count("\n"), text, flags=re.MULTILINE | re.DOTALL)
+    for found in re.finditer(r"(?<=\n\n)(?:    .*\n)+", without):
+        content = textwrap.dedent(found[0])
+        language = "python" if re.match(r"# \w+\.py\n", content) else "bash"
+        yield Block(language, content, without.count("\n", 0, found.start()))
+
+
+def commands(block: Block) -> Iterator[list[str]]:
+    """The words of each command of a shell block, without comments and without what follows a pipe."""
+    for line in block.text.replace("\\\n", " ").splitlines():
+        words = list(itertools.takewhile(lambda word: word not in ("|", ">", "&&"), shlex.split(line, comments=True)))
+        while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+            del words[0]
+        if words:
+            yield words
+
+
+def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings, later ones over earlier ones."""
+    result: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+            result[key] = merged(result[key], value) if both else value
+    return result
+
+
+@cache
+def configuration_of(recipe: str) -> Any:
+    return plugins.get(recipes.GROUP, recipe).config_class()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("model") / "my-model")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Files that pages name: a model, a reward, and the configurations that two of the pages print."""
+    (tmp_path / "my-model").symlink_to(model)
+    (tmp_path / "base.yaml").write_text("seed: 1\n")
+    for page, language, name in (
+        ("README.md", "python", "my_reward.py"),
+        ("docs/configuration.md", "yaml", "my.yaml"),
+        ("docs/real-input.md", "yaml", "gsm8k.yaml"),
+    ):
+        (tmp_path / name).write_text(next(block.text for block in blocks(page) if block.language == language))
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The inline engine in the place of inference servers; no algorithm stays registered."""
+    from rlcore.algorithms.registries import advantages
+    from rlcore_fsdp.inline.config import InlineSettings
+    from rlcore_fsdp.inline.engine import build
+
+    one_by_one = Lock()  # threads cannot load models at the same time
+
+    def inline(spec: RolloutSpec) -> RolloutEngine:
+        with one_by_one:
+            return build(replace(spec, options=InlineSettings(), max_model_len=64))
+
+    for module in ("rlcore_vllm.engine", "rlcore_sglang.engine"):
+        monkeypatch.setattr(f"{module}.build", inline)
+    registered = dict(advantages._entries)
+    yield
+    advantages._entries.clear()
+    advantages._entries.update(registered)
+
+
+def pages_with(*languages: str) -> list[str]:
+    return [page for page in PAGES if any(block.language in languages for block in blocks(page))]
+
+
+@pytest.mark.parametrize("page", [page for page in pages_with("python") if page != "packages/core/README.md"])
+def test_python_runs_from_top_to_bottom(page: str, folder: Path, stand_ins: None) -> None:
+    names: dict[str, object] = {"__name__": "page"}
+    for block in blocks(page):
+        if block.language == "python":
+            exec(compile("\n" * block.line + block.text, page, "exec"), names)  # errors point at the page's lines
+
+
+@pytest.mark.parametrize("page", pages_with("yaml"))
+def test_configurations_are_valid(page: str, folder: Path) -> None:
+    for block in blocks(page):
+        if block.language != "yaml":
+            continue
+        values = yaml.safe_load(block.text)
+        values.pop("defaults", None)
+        problems = []
+        for recipe in RECIPES:
+            filled = merged(LEFT_OUT, FOR_REINFORCEMENT if recipe != "sft" else {}, values)
+            try:
+                validate_config(configuration_of(recipe), filled)
+                break
+            except ConfigError as error:
+                problems.append(f"{recipe}: {error}")
+        else:
+            pytest.fail(f"{page}:{block.line}: no recipe takes it:\n{block.text}\n{problems[0]}")
+
+
+@pytest.mark.parametrize("page", pages_with("toml"))
+def test_entry_points_name_groups_that_exist(page: str) -> None:
+    for block in blocks(page):
+        if block.language == "toml":
+            assert set(tomllib.loads(block.text)["project"]["entry-points"]) <= ENTRY_POINT_GROUPS
+
+
+@pytest.mark.parametrize("page", pages_with("bash", "sh"))
+def test_commands_are_valid(page: str, folder: Path) -> None:
+    for block in blocks(page):
+        if name := re.match(r"# (\w+\.py)\n", block.text):
+            (folder / name[1]).write_text(block.text)
+        if block.language not in ("bash", "sh"):
+            continue
+        for words in commands(block):
+            try:
+                check(words)
+            except (RlcoreError, click.ClickException) as error:
+                pytest.fail(f"{page}:{block.line}: {shlex.join(words)}\n{error}")
+
+
+@pytest.mark.parametrize("page", pages_with("text"))
+def test_commands_print_what_is_shown(page: str, folder: Path) -> None:
+    for block in blocks(page):
+        command, _, shown = block.text.partition("\n")
+        if block.language == "text" and command.startswith("$ rlcore ") and "plan" not in command:
+            result = CliRunner().invoke(cli, shlex.split(command)[2:])
+            assert result.output.split() == shown.split()
+
+
+EXTRAS = {
+    project["name"]: set(project.get("optional-dependencies", ()))
+    for project in (tomllib.loads(path.read_text())["project"] for path in ROOT.glob("packages/*/pyproject.toml"))
+}
+
+
+def check(words: list[str]) -> None:
+    """Check one command: what it installs exists, and its configuration or its options are valid."""
+    module = re.fullmatch(r"rlcore_recipes\.(\w+)", words[words.index("-m") + 1]) if "-m" in words else None
+    if words[:2] == ["pip", "install"]:
+        for name, extras in re.findall(r"(rlcore[\w-]*)(?:\[([\w,]+)\])?", " ".join(words)):
+            assert set(extras.split(",")) - {""} <= EXTRAS[name], f"extras of {name}: {sorted(EXTRAS[name])}"
+    elif module is not None:
+        check_configuration(module[1], words[words.index("-m") + 2 :])
+    elif words[0] == "rlcore" and words[1] in ("run", "plan", "config") and "schema" not in words and len(words) > 2:
+        recipe, *arguments = words[2:] if words[1] != "config" else words[3:]
+        check_configuration(recipe, arguments)
+    elif words[0] == "rlcore":
+        check_options(cli, words[1:])
+
+
+def check_configuration(recipe: str, arguments: list[str]) -> None:
+    """Load the configuration; "…" leaves out keys that every run needs."""
+    if "--help" in arguments:
+        return
+    file = arguments[arguments.index("--config") + 1] if "--config" in arguments else None
+    overrides = [word for word in arguments if "=" in word]
+    if "…" in arguments:
+        file = None if file == "…" else file
+        needed = [] if recipe == "sft" or file else list(flat(FOR_REINFORCEMENT))
+        given = {override.split(".")[0] for override in overrides}
+        overrides[:0] = [item for item in [*flat(LEFT_OUT), *needed] if item.split(".")[0] not in given - {"trainer"}]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        recipes.load(plugins.get(recipes.GROUP, recipe), file, tuple(overrides))
+
+
+def check_options(command: click.Command, arguments: list[str]) -> None:
+    """Parse the arguments of a command, of which no other check knows more."""
+    context = click.Context(command)
+    while isinstance(command, click.Group) and arguments and (inner := command.get_command(context, arguments[0])):
+        command, arguments = inner, arguments[1:]
+    if not isinstance(command, click.Group):
+        command.make_context(command.name, arguments)
+
+
+def flat(values: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}={json.dumps(value)}"

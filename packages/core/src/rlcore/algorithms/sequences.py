@@ -33,7 +33,14 @@ def per_token(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
 
 
 def sequence_sums(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Sum per sequence: ``[T]`` floating → ``[B]``; differentiable and, unlike `index_add`, deterministic on CUDA."""
+    """Sum per sequence: ``[T]`` floating → ``[B]`` in the same dtype; differentiable and, unlike `index_add`,
+    deterministic on CUDA."""
+    return _sums(values, lengths).to(values.dtype)
+
+
+def _sums(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """The sums in fp64: one after the other, bf16 counts to 256 and fp32 is off by 1e-3 over 131,072 tokens."""
+    values = values.double()
     if len(lengths) == 0:
         return values[:0]
     # lengths are a batch's own: the check they would get (and the wait for the GPU it costs) is skipped
@@ -42,16 +49,17 @@ def sequence_sums(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
 
 def sequence_means(values: torch.Tensor, mask: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """Mean over the tokens of each sequence where ``mask`` is 1: ``[T]`` → ``[B]``; 0 without such tokens."""
-    weights = mask.to(values.dtype)
-    counts = sequence_sums(weights, lengths)
-    return sequence_sums(torch.where(mask.bool(), values, 0), lengths) / counts.clamp(min=1)
+    sums = _sums(torch.where(mask.bool(), values, 0), lengths)
+    return (sums / _sums(mask, lengths).clamp(min=1)).to(values.dtype)
 
 
 def record_mean(metrics: Metrics, name: str, values: torch.Tensor, mask: torch.Tensor) -> None:
     """Record the mean of ``values`` ``[T]`` where ``mask`` is 1 with its weight, so that merged micro-batches give the
     mean over all their tokens."""
     count = mask.sum(dtype=torch.float64)
-    metrics.mean(name, torch.where(mask.bool(), values.detach(), 0).sum() / count.clamp(min=1), count)
+    metrics.mean(
+        name, torch.where(mask.bool(), values.detach(), 0).sum(dtype=torch.float64) / count.clamp(min=1), count
+    )
 
 
 def whiten(values: torch.Tensor, epsilon: float = 1e-8) -> torch.Tensor:

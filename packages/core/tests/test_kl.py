@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from rlcore.algorithms import kl_estimators
 from rlcore.algorithms.kl import AdaptiveKL, FixedKL, KLPenaltySettings, apply_kl_penalty, kl_controller
@@ -132,6 +133,29 @@ def test_adaptive_controller() -> None:
     before = controller.coeff
     controller.update(0.0, samples=50)  # clipped to −20 %
     assert controller.coeff == pytest.approx(before * (1 - 0.2 * 50 / 100))
+
+
+@pytest.mark.parametrize("kl", [math.nan, math.inf, -math.inf])
+def test_a_kl_that_is_not_finite_changes_nothing(kl: float) -> None:
+    controller = AdaptiveKL(0.1, target=2.0, horizon=100)
+    controller.update(kl, samples=10)
+    assert controller.coeff == 0.1
+    controller.update(2.2, samples=10)
+    assert controller.coeff == pytest.approx(0.1 * 1.01)
+
+
+def test_a_batch_larger_than_the_horizon_neither_flips_nor_explodes_the_coefficient() -> None:
+    controller = AdaptiveKL(0.1, target=2.0, horizon=100)
+    controller.update(0.0, samples=1000)
+    assert controller.coeff == pytest.approx(0.1 * 0.8)
+    controller.update(1e9, samples=100_000)
+    assert controller.coeff == pytest.approx(0.1 * 0.8 * 1.2)
+
+
+def test_a_coefficient_that_cannot_adapt_is_refused() -> None:
+    assert KLPenaltySettings(coeff=0).coeff == 0
+    with pytest.raises(ValidationError, match=r"stays 0 .* target=0.1"):
+        KLPenaltySettings(coeff=0, target=0.1)
 
 
 def test_penalty_uses_the_coefficient_before_it_adapts() -> None:

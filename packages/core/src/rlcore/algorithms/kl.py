@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Annotated, Any, Protocol
 
 import torch
 from pydantic import Field
 
+from rlcore.algorithms.bounds import LOG_RATIO_LIMIT, bounded
 from rlcore.algorithms.registries import KLEstimator, kl_estimators
 from rlcore.algorithms.sequences import sequence_means, trained_mask
 from rlcore.batch import Batch
@@ -14,8 +17,8 @@ from rlcore.config import Choice, Chosen, Config
 from rlcore.metrics import Metrics
 from rlcore.registry import NoParams
 
-LOG_RATIO_LIMIT = 20.0  # exp(20) ≈ 5e8 is the largest ratio anything here computes
 K3_LIMIT = 10.0
+K3_LOG_RATIO_LIMIT = 2.6109  # just above where k3 reaches its limit; the gradient is nowhere steeper than there
 
 
 @kl_estimators.register("k1")
@@ -47,12 +50,14 @@ def k2(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, params: NoParams) -> 
 
 @kl_estimators.register("k3")
 def k3(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, params: NoParams) -> torch.Tensor:
-    """eˣ − x − 1 with x = logπ_ref − logπ: unbiased, never negative, low variance; x and the result are clamped.
+    """eˣ − x − 1 with x = logπ_ref − logπ: unbiased, never negative, low variance, at most 10.
+
+    Beyond that the gradient goes on: 1 − eˣ, and for large x that of x = 2.61, which is −12.6.
 
     Source: Schulman 2020, "Approximating KL divergence"; as a loss: GRPO, Shao et al. 2024, arXiv:2402.03300.
     """
-    difference = (ref_logprobs - logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    return (difference.exp() - difference - 1).clamp(-K3_LIMIT, K3_LIMIT)
+    difference = bounded(ref_logprobs - logprobs, -LOG_RATIO_LIMIT, K3_LOG_RATIO_LIMIT)
+    return bounded(difference.expm1() - difference, 0, K3_LIMIT)  # expm1: eˣ − 1 − x rounds below 0 near x = 0
 
 
 @kl_estimators.register("k1+")
@@ -91,6 +96,13 @@ class KLPenaltySettings(Config):
     target: float | None = Field(None, gt=0, description="KL that β is adapted to reach; null keeps β.")
     horizon: int = Field(10000, gt=0, description="Samples over which β adapts; used with `target` only.")
 
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.target is not None and self.coeff == 0:
+            yield (
+                "coeff",
+                f"is 0, and stays 0 whatever it is multiplied by to reach target={self.target}: set a first one",
+            )
+
 
 class KLController(Protocol):
     """Holds β between steps."""
@@ -123,7 +135,11 @@ class FixedKL:
 
 
 class AdaptiveKL(FixedKL):
-    """β ×= 1 + clip(KL / target − 1, ±0.2) · samples / horizon (Ziegler et al. 2019, arXiv:1909.08593, §2.2)."""
+    """β ×= 1 + clip(KL / target − 1, ±0.2) · samples / horizon (Ziegler et al. 2019, arXiv:1909.08593, §2.2).
+
+    More samples than the horizon count as many as it: β changes by 20 % at most and never its sign. A batch whose KL is
+    not finite does not change it.
+    """
 
     def __init__(self, coeff: float, target: float, horizon: int) -> None:
         super().__init__(coeff)
@@ -131,8 +147,10 @@ class AdaptiveKL(FixedKL):
         self.horizon = horizon
 
     def update(self, kl: float, samples: int) -> None:
+        if not math.isfinite(kl):
+            return
         error = min(max(kl / self.target - 1, -0.2), 0.2)
-        self.coeff *= 1 + error * samples / self.horizon
+        self.coeff *= 1 + error * min(samples / self.horizon, 1.0)
 
 
 def kl_controller(settings: KLPenaltySettings) -> KLController:

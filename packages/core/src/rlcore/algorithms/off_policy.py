@@ -11,7 +11,7 @@ from typing import Literal, Self, TypeVar
 import torch
 from pydantic import Field, model_validator
 
-from rlcore.algorithms.kl import LOG_RATIO_LIMIT
+from rlcore.algorithms.bounds import LOG_RATIO_LIMIT
 from rlcore.algorithms.registries import corrections
 from rlcore.algorithms.sequences import per_token, record_mean, sequence_means, sequence_sums, trained_mask
 from rlcore.batch import Batch

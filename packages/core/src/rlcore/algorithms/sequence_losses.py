@@ -5,12 +5,13 @@ Aggregate them with ``seq-mean-token-mean``, for which they are derived: the tok
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 import torch
 from pydantic import Field
 
-from rlcore.algorithms.kl import LOG_RATIO_LIMIT
+from rlcore.algorithms.bounds import LOG_RATIO_LIMIT, bounded
 from rlcore.algorithms.registries import PolicyLossInputs, policy_losses
 from rlcore.algorithms.sequences import per_token, record_mean, sequence_means
 from rlcore.algorithms.token_losses import token_ratio
@@ -35,7 +36,7 @@ def gspo(inputs: PolicyLossInputs, params: GSPOParams) -> tuple[torch.Tensor, Me
     ratio of the sequence.
 
     Each token carries the ratio in value and its own logπ in gradient (the paper's GSPO-token), so advantages may
-    differ within a sequence. log s is capped at 10.
+    differ within a sequence. log s is at most 10; beyond, the gradient is that at 10.
 
     Source: GSPO, Zheng et al. 2025, arXiv:2507.18071.
     """
@@ -43,7 +44,7 @@ def gspo(inputs: PolicyLossInputs, params: GSPOParams) -> tuple[torch.Tensor, Me
     difference = (inputs.logprobs - inputs.old_logprobs).detach()
     log_ratio = per_token(sequence_means(difference, inputs.mask, inputs.lengths), inputs.lengths)
     log_ratio = log_ratio + inputs.logprobs - inputs.logprobs.detach()
-    ratio = log_ratio.clamp(max=SEQUENCE_LOG_RATIO_LIMIT).exp()
+    ratio = bounded(log_ratio, -math.inf, SEQUENCE_LOG_RATIO_LIMIT).exp()
     plain = -inputs.advantages * ratio
     clipped = -inputs.advantages * ratio.clamp(1 - params.clip_low, 1 + params.clip_high)
     record_mean(metrics, "pg_clipfrac", clipped > plain, inputs.mask)
@@ -67,12 +68,12 @@ def gmpo(inputs: PolicyLossInputs, params: GMPOParams) -> tuple[torch.Tensor, Me
     """
     advantages, mask, lengths = inputs.advantages, inputs.mask, inputs.lengths
     _, metrics = token_ratio(inputs)
-    difference = (inputs.logprobs - inputs.old_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    difference = bounded(inputs.logprobs - inputs.old_logprobs, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     clipped = difference.clamp(-params.clip_low, params.clip_high)
     sign = advantages.sign()
-    bounded = sign * torch.minimum(sign * difference, sign * clipped)
+    kept = sign * torch.minimum(sign * difference, sign * clipped)
     beyond = clipped != difference
     record_mean(metrics, "pg_clipfrac", beyond & (advantages > 0), mask)
     record_mean(metrics, "pg_clipfrac_lower", beyond & (advantages < 0), mask)
-    losses = -sequence_means(advantages, mask, lengths) * sequence_means(bounded, mask, lengths).exp()
+    losses = -sequence_means(advantages, mask, lengths) * sequence_means(kept, mask, lengths).exp()
     return per_token(losses, lengths) * mask, metrics

@@ -1,6 +1,6 @@
 """Policy losses whose importance ratio is taken token by token.
 
-d = logπ − logπ_old, ratio = exp(d) with d clamped to ±20.
+d = logπ − logπ_old, ratio = exp(d) with d bounded by ±20; beyond, the gradient is that at the bound.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 
-from rlcore.algorithms.kl import LOG_RATIO_LIMIT
+from rlcore.algorithms.bounds import LOG_RATIO_LIMIT, bounded
 from rlcore.algorithms.registries import PolicyLossInputs, policy_losses
 from rlcore.algorithms.sequences import record_mean
 from rlcore.config import Config
@@ -99,7 +99,7 @@ def reinforce(inputs: PolicyLossInputs, params: NoParams) -> tuple[torch.Tensor,
 
 def token_ratio(inputs: PolicyLossInputs) -> tuple[torch.Tensor, Metrics]:
     """π / π_old per token ``[T]``, and the metric ``ppo_kl``: the mean of logπ_old − logπ."""
-    difference = (inputs.logprobs - inputs.old_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    difference = bounded(inputs.logprobs - inputs.old_logprobs, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     metrics = Metrics()
     record_mean(metrics, "ppo_kl", -difference, inputs.mask)
     return difference.exp(), metrics

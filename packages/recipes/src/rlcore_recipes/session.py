@@ -18,6 +18,7 @@ from rlcore_recipes.collect import release, sampled_and_scored
 from rlcore_recipes.data.loader import PromptLoader
 from rlcore_recipes.data.prompts import PromptDataset, PromptSample, load_prompts
 from rlcore_recipes.data.tokenizer import load_tokenizer
+from rlcore_recipes.preflight import check_sources
 from rlcore_recipes.processes import is_main
 from rlcore_recipes.reward_model import check_reward_model
 from rlcore_recipes.roles import Roles, build_roles, open_executor
@@ -83,6 +84,7 @@ def open_session(
     """
     data, trainer = config.data, config.trainer
     warn_uncorrected(config)
+    check_sources(config, [*data.train_files, *data.val_files])
     tokenizer = load_tokenizer(config.model)
     if config.reward_model is not None:
         check_reward_model(config.reward_model.model, config.model, tokenizer)

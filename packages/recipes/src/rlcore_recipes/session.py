@@ -19,12 +19,11 @@ from rlcore_recipes.data.loader import PromptLoader
 from rlcore_recipes.data.prompts import PromptDataset, PromptSample, load_prompts
 from rlcore_recipes.data.tokenizer import load_tokenizer
 from rlcore_recipes.preflight import check_sources
-from rlcore_recipes.processes import is_main
+from rlcore_recipes.processes import is_main, launched_as_main
 from rlcore_recipes.reward_model import check_reward_model
 from rlcore_recipes.roles import Roles, build_roles, open_executor
 from rlcore_recipes.rollouts import validation_sampling
 from rlcore_recipes.settings import CriticSettings, DynamicSamplingSettings, RLConfig
-from rlcore_recipes.settings.asynchronous import warn_uncorrected
 from rlcore_recipes.timing import Timings, open_trace
 from rlcore_recipes.train_loop import Run, Stateful, train
 from rlcore_recipes.updates import sync_policy
@@ -83,7 +82,8 @@ def open_session(
         RlcoreError: something in the input is missing, broken or in the way. Nothing has been written then.
     """
     data, trainer = config.data, config.trainer
-    warn_uncorrected(config)
+    if launched_as_main():
+        config.warn_of_doubts()
     check_sources(config, [*data.train_files, *data.val_files])
     tokenizer = load_tokenizer(config.model)
     if config.reward_model is not None:

@@ -25,7 +25,7 @@ def show(recipe: str, file: str | None, overrides: tuple[str, ...]) -> None:
 @config.command(params=[recipes.recipe_parameter(), *recipes.configuration_parameters()])
 def validate(recipe: str, file: str | None, overrides: tuple[str, ...]) -> None:
     """Check a configuration, and list everything that is wrong with it."""
-    recipes.load(plugins.get(recipes.GROUP, recipe), file, overrides)
+    recipes.load(plugins.get(recipes.GROUP, recipe), file, overrides).warn_of_doubts()
     click.echo("valid")
 
 

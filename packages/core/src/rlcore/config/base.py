@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from typing import Any, Self
+from warnings import warn
 
 from pydantic import (
     BaseModel,
@@ -16,6 +17,8 @@ from pydantic import (
 )
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
+
+from rlcore.errors import RlcoreWarning
 
 
 class Config(BaseModel):
@@ -30,6 +33,18 @@ class Config(BaseModel):
         together. It is called once every value is valid on its own.
         """
         return iter(())
+
+    def doubts(self) -> Iterator[tuple[str, str]]:
+        """Combinations of values that are legal and almost surely a mistake, as ``(dotted key, why)``.
+
+        Only the model of a whole run is asked.
+        """
+        return iter(())
+
+    def warn_of_doubts(self) -> None:
+        """Warn of each of `doubts`, once in a process."""
+        for key, why in self.doubts():
+            warn(f"{key}: {why}", RlcoreWarning, stacklevel=1)  # one place for all callers: Python shows each text once
 
     @model_validator(mode="wrap")
     @classmethod

@@ -13,6 +13,7 @@ from rlcore.engines.settings import adapter_rank, wants_adapters
 from rlcore_recipes.data.settings import DataSettings
 from rlcore_recipes.settings.algorithm import AlgorithmSettings
 from rlcore_recipes.settings.asynchronous import AsyncSection, AsyncSettings, async_problems
+from rlcore_recipes.settings.combinations import doubts
 from rlcore_recipes.settings.controller import ControllerSettings, unused
 from rlcore_recipes.settings.roles import ActorSettings, RefSettings, RewardModelSettings, RewardRole, RolloutSettings
 from rlcore_recipes.settings.trainer import TrainerSettings
@@ -134,6 +135,9 @@ class RLConfig(AsyncSection):  # type: ignore[misc,valid-type]
             )
         yield from unused(self.controller, self.roles)
         yield from async_problems(self)
+
+    def doubts(self) -> Iterator[tuple[str, str]]:
+        yield from doubts(self)
 
     @property
     def has_critic(self) -> bool:

@@ -214,7 +214,7 @@ def test_the_key_on_the_command_line(task: Any, tmp_path: Path) -> None:
 
     typo = invoke("config", "show", "grpo", *keys_of(task, tmp_path, **{"async.max_stale": 2}))
     assert typo.exit_code != 0
-    assert "did you mean max_staleness" in typo.output
+    assert "did you mean async.max_staleness" in typo.output
     alone = invoke("config", "show", "grpo", *task.arguments("grpo", tmp_path, {"async.max_staleness": 1})[2:])
     assert alone.exit_code != 0
     assert "controller.kind=ray" in alone.output

@@ -143,7 +143,7 @@ def test_run_with_a_ready_made_configuration():
             "bgi: neither a file nor a ready-made configuration of this recipe (base, big)",
         ),
         (["run", "attempt", "outcome=data"], "error: train.parquet: no column 'prompt'\n"),
-        (["run", "attempt", "optim.lrr=2"], "optim.lrr: unknown key; did you mean lr?"),
+        (["run", "attempt", "optim.lrr=2"], "optim.lrr: unknown key; did you mean optim.lr?"),
         (["run", "attempt", "-c", "gone.yaml"], "error: gone.yaml: no such configuration file\n"),
         (["run", "atempt"], "error: unknown recipe 'atempt'; did you mean 'attempt'?\n"),
         (["run", "broken"], "recipe 'broken' (acme-things 1.5) cannot be imported: ModuleNotFoundError"),

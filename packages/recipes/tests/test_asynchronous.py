@@ -603,7 +603,7 @@ def test_impossible_places_are_refused(changes: dict[str, Any], message: str) ->
 
 
 def test_unknown_keys_and_useless_ones_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"async.max_stalenes: unknown key; did you mean max_staleness"):
+    with pytest.raises(ConfigError, match=r"async.max_stalenes: unknown key; did you mean async.max_staleness"):
         config_of(**{"async": {"max_stalenes": 1}})
     with pytest.raises(ConfigError, match=r"async.max_concurrent_groups: is for asynchronous training"):
         config_of(**{"async": {"max_concurrent_groups": 1}})

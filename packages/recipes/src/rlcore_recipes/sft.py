@@ -38,7 +38,7 @@ class SFTActorSettings(ModelRole):
 class SFTConfig(Config):
     """One run of supervised fine-tuning."""
 
-    seed: int = Field(0, ge=0, description="Seed of the data order.")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of the data order.")
     model: ModelSettings = Field(description="The model to train.")
     data: SFTDataSettings = Field(description="What to learn; train_batch_size counts samples.")
     actor: SFTActorSettings = Field(default_factory=SFTActorSettings, description="The model under training.")

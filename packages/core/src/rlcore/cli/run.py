@@ -10,7 +10,7 @@ from rlcore.cli.console import out
 from rlcore.cli.key_table import print_keys
 
 
-class _Recipe(click.Command):
+class _Recipe(recipes.ConfiguredCommand):
     """One recipe. Its help ends with every key of its configuration."""
 
     def __init__(self, name: str) -> None:
@@ -23,7 +23,7 @@ class _Recipe(click.Command):
         )
 
     def _run(self, file: str | None, overrides: tuple[str, ...]) -> None:
-        self._plugin.build(recipes.load(self._plugin, file, overrides))
+        self._plugin.build(recipes.load_complete(self._plugin, file, overrides))
 
     def get_help(self, ctx: click.Context) -> str:
         with out.capture() as keys:

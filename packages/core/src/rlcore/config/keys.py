@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from dataclasses import field as with_default
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -29,21 +30,28 @@ class Key:
     Attributes:
         type: readable, such as ``float > 0`` or ``auto | never``.
         default: as written in YAML; None where the key is required.
+        options: the names that it takes, where it takes names.
     """
 
     name: str
     type: str
     default: str | None
     description: str
+    options: tuple[str, ...] = with_default(default=(), compare=False)
 
 
 @dataclass(frozen=True)
 class Section:
-    """Keys that stand together under ``path`` (empty for the top level)."""
+    """Keys that stand together under ``path`` (empty for the top level).
+
+    Attributes:
+        model: what has these keys; None where it cannot be imported.
+    """
 
     path: str
     description: str
     keys: list[Key]
+    model: type[Config] | None = with_default(default=None, compare=False)
 
 
 def sections(model: type[Config]) -> Iterator[Section]:
@@ -72,7 +80,13 @@ def _sections(
             if field.default is not None:
                 continue  # its own keys say everything; where it may be null, that is said here
         own.append(
-            Key(name, _type(field.annotation, field.metadata), _written(field, default), field.description or "")
+            Key(
+                name,
+                _type(field.annotation, field.metadata),
+                _written(field, default),
+                field.description or "",
+                _options(model, name, field),
+            )
         )
         if isinstance(inner, Chosen):
             for entry in inner.registry:
@@ -83,7 +97,7 @@ def _sections(
             below += _elements(field.annotation, place, within)
     if issubclass(model, PluginSections):
         below += _plugins(model, path, values, within)
-    yield Section(path, description or (model.__doc__ or "").strip().partition("\n")[0], own)
+    yield Section(path, description or (model.__doc__ or "").strip().partition("\n")[0], own, model)
     yield from below
 
 
@@ -109,6 +123,27 @@ def _plugins(
             continue
         if section not in within:  # a plugin may hold plugins of its own group again
             yield from _sections(section, place, given.get(name), None, within | {section})
+
+
+def _options(model: type[Config], name: str, field: FieldInfo) -> tuple[str, ...]:
+    """The names that a key takes: of plugins, of registered algorithms, or listed in its type."""
+    if issubclass(model, PluginSections) and name == model.plugin_field:
+        return tuple(plugins.names(model.plugin_group))
+    for item in field.metadata:
+        if isinstance(item, Chosen):
+            return tuple(entry.name for entry in item.registry)
+    return tuple(text for text in _literals(field.annotation) if isinstance(text, str))
+
+
+def _literals(annotation: Any) -> Iterator[Any]:
+    if get_origin(annotation) is Literal:
+        yield from get_args(annotation)
+    elif get_origin(annotation) in (Union, UnionType, Annotated):
+        for argument in get_args(annotation):
+            if isinstance(argument, Chosen):
+                yield from (entry.name for entry in argument.registry)
+            else:
+                yield from _literals(argument)
 
 
 def _join(path: str, name: str) -> str:

@@ -15,9 +15,9 @@ from rlcore.engines.train import FileRecord
 from rlcore.errors import CheckpointError
 from rlcore_recipes.checkpoint.manifest import MANIFEST, STATE, Manifest, check_size, decode, encode, record
 from rlcore_recipes.checkpoint.naming import is_name, step_of
+from rlcore_recipes.protocols import package_of
 
 MARK = "unfinished"
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 
 
 def file_system(root: str) -> tuple[Any, str]:
@@ -28,13 +28,11 @@ def file_system(root: str) -> tuple[Any, str]:
     """
     import fsspec
 
-    protocol = root.partition("://")[0]
     try:
         system, path = fsspec.core.url_to_fs(root)
     except ImportError as error:
-        extra = _EXTRAS.get(protocol)
-        how = f"pip install 'rlcore-recipes[{extra}]'" if extra else str(error)
-        raise CheckpointError(f"{root} needs a package that is not installed: {how}") from error
+        package = package_of(root)
+        raise CheckpointError(f"{root} {package.advice if package else error}") from error
     except ValueError as error:
         raise CheckpointError(f"{root} is no URL that fsspec knows: {error}") from error
     return system, path.rstrip("/")

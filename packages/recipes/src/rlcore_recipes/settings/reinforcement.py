@@ -22,7 +22,7 @@ from rlcore_recipes.settings.trainer import TrainerSettings
 class RLConfig(AsyncSection):  # type: ignore[misc,valid-type]
     """One run of reinforcement learning."""
 
-    seed: int = Field(0, ge=0, description="Seed of everything: data order, new heads, every completion.")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of everything: data order, new heads, every completion.")
     model: ModelSettings = Field(description="The model to train.")
     data: DataSettings = Field(description="Prompts; train_batch_size counts prompts.")
     actor: ActorSettings = Field(default_factory=ActorSettings, description="The policy under training.")

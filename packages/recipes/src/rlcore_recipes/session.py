@@ -9,8 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 from warnings import warn
 
+from pydantic import Field
+
 from rlcore.algorithms.kl import KLController, kl_controller
 from rlcore.batch import Batch
+from rlcore.checkpoint.json_file import Finite, JsonFile
 from rlcore.controller import Executor
 from rlcore.errors import RlcoreWarning
 from rlcore_recipes.asynchronous import Producer, open_producer
@@ -141,7 +144,7 @@ def train_rl(session: Session[C], recipe: str, step: Callable[[Session[C], int],
     roles = session.roles
     parts: dict[str, Stateful] = {"prompts": session.producer or session.prompts}
     if session.kl is not None:
-        parts["kl"] = _KLState(session.kl)
+        parts["kl"] = _SavedKL(session.kl)
     train(
         Run(
             recipe=recipe,
@@ -178,9 +181,17 @@ def validate_policy(session: Session[Any]) -> Validation:
     return outcome
 
 
+class KLState(JsonFile):
+    """What a checkpoint holds of the controller of the KL coefficient."""
+
+    coeff: Finite = Field(ge=0, description="The coefficient.")
+
+
 @dataclass(frozen=True)
-class _KLState:
+class _SavedKL:
     controller: KLController
+
+    described_by = KLState
 
     def state(self) -> dict[str, Any]:
         return self.controller.state_dict()

@@ -23,8 +23,9 @@ MOSTLY = 0.5  # the share of an update's tokens from which on it is worth a warn
 def with_advantages(session: Session[Any], batch: Batch) -> tuple[Batch, Metrics]:
     """Add the columns of `advantages`; the KL penalty's coefficient, if there is one, adapts to the batch."""
     config = session.config
+    unread = [name for name in batch.object_names if name not in config.algorithm.advantage.entry.needs]
     found, metrics, kl = session.executor.compute(
-        advantages, batch.drop(*batch.object_names), config.algorithm, session.kl, config.data.max_response_length
+        advantages, batch.drop(*unread), config.algorithm, session.kl, config.data.max_response_length
     )
     if session.kl is not None:
         session.kl.load_state_dict(kl)
@@ -43,7 +44,7 @@ def advantages(
     ``reward/single_sample_groups``, of estimators that compare within groups, the share of groups with one sample.
 
     Args:
-        batch: all columns but objects.
+        batch: all columns; of objects, only those that the estimator needs must be there.
         kl: holds the coefficient of the KL penalty, and adapts it; None without a penalty.
     """
     scores, metrics = batch["score"], Metrics()
@@ -55,6 +56,7 @@ def advantages(
     if algorithm.kl_in_reward is not None and kl is not None:
         batch, measured = apply_kl_penalty(batch, algorithm.kl_in_reward.estimator, kl)
         metrics.update(measured.prefixed("actor/"))
+    algorithm.advantage.entry.check_columns(batch.names)
     found = algorithm.advantage(batch)
     tokens = trained_counts(trained_mask(batch), batch.lengths)
     idle = without_advantage(batch.with_columns(advantages=batch.jagged(found.advantages)))

@@ -103,6 +103,11 @@ def adapter_rank(train_options: Config) -> int | None:
     return lora.rank if isinstance(lora, LoRASettings) else None
 
 
+def without_adapters(train_options: Config) -> Config:
+    """``train_options`` for a model whose whole weights are used."""
+    return train_options if adapter_rank(train_options) is None else train_options.model_copy(update={"lora": None})
+
+
 def wants_adapters(rollout_options: Config) -> bool:
     """Whether a rollout engine with these options takes adapters instead of whole weights (option ``enable_lora``)."""
     return getattr(rollout_options, "enable_lora", False) is True

@@ -11,6 +11,7 @@ from rlcore.algorithms.objectives import PolicyObjectiveSettings, ValueObjective
 from rlcore.algorithms.off_policy import MISParams
 from rlcore.config import Choice, Config, PluginSections, ShortForm
 from rlcore.engines import ModelSettings, OptimSettings, RewardSettings
+from rlcore.engines.settings import without_adapters
 
 MOST_COMPLETIONS = 2**16
 
@@ -27,6 +28,24 @@ class ModelRole(PluginSections):
         description="Token budget of a micro-batch; a longer sequence stands alone. Results do not depend on it.",
     )
     offload: bool = Field(False, description="Move the model to host memory while it has nothing to do.")
+
+
+class FollowingRole(ModelRole):
+    """A model beside the policy, in the policy's engine unless another one is named."""
+
+    engine: str | None = Field(
+        None,
+        description="Training engine; null: the actor's, with the actor's options (but no adapters) unless a section "
+        "of the engine's name stands here.",
+    )
+
+    def engine_beside(self, actor: ModelRole) -> tuple[str, Config]:
+        """The engine's name and its options."""
+        if self.engine is not None:
+            return self.engine, self.options
+        if actor.engine in (self.__pydantic_extra__ or {}):
+            return actor.engine, self.options_of(actor.engine)
+        return actor.engine, without_adapters(actor.options)
 
 
 class ActorSettings(ModelRole):
@@ -92,7 +111,7 @@ def _weighs(correction: Choice | None) -> bool:
     return not (isinstance(correction.params, MISParams) and correction.params.weight == "one")
 
 
-class CriticSettings(ModelRole):
+class CriticSettings(FollowingRole):
     """The value model."""
 
     enable: bool | None = Field(None, description="null: only if the advantage estimator needs values.")
@@ -104,13 +123,13 @@ class CriticSettings(ModelRole):
     objective: ValueObjectiveSettings = Field(default_factory=ValueObjectiveSettings, description="Value loss.")
 
 
-class RefSettings(ModelRole):
+class RefSettings(FollowingRole):
     """The frozen reference policy; built only if a KL loss or a KL penalty in the reward is used."""
 
     model: ModelSettings | None = Field(None, description="Reference model; null: the actor's at the start of the run.")
 
 
-class RewardModelSettings(ModelRole):
+class RewardModelSettings(FollowingRole):
     """A frozen model that scores whole sequences at their last token; its score is added to the reward's."""
 
     model: ModelSettings = Field(

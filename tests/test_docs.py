@@ -250,4 +250,4 @@ def flat(values: Mapping[str, Any], path: str = "") -> Iterator[str]:
         if isinstance(value, Mapping):
             yield from flat(value, f"{path}{key}.")
         else:
-            yield f"{path}{key}={json.dumps(value)}"
+            yield f"{path}{key}={value if isinstance(value, str) else json.dumps(value)}"

@@ -29,7 +29,7 @@ class Key:
 
     Attributes:
         type: readable, such as ``float > 0`` or ``auto | never``.
-        default: as written in YAML; None where the key is required.
+        default: as written in YAML; None where the key is required, empty where it has none.
         options: the names that it takes, where it takes names.
     """
 
@@ -57,6 +57,16 @@ class Section:
 def sections(model: type[Config]) -> Iterator[Section]:
     """The keys of ``model`` and of everything below it: inner models, installed plugins, parameters of choices."""
     return _sections(model, "", None, None, frozenset())
+
+
+def required(model: type[Config], path: str = "") -> Iterator[str]:
+    """The dotted keys that every configuration of ``model`` has to give; those of sections that may be off are not."""
+    for name, field in model.model_fields.items():
+        inner = content(model, name)
+        if isinstance(inner, type) and (field.is_required() or field.default is not None):
+            yield from required(inner, _join(path, name))
+        elif field.is_required():
+            yield _join(path, name)
 
 
 def _sections(
@@ -95,6 +105,9 @@ def _sections(
                     below += _sections(entry.params, place, None, condition, within)
         elif inner is None:
             below += _elements(field.annotation, place, within)
+    for name, form in model.short_forms.items():
+        sets = " ".join(f"{_join(path, key)}={text}" for key, text in form.sets.items())
+        own.append(Key(name, "text", "", f"Short for {sets} {_join(path, form.key)}=…"))
     if issubclass(model, PluginSections):
         below += _plugins(model, path, values, within)
     yield Section(path, description or (model.__doc__ or "").strip().partition("\n")[0], own, model)
@@ -175,11 +188,18 @@ def _type(annotation: Any, metadata: Any = ()) -> str:
         if isinstance(item, Chosen):
             return " | ".join(entry.name for entry in item.registry)
     bounds = [
-        f"{sign} {getattr(item, name)}" for item in metadata for name, sign in _BOUNDS.items() if hasattr(item, name)
+        f"{sign} {_number(getattr(item, name))}"
+        for item in metadata
+        for name, sign in _BOUNDS.items()
+        if hasattr(item, name)
     ]
     plain = _plain_type(annotation)
     either = plain.removesuffix(" | null")
     return " ".join([either, " and ".join(bounds)]).rstrip() + plain[len(either) :]
+
+
+def _number(bound: Any) -> str:
+    return f"{bound:g}" if isinstance(bound, float) else str(bound)
 
 
 def _plain_type(annotation: Any) -> str:
@@ -195,6 +215,6 @@ def _plain_type(annotation: Any) -> str:
     if isinstance(content_of_type(annotation), type):
         return "keys"
     if origin in (list, tuple, dict):
-        inner = ", ".join("…" if argument is Ellipsis else _plain_type(argument) for argument in arguments)
+        inner = ", ".join(_plain_type(argument) for argument in arguments if argument is not Ellipsis)
         return f"{'mapping' if origin is dict else 'list'} of {inner}"
     return {"str": "text"}.get(name := getattr(annotation, "__name__", str(annotation)), name).lower()

@@ -81,3 +81,8 @@ def test_module_may_register_again_when_it_is_reloaded(shapes):
 
 def test_found_by_kind(shapes):
     assert registry_of_kind("shape") is shapes
+
+
+def test_an_unknown_trait_is_refused(shapes):
+    with pytest.raises(PluginError, match=r"'x' has unknown traits: vanishes_with_advantages; known: compares_group, "):
+        shapes.register("x", traits={"vanishes_with_advantages"})

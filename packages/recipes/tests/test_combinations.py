@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -44,7 +45,7 @@ DOUBTFUL: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     ),
     "sequence_clip_for_tokens": (
         [{"objective": {"policy_loss": {"name": "gspo", "clip_low": 0.2, "clip_high": 0.28}, **BY_SEQUENCE}}],
-        {"objective": {"policy_loss": {"name": "gmpo", "clip_low": 0.2}, **BY_SEQUENCE}},
+        {"objective": {"policy_loss": {"name": "gspo", "clip_high": math.inf}, **BY_SEQUENCE}},  # no bound
     ),
     "mean_of_token_advantages": (
         [

@@ -5,6 +5,7 @@ To add one, write a generator as below and list it in `COMBINATIONS`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -41,8 +42,10 @@ def sequence_ratio_by_tokens(config: RLConfig) -> Iterator[Doubt]:
 
 
 def sequence_clip_for_tokens(config: RLConfig) -> Iterator[Doubt]:
-    loss = config.actor.objective.policy_loss
-    if isinstance(loss.params, GSPOParams) and max(loss.params.clip_low, loss.params.clip_high) >= WIDEST_SEQUENCE_CLIP:
+    params = config.actor.objective.policy_loss.params
+    if not isinstance(params, GSPOParams):
+        return
+    if any(WIDEST_SEQUENCE_CLIP <= bound < math.inf for bound in (params.clip_low, params.clip_high)):
         yield (
             "actor.objective.policy_loss",
             "gspo clips the mean log-ratio of a completion, which hardly reaches such bounds: they are for tokens. "

@@ -83,7 +83,9 @@ class ActorSettings(ModelRole):
         objective = self.objective
         coeffs = {"kl_loss.coeff": objective.kl_loss.coeff, "entropy_coeff": objective.entropy_coeff}
         found = [f"objective.{key}={coeff}" for key, coeff in coeffs.items() if coeff]
-        if "vanishes_with_advantage" not in objective.policy_loss.entry.traits:
+        loss = objective.policy_loss.entry
+        # a sample of a unit is compared with the others of it, whatever its own advantage
+        if "vanishes_with_advantage" not in loss.traits or loss.together is not None:
             found.append(f"objective.policy_loss={objective.policy_loss.name}")
         return found
 

@@ -118,9 +118,9 @@ def folder(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 @pytest.fixture
-def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     """The inline engine in the place of inference servers; no algorithm stays registered."""
-    from rlcore.algorithms.registries import advantages
+    from rlcore.algorithms.registries import advantages, policy_losses
     from rlcore_fsdp.inline.config import InlineSettings
     from rlcore_fsdp.inline.engine import build
 
@@ -132,10 +132,8 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     for module in ("rlcore_vllm.engine", "rlcore_sglang.engine"):
         monkeypatch.setattr(f"{module}.build", inline)
-    registered = dict(advantages._entries)
-    yield
-    advantages._entries.clear()
-    advantages._entries.update(registered)
+    for registry in (advantages, policy_losses):
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
 
 
 def pages_with(*languages: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Estimators and losses of one's own in a recipe: they get the columns that they declare, and units stay whole."""
+"""Estimators, losses and recipes of one's own: declared columns arrive, units stay whole, validation is not guessed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ import torch
 from rlcore.algorithms import Advantages, PolicyLossInputs, advantages, policy_losses
 from rlcore.algorithms.sequences import per_token, sequence_sums, trained_mask
 from rlcore.batch import Batch
+from rlcore.config import load_config
+from rlcore.errors import ConfigError
 from rlcore.metrics import Metrics
 from rlcore.registry import NoParams
 from rlcore_recipes import grpo
+from rlcore_recipes.session import open_session
 from rlcore_recipes.settings.columns import CREDITED, ON_DEMAND, SAMPLED, SCORED
 
 EVERYTHING = SAMPLED | SCORED | ON_DEMAND | CREDITED
@@ -96,3 +99,12 @@ def test_a_column_that_no_recipe_makes_is_refused_before_training(
     monkeypatch.setattr(grpo.GRPOConfig, "own_columns", frozenset({"turn_rewards"}))
     result = task.run("grpo", tmp_path / "run", {"algorithm.advantage": "wants"})
     assert "the advantage estimator 'wants' needs the column 'turn_rewards', which is not in the batch" in result.output
+
+
+def test_a_recipe_that_does_not_say_how_it_is_validated_is_not(task: Any, tmp_path: Path) -> None:
+    """It could sample several turns; single completions would measure something else than it trains."""
+    arguments = task.arguments("grpo", tmp_path / "run", {"trainer.test_freq": 1, "model.path": "nowhere"})[2:]
+    config = load_config(grpo.GRPOConfig, None, arguments)
+    reason = r"trainer.test_freq=1 asks for validation, and the recipe does not say"
+    with pytest.raises(ConfigError, match=reason), open_session(config):
+        pass

@@ -113,3 +113,16 @@ def test_logits_that_are_no_numbers_give_a_token_in_range() -> None:
     tokens, logprobs = Sampler.build([SamplingParams(1)], 8, CPU).sample(logits, torch.tensor([0.5]).double())
     assert 0 <= int(tokens[0]) < 8
     assert math.isnan(float(logprobs[0]))
+
+
+def test_logprobs_of_many_tokens_have_no_bias() -> None:
+    """A float32 softmax over a large vocabulary sums to 1 only within 1e-5; log-probs must not inherit that."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(64, 150_000, generator=generator)
+    params = [SamplingParams(max_tokens=1, temperature=temperature) for temperature in (1.0, 0.7)] * 32
+    uniform = torch.rand(64, generator=generator, dtype=torch.float64)
+    tokens, logprobs = Sampler.build(params, 150_000, CPU).sample(logits, uniform)
+    heated = logits / torch.tensor([p.temperature for p in params])[:, None]
+    exact = heated.double().log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+    assert abs(float((logprobs - exact).mean())) < 1e-7
+    assert float((logprobs - exact).abs().max()) < 1e-6

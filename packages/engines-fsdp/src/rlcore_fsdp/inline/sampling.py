@@ -95,13 +95,15 @@ class Sampler:
         if self.temperature is not None:
             logits = logits / self.temperature[rows]
         probs = logits.softmax(-1)
-        tokens = _pick(probs, uniform)
+        tokens, total = _pick(probs, uniform)
         if self.filters is not None:
             filters = self.filters.within(first, first + len(logits))
             tokens[filters.rows] = _pick_filtered(probs[filters.rows], uniform[filters.rows], filters)
         if self.greedy is not None:
             tokens = torch.where(self.greedy[rows], logits.argmax(-1), tokens)
-        return tokens, in_whole_vectors(torch.log, probs.gather(-1, tokens[:, None])[:, 0])
+        # A softmax in float32 sums to 1 only within 1e-5 with many tokens; its sum in float64 takes that bias out.
+        chosen = probs.gather(-1, tokens[:, None])[:, 0].double() / total
+        return tokens, in_whole_vectors(torch.log, chosen).float()
 
 
 def _pick_filtered(probs: torch.Tensor, uniform: torch.Tensor, filters: _Filters) -> torch.Tensor:
@@ -117,16 +119,19 @@ def _pick_filtered(probs: torch.Tensor, uniform: torch.Tensor, filters: _Filters
     outside = mass - kept >= filters.top_p * mass[:, -1:]
     outside |= ranked < filters.min_p * ranked[:, :1]
     outside[:, 0] = False
-    chosen = _pick(kept.masked_fill(outside, 0), uniform)
+    chosen, _ = _pick(kept.masked_fill(outside, 0), uniform)
     return order.gather(-1, chosen[:, None])[:, 0]
 
 
-def _pick(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Index of the token at ``uniform`` of the cumulative weights ``[R, V]``; one without weight is never picked.
+def _pick(weights: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Index of the token at ``uniform`` of the cumulative weights ``[R, V]``, and their sum ``[R]`` float64.
+
+    A token without weight is never picked.
 
     ``uniform`` is at most 1 - 2⁻⁵², so its product with the total stays below the total in float64. Weights that are
     not numbers give some valid index.
     """
     cumulative = weights.cumsum(-1, dtype=torch.float64)
-    target = uniform[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp_(max=weights.shape[1] - 1)
+    total = cumulative[:, -1]
+    target = uniform[:, None] * total[:, None]
+    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp_(max=weights.shape[1] - 1), total

@@ -99,10 +99,9 @@ def test_folders_that_are_no_models(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"has no weights"):
         make_engine(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(EngineError, match=r"cannot be loaded"):
-        make_engine(tmp_path)
-    with pytest.raises(EngineError, match=r"damaged"):
-        make_engine(tmp_path, head="score")
+    for head in ("policy", "score"):
+        with pytest.raises(EngineError, match=r"model\.safetensors is damaged"):
+            make_engine(tmp_path, head=head)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-model"}))
     with pytest.raises(EngineError, match=r"cannot be read"):
         make_engine(tmp_path)
@@ -147,7 +146,7 @@ def test_architectures_that_are_verified_when_loaded(
     make_engine(path)
     if architecture == "Granite":  # a rule that we do not know is noticed
         monkeypatch.setattr("rlcore_fsdp.packed_model.logits_rule", lambda config: LogitsRule())
-        with pytest.raises(EngineError, match="packed log-probs differ"):
+        with pytest.raises(EngineError, match="packed outputs differ from those of transformers"):
             make_engine(path)
 
 
@@ -162,7 +161,7 @@ def test_a_manifest_that_names_too_few_rows(tmp_path: Path, tiny_model_path: Pat
         engine.load(tmp_path)
     del manifest["adam_steps"]
     file.write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match="damaged: adam_steps: Field required"):
+    with pytest.raises(CheckpointError, match="damaged: KeyError: 'adam_steps'"):
         engine.load(tmp_path)
 
 
@@ -189,7 +188,7 @@ def test_a_reward_model_with_a_bias_keeps_it(tmp_path: Path) -> None:
     critic.save_pretrained(tmp_path / "critic")
     reward = make_engine(tmp_path / "critic", head="score")
     assert float(reward.model.score.bias) == 3.0
-    plain = make_engine(tmp_path / "base", head="score")
+    plain = make_engine(tiny_model(tmp_path / "plain", head="score"), head="score")
     assert type(plain.model).__name__ == "Qwen2ForSequenceClassification"
     assert plain.model.score.bias is None
 

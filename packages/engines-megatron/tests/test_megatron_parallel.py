@@ -159,10 +159,11 @@ def test_experts(ranks: RankPool, experts_path: Path, experts_alone: dict[str, A
 
 @pytest.mark.parametrize("head", ["value", "score"])
 @pytest.mark.parametrize("layout", ["tp2-pp2", "tp2-sp-cp2"])
-def test_scalar_heads(ranks: RankPool, model_path: Path, head: str, layout: str) -> None:
+def test_scalar_heads(ranks: RankPool, model_path: Path, tmp_path: Path, head: str, layout: str) -> None:
+    path = model_path if head == "value" else tiny_model(tmp_path, head="score", num_hidden_layers=4)
     # Values reach some tens, and so do the gradients.
-    for result in ranks.run(run, model_path, LAYOUTS[layout], BATCHES, head, timeout=300):
-        check_equal(result, run(model_path, {}, BATCHES, head), 10 * ATOL)
+    for result in ranks.run(run, path, LAYOUTS[layout], BATCHES, head, timeout=300):
+        check_equal(result, run(path, {}, BATCHES, head), 10 * ATOL)
 
 
 @pytest.mark.parametrize("layout", ["dp4", "tp2", "pp2-interleaved"])
@@ -386,7 +387,7 @@ def test_damaged_megatron_files_are_refused(model_path: Path, tmp_path: Path) ->
     refused("holds no complete checkpoint: checkpoint.json is missing")
     manifest = json.loads((folder / "checkpoint.json").read_text())
     (folder / "checkpoint.json").write_text(json.dumps({**manifest, "files_format": "zarr"}))
-    refused("files_format: Input should be 'safetensors' or 'torch_dist'")
+    refused("unknown format 'zarr'")
     # somebody else's file, with a checksum that fits
     torch.save(Intruder(tmp_path / "proof"), folder / "__0_0.distcp")
     record = file_record(folder / "__0_0.distcp")
@@ -395,7 +396,7 @@ def test_damaged_megatron_files_are_refused(model_path: Path, tmp_path: Path) ->
             where[1:3] = 0, record["size"]
     manifest["files"]["__0_0.distcp"] = record
     (folder / "checkpoint.json").write_text(json.dumps(manifest))
-    refused("__0_0.distcp is missing or damaged: UnpicklingError")
+    refused("__0_0.distcp is missing or damaged: Weights only load failed")
     assert not (tmp_path / "proof").exists()
 
     (tmp_path / "file").write_text("mine")

@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_iter
 from transformers.core_model_loading import revert_weight_conversion
 
 from rlcore.batch import Batch, Jagged
-from rlcore.engines import ForwardRequest, WeightBucket
+from rlcore.engines import ForwardRequest, ModelSettings, WeightBucket
+from rlcore.engines.model_files import Origin
 from rlcore.errors import EngineError
 from rlcore.testing.processes import RankPool
 from rlcore.testing.tiny_model import tiny_model
@@ -266,7 +267,8 @@ def save_twice(source: Path, target: Path, layout: dict[str, Any], head: str) ->
     load_pretrained(modules, family, config, source, here)
     listed = []
     for limit in (30_000, 1 << 30):
-        write_model(export(modules, family, config, here, 20_000), config, source, target, max_file_bytes=limit)
+        origin = Origin.of(ModelSettings(path=str(source)), "policy")
+        write_model(export(modules, family, config, here, 20_000), config, origin, target, max_file_bytes=limit)
         dist.barrier()
         listed.append(" ".join(sorted(file.name for file in target.iterdir())))
         dist.barrier()
@@ -279,7 +281,8 @@ def save_error(source: Path, target: Path) -> str:
     modules, family, config, here = build(source, {**TP2, **PP2})
     load_pretrained(modules, family, config, source, here)
     try:
-        write_model(export(modules, family, config, here, 20_000), config, source, target)
+        origin = Origin.of(ModelSettings(path=str(source)), "policy")
+        write_model(export(modules, family, config, here, 20_000), config, origin, target)
     except EngineError as error:
         return str(error)
     return "no error"
@@ -357,7 +360,7 @@ def test_damaged_files_are_named(models: dict[str, Model], ranks: RankPool, tmp_
         words = "model.safetensors is damaged"
     elif damage == "index":
         (tmp_path / "model.safetensors.index.json").write_text("{")
-        words = "model.safetensors.index.json is no index of weights"
+        words = "model.safetensors.index.json is damaged"
     else:
         index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))

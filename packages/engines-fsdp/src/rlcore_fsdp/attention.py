@@ -33,17 +33,21 @@ class Packing:
     Attributes:
         lengths: tokens per sequence, all positive.
         device: where the row is.
+        first: position of each sequence's first token; None if it is 0.
     """
 
     lengths: tuple[int, ...]
     kernel: Kernel
     device: torch.device
+    first: tuple[int, ...] | None = None
 
     @cached_property
     def position_ids(self) -> torch.Tensor:
-        """``[1, T]`` int64, starting again at 0 in every sequence."""
+        """``[1, T]`` int64, starting again in every sequence."""
         lengths = torch.tensor(self.lengths)
         starts = lengths.cumsum(0) - lengths
+        if self.first is not None:
+            starts = starts - torch.tensor(self.first)
         positions = torch.arange(int(lengths.sum())) - starts.repeat_interleave(lengths)
         return positions[None].to(self.device)
 

@@ -7,30 +7,30 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from rlcore.batch import Batch, Jagged, predicted_positions
+from rlcore.boundary import boundary
 from rlcore.checkpoint import random_states, rank_files
 from rlcore.checkpoint.background_save import BackgroundSave
 from rlcore.checkpoint.rank_files import RankPart
-from rlcore.engines import ForwardRequest, Objective, TrainEngine, TrainEngineSpec, WeightBucket
+from rlcore.engines import ForwardRequest, Objective, TrainEngine, TrainEngineSpec, WeightBucket, model_files
 from rlcore.engines.device import choose_device
+from rlcore.engines.model_length import check_rope, check_sequences
+from rlcore.engines.model_writing import write_model_folder
 from rlcore.engines.schedule import learning_rate
 from rlcore.engines.train import FileRecord, Part
 from rlcore.errors import CheckpointError, EngineError
 from rlcore.metrics import Metrics
 from rlcore_fsdp import checkpoint, lora, saved_state, sharding
 from rlcore_fsdp.attention import Packing, choose_kernel
-from rlcore_fsdp.checkpoint import Frozen, Lora, Manifest
 from rlcore_fsdp.config import FSDPSettings
 from rlcore_fsdp.distributed import (
     gather_objects,
@@ -45,8 +45,9 @@ from rlcore_fsdp.loading import empty_model, load_model, read_config
 from rlcore_fsdp.optimizer import make_optimizer
 from rlcore_fsdp.packed_model import PackedModel, check_request, full_columns
 from rlcore_fsdp.saved_state import MOMENTS
-from rlcore_fsdp.verification import TESTED, verify
-from rlcore_fsdp.weights import buckets, full_weights, write_model
+from rlcore_fsdp.verification import TESTED, verify_packing, verify_values
+from rlcore_fsdp.weights import buckets, full_weights
+from rlcore_fsdp.writing import write_configuration
 
 _PARTS: tuple[Part, ...] = ("params", "optimizer")
 
@@ -90,7 +91,9 @@ class FSDPTrainEngine(TrainEngine):
         master = settings.master_dtype or ("float32" if spec.optim else None)
         self.master_dtype = getattr(torch, master) if master else self.param_dtype
         self._kernel = choose_kernel(spec.model.attn_implementation, self._device, self.param_dtype)
-        config = read_config(spec.model)
+        config = read_config(spec.model, spec.head)
+        if spec.max_length is not None:
+            check_rope(spec.model, config, spec.max_length, "the longest sequence of the run")
         frozen_dtype = self.param_dtype if settings.lora else self.master_dtype
         if needs_sharding(settings, self._device, self._world, self.master_dtype != self.param_dtype):
             mesh = make_mesh(self._device, settings.replicate)
@@ -124,9 +127,17 @@ class FSDPTrainEngine(TrainEngine):
         self._host_copy = HostCopy()
         self._lent = False  # somebody generates with the whole weights
         self._broken = False
-        if config.model_type not in TESTED:
-            with self.generation_weights():
-                verify(self.root, self._kernel, self._device)
+        self._origin = self._gather(model_files.Origin.of(spec.model, spec.head) if self.dp_rank == 0 else None)[0]
+        self._verify(config)
+
+    def _verify(self, config: Any) -> None:
+        with boundary(f"the packed forward pass of {type(self.model).__name__} fails", EngineError):
+            if self.spec.head == "policy" and config.model_type not in TESTED:
+                with self.generation_weights():
+                    verify_values(self.root, self._kernel, self._device)
+            verify_packing(self.root, self._kernel, self._device, self.param_dtype, self.spec.max_length)
+        if self._sharded:
+            sharding.reshard(self.root)
 
     def _load_on_first_rank(self, config: Any) -> PreTrainedModel | None:
         """The whole model on rank 0, None on the others; an error there is everyone's."""
@@ -173,7 +184,7 @@ class FSDPTrainEngine(TrainEngine):
     @torch.no_grad()
     def forward(self, batch: Batch, request: ForwardRequest) -> Batch:
         check_request(request, self.spec.head)
-        self._check_tokens(batch)
+        self._check_batch(batch)
         self.onload("params")
         batch = batch.select(*(name for name in ("tokens", "loss_mask") if name in batch))
         order: list[int] = []
@@ -195,7 +206,7 @@ class FSDPTrainEngine(TrainEngine):
             raise EngineError("an error broke off an earlier training step of this engine; build a new one to go on")
         request = objective.request
         check_request(request, self.spec.head)
-        self._check_tokens(batch)
+        self._check_batch(batch)
         self.onload("params")
         denominators = sum_over_ranks(objective.denominators(batch), self._world)
         divided = self._micro_batches(batch, request.together)
@@ -221,7 +232,8 @@ class FSDPTrainEngine(TrainEngine):
         self._step(metrics)
         return metrics
 
-    def _check_tokens(self, batch: Batch) -> None:
+    def _check_batch(self, batch: Batch) -> None:
+        check_sequences(self.spec.model, self.model.config, batch.lengths)
         tokens, size = batch.flat("tokens"), self.model.get_input_embeddings().num_embeddings
         if len(tokens) and (int(tokens.min()) < 0 or int(tokens.max()) >= size):
             raise EngineError(
@@ -333,9 +345,7 @@ class FSDPTrainEngine(TrainEngine):
         """
         self.onload("params")
         with self._as_shards():
-            whole = full_weights(self.model, self.param_dtype, self._device)
-            named = chain.from_iterable(in_files(self.model, name, tensor).items() for name, tensor in whole)
-            yield from buckets(named, bucket_bytes)
+            yield from buckets(self._in_files(lambda name: self.param_dtype), bucket_bytes)
 
     @torch.no_grad()
     def export_adapters(self, bucket_bytes: int = 512 << 20) -> Iterator[WeightBucket]:
@@ -348,30 +358,34 @@ class FSDPTrainEngine(TrainEngine):
 
     @torch.no_grad()
     def save_pretrained(self, path: Path) -> None:
-        """See `TrainEngine`; weights have compute precision and are gathered in rank 0's host memory.
+        """See `TrainEngine`; weights have the precision of the files that the model came from, or ``export_dtype``.
 
         Adapters are merged into them, and stand once more, as they are trained, in PEFT's format in the subfolder
         ``adapter``.
         """
-        state = {}
-        error = None
+        path, error = Path(path), None
         with self._as_shards():
-            for name, tensor in full_weights(self.model, self.param_dtype, self._device):
-                if self.dp_rank == 0:
-                    state[name] = tensor.cpu()
-            write_more = None
-            if self.settings.lora is not None:
-                adapters = lora.whole_adapters(self.model)
-                write_more = partial(
-                    lora.write_adapters, adapters, self.model, self.settings.lora, self.spec.model.path
-                )
+            adapters = lora.whole_adapters(self.model) if self.settings.lora is not None else {}
+            stream = self._in_files(lambda name: getattr(torch, self._origin.dtype_of(name)))
             if self.dp_rank == 0:
                 try:
-                    write_model(self.model, state, self.param_dtype, Path(path), write_more)
-                except (OSError, SafetensorError) as problem:
+                    write_model_folder(stream, path, partial(self._write_others, adapters))
+                except EngineError as problem:
                     error = str(problem)
+            for _ in stream:  # the stream is everyone's work, to its end
+                pass
         if error := self._gather(error)[0]:
-            raise EngineError(f"model folder {path} could not be written: {error}")
+            raise EngineError(error)
+
+    def _in_files(self, dtype_of: Callable[[str], torch.dtype]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Whole weights as model files name and hold them; all ranks iterate to the end."""
+        for name, tensor in full_weights(self.model, dtype_of, self._device):
+            yield from in_files(self.model, name, tensor).items()
+
+    def _write_others(self, adapters: dict[str, torch.Tensor], folder: Path, names: set[str]) -> None:
+        if self.settings.lora is not None:
+            lora.write_adapters(adapters, self.model, self.settings.lora, self.spec.model.path, folder)
+        write_configuration(self.model, self._origin, folder)
 
     def save(self, path: Path) -> None:
         """See `TrainEngine`; the layout is that of `rlcore_fsdp.checkpoint`."""
@@ -383,8 +397,8 @@ class FSDPTrainEngine(TrainEngine):
         """See `TrainEngine`. Takes as much host memory as this rank's weights and optimizer states, and keeps it."""
         self._saving.check_idle(Path(path))
         with self._as_shards():
-            part, manifest = self._saved_state()
-            self._saving.start(Path(path), replace(part, tensors=self._host_copy.of(part.tensors)), manifest)
+            part, facts = self._saved_state()
+            self._saving.start(Path(path), replace(part, tensors=self._host_copy.of(part.tensors)), facts)
 
     def save_done(self) -> bool:
         return self._saving.done()
@@ -404,14 +418,14 @@ class FSDPTrainEngine(TrainEngine):
         base = self._base
         error: Exception | None = None
         try:
-            manifest = rank_files.read_manifest(path, Manifest)
-            saved_state.check_base(path, manifest, **base)
+            manifest = checkpoint.read_manifest(path)
+            saved_state.check_base(path, manifest, base)
             checkpoint.check_shapes(path, manifest, weights)
-            if self._optimizer is not None and not manifest.optimizer:
+            if self._optimizer is not None and not manifest["optimizer"]:
                 raise CheckpointError(f"{path} was saved by a frozen engine: it has no optimizer states to go on with")
             wanted = {name: checkpoint.piece(tensor, rank) for name, tensor in weights.items()}
             trained = {name for name, _ in self._trained_parameters()} if self._optimizer is not None else set()
-            adam = {name: step for name, step in manifest.adam_steps.items() if name in trained}
+            adam = {name: step for name, step in manifest["adam_steps"].items() if name in trained}
             for name in adam:
                 for moment in MOMENTS:
                     wanted[f"{moment}/{name}"] = wanted[f"weight/{name}"]
@@ -426,24 +440,24 @@ class FSDPTrainEngine(TrainEngine):
             sharding.local(tensor).copy_(values[name])
         if self._optimizer is not None:
             saved_state.restore_adam_states(self.model, self._optimizer, adam, values)
-            self._schedule_step = manifest.schedule_step
-            random_states.restore(states)
+            self._schedule_step = manifest["schedule_step"]
+            random_states.restore(*states)
         self.step_count += 1
 
-    def _saved_state(self) -> tuple[RankPart, Callable[..., Manifest]]:
+    def _saved_state(self) -> tuple[RankPart, dict[str, Any]]:
         part, facts = saved_state.collect(self.model, self._optimizer, self.dp_rank)
-        return part, partial(Manifest, head=self.spec.head, schedule_step=self._schedule_step, **self._base, **facts)
+        return part, {"head": self.spec.head, "schedule_step": self._schedule_step, **self._base, **facts}
 
     @cached_property
     def _base(self) -> dict[str, Any]:
         """What a checkpoint says of weights that it does not hold; collective."""
         settings = self.settings.lora
         if settings is None:
-            return {"lora": None, "frozen": None}
+            return {"lora": None}
         number = saved_state.frozen_number(self.model, self.dp_rank, self._gather)
         return {
-            "lora": Lora(rank=settings.rank, alpha=settings.alpha),
-            "frozen": Frozen(dtype=str(self.param_dtype), number=number),
+            "lora": {"rank": settings.rank, "alpha": settings.alpha},
+            "frozen": {"dtype": str(self.param_dtype), "number": number},
         }
 
     # --- memory --------------------------------------------------------------------------------------------------

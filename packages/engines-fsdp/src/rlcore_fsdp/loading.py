@@ -10,34 +10,41 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from rlcore.engines import ModelSettings
-from rlcore.engines.settings import Head, model_folder
+from rlcore.boundary import boundary
+from rlcore.engines import ModelSettings, model_files
+from rlcore.engines.settings import Head
 from rlcore.errors import EngineError
 from rlcore_fsdp.attention import IMPLEMENTATION
 
 # What a layer may attend to; anything else (linear attention, convolutions, chunks) crosses sequences in a packed row.
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
+_SCORE = "score"
+"""The scalar head's module in transformers' classes."""
 
 
-def read_config(settings: ModelSettings) -> Any:
-    """The model's configuration.
+def read_config(settings: ModelSettings, head: Head = "policy") -> Any:
+    """The model's configuration, and checks of the files that belong to it.
 
     Raises:
-        EngineError: the folder is missing, has no configuration or no weights, or its architecture is unsupported.
+        EngineError: the folder is missing or incomplete, a file of it is damaged, or its architecture is unsupported.
     """
-    folder = model_folder(settings)
-    try:
-        with quiet():
-            config = AutoConfig.from_pretrained(**_source(settings))
-    except (OSError, ValueError) as error:
-        where = "cannot be read" if folder else "is no folder here and cannot be fetched from the Hub"
-        raise EngineError(f"model {settings.path!r} {where}: {_first_line(error)}") from error
-    strange = sorted(set(getattr(config.get_text_config(), "layer_types", None) or ()) - _LAYER_TYPES)
-    if strange:
+    folder = model_files.model_folder(settings)
+    where = "cannot be read" if folder else "is no folder here and cannot be fetched from the Hub"
+    if folder:
+        model_files.read_json(folder / model_files.CONFIG)
+    with boundary(f"model {settings.path!r} {where}", EngineError), quiet():
+        config = AutoConfig.from_pretrained(**_source(settings))
+        layers = set(getattr(config.get_text_config(), "layer_types", None) or ())
+        vocabulary = int(config.get_text_config().vocab_size)
+    model_files.check_unquantised(settings, config)
+    if folder:
+        model_files.check_tensors(settings, model_files.tensors(folder), head)
+    if head == "policy":
+        model_files.end_tokens(settings, vocabulary)
+    if strange := sorted(layers - _LAYER_TYPES):
         raise EngineError(
             f"model {settings.path!r} ({config.model_type}) has {strange[0]} layers, which mix the sequences of a "
             "packed row; only full and sliding-window attention is supported"
@@ -52,9 +59,9 @@ def load_model(
 
     ``dtype`` "auto" is that of the files.
     """
-    cls = _auto_class(settings, config, head)
-    with quiet(), torch.random.fork_rng(devices=[]):
-        try:
+    with boundary(f"weights of {settings.path!r} cannot be loaded", EngineError):
+        cls = _auto_class(settings, config, head)
+        with quiet(), torch.random.fork_rng(devices=[]):
             model, info = cls.from_pretrained(
                 **_source(settings),
                 config=config,
@@ -62,31 +69,58 @@ def load_model(
                 use_safetensors=True,
                 attn_implementation=IMPLEMENTATION,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are judged below
             )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise EngineError(f"weights of {settings.path!r} cannot be loaded: {_first_line(error)}") from error
-    missing = set(info["missing_keys"])
-    new = {name for name in missing if head != "policy" and name.startswith("score.")}
-    if missing - new:
-        raise EngineError(
-            f"weights of {settings.path!r} lack {len(missing - new)} tensors of {type(model).__name__}, first "
-            f"{min(missing - new)}"
-        )
-    if "score.weight" in new:
+    _check_loaded(settings, model, info, head)
+    new = {name for name in info["missing_keys"] if name.startswith(f"{_SCORE}.")}
+    if f"{_SCORE}.weight" in new:
         # Small, so that a new critic starts near zero everywhere.
         generator = torch.Generator().manual_seed(seed)
         weight = torch.randn(model.score.weight.shape, generator=generator) / (model.score.in_features + 1)
         model.score.weight.data.copy_(weight)
-    if "score.bias" in new:
+        model_files.warn_of_new_head(settings)
+    if f"{_SCORE}.bias" in new:
         model.score.bias.data.zero_()
     return _prepared(model)
 
 
+def _check_loaded(settings: ModelSettings, model: PreTrainedModel, info: dict[str, Any], head: Head) -> None:
+    """Raise `EngineError` unless files and model agree on every tensor; a value head may be new."""
+    where, cls = f"weights of {settings.path!r}", type(model).__name__
+    if misshapen := sorted(info["mismatched_keys"]):
+        name, in_file, in_model = misshapen[0]
+        raise EngineError(
+            f"{where} do not fit {cls} of its {model_files.CONFIG}: {len(misshapen)} tensors have other shapes, first "
+            f"{name}, which has {list(in_file)} instead of {list(in_model)}"
+        )
+    missing = {name for name in info["missing_keys"] if head != "value" or not name.startswith(f"{_SCORE}.")}
+    if missing:
+        raise EngineError(f"{where} lack {len(missing)} tensors of {cls}, first {min(missing)}")
+    outputs = set() if head == "policy" else _output_names(model)
+    if unknown := model_files.not_ignored(set(info["unexpected_keys"]) - outputs, settings.ignored_weights):
+        raise EngineError(
+            f"{where} hold {len(unknown)} tensors that {cls} of its {model_files.CONFIG} does not take, first "
+            f"{unknown[0]}; correct {model_files.CONFIG}, or name what may be left out in the model's ignored_weights"
+        )
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True)
+    if apart := sorted(set(tied) - set(model.all_tied_weights_keys)):
+        raise EngineError(
+            f"{where} hold {apart[0]} with other values than {tied[apart[0]]}, but tie_word_embeddings in its "
+            f"{model_files.CONFIG} makes them one tensor; set tie_word_embeddings to false there"
+        )
+
+
+def _output_names(model: PreTrainedModel) -> set[str]:
+    """The language-model head in the files of a model that is read with a scalar head."""
+    causal = transformers.AutoModelForCausalLM._model_mapping.get(type(model.config), None)
+    tied = getattr(causal, "_tied_weights_keys", None) or ()
+    return {"lm_head.weight", "lm_head.bias", *tied}
+
+
 def empty_model(settings: ModelSettings, config: Any, head: Head, dtype: torch.dtype) -> PreTrainedModel:
     """The model's structure on the meta device."""
-    cls = _auto_class(settings, config, head)
-    with quiet(), torch.device("meta"):
-        model = cls.from_config(
+    with boundary(f"model {settings.path!r} cannot be built", EngineError), quiet(), torch.device("meta"):
+        model = _auto_class(settings, config, head).from_config(
             config, dtype=dtype, attn_implementation=IMPLEMENTATION, trust_remote_code=settings.trust_remote_code
         )
     return _prepared(model)
@@ -121,7 +155,7 @@ def _auto_class(settings: ModelSettings, config: Any, head: Head) -> Any:
     if head == "policy":
         cls = transformers.AutoModelForCausalLM
     else:
-        biased = head == "value" or _has_tensor(settings, "score.bias")
+        biased = head == "value" or _has_bias(settings)
         cls = (
             transformers.AutoModelForTokenClassification if biased else transformers.AutoModelForSequenceClassification
         )
@@ -136,15 +170,9 @@ def _auto_class(settings: ModelSettings, config: Any, head: Head) -> Any:
     return cls
 
 
-def _has_tensor(settings: ModelSettings, name: str) -> bool:
-    for file in Path(settings.path).expanduser().glob("*.safetensors"):
-        try:
-            with safe_open(file, "pt") as tensors:
-                if name in tensors.keys():  # noqa: SIM118 (not a mapping)
-                    return True
-        except SafetensorError as error:
-            raise EngineError(f"{file} is damaged: {error}") from error
-    return False
+def _has_bias(settings: ModelSettings) -> bool:
+    folder = model_files.model_folder(settings)
+    return folder is not None and f"{_SCORE}.bias" in model_files.tensors(folder)
 
 
 def _source(settings: ModelSettings) -> dict[str, Any]:
@@ -155,7 +183,3 @@ def _source(settings: ModelSettings) -> dict[str, Any]:
         "local_files_only": local,
         "trust_remote_code": settings.trust_remote_code,
     }
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

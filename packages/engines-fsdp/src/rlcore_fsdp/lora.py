@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rlcore.engines import LoRASettings
+from rlcore.engines.model_writing import ADAPTERS
 from rlcore.engines.settings import Head
 from rlcore.errors import EngineError
 from rlcore_fsdp import sharding
@@ -26,8 +27,6 @@ ADAPTER = "default"
 """The name that PEFT knows the only adapter of every layer by."""
 PREFIX = "base_model.model."
 """Before every name in PEFT's files: the modules that PEFT wraps a model in."""
-FOLDER = "adapter"
-"""Where a model folder has PEFT's files."""
 SCORE = "score"
 """The head of value and score models, which is trained whole."""
 
@@ -101,13 +100,14 @@ def whole_adapters(model: nn.Module) -> dict[str, torch.Tensor]:
 def write_adapters(
     weights: dict[str, torch.Tensor], model: PreTrainedModel, settings: LoRASettings, base: str, folder: Path
 ) -> None:
-    """Write `FOLDER` in ``folder``, which ``peft.PeftModel.from_pretrained`` loads onto ``base``."""
+    """Write `ADAPTERS` in ``folder``, which ``peft.PeftModel.from_pretrained`` loads onto ``base``."""
     config = _peft_config(settings, _targets(model, settings))
     config.base_model_name_or_path = base
     config.inference_mode = True
     if any(name.startswith(f"{PREFIX}{SCORE}.") for name in weights):
         config.modules_to_save = [SCORE]
-    own = folder / FOLDER
+    config.target_modules = sorted(config.target_modules)  # PEFT's set has another order in every process
+    own = folder / ADAPTERS
     own.mkdir()
     save_file(weights, own / "adapter_model.safetensors")
     config.save_pretrained(str(own))

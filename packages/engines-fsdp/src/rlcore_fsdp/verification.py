@@ -1,54 +1,89 @@
 """Does a model's packed forward pass compute what transformers computes for each sequence alone?
 
 Architectures differ in ways no configuration field announces: attention sinks, scaled logits, layers that look across
-sequences. Those that the tests cover are trusted; any other is tried once, on two short sequences, when it is loaded.
+sequences, positions that depend on the longest of them. Every model is tried once when it is loaded, on short sequences
+next to one that stands at its last positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from rlcore.engines import ForwardRequest
+from rlcore.engines.model_length import longest_position, rope_boundary
 from rlcore.errors import EngineError
 from rlcore_fsdp.attention import IMPLEMENTATION, Kernel, Packing
 from rlcore_fsdp.packed_model import PackedModel
 
 TESTED = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+"""Architectures whose forward pass the tests compare with transformers: only packing is tried."""
 _LENGTHS = (11, 7)
+_FAR_LENGTH = 5
+_UNKNOWN_POSITIONS = 4096
 
 
 @torch.no_grad()
-def verify(root: PackedModel, kernel: Kernel, device: torch.device) -> None:
-    """Raise EngineError if packing changes the result; parameters are whole and on ``device``."""
-    model = root.model
-    vocabulary = model.config.get_text_config().vocab_size
-    rows = [torch.arange(length, device=device) * 7 % min(vocabulary, 97) for length in _LENGTHS]
-    request = ForwardRequest(("logprobs",) if root.head == "policy" else ("values",))
+def verify_packing(
+    root: PackedModel, kernel: Kernel, device: torch.device, dtype: torch.dtype, max_length: int | None
+) -> None:
+    """Raise EngineError if packing changes what the model computes; collective where parameters are sharded.
 
-    def packed(*sequences: torch.Tensor) -> torch.Tensor:
-        lengths = tuple(len(sequence) for sequence in sequences)
-        positions = torch.cat([torch.arange(1, length) for length in lengths])
-        starts = [sum(lengths[:index]) for index in range(len(lengths))]
-        positions += torch.tensor(starts).repeat_interleave(torch.tensor(lengths) - 1)
-        packing = Packing(lengths, kernel, device)
-        return root(torch.cat(sequences), packing, positions.to(device), request)[request.outputs[0]]
+    Args:
+        dtype: in which the model computes.
+        max_length: longest sequence that the run may make; None if unknown.
+    """
+    rows = _rows(root, device)
+    together = _packed(root, kernel, device, rows, _last_position(root, max_length))
+    alone = torch.cat([_packed(root, kernel, device, [row]) for row in rows])
+    _compare(root, dtype, together, alone, "those of the sequences alone")
 
-    def plain(sequence: torch.Tensor) -> torch.Tensor:
-        logits = model(input_ids=sequence[None], use_cache=False).logits[0, :-1].float()
-        return logits.log_softmax(-1).gather(-1, sequence[1:, None]).squeeze(-1)
 
-    together = packed(*rows)
-    alone: Callable[[torch.Tensor], torch.Tensor] = packed
-    if root.head == "policy":
-        model.set_attn_implementation("eager")
-        alone = plain
-    expected = torch.cat([alone(row) for row in rows])
+@torch.no_grad()
+def verify_values(root: PackedModel, kernel: Kernel, device: torch.device) -> None:
+    """Raise EngineError if a policy's log-probs are not those of transformers; parameters are whole, on ``device``."""
+    model, rows = root.model, _rows(root, device)
+    model.set_attn_implementation("eager")
+    logits = [model(input_ids=row[None], use_cache=False).logits[0, :-1].float().log_softmax(-1) for row in rows]
     model.set_attn_implementation(IMPLEMENTATION)
-    difference = float((together - expected).abs().mean())
-    if not difference < (1e-4 if model.dtype == torch.float32 else 5e-2):
+    plain = torch.cat([part.gather(-1, row[1:, None]).squeeze(-1) for part, row in zip(logits, rows)])
+    _compare(root, model.dtype, _packed(root, kernel, device, rows), plain, "those of transformers")
+
+
+def _rows(root: PackedModel, device: torch.device) -> list[torch.Tensor]:
+    vocabulary = root.model.config.get_text_config().vocab_size
+    return [torch.arange(length, device=device) * 7 % min(vocabulary, 97) for length in _LENGTHS]
+
+
+def _last_position(root: PackedModel, max_length: int | None) -> int:
+    """Length of the longest sequence that may come."""
+    config = root.model.config
+    boundary = rope_boundary(config)
+    if boundary is not None:
+        return boundary[1]
+    known = [length for length in (max_length, longest_position(config)) if length is not None]
+    return min(known, default=_UNKNOWN_POSITIONS)
+
+
+def _packed(
+    root: PackedModel, kernel: Kernel, device: torch.device, rows: list[torch.Tensor], last_position: int | None = None
+) -> torch.Tensor:
+    """Outputs of ``rows``, computed together and, if ``last_position`` is given, with a sequence that ends there."""
+    lengths = [len(row) for row in rows]
+    starts = [sum(lengths[:index]) for index in range(len(lengths))]
+    positions = torch.cat([torch.arange(1, length) + start for length, start in zip(lengths, starts)])
+    first = None
+    if last_position is not None:
+        rows = [*rows, rows[0][:_FAR_LENGTH]]
+        first = (*(0 for _ in lengths), max(last_position - _FAR_LENGTH, 0))
+    packing = Packing(tuple(map(len, rows)), kernel, device, first)
+    request = ForwardRequest(("logprobs",) if root.head == "policy" else ("values",))
+    return root(torch.cat(rows), packing, positions.to(device), request)[request.outputs[0]]
+
+
+def _compare(root: PackedModel, dtype: torch.dtype, ours: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    difference = float((ours - expected).abs().mean())
+    if not difference < (1e-4 if dtype == torch.float32 else 5e-2):
         raise EngineError(
-            f"{type(model).__name__} is not supported: packed log-probs differ from those of transformers by "
-            f"{difference:.2g} on average"
+            f"{type(root.model).__name__} is not supported: packed outputs differ from {what} by {difference:.2g} on "
+            "average"
         )

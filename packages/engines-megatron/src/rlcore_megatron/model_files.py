@@ -5,49 +5,40 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
-from rlcore.engines import ModelSettings
-from rlcore.engines.settings import model_folder
+from rlcore.boundary import boundary
+from rlcore.engines import ModelSettings, model_files
+from rlcore.engines.settings import Head
 from rlcore.errors import EngineError
 
+_FETCHED = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
 
-def find_model(settings: ModelSettings) -> tuple[Path, Any]:
+
+def find_model(settings: ModelSettings, head: Head) -> tuple[Path, Any]:
     """The model's folder, fetched from the Hub if need be, and its configuration.
 
     Raises:
-        EngineError: the folder is missing, or has no configuration or no weights.
+        EngineError: the folder is missing or incomplete, or a file of it is damaged.
     """
-    path = model_folder(settings) or _fetch(settings.path)
-    try:
-        return path, AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise EngineError(f"model {settings.path!r} cannot be read: {_first_line(error)}") from error
+    path = model_files.model_folder(settings) or _fetch(settings)
+    model_files.read_json(path / model_files.CONFIG)
+    with boundary(f"model {settings.path!r} cannot be read", EngineError):
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        vocabulary = int(config.vocab_size)
+    model_files.check_unquantised(settings, config)
+    model_files.check_tensors(settings, model_files.tensors(path), head)
+    if head == "policy":
+        model_files.end_tokens(settings, vocabulary)
+    return path, config
 
 
-def has_tensor(folder: Path, name: str) -> bool:
-    """Whether a weight file in ``folder`` holds ``name``."""
-    for file in folder.glob("*.safetensors"):
-        try:
-            with safe_open(file, "pt") as tensors:
-                if name in tensors.keys():  # noqa: SIM118 (not a mapping)
-                    return True
-        except SafetensorError as error:
-            raise EngineError(f"{file} is damaged: {error}") from error
-    return False
-
-
-def _fetch(name: str) -> Path:
+def _fetch(settings: ModelSettings) -> Path:
     from huggingface_hub import snapshot_download
 
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
-    except (OSError, ValueError) as error:
-        raise EngineError(
-            f"model {name!r} is no folder here and cannot be fetched from the Hub: {_first_line(error)}"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    name = settings.path
+    with boundary(f"model {name!r} is no folder here and cannot be fetched from the Hub", EngineError):
+        fetched = settings.model_copy(update={"path": snapshot_download(name, allow_patterns=_FETCHED)})
+    found = model_files.model_folder(fetched)
+    assert found is not None
+    return found

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import nn
 
 from rlcore.batch import Batch, Jagged
-from rlcore.engines import ForwardRequest, Objective, TrainEngine, TrainEngineSpec, WeightBucket
+from rlcore.engines import ForwardRequest, Objective, TrainEngine, TrainEngineSpec, WeightBucket, model_files
+from rlcore.engines.model_length import check_sequences
 from rlcore.engines.schedule import learning_rate
 from rlcore.engines.train import FileRecord, Part
 from rlcore.errors import EngineError
@@ -24,7 +25,7 @@ from rlcore_megatron.config import MegatronSettings
 from rlcore_megatron.families import family_of
 from rlcore_megatron.layout import check_layout
 from rlcore_megatron.memory import Parked
-from rlcore_megatron.model_files import find_model, has_tensor
+from rlcore_megatron.model_files import find_model
 from rlcore_megatron.modules import build_modules
 from rlcore_megatron.optimizer import Optimization
 from rlcore_megatron.saving import Saving
@@ -49,7 +50,8 @@ class MegatronEngine(TrainEngine):
         self.spec = spec
         self.settings = settings
         self._device = device
-        self.folder, self.hf_config = find_model(spec.model)
+        self.folder, self.hf_config = find_model(spec.model, spec.head)
+        self._origin = model_files.Origin.of(spec.model, spec.head)
         self.family = family_of(self.hf_config)
         world = layouts.join_processes(device)
         check_layout(settings, self.family.transformer_config(self.hf_config), world, spec.model.path)
@@ -57,6 +59,7 @@ class MegatronEngine(TrainEngine):
         layouts.hold(self)
         default = "bfloat16" if device.type == "cuda" else "float32"
         self.dtype: torch.dtype = getattr(torch, settings.dtype or default)
+        tensors = model_files.tensors(self.folder)
         self.modules = build_modules(
             self.hf_config,
             self.family,
@@ -65,10 +68,15 @@ class MegatronEngine(TrainEngine):
             device=device,
             dtype=self.dtype,
             head=spec.head,
-            head_bias=spec.head == "value" or (spec.head == "score" and has_tensor(self.folder, "score.bias")),
+            head_bias=spec.head == "value"
+            or (spec.head == "score" and "score.bias" in model_files.tensors(self.folder)),
             seed=spec.seed,
         )
-        weights.load_pretrained(self.modules, self.family, self.hf_config, self.folder, self.parallel)
+        weights.load_pretrained(
+            self.modules, self.family, self.hf_config, self.folder, self.parallel, spec.model.ignored_weights
+        )
+        if spec.head == "value" and "score.weight" not in tensors and self.parallel.rank == 0:
+            model_files.warn_of_new_head(spec.model)
         self._optimization = Optimization(self.modules, settings, spec.optim) if spec.optim else None
         chunks: list[nn.Module] = self._optimization.chunks if self._optimization else list(self.modules)
         if self._optimization is None:
@@ -140,6 +148,7 @@ class MegatronEngine(TrainEngine):
                 raise EngineError(f"a {head} head gives {' and '.join(sorted(known))}, not {name}")
         if request.temperature <= 0:
             raise EngineError(f"temperature must be positive, not {request.temperature}")
+        check_sequences(self.spec.model, self.hf_config, batch.lengths)
         tokens, size = batch.flat("tokens"), self.modules[0].vocabulary
         if len(tokens) and (int(tokens.min()) < 0 or int(tokens.max()) >= size):
             raise EngineError(
@@ -210,8 +219,12 @@ class MegatronEngine(TrainEngine):
 
     @torch.no_grad()
     def save_pretrained(self, path: Path) -> None:
-        """See `TrainEngine`; weights have compute precision and stream to rank 0's files."""
-        write_model(self.export_weights(), self.hf_config, self.folder, Path(path))
+        """See `TrainEngine`; weights stream to rank 0's files.
+
+        They have the precision of the files that the model came from, or ``export_dtype``; values are those of compute
+        precision.
+        """
+        write_model(self.export_weights(), self.hf_config, self._origin, Path(path))
 
     @torch.no_grad()
     def save(self, path: Path) -> None:

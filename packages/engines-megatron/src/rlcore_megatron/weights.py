@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from rlcore.engines import WeightBucket
+from rlcore.engines import WeightBucket, model_files
 from rlcore.errors import EngineError
 from rlcore_megatron import experts
 from rlcore_megatron.families.family import EMBEDDING, LM_HEAD, SCORE, Family, Named
@@ -68,10 +68,14 @@ def load_pretrained(
     hf_config: Any,
     folder: str | Path,
     parallel: Parallel,
+    ignored: Sequence[str] = (),
 ) -> None:
     """Fill the parameters of ``modules`` (this stage's chunks) from a model folder; all ranks call it.
 
     The scalar head of a value or score model stays as it is if the files have none.
+
+    Args:
+        ignored: names or patterns of tensors in the files that may be left out.
 
     Raises:
         EngineError: on every rank, with what is missing, unexpected or of another shape on any.
@@ -82,7 +86,8 @@ def load_pretrained(
     try:
         checkpoint = Checkpoint(Path(folder))
         placed = places(modules, family, hf_config, parallel)
-        problems = _problems(checkpoint, placed, family, hf_config)
+        head = unwrapped(modules[0]).head
+        problems = _problems(checkpoint, placed, family, hf_config, head, ignored)
     except EngineError as error:
         problems = [str(error)]
     _agree(problems, folder, parallel)
@@ -106,23 +111,31 @@ def load_pretrained(
             where.copy_(values.view(where.shape))
 
 
-def _problems(checkpoint: Checkpoint, placed: Sequence[Place], family: Family, hf_config: Any) -> list[str]:
+def _problems(
+    checkpoint: Checkpoint, placed: Sequence[Place], family: Family, hf_config: Any, head: str, ignored: Sequence[str]
+) -> list[str]:
     scalar = {weight.hf for weight in SCORE}
     known = {named.name for named in family.body(hf_config)}
     needed = known | {place.named.name for place in placed} - scalar
     missing = [f"{name} is missing" for name in sorted(needed) if name not in checkpoint]
-    ignored = {LM_HEAD.hf} | scalar  # of a model with another head, or tied
-    unexpected = [
-        f"{name} is unknown"
-        for name in sorted(checkpoint.names)
-        if name not in known | ignored and not name.endswith("rotary_emb.inv_freq")
-    ]
+    heads = {LM_HEAD.hf} if head == "policy" else {LM_HEAD.hf} | scalar  # that of the language model may be tied
+    unknown = (name for name in checkpoint.names if not name.endswith("rotary_emb.inv_freq"))
+    unexpected = [f"{name} is unknown" for name in model_files.not_ignored(set(unknown) - known - heads, ignored)]
     misshapen = [
         f"{name} has shape {list(checkpoint.shape(name))}, not {list(place.shape)}"
         for place in placed
         if (name := place.named.name) in checkpoint and checkpoint.shape(name) != place.shape
     ]
-    return missing + unexpected + misshapen
+    return missing + unexpected + misshapen + _tied_apart(checkpoint, hf_config, head)
+
+
+def _tied_apart(checkpoint: Checkpoint, hf_config: Any, head: str) -> list[str]:
+    """A language-model head in the files that is another tensor than the embeddings it is tied to."""
+    names = (LM_HEAD.hf, EMBEDDING.hf)
+    tied = head == "policy" and hf_config.tie_word_embeddings and all(name in checkpoint for name in names)
+    if not tied or torch.equal(*map(checkpoint.read, names)):
+        return []
+    return [f"{LM_HEAD.hf} has other values than {EMBEDDING.hf}, to which tie_word_embeddings ties it"]
 
 
 def _agree(problems: list[str], folder: str | Path, parallel: Parallel) -> None:

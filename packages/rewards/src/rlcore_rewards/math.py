@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field
 
-from rlcore.config import Config, Package
+from rlcore.config import Config
 from rlcore.engines.settings import RewardSettings
 from rlcore.errors import PluginError
 from rlcore_rewards.pool import PooledReward
@@ -25,11 +24,8 @@ class MathOptions(Config):
         20_000, gt=0, description="How much of the end of a completion is searched for the answer, in characters."
     )
     format_score: float = Field(
-        0.0, description="Score of an answer that can be read but is wrong; a right one scores 1."
+        0.0, allow_inf_nan=False, description="Score of an answer that can be read but is wrong; a right one scores 1."
     )
-
-    def packages(self) -> Iterator[tuple[str, Package]]:
-        yield "", Package("math_verify", "rlcore-rewards")
 
 
 def math_reward(options: MathOptions, settings: RewardSettings) -> PooledReward:

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from rlcore.config import Config, FileName, Seconds
-from rlcore.errors import EngineError
+from rlcore.config import Config
 
 if TYPE_CHECKING:
     from rlcore.engines.train import TrainEngine
@@ -30,32 +29,20 @@ def names_a_folder(model: str) -> bool:
 class ModelSettings(Config):
     """Which model, and how its files are read."""
 
-    path: FileName = Field(description="Model folder (Hugging Face format) or Hub name.")
-    tokenizer_path: FileName | None = Field(
-        None, description="Tokenizer folder or Hub name; the model's own when null."
-    )
+    path: str = Field(description="Model folder (Hugging Face format) or Hub name.")
+    tokenizer_path: str | None = Field(None, description="Tokenizer folder or Hub name; the model's own when null.")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
     attn_implementation: str | None = Field(
         None, description="Attention implementation for the backend; null picks the fastest correct one."
     )
-
-
-def model_folder(settings: ModelSettings) -> Path | None:
-    """The model's folder; None if its name is one of the Hub's.
-
-    Raises:
-        EngineError: the folder is missing, or has no configuration or no weights.
-    """
-    path = Path(settings.path).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise EngineError(f"model folder {path} has no config.json")
-        if not any(path.glob("*.safetensors")):
-            raise EngineError(f"model folder {path} has no weights (*.safetensors)")
-        return path
-    if names_a_folder(settings.path):
-        raise EngineError(f"model folder {path} does not exist")
-    return None
+    ignored_weights: tuple[str, ...] = Field(
+        (),
+        description="Tensors in the model's files that may be left out because the model does not take them: names, or "
+        "patterns with *. All others that it does not take are an error.",
+    )
+    export_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="Precision of the weights of an exported model; null is that of the model's own files."
+    )
 
 
 class OptimSettings(Config):
@@ -80,7 +67,7 @@ class LoRASettings(Config):
     A training engine that knows them has a section ``lora`` of this type among its options.
     """
 
-    rank: int = Field(16, ge=1, le=2**16, description="Inner width r of an adapter's two matrices.")
+    rank: int = Field(16, ge=1, description="Inner width r of an adapter's two matrices.")
     alpha: float = Field(32.0, gt=0, description="A layer computes W x + alpha / rank · B A x.")
     dropout: float = Field(
         0.0,
@@ -103,11 +90,6 @@ def adapter_rank(train_options: Config) -> int | None:
     return lora.rank if isinstance(lora, LoRASettings) else None
 
 
-def without_adapters(train_options: Config) -> Config:
-    """``train_options`` for a model whose whole weights are used."""
-    return train_options if adapter_rank(train_options) is None else train_options.model_copy(update={"lora": None})
-
-
 def wants_adapters(rollout_options: Config) -> bool:
     """Whether a rollout engine with these options takes adapters instead of whole weights (option ``enable_lora``)."""
     return getattr(rollout_options, "enable_lora", False) is True
@@ -116,20 +98,18 @@ def wants_adapters(rollout_options: Config) -> bool:
 class RewardSettings(Config):
     """Limits under which reward functions run."""
 
-    workers: int = Field(
-        4, ge=1, le=4096, description="Most worker processes of the reward pool; they start as needed."
-    )
-    timeout_s: Seconds = Field(10.0, gt=0, description="Seconds one sample may take before its worker is killed.")
-    startup_timeout_s: Seconds = Field(
+    workers: int = Field(4, ge=1, description="Most worker processes of the reward pool; they start as needed.")
+    timeout_s: float = Field(10.0, gt=0, description="Seconds one sample may take before its worker is killed.")
+    startup_timeout_s: float = Field(
         120.0, gt=0, description="Seconds a worker may take to import the function, and for its first call."
     )
     memory_mb: int = Field(2048, gt=0, description="Memory a worker and its children may use, in MiB.")
-    max_processes: int = Field(64, gt=0, le=2**20, description="Processes a worker and its children may be.")
+    max_processes: int = Field(64, gt=0, description="Processes a worker and its children may be.")
     max_output_kb: int = Field(1024, gt=0, description="Output (stdout and stderr) one sample may print, in KiB.")
     pass_env: tuple[str, ...] = Field(
         (), description="Environment variables (API keys …) that workers see besides PATH, HOME, locale and the like."
     )
-    error_score: float = Field(0.0, description="Score of a sample whose reward failed.")
+    error_score: float = Field(0.0, allow_inf_nan=False, description="Score of a sample whose reward failed.")
 
 
 class WeightSyncSettings(Config):
@@ -145,7 +125,7 @@ class WeightSyncSettings(Config):
         description="Send only the elements whose bits changed: fewer bytes for a copy of the weights in host memory, "
         "at both ends.",
     )
-    timeout_s: Seconds = Field(300.0, gt=0, description="Longest wait for the other end.")
+    timeout_s: float = Field(300.0, gt=0, description="Longest wait for the other end.")
 
 
 @dataclass(frozen=True)
@@ -157,6 +137,7 @@ class TrainEngineSpec:
         optim: None builds a frozen engine (reference policy, reward model): `train` is an error there.
         max_tokens: token budget of one micro-batch.
         seed: initialises new heads; the same on every rank.
+        max_length: longest sequence that the run may make, in tokens; None if unknown.
         options: the backend's own section, already validated.
     """
 
@@ -166,6 +147,7 @@ class TrainEngineSpec:
     optim: OptimSettings | None = None
     max_tokens: int = 16384
     seed: int = 0
+    max_length: int | None = None
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from rlcore.boundary import boundary
+from rlcore.engines import model_files
 from rlcore.engines.settings import ModelSettings
 from rlcore.errors import EngineError
 
@@ -16,24 +17,14 @@ def vocabulary(model: ModelSettings) -> tuple[int, frozenset[int]]:
     """The model's number of tokens, and those that end a completion.
 
     Raises:
-        EngineError: its configuration cannot be read.
+        EngineError: its configuration cannot be read, or names end tokens that are no tokens.
     """
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import AutoConfig
 
-    try:
-        config: Any = AutoConfig.from_pretrained(
-            model.path, trust_remote_code=model.trust_remote_code
-        ).get_text_config()
-    except (OSError, ValueError) as error:
-        raise EngineError(f"cannot read the configuration of the model {model.path}: {error}") from error
-    try:
-        tokens = GenerationConfig.from_pretrained(model.path).eos_token_id
-    except OSError:
-        tokens = None
-    if tokens is None:
-        tokens = config.eos_token_id
-    ends = [] if tokens is None else [tokens] if isinstance(tokens, int) else tokens
-    return int(config.vocab_size), frozenset(ends)
+    with boundary(f"cannot read the configuration of the model {model.path}", EngineError):
+        config: Any = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+        size = int(config.get_text_config().vocab_size)
+    return size, frozenset(model_files.end_tokens(model, size).ids)
 
 
 def check_same_model(url: str, served: str, wanted: str) -> None:
@@ -50,8 +41,8 @@ def check_same_model(url: str, served: str, wanted: str) -> None:
 
 
 def _shape(model: str) -> dict[str, Any]:
-    file = Path(model) / "config.json"
+    file = Path(model) / model_files.CONFIG
     if not file.is_file():
         return {}
-    config = json.loads(file.read_text())
+    config = model_files.read_json(file)
     return {key: config[key] for key in _SHAPE if key in config}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -35,11 +35,19 @@ def tiny_tokenizer() -> Any:
     )
 
 
-def tiny_model(path: str | Path, *, architecture: str = "Qwen2", seed: int = 0, **overrides: Any) -> Path:
+def tiny_model(
+    path: str | Path,
+    *,
+    architecture: str = "Qwen2",
+    head: Literal["policy", "score"] = "policy",
+    seed: int = 0,
+    **overrides: Any,
+) -> Path:
     """Write a random model and its tokenizer to ``path`` and return it.
 
     Args:
         architecture: prefix of a transformers causal LM's classes, e.g. "Qwen2", "Qwen3", "Llama", "Mistral".
+        head: "score" writes a reward model.
         overrides: configuration fields; the defaults give 2 layers of width 32 with 4 heads over 2 key-value heads.
     """
     transformers: Any = import_module("transformers")
@@ -59,10 +67,13 @@ def tiny_model(path: str | Path, *, architecture: str = "Qwen2", seed: int = 0, 
         "eos_token_id": tokenizer.eos_token_id,
         **overrides,
     }
+    if head == "score":
+        settings["num_labels"] = 1
     config = getattr(transformers, f"{architecture}Config")(**settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = getattr(transformers, f"{architecture}ForCausalLM")(config)
+        kind = "CausalLM" if head == "policy" else "SequenceClassification"
+        model = getattr(transformers, f"{architecture}For{kind}")(config)
         # transformers starts the padding token at zero, where the gradient through a normalisation is enormous
         padding = model.get_input_embeddings().weight.data[tokenizer.pad_token_id]
         padding.normal_(std=config.initializer_range)

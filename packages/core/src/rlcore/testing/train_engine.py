@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import shutil
 import weakref
 from collections.abc import Mapping
@@ -29,6 +30,7 @@ from rlcore.config import Config
 from rlcore.engines import ForwardRequest, ModelSettings, OptimSettings, TrainEngine, TrainEngineSpec, WeightBucket
 from rlcore.errors import CheckpointError, EngineError
 from rlcore.metrics import Metrics
+from rlcore.testing.model_folders import ONE_LAYER, WRONG_FILES, edited, half_precision, precisions, two_labels
 from rlcore.testing.tiny_model import tiny_model
 
 LENGTHS = (5, 30, 17, 2, 40, 1, 9)
@@ -173,6 +175,13 @@ class TrainEngineConformance:
     @classmethod
     def model_path(cls, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return tiny_model(tmp_path_factory.mktemp("model"), architecture=cls.architecture)
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def heads(cls, model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+        """A model for each scalar head: a critic starts from the policy, a reward model has a head."""
+        folder = tmp_path_factory.mktemp("reward")
+        return {"value": model_path, "score": tiny_model(folder, architecture=cls.architecture, head="score")}
 
     def engine(self, path: Path, **overrides: Any) -> TrainEngine:
         settings: dict[str, Any] = {"optim": OptimSettings(lr=1e-2), "max_tokens": 64, **overrides}
@@ -366,9 +375,9 @@ class TrainEngineConformance:
     # --- value and score heads -----------------------------------------------------------------------------------
 
     @pytest.mark.parametrize("head", ["value", "score"])
-    def test_scalar_heads_read_the_right_state(self, model_path: Path, head: str) -> None:
+    def test_scalar_heads_read_the_right_state(self, heads: dict[str, Path], head: str) -> None:
         """A value stands before its token, a score at it: changing token *t* changes only what may see it."""
-        engine = self.engine(model_path, head=head)
+        engine = self.engine(heads[head], head=head)
         tokens = torch.arange(10, 22)
         changed = tokens.clone()
         changed[6] = 99
@@ -392,8 +401,10 @@ class TrainEngineConformance:
         assert not torch.equal(a.flat("values"), c.flat("values"))
 
     @pytest.mark.parametrize("head", ["value", "score"])
-    def test_scalar_heads_learn_and_survive_a_round_trip(self, model_path: Path, tmp_path: Path, head: str) -> None:
-        engine, batch, request = self.engine(model_path, head=head), make_batch(), ForwardRequest(("values",))
+    def test_scalar_heads_learn_and_survive_a_round_trip(
+        self, heads: dict[str, Path], tmp_path: Path, head: str
+    ) -> None:
+        engine, batch, request = self.engine(heads[head], head=head), make_batch(), ForwardRequest(("values",))
         losses = [engine.train(batch, SquaredError()).to_dict()["loss"] for _ in range(20)]
         assert losses[-1] < 0.8 * losses[0]
         engine.save_pretrained(tmp_path / "out")
@@ -448,6 +459,46 @@ class TrainEngineConformance:
         for row, got in zip(batch.rows(), result.rows()):
             logprobs, _ = reference_outputs(model, row["tokens"])
             torch.testing.assert_close(got["logprobs"], logprobs * row["loss_mask"], atol=self.logprob_atol, rtol=0)
+
+    def test_an_exported_model_is_like_the_original(self, model_path: Path, tmp_path: Path) -> None:
+        """In precision, tensor by tensor, and in settings for generation that transformers would refuse to write."""
+        source = edited(model_path, tmp_path / "source", weights=half_precision)
+        generation = '{"do_sample": false, "temperature": 0.6, "eos_token_id": [1, 4]}'
+        (source / "generation_config.json").write_text(generation)
+        self.engine(source).save_pretrained(tmp_path / "same")
+        assert (tmp_path / "same" / "generation_config.json").read_text() == generation
+        assert precisions(tmp_path / "same") == precisions(source)
+        assert len(set(precisions(source).values())) == 2
+        assert json.loads((tmp_path / "same" / "config.json").read_text())["dtype"] == "bfloat16"
+        settings = ModelSettings(path=str(source), export_dtype="float32")
+        self.make_engine(TrainEngineSpec(settings, Config())).save_pretrained(tmp_path / "chosen")
+        assert set(precisions(tmp_path / "chosen").values()) == {torch.float32}
+
+    # --- files that do not fit -----------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("case", WRONG_FILES)
+    def test_files_that_contradict_each_other_are_refused(self, model_path: Path, tmp_path: Path, case: str) -> None:
+        words, changes = WRONG_FILES[case]
+        path = edited(model_path, tmp_path / "model", **changes)
+        with pytest.raises(EngineError, match=words) as caught:
+            self.engine(path)
+        assert "\n" not in str(caught.value)
+
+    def test_weights_may_be_left_out_by_name(self, model_path: Path, tmp_path: Path) -> None:
+        path = edited(model_path, tmp_path / "model", config=ONE_LAYER)
+        settings = ModelSettings(path=str(path), ignored_weights=("model.layers.1.*",))
+        names = exported(self.make_engine(TrainEngineSpec(settings, Config())))
+        assert not any(name.startswith("model.layers.1.") for name in names)
+
+    def test_heads_that_do_not_fit_are_refused(self, heads: dict[str, Path], tmp_path: Path) -> None:
+        with pytest.raises(EngineError, match=r"no scalar head \(score\.weight\)"):
+            self.engine(heads["value"], head="score")
+        with pytest.raises(EngineError, match=r"score\.weight"):
+            self.engine(edited(heads["score"], tmp_path / "policy"))
+        labels = edited(heads["score"], tmp_path / "labels", weights=two_labels)
+        for head in ("score", "value"):
+            with pytest.raises(EngineError, match=r"gives 2 labels; a (reward model|critic) gives one number"):
+                self.engine(labels, head=head)
 
     # --- checkpoints ---------------------------------------------------------------------------------------------
 

@@ -16,14 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear, rms_norm
 
+from rlcore.engines.model_length import rope_boundary
 from rlcore_fsdp.inline.attention import AttentionKind, DecodeStep, PrefillStep
 from rlcore_fsdp.inline.kv_cache import LayerShape
 
 # Causal LM classes of transformers whose forward pass is the one below. Anything else, their subclasses included, is
 # the generic decoder's.
 KNOWN = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
-# Rotary embeddings whose frequencies change with the length of the input.
-LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 
 
 @dataclass(frozen=True)
@@ -50,9 +49,8 @@ def unsupported(model: nn.Module) -> str | None:
     if kind.__name__ not in KNOWN or not kind.__module__.startswith("transformers.models."):
         return f"{kind.__name__} is not one of {', '.join(sorted(KNOWN))} of transformers"
     config: Any = model.config
-    rope = (config.rope_parameters or {}).get("rope_type", "default")
-    if rope in LENGTH_DEPENDENT_ROPE:
-        return f"its rotary embedding ({rope}) depends on the input's length"
+    if (boundary := rope_boundary(config)) is not None:
+        return f"its rotary embedding ({boundary[0]}) depends on the input's length"
     replaced = [
         name
         for name, module in model.named_modules()

@@ -16,6 +16,8 @@ from typing import Any, cast
 
 from transformers import PreTrainedModel
 
+from rlcore.boundary import boundary
+from rlcore.engines.model_length import check_positions, check_rope
 from rlcore.engines.rollout import Completion, GenerationRequest, RolloutEngine
 from rlcore.engines.settings import ModelSettings, RolloutSpec
 from rlcore.engines.weight_sync import WeightBucket
@@ -368,12 +370,15 @@ class InlineRollout(RolloutEngine):
             return DirectDecoder(model)
         if self._decoder_class is GenericDecoder:
             return GenericDecoder(model, self._shapes)
+        check_positions(self._model_settings, model.config, self._max_model_len)
+        check_rope(self._model_settings, model.config, self._max_model_len, "the longest sequence of a rollout")
         obstacle = direct.unsupported(model)
         if self._settings.decoder == "direct" and obstacle is not None:
             raise EngineError(f"the direct decoder cannot be used: {obstacle}; set decoder to 'auto' or 'generic'")
         use_direct = obstacle is None and self._settings.decoder != "generic"
         decoder: Decoder = DirectDecoder(model) if use_direct else GenericDecoder(model)
-        verify(model, decoder, self._source.device)
+        with boundary(f"the inline rollout cannot generate with {type(model).__name__}", EngineError):
+            verify(model, decoder, self._source.device)
         if self._settings.batch_invariant:
             verify_invariance(model, decoder, self._source.device)
         self._decoder_class, self._shapes = type(decoder), decoder.shapes
@@ -399,10 +404,11 @@ class InlineRollout(RolloutEngine):
         if self._tokenizer is None:
             from transformers import AutoTokenizer
 
-            self._tokenizer = AutoTokenizer.from_pretrained(
-                self._model_settings.tokenizer_path or self._model_settings.path,
-                trust_remote_code=self._model_settings.trust_remote_code,
-            )
+            source = self._model_settings.tokenizer_path or self._model_settings.path
+            with boundary(f"the tokenizer of {source!r} cannot be loaded", EngineError):
+                self._tokenizer = AutoTokenizer.from_pretrained(
+                    source, trust_remote_code=self._model_settings.trust_remote_code
+                )
         return self._tokenizer
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field
 
-from rlcore.config import Config, FileName, Package
+from rlcore.config import Config
 
 
 class ConsoleSettings(Config):
@@ -54,14 +53,8 @@ class WandbSettings(Config):
     group: str | None = Field(None, description="Group of runs.")
     tags: list[str] = Field([], description="Tags of the run.")
 
-    def packages(self) -> Iterator[tuple[str, Package]]:
-        yield "", Package("wandb", "rlcore-recipes[wandb]")
-
 
 class TensorboardSettings(Config):
     """TensorBoard event files."""
 
-    folder: FileName = Field("tensorboard", description="Folder of the event files, below the output folder.")
-
-    def packages(self) -> Iterator[tuple[str, Package]]:
-        yield "", Package("tensorboard", "rlcore-recipes[tensorboard]")
+    folder: str = Field("tensorboard", description="Folder of the event files, below the output folder.")

@@ -1,0 +1,283 @@
+"""The files of a model folder, read and checked in one place for every engine.
+
+Libraries are more forgiving: they ignore a ``generation_config.json`` that is cut off, load an adapter that lies next
+to complete weights, and take any number for the end token.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+from warnings import warn
+
+from rlcore.boundary import boundary
+from rlcore.engines.settings import Head, ModelSettings, names_a_folder
+from rlcore.errors import EngineError, RlcoreWarning
+
+CONFIG = "config.json"
+GENERATION = "generation_config.json"
+ADAPTER = "adapter_config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+LARGEST_JSON = 256 << 20
+"""Bytes of the largest JSON file that is read; indices of the largest models take a few MiB."""
+
+_INTEGER_TYPES = frozenset({"BOOL", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"})
+_FLOAT_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """What the header of a weight file says of a tensor; ``dtype`` as safetensors names it ("BF16")."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class EndTokens:
+    """The ids that end a completion, and the file that names them (None if no file does)."""
+
+    ids: tuple[int, ...]
+    source: str | None
+
+
+def model_folder(settings: ModelSettings) -> Path | None:
+    """The model's folder; None if its name is one of the Hub's.
+
+    Raises:
+        EngineError: the folder is missing, has no configuration or no weights, or holds an adapter too.
+    """
+    path = Path(settings.path).expanduser()
+    if not path.is_dir():
+        if names_a_folder(settings.path):
+            raise EngineError(f"model folder {path} does not exist")
+        return None
+    complete = (path / SINGLE).is_file() or (path / INDEX).is_file()
+    if (path / ADAPTER).is_file():
+        if complete:
+            raise EngineError(
+                f"model folder {path} holds complete weights and an adapter ({ADAPTER}): which of the two the model is "
+                f"cannot be known; remove {ADAPTER} and its weights, or merge the adapter"
+            )
+        raise EngineError(
+            f"model folder {path} holds an adapter ({ADAPTER}) and no complete weights; merge it into its base model "
+            "and name the merged folder"
+        )
+    if not (path / CONFIG).is_file():
+        raise EngineError(f"model folder {path} has no {CONFIG}")
+    if not complete:
+        raise EngineError(f"model folder {path} has no weights ({SINGLE}, or {INDEX} and its files)")
+    return path
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in ``file``.
+
+    Raises:
+        EngineError: the file is missing, no regular file, too large, or holds something else.
+    """
+    with boundary(f"{file} is damaged", EngineError):
+        if not file.is_file():
+            raise EngineError(f"{file} is not a regular file")
+        if (size := file.stat().st_size) > LARGEST_JSON:
+            raise EngineError(f"{file} has {size} bytes, more than any file of its kind ({LARGEST_JSON})")
+        found = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise EngineError(f"{file} holds a JSON {type(found).__name__} where an object is expected")
+    return found
+
+
+def optional_file(settings: ModelSettings, name: str) -> Path | None:
+    """The file ``name`` of the model's folder, fetched from the Hub if need be; None if the model has none."""
+    folder = Path(settings.path).expanduser()
+    if folder.is_dir():
+        return folder / name if (folder / name).exists() else None
+    from transformers.utils.hub import cached_file
+
+    with boundary(f"{name} of the model {settings.path!r} cannot be fetched", EngineError):
+        found = cached_file(settings.path, name, _raise_exceptions_for_missing_entries=False)
+    return Path(found) if found else None
+
+
+# --- end tokens ------------------------------------------------------------------------------------------------------
+
+
+def end_tokens(settings: ModelSettings, vocabulary: int) -> EndTokens:
+    """The model's end tokens: those of its ``generation_config.json``, or else of its ``config.json``.
+
+    Args:
+        vocabulary: tokens that the model knows.
+
+    Raises:
+        EngineError: a file is damaged, or names something that is no token of the model.
+    """
+    found = EndTokens((), None)
+    for name in (CONFIG, GENERATION):  # both are checked, the second has priority
+        file = optional_file(settings, name)
+        if file is None:
+            continue
+        content = read_json(file)
+        text = content.get("text_config")
+        if "eos_token_id" not in content and isinstance(text, dict):
+            content = text
+        if (value := content.get("eos_token_id")) is not None:
+            found = EndTokens(_token_ids(file, value, vocabulary), name)
+    return found
+
+
+def _token_ids(file: Path, value: Any, vocabulary: int) -> tuple[int, ...]:
+    ids = value if isinstance(value, list) else [value]
+    wrong = [one for one in ids if not isinstance(one, int) or isinstance(one, bool) or not 0 <= one < vocabulary]
+    if wrong or not ids:
+        raise EngineError(
+            f"{file}: eos_token_id is {value!r:.100}, but it must be a token of the model (0 to {vocabulary - 1}) or a "
+            "list of such tokens; completions would never end"
+        )
+    return tuple(dict.fromkeys(ids))
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor in the weight files of ``folder``: of `SINGLE` if it exists, else of those that `INDEX` names.
+
+    Raises:
+        EngineError: a file is missing or damaged.
+    """
+    from safetensors import safe_open
+
+    found: dict[str, Tensor] = {}
+    for name in weight_files(folder):
+        with boundary(f"{folder / name} is damaged", EngineError), safe_open(folder / name, "pt") as opened:
+            for tensor in opened.keys():  # noqa: SIM118 (not a mapping)
+                header = opened.get_slice(tensor)
+                found[tensor] = Tensor(folder / name, header.get_dtype(), tuple(header.get_shape()))
+    return found
+
+
+def weight_files(folder: Path) -> list[str]:
+    """The names of the files with the weights, each of which exists."""
+    if (folder / SINGLE).is_file():
+        return [SINGLE]
+    index = folder / INDEX
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise EngineError(f"{index} is no index of weights: weight_map must give the file of every tensor")
+    files = sorted(set(names.values()))
+    for name in files:
+        if Path(name).name != name:
+            raise EngineError(f"{index} names {name!r}, which is not a file of its folder")
+        if not (folder / name).is_file():
+            raise EngineError(f"model folder {folder} has no {name}, which its {INDEX} names")
+    return files
+
+
+def check_tensors(settings: ModelSettings, found: dict[str, Tensor], head: Head) -> None:
+    """Raise `EngineError` if the files hold integers as weights, or a head that is not the scalar one of ``head``.
+
+    Args:
+        head: "policy", "value" or "score". A score head must be in the files; a value head may start with new weights.
+    """
+    where = f"weights of {settings.path!r}"
+    integers = [name for name, tensor in found.items() if name.endswith(".weight") and tensor.dtype in _INTEGER_TYPES]
+    if integers:
+        raise EngineError(
+            f"{where}: {integers[0]} holds integers ({found[integers[0]].dtype}) where floating-point numbers are "
+            "expected; quantised weights cannot be trained"
+        )
+    if head == "policy":
+        return
+    score = found.get("score.weight")
+    if score is None and head == "score":
+        raise EngineError(
+            f"{where} have no scalar head (score.weight): a reward model needs trained weights for it, under the name "
+            "that transformers' sequence classification gives them"
+        )
+    if score is not None and score.shape[:1] != (1,):
+        raise EngineError(
+            f"{where}: the head score.weight has shape {list(score.shape)}, which gives {score.shape[0]} labels; a "
+            f"{'reward model' if head == 'score' else 'critic'} gives one number, so that the head must have one row"
+        )
+
+
+def warn_of_new_head(settings: ModelSettings) -> None:
+    """Say that a critic's head is not that of its files, which have none."""
+    warn(
+        f"the critic's head is new: the weights of {settings.path!r} have none (score.weight)",
+        RlcoreWarning,
+        stacklevel=2,
+    )
+
+
+def not_ignored(names: Iterable[str], ignored: Sequence[str]) -> list[str]:
+    """Those of ``names``, tensors that the model does not take, that none of ``ignored_weights`` allows; sorted."""
+    return sorted(name for name in names if not any(fnmatchcase(name, pattern) for pattern in ignored))
+
+
+def _generation_text(settings: ModelSettings) -> str | None:
+    file = optional_file(settings, GENERATION)
+    if file is None:
+        return None
+    read_json(file)
+    return file.read_text(encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What an exported model takes over from the files that it came from.
+
+    Attributes:
+        dtype: precision of the weights, by torch's name.
+        dtypes: of the tensors, by name, that have another one.
+        generation: the text of ``generation_config.json``, which is exported as it is: many models publish what
+            transformers refuse to write (sampling values while sampling is off). None if there is none.
+    """
+
+    dtype: str
+    dtypes: dict[str, str]
+    generation: str | None
+
+    @classmethod
+    def of(cls, settings: ModelSettings, head: Head) -> Origin:
+        """Read it when the engine is built, after the weights: the files may be gone when the model is exported."""
+        generation = _generation_text(settings) if head == "policy" else None
+        if settings.export_dtype is not None:
+            return cls(settings.export_dtype, {}, generation)
+        config = optional_file(settings, CONFIG)
+        found = tensors(config.parent) if config else {}
+        known = {name: _FLOAT_TYPES[tensor.dtype] for name, tensor in found.items() if tensor.dtype in _FLOAT_TYPES}
+        sizes: Counter[str] = Counter()
+        for name, dtype in known.items():
+            sizes[dtype] += math.prod(found[name].shape)
+        main = sizes.most_common(1)[0][0] if sizes else "float32"
+        return cls(main, {name: dtype for name, dtype in known.items() if dtype != main}, generation)
+
+    def dtype_of(self, name: str) -> str:
+        """The precision of a tensor, by torch's name."""
+        return self.dtypes.get(name, self.dtype)
+
+
+# --- configuration ---------------------------------------------------------------------------------------------------
+
+
+def check_unquantised(settings: ModelSettings, config: Any) -> None:
+    """Raise `EngineError` if the configuration (of transformers) says that the weights are quantised."""
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is None:
+        return
+    named = quantised if isinstance(quantised, dict) else vars(quantised)
+    method = getattr(named.get("quant_method"), "value", named.get("quant_method")) or "an unnamed method"
+    raise EngineError(
+        f"model {settings.path!r} has quantised weights ({method}), with which no training engine computes; take the "
+        "model's unquantised weights"
+    )

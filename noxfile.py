@@ -39,7 +39,6 @@ def sync(session: nox.Session, *arguments: str) -> None:
         "uv",
         "sync",
         "--frozen",
-        "--no-default-groups",
         *arguments,
         env={"UV_PROJECT_ENVIRONMENT": session.virtualenv.location},
         silent=True,

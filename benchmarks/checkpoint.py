@@ -89,7 +89,7 @@ def work(arguments: argparse.Namespace) -> None:
     from rlcore.testing.train_engine import WeightedLogprobs, make_batch
     from rlcore_fsdp.config import FSDPSettings
     from rlcore_fsdp.engine import build
-    from rlcore_recipes.checkpoint import CheckpointManager
+    from rlcore_recipes.checkpoint import CheckpointManager, RunState
     from rlcore_recipes.processes import executor
 
     torch.set_num_threads(1)
@@ -108,7 +108,8 @@ def work(arguments: argparse.Namespace) -> None:
                 start = time.perf_counter()
                 if kind != "none" and step == 0:
                     number += 1
-                    manager.start(number, {"actor": actor}, {}, background=kind == KINDS[2])
+                    saved = RunState(recipe="benchmark", step=number, run_id="benchmark", parts={})
+                    manager.start(number, {"actor": actor}, saved, background=kind == KINDS[2])
                     if kind == KINDS[1]:
                         manager.finish()
                 manager.poll()

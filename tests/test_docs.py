@@ -118,9 +118,9 @@ def folder(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 @pytest.fixture
-def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     """The inline engine in the place of inference servers; no algorithm stays registered."""
-    from rlcore.algorithms.registries import advantages
+    from rlcore.algorithms.registries import advantages, policy_losses
     from rlcore_fsdp.inline.config import InlineSettings
     from rlcore_fsdp.inline.engine import build
 
@@ -132,10 +132,8 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     for module in ("rlcore_vllm.engine", "rlcore_sglang.engine"):
         monkeypatch.setattr(f"{module}.build", inline)
-    registered = dict(advantages._entries)
-    yield
-    advantages._entries.clear()
-    advantages._entries.update(registered)
+    for registry in (advantages, policy_losses):
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
 
 
 def pages_with(*languages: str) -> list[str]:
@@ -208,7 +206,7 @@ EXTRAS = {
 def check(words: list[str]) -> None:
     """Check one command: what it installs exists, and its configuration or its options are valid."""
     module = re.fullmatch(r"rlcore_recipes\.(\w+)", words[words.index("-m") + 1]) if "-m" in words else None
-    if words[:2] == ["pip", "install"]:
+    if words[:2] == ["pip", "install"] or words[:3] == ["uv", "pip", "install"]:
         for name, extras in re.findall(r"(rlcore[\w-]*)(?:\[([\w,]+)\])?", " ".join(words)):
             assert set(extras.split(",")) - {""} <= EXTRAS[name], f"extras of {name}: {sorted(EXTRAS[name])}"
     elif module is not None:
@@ -250,4 +248,4 @@ def flat(values: Mapping[str, Any], path: str = "") -> Iterator[str]:
         if isinstance(value, Mapping):
             yield from flat(value, f"{path}{key}.")
         else:
-            yield f"{path}{key}={json.dumps(value)}"
+            yield f"{path}{key}={value if isinstance(value, str) else json.dumps(value)}"

@@ -55,7 +55,7 @@ def test_wheels_carry_types_licence_and_configs(dist: Path) -> None:
 @pytest.mark.slow
 def test_fsdp_extra_runs_a_recipe_from_wheels_alone(uv: str, dist: Path, tmp_path: Path) -> None:
     constraints = tmp_path / "constraints.txt"
-    export = ("export", "--frozen", "--all-packages", "--no-hashes", "--no-emit-workspace", "--no-default-groups")
+    export = ("export", "--frozen", "--all-packages", "--no-hashes", "--no-emit-workspace")
     run(uv, *export, "-o", constraints, cwd=ROOT)
     run(uv, "venv", "--python", sys.executable, "venv", cwd=tmp_path)
     wheel = next(dist.glob("rlcore-*.whl"))

@@ -19,6 +19,7 @@ def test_shipped_configuration_is_valid(recipe: str, name: str, tmp_path: Path) 
     written.write_text(dump_config(config))
     assert load_config(plugin.config_class(), written) == config
     assert str(config.trainer.out_dir) == f"runs/{name}"
+    assert not list(config.doubts())
 
 
 def test_the_common_cases_are_there() -> None:

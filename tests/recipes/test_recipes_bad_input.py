@@ -27,7 +27,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "missing file": ({"data.train_files": "nowhere.parquet"}, ["nowhere.parquet", "does not exist"]),
     "wrong column": ({"data.prompt_key": "question"}, ["no column 'question'", "prompt, ground_truth"]),
     "unknown key": ({"actor.optim.learning_rate": 1}, ["actor.optim.learning_rate", "unknown key"]),
-    "misspelt key": ({"rollout.temprature": 1}, ["rollout.temprature", "did you mean temperature"]),
+    "misspelt key": ({"rollout.temprature": 1}, ["rollout.temprature", "did you mean rollout.temperature"]),
     "unknown engine": ({"actor.engine": "fsdq"}, ["actor.engine", "'fsdp'"]),
     "unknown estimator": ({"algorithm.advantage": "grop"}, ["algorithm.advantage", "'grpo'"]),
     "estimator that needs a critic": ({"algorithm.advantage": "gae"}, ["gae needs the values of a critic", "ppo"]),
@@ -46,7 +46,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "no validation data": ({"trainer.test_freq": 1, "data.val_files": "[]"}, ["data.val_files is empty"]),
     "interval of zero": ({"trainer.save_freq": 0}, ["trainer.save_freq", "-1 for never"]),
-    "two rewards": ({"reward.name": "gsm8k"}, ["reward", "keep one"]),
+    "two rewards": ({"reward.name": "gsm8k"}, ["reward", "keep one of them"]),
     "unknown controller": ({"controller.kind": "rai"}, ["controller.kind", "must be 'local' or 'ray', not rai"]),
     "unknown tracker": ({"trainer.trackers": "[wandbb]"}, ["trainer.trackers", "'wandb'"]),
     "zero advantage with entropy bonus": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlcore.cli.main import cli
+from rlcore.errors import RlcoreWarning
 
 BASE = {"trainer.save_hf": True, "actor.optim.lr": 1e-3, "data.train_batch_size": 12}
 PPO = {"critic.optim.lr": 1e-3, "actor.objective.kl_loss.coeff": 0.01}
@@ -51,6 +53,30 @@ def test_weights_and_logged_losses_are_the_same(
         assert losses[1] == pytest.approx(losses[0], rel=1e-3, abs=1e-6)
     start = load_file(task.model / "model.safetensors")
     assert max(float((plain[name] - start[name]).abs().max()) for name in start) > 1e-3
+
+
+def test_updates_without_policy_gradient(
+    task: Any, metrics_of: Callable[[Path], list[dict[str, float]]], tmp_path: Path
+) -> None:
+    """Equal scores throughout: nothing is learned from them, and a KL loss keeps them in the update."""
+    (tmp_path / "reward.py").write_text("def constant(solution_str, **_): return 1.0")
+    shared = {"reward.path": f"{tmp_path}/reward.py:constant", "actor.objective.policy_loss": "gspo"}
+    warned = []
+    for name, changes in (("plain", {}), ("kl", {"actor.objective.kl_loss.coeff": 0.01})):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("default")
+            assert task.run("grpo", tmp_path / name, {**shared, **changes}).exit_code == 0
+        warned.append([str(one.message) for one in caught if issubclass(one.category, RlcoreWarning)])
+        for line in metrics_of(tmp_path / name):
+            assert line["actor/zero_advantage_ratio"] == line["reward/equal_score_groups"] == 1
+            assert line["reward/single_sample_groups"] == 0
+            assert line["actor/pg_loss"] == 0
+    assert all(line["actor/grad_norm"] == 0 for line in metrics_of(tmp_path / "plain"))
+    (doubt,), (again, gradientless) = warned  # each once, in three steps
+    assert doubt == again
+    assert doubt.startswith("actor.objective.aggregation: token-mean")
+    assert gradientless.startswith("100% of the tokens of an update have no policy gradient")
+    assert "actor.objective.kl_loss.coeff=0.01" in gradientless
 
 
 @pytest.mark.parametrize("estimator", ["rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "remax", "opo"])

@@ -13,7 +13,7 @@ from rlcore import plugins
 from rlcore.config import load_config
 from rlcore.testing.tiny_model import tiny_model
 from rlcore_recipes.collect import generate_and_score
-from rlcore_recipes.session import open_session, validate_policy
+from rlcore_recipes.session import open_session, validate_completions
 
 COEFF = -0.5
 
@@ -68,7 +68,7 @@ def test_scores_are_those_of_transformers(task: Any, judge: Path, tmp_path: Path
         with torch.no_grad():
             return [float(plain(tokens[None]).logits) for tokens in batch["tokens"].to_list()]
 
-    with open_session(config) as session:
+    with open_session(config, validate=validate_completions) as session:
         batch = generate_and_score(session, next(session.prompts))
         batch = batch.fetch() if controller else batch
         values = expected(batch)
@@ -78,7 +78,7 @@ def test_scores_are_those_of_transformers(task: Any, judge: Path, tmp_path: Path
         letters = [sum(c.isascii() and c.islower() for c in text) / 8 for text in batch["completion"]]
         by_hand = [reward + COEFF * value for reward, value in zip(letters, values)]
         assert batch["score"].tolist() == pytest.approx(by_hand, abs=1e-5)
-        validation = validate_policy(session).metrics
+        validation = validate_completions(session).metrics
     mean = validation["val-core/letters/reward/mean@1"]
     judged = validation["val-aux/letters/reward_model_score/mean@1"]
     assert abs(judged) > 1e-3

@@ -113,12 +113,41 @@ def test_run_alone_lists_recipes():
     assert "does not work" in result.output
 
 
-def test_run_help_lists_every_key():
+def test_run_help_is_an_overview():
     result = rlcore_command("run", "attempt", "--help")
     assert result.exit_code == 0
     assert "Usage: rlcore run attempt [OPTIONS] [KEY=VALUE]..." in result.output
-    for text in ("Try something.", "--config FILE", "outcome", "How it ends.", "optim.…", "lr", "1.0e-06", "float > 0"):
+    for text in ("Try something.", "--config FILE", "Ready-made configurations:\n  --config base\n", "optim  1 keys"):
         assert text in result.output, text
+    assert "optim.lr" not in result.output
+
+
+@pytest.mark.parametrize("width", [80, 100, 160])
+@pytest.mark.parametrize(
+    ("topic", "found", "not_found"),
+    [
+        ("optim", ["optim.lr=1.0e-06", "float > 0  Learning rate."], ["outcome"]),
+        ("optim.lr=3", ["optim.lr=1.0e-06"], ["outcome"]),
+        ("OUTC", ["outcome=good", "text  How it ends."], ["optim"]),
+        ("all", ["outcome=good", "optim.lr=1.0e-06"], []),
+    ],
+)
+def test_run_help_on_a_topic(monkeypatch, width, topic, found, not_found):
+    monkeypatch.setattr("rlcore.cli.console.out.width", width)
+    for arguments in (["--help", topic], ["-h", topic]):
+        result = rlcore_command("run", "attempt", *arguments)
+        assert result.exit_code == 0
+        for text in found:
+            assert text in result.output, text
+        for text in not_found:
+            assert text not in result.output, text
+        assert max(map(len, result.output.splitlines())) <= width
+
+
+def test_run_help_on_nothing_suggests_a_topic():
+    result = rlcore_command("run", "attempt", "--help", "optimm")
+    assert result.exit_code == 1
+    assert "no section is called 'optimm', and no key has it in its name; did you mean optim?" in result.stderr
 
 
 def test_run_with_file_and_overrides(tmp_path):
@@ -143,7 +172,7 @@ def test_run_with_a_ready_made_configuration():
             "bgi: neither a file nor a ready-made configuration of this recipe (base, big)",
         ),
         (["run", "attempt", "outcome=data"], "error: train.parquet: no column 'prompt'\n"),
-        (["run", "attempt", "optim.lrr=2"], "optim.lrr: unknown key; did you mean lr?"),
+        (["run", "attempt", "optim.lrr=2"], "optim.lrr: unknown key; did you mean optim.lr?"),
         (["run", "attempt", "-c", "gone.yaml"], "error: gone.yaml: no such configuration file\n"),
         (["run", "atempt"], "error: unknown recipe 'atempt'; did you mean 'attempt'?\n"),
         (["run", "broken"], "recipe 'broken' (acme-things 1.5) cannot be imported: ModuleNotFoundError"),

@@ -9,7 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
-from rlcore.config import Choice, Chosen, Config, PluginSections, dump_config, load_config, validate_config, yaml_format
+from rlcore.config import (
+    Choice,
+    Chosen,
+    Config,
+    PluginSections,
+    Unlimited,
+    dump_config,
+    load_config,
+    validate_config,
+    yaml_format,
+)
 from rlcore.errors import ConfigError
 from rlcore.registry import Registry
 
@@ -34,7 +44,7 @@ def blue(value, params):
 
 class Optim(Config):
     lr: float = Field(1e-6, gt=0)
-    clip: float | None = 1.0
+    clip: Unlimited | None = 1.0
     betas: tuple[float, float] = (0.9, 0.999)
 
 

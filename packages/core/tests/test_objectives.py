@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlcore.algorithms import aggregations, corrections, policy_losses
+from rlcore.algorithms import PolicyLossInputs, aggregations, corrections, policy_losses
 from rlcore.algorithms.objectives import (
     PolicyObjective,
     PolicyObjectiveSettings,
@@ -21,10 +21,12 @@ from rlcore.algorithms.objectives import (
     ValueObjective,
     ValueObjectiveSettings,
 )
+from rlcore.algorithms.sequences import trained_mask
 from rlcore.batch import Batch, Jagged
 from rlcore.engines.train import Objective
 from rlcore.errors import BatchError
 from rlcore.metrics import Metrics
+from rlcore.registry import NoParams
 
 COLUMNS = ("advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs", "values", "returns")
 OUTPUTS = ("logprobs", "entropy", "values")
@@ -295,6 +297,43 @@ def test_correction_weighs_by_the_current_policy_where_old_logprobs_are_the_roll
     assert torch.equal(loss, expected)
     assert torch.equal(gradients["logprobs"], wanted["logprobs"])
     assert metrics.to_dict()["correction_weight"] != 1
+
+
+def test_a_policy_loss_gets_the_columns_that_it_declares(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy_losses, "_entries", dict(policy_losses._entries))
+    needs = {"entropy", "ref_logprobs", "tokens", "states", "difficulty", "hint"}
+    seen: dict[str, Any] = {}
+
+    @policy_losses.register("declares", needs=needs, together="pair")
+    def declares(inputs: PolicyLossInputs, params: NoParams) -> tuple[torch.Tensor, Metrics]:
+        seen.update(inputs.columns)
+        return inputs.logprobs * inputs.columns["entropy"], Metrics()
+
+    batch, outputs = mini_batch(3)
+    total, samples = batch.total_tokens, len(batch)
+    states = torch.full((total, 2), math.nan)
+    mask = trained_mask(batch)
+    states[mask] = 1.0
+    batch = batch.with_columns(
+        tokens=batch.jagged(torch.arange(total)),
+        states=batch.jagged(states),
+        difficulty=torch.rand(samples, 3),
+        hint=[{"row": row} for row in range(samples)],
+        pair=torch.arange(samples) // 2,
+    )
+    objective = policy(policy_loss="declares")
+    assert objective.request.together == "pair"
+    sums = objective.denominators(batch)
+    _, gradients, _ = evaluate(objective, batch, outputs, sums)
+    assert seen.keys() == needs | {"pair"}
+    assert torch.equal(seen["states"], torch.where(mask[:, None], 1.0, 0.0).expand(-1, 2))
+    assert torch.equal(seen["ref_logprobs"], torch.where(mask, batch.flat("ref_logprobs"), 0))
+    assert torch.equal(seen["tokens"], batch.flat("tokens"))
+    assert torch.equal(seen["difficulty"], batch["difficulty"])
+    assert seen["hint"] == batch["hint"]
+    assert bool((gradients["entropy"][mask] != 0).all()), "the entropy has a gradient"
+    with pytest.raises(BatchError, match="policy loss 'declares' needs the column 'hint', which is not in the batch"):
+        evaluate(objective, batch.drop("hint"), outputs, sums)
 
 
 def test_mini_batches_merge_to_the_mean_of_their_losses() -> None:

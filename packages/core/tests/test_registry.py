@@ -1,13 +1,13 @@
 import pytest
 
 from rlcore.config import Config
-from rlcore.errors import PluginError
+from rlcore.errors import BatchError, PluginError
 from rlcore.registry import NoParams, Registry, registry_of_kind
 
 
 @pytest.fixture
 def shapes() -> Registry:
-    registry: Registry = Registry("shape")
+    registry: Registry = Registry("shape", columns=True, units=True)
 
     class SquareParams(Config):
         side: int = 1
@@ -38,6 +38,21 @@ def test_entry_holds_what_was_registered(shapes):
     assert shapes.get("circle").summary == ""
 
 
+def test_declared_columns_are_checked(shapes):
+    with pytest.raises(BatchError, match=r"the shape 'square' needs the column 'corners', which .* it has area, edges"):
+        shapes.get("square").check_columns(["edges", "area"])
+    shapes.get("square").check_columns(["edges", "corners"])
+    shapes.register("mosaic", needs={"corners"}, together="tile")(lambda params: None)
+    assert shapes.get("mosaic").needs == {"corners", "tile"}
+    assert shapes.get("mosaic").together == "tile"
+
+
+@pytest.mark.parametrize("declared", [{"needs": {"corners"}}, {"together": "tile"}], ids=str)
+def test_a_declaration_without_effect_is_refused(declared):
+    with pytest.raises(PluginError, match=r"line 'x' declares .*, which functions of this kind do not get"):
+        Registry("line").register("x", **declared)
+
+
 def test_iterates_by_name(shapes):
     assert [entry.name for entry in shapes] == ["circle", "square"]
 
@@ -66,3 +81,8 @@ def test_module_may_register_again_when_it_is_reloaded(shapes):
 
 def test_found_by_kind(shapes):
     assert registry_of_kind("shape") is shapes
+
+
+def test_an_unknown_trait_is_refused(shapes):
+    with pytest.raises(PluginError, match=r"'x' has unknown traits: vanishes_with_advantages; known: compares_group, "):
+        shapes.register("x", traits={"vanishes_with_advantages"})

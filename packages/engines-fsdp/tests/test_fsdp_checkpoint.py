@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import threading
 from collections.abc import Iterator
@@ -186,12 +187,17 @@ def test_training_does_not_wait_for_the_disk(model_path: Path, tmp_path: Path, m
     assert engine.train(make_batch(), WeightedLogprobs()).to_dict() == metrics
 
 
-def test_a_checkpoint_of_another_format_is_refused(model_path: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_format_or_engine_is_refused(model_path: Path, tmp_path: Path) -> None:
     engine = make_engine(model_path)
     engine.save(tmp_path)
     manifest = tmp_path / "checkpoint.json"
-    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 1'))
-    with pytest.raises(CheckpointError, match="has checkpoint format 1, this version reads 2"):
+    manifest.write_text(manifest.read_text().replace('"format":2', '"format":1'))
+    with pytest.raises(CheckpointError, match="has format 1, this rlcore reads 2"):
+        engine.load(tmp_path)
+    content = json.loads(manifest.read_text())
+    del content["head"], content["adam_steps"]
+    manifest.write_text(json.dumps(content | {"engine": "megatron", "adam_step": 1.0}))
+    with pytest.raises(CheckpointError, match="was written by the engine megatron, not 'fsdp'"):
         engine.load(tmp_path)
 
 

@@ -12,11 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import Field
 
+from rlcore.checkpoint.json_file import JsonFile
+from rlcore.checkpoint.rank_files import file_record
 from rlcore.controller import LocalExecutor
 from rlcore.engines import TrainEngine
 from rlcore.errors import CheckpointError
-from rlcore_recipes.checkpoint import MANIFEST, CheckpointManager, folder, verify
+from rlcore_recipes.checkpoint import MANIFEST, CheckpointManager, RunState, folder, verify
+
+
+class Position(JsonFile):
+    drawn: int = Field(ge=0)
+
+
+def state(step: int) -> RunState:
+    return RunState(recipe="test", step=step, run_id="id", parts={})
 
 
 class Files:
@@ -62,7 +73,7 @@ def latest(manager: CheckpointManager) -> Path | None:
 def saved(root: Path, *steps: int, **options: Any) -> CheckpointManager:
     manager = CheckpointManager(root, **options)
     for step in steps:
-        manager.save(step, weights(step), {"step": step})
+        manager.save(step, weights(step), state(step))
     return manager
 
 
@@ -75,7 +86,7 @@ def test_what_is_saved_is_found_again(tmp_path: Path) -> None:
     path = latest(manager)
     assert path is not None
     assert path == tmp_path / "new" / "root" / "step-000007"
-    assert load_state(path) == {"step": 7}
+    assert load_state(path)["step"] == 7
     assert (path / "actor" / "shard.bin").read_bytes() == bytes([7]) * 1000
     assert set(json.loads((path / MANIFEST).read_text())["files"]) == {
         "actor/shard.bin",
@@ -105,8 +116,8 @@ def test_the_newest_stay(tmp_path: Path) -> None:
 def test_the_best_stays_too(tmp_path: Path, mode: Any, best: int) -> None:
     manager = CheckpointManager(tmp_path, 1, best_metric="acc", best_mode=mode)
     for step, value in enumerate([0.5, 0.9, 0.1, float("nan"), 0.6], 1):
-        manager.save(step, weights(step), {}, {"acc": value, "loss": 1.0})
-    manager.save(6, weights(6), {})
+        manager.save(step, weights(step), state(step), {"acc": value, "loss": 1.0})
+    manager.save(6, weights(6), state(6))
     assert manager.best() == str(tmp_path / f"step-{best:06d}")
     assert names(tmp_path) == [f"step-{best:06d}", "step-000006"]
 
@@ -135,26 +146,90 @@ def newer_format(path: Path) -> None:
     (path / MANIFEST).write_text(json.dumps({"format": 99, "files": {}, "metrics": {}}))
 
 
+def manifest(**entries: Any) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        content = json.loads((path / MANIFEST).read_text())
+        (path / MANIFEST).write_text(json.dumps(content | entries))
+
+    change.__name__ = f"manifest with {entries}"
+    return change
+
+
+def of_another_step(path: Path) -> None:
+    shutil.rmtree(path)
+    shutil.copytree(path.with_name("step-000001"), path)
+
+
+def more_than_listed(path: Path) -> None:
+    (path / "actor" / "rank-00001.safetensors").write_text("x")
+
+
+def files(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def changed(path: Path) -> None:
+        listed = json.loads((path / MANIFEST).read_text())["files"]
+        change(listed)
+        manifest(files=listed)(path)
+
+    return changed
+
+
+def plain(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    """The state changed, with a checksum that fits."""
+
+    def changed(path: Path) -> None:
+        content = load_state(path)
+        change(content)
+        (path / "state.json").write_text(json.dumps(content))
+        files(lambda listed: listed.update({"state.json": file_record(path / "state.json")}))(path)
+
+    return changed
+
+
+def pipe(name: str) -> Callable[[Path], None]:
+    def replace(path: Path) -> None:
+        (path / name).unlink()
+        os.mkfifo(path / name)
+
+    return replace
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
         (truncate, "actor/shard.bin has 5 bytes instead of 1000"),
         (flip, "the contents of actor/shard.bin have changed"),
         (remove, "lacks actor/shard.bin"),
-        (empty_manifest, "cannot be read"),
+        (empty_manifest, "manifest.json is damaged: Invalid JSON"),
         (no_manifest, "has no manifest.json"),
         (newer_format, "has format 99, this rlcore reads 1"),
+        (of_another_step, "manifest.json is damaged: it is of step 1"),
+        (more_than_listed, "holds actor/rank-00001.safetensors, which its manifest.json does not list"),
+        (manifest(step=-2), "step: Input should be greater than or equal to 0"),
+        (manifest(metrics=[1]), "metrics: Input should be an object"),
+        (manifest(files={}), "lists no state.json"),
+        (manifest(surprise=1), "surprise: Extra inputs are not permitted"),
+        (files(lambda listed: listed.update({"../x": listed["state.json"]})), "names a file outside the checkpoint"),
+        (files(lambda listed: listed.update({"x": {"size": 1}})), "files.x.sha256: Field required"),
+        (plain(lambda state: state.update(step=1)), "it is of step 1, the manifest of 2"),
+        (plain(lambda state: state.update(parts=[])), "parts: Input should be an object"),
+        (plain(lambda state: state.pop("recipe")), "recipe: Field required"),
+        (
+            plain(lambda state: state["parts"].update(data={"drawn": -1})),
+            "parts.data is damaged: drawn: Input should be",
+        ),
+        (plain(lambda state: state["parts"].update(data={"drawn": "many"})), "parts.data is damaged: drawn: Input"),
+        (pipe("manifest.json"), "is not a regular file"),
+        (pipe("state.json"), "lacks state.json"),
+        (pipe("actor/shard.bin"), "lacks actor/shard.bin"),
     ],
 )
 def test_a_damaged_checkpoint_is_passed_over_with_the_reason(tmp_path: Path, damage: Any, reason: str) -> None:
     saved(tmp_path, 1, 2)
     damage(tmp_path / "step-000002")
-    with pytest.raises(CheckpointError, match=reason):
-        verify(tmp_path / "step-000002")
-    manager = CheckpointManager(tmp_path, best_metric="acc")
+    manager = CheckpointManager(tmp_path, best_metric="acc", parts={"data": Position})
     with pytest.warns(UserWarning, match=f"skipped a damaged checkpoint: .*{reason}"):
         assert latest(manager) == tmp_path / "step-000001"
-    manager.save(3, weights(3), {})
+    manager.save(3, weights(3), state(3))
     assert latest(manager) == tmp_path / "step-000003"
 
 
@@ -167,7 +242,7 @@ def test_damaged_checkpoints_do_not_push_whole_ones_out(tmp_path: Path) -> None:
     with warnings.catch_warnings(record=True, action="always") as caught:
         latest(manager)
     assert [str(warning.message).split(": ")[0] for warning in caught] == ["skipped a damaged checkpoint"] * 2
-    manager.save(6, weights(6), {})
+    manager.save(6, weights(6), state(6))
     verify(tmp_path / "step-000001")
     verify(tmp_path / "step-000006")
 
@@ -186,9 +261,9 @@ def test_a_folder_that_is_no_checkpoint_is_left_alone(tmp_path: Path) -> None:
         (tmp_path / name / "mine.txt").write_text("mine")
     manager = saved(tmp_path, 1, keep=1)
     with pytest.raises(CheckpointError, match=r"step-000002 exists but is not a checkpoint .*move it away"):
-        manager.save(2, weights(2), {})
-    manager.save(3, weights(3), {})
-    manager.save(4, weights(4), {})
+        manager.save(2, weights(2), state(2))
+    manager.save(3, weights(3), state(3))
+    manager.save(4, weights(4), state(4))
     assert names(tmp_path) == ["notes", "step-000002", "step-000004", "step-2.old"]
     assert all((tmp_path / name / "mine.txt").exists() for name in ("notes", "step-000002", "step-2.old"))
 
@@ -200,12 +275,12 @@ def full_disk(*arguments: Any, **options: Any) -> None:
 def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manager = saved(tmp_path, 1)
     with pytest.raises(CheckpointError, match=r"cannot write .*step-000002.*: .*No space left"):
-        manager.save(2, engines(full_disk), {})
+        manager.save(2, engines(full_disk), state(2))
     for name in ("records_of", "flush"):
         with monkeypatch.context() as patch:
             patch.setattr(folder, name, full_disk)
             with pytest.raises(CheckpointError, match="No space left"):
-                manager.save(2, weights(2), {})
+                manager.save(2, weights(2), state(2))
     assert names(tmp_path) == ["step-000001"]
     assert latest(manager) == tmp_path / "step-000001"
 
@@ -221,8 +296,8 @@ def test_a_failed_replacement_puts_the_old_one_back(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(os, "rename", fail)
     with pytest.raises(CheckpointError, match="No space left"):
-        manager.save(1, weights(5), {"step": 5})
-    assert load_state(tmp_path / "step-000001") == {"step": 1}
+        manager.save(1, weights(5), state(1))
+    assert (tmp_path / "step-000001" / "actor" / "shard.bin").read_bytes() == bytes([1]) * 1000
     verify(tmp_path / "step-000001")
 
 
@@ -231,7 +306,7 @@ def test_errors_of_ours_keep_their_type(tmp_path: Path) -> None:
         raise ZeroDivisionError("bug")
 
     with pytest.raises(ZeroDivisionError):
-        saved(tmp_path, 1).save(2, engines(broken), {})
+        saved(tmp_path, 1).save(2, engines(broken), state(2))
     assert names(tmp_path) == ["step-000001"]
 
 
@@ -244,6 +319,51 @@ def test_leftovers_of_a_crash_are_cleaned(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step-000001", "step-000002"]
     verify(tmp_path / "step-000001")
     assert latest(manager) == tmp_path / "step-000002"
+
+
+def test_what_rlcore_did_not_write_is_not_cleaned(tmp_path: Path) -> None:
+    """Folders that only look like leftovers stay, and are in the way of a checkpoint of that step."""
+    saved(tmp_path, 1)
+    for name in ("step-000002.tmp", "step-000001.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").write_text("mine")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "step-000003.tmp").symlink_to(tmp_path / "elsewhere")
+    manager = CheckpointManager(tmp_path)
+    for step, name in ((1, "step-000001.old"), (2, "step-000002.tmp"), (3, "step-000003.tmp")):
+        with pytest.raises(CheckpointError, match=f"{name} exists but is not a checkpoint .*move it away"):
+            manager.save(step, weights(step), state(step))
+    assert names(tmp_path) == ["elsewhere", "step-000001", "step-000001.old", "step-000002.tmp", "step-000003.tmp"]
+    assert (tmp_path / "step-000002.tmp" / "mine.txt").exists()
+
+
+def test_a_deletion_that_was_interrupted_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path, 1, 2, keep=2)
+    manager = CheckpointManager(tmp_path, 1)
+    with monkeypatch.context() as patch:  # the manifest is gone, the rest is not
+        patch.setattr(shutil, "rmtree", full_disk)
+        with pytest.warns(UserWarning, match="cannot delete the old checkpoint"):
+            manager.save(3, weights(3), state(3))
+    left = [path for path in tmp_path.iterdir() if path.suffix == ".tmp"]
+    assert len(left) == 2
+    for path in left:
+        (path / MANIFEST).unlink(missing_ok=True)
+    CheckpointManager(tmp_path)
+    assert names(tmp_path) == ["step-000003"]
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, Path.touch])
+def test_a_place_that_is_taken_is_seen_before_training(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    manager = saved(tmp_path, 3)
+    make(tmp_path / "step-000005")
+    (tmp_path / "step-000005" / "mine").touch() if make is Path.mkdir else None
+    manager.check_room(5, 9)
+    manager.check_room(3, 4)
+    with pytest.raises(CheckpointError, match="step-000005 exists but is not a checkpoint"):
+        manager.check_room(3, 9)
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"cannot write to .*file"):
+        CheckpointManager(tmp_path / "file" / "folder").check_room(0, 1)
 
 
 def test_which_checkpoint_a_run_goes_on_from(tmp_path: Path) -> None:
@@ -284,7 +404,7 @@ import os, signal, sys, time
 from pathlib import Path
 from rlcore.controller import LocalExecutor
 from rlcore.engines import TrainEngine
-from rlcore_recipes.checkpoint import CheckpointManager
+from rlcore_recipes.checkpoint import CheckpointManager, RunState
 
 class Files:
     start_save, save_done, finish_save = TrainEngine.start_save, TrainEngine.save_done, TrainEngine.finish_save
@@ -294,13 +414,16 @@ class Files:
         for part in range(20):
             (folder / f"{part}.bin").write_bytes(bytes([step % 256]) * 100_000)
 
+def state(step):
+    return RunState(recipe="test", step=step, run_id="id", parts={})
+
 for attempt in range(12):
     root = Path(sys.argv[1]) / str(attempt)
     child = os.fork()
     if child == 0:
         manager = CheckpointManager(root, keep=1)
         for step in range(1, 1_000_000):
-            manager.save(step, {"actor": LocalExecutor().group(TrainEngine, Files(), "actor")}, {"step": step})
+            manager.save(step, {"actor": LocalExecutor().group(TrainEngine, Files(), "actor")}, state(step))
     while not any(root.glob("step-??????")):
         time.sleep(0.002)
     time.sleep(0.0137 * attempt)
@@ -331,7 +454,7 @@ import torch.distributed as dist
 from rlcore.controller import LocalExecutor
 from rlcore.engines import TrainEngine
 from rlcore.errors import CheckpointError
-from rlcore_recipes.checkpoint import CheckpointManager, verify
+from rlcore_recipes.checkpoint import CheckpointManager, RunState, verify
 
 class Files:
     start_save, save_done, finish_save = TrainEngine.start_save, TrainEngine.save_done, TrainEngine.finish_save
@@ -347,9 +470,10 @@ class Files:
 rank, root = int(sys.argv[1]), Path(sys.argv[3])
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
 executor = LocalExecutor(timeout_s=60)
+state = lambda step: RunState(recipe="test", step=step, run_id="id", parts={})
 group = lambda write: {"actor": executor.group(TrainEngine, Files(write), "actor")}
 manager = CheckpointManager(root, ranks=executor)
-manager.save(1, group(lambda folder: (folder / f"rank-{rank}").write_text("x")), {})
+manager.save(1, group(lambda folder: (folder / f"rank-{rank}").write_text("x")), state(1))
 path = manager.latest().location
 assert path == str(root / "step-000001"), path
 verify(Path(path))
@@ -360,7 +484,7 @@ def fail_on_one(folder):
         raise OSError(28, "No space left on device")
 
 try:
-    manager.save(2, group(fail_on_one), {})
+    manager.save(2, group(fail_on_one), RunState(recipe="r", step=2, run_id="i", parts={}))
 except CheckpointError as error:
     print(error)
 else:

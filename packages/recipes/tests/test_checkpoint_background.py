@@ -15,7 +15,11 @@ from rlcore.background import in_background
 from rlcore.controller import LocalExecutor
 from rlcore.engines import TrainEngine
 from rlcore.errors import CheckpointError
-from rlcore_recipes.checkpoint import CheckpointManager, verify
+from rlcore_recipes.checkpoint import CheckpointManager, RunState, verify
+
+
+def state(step: int) -> RunState:
+    return RunState(recipe="test", step=step, run_id="id", parts={})
 
 
 class Slow:
@@ -86,7 +90,7 @@ def poll_until(manager: CheckpointManager, condition: Callable[[], bool]) -> Non
 def test_a_checkpoint_counts_when_everything_is_written(tmp_path: Path) -> None:
     manager, engine = CheckpointManager(tmp_path), Slow()
     engine.value = 1
-    manager.start(1, group(engine), {"step": 1})
+    manager.start(1, group(engine), state(1))
     engine.value = 2
     for _ in range(3):
         manager.poll()  # does not wait: nobody has let the engine write
@@ -105,7 +109,7 @@ def test_the_next_one_waits_for_the_one_before(tmp_path: Path) -> None:
     engine.may_write.set()
     for step in (1, 2, 3):
         engine.value = step
-        manager.start(step, group(engine), {})
+        manager.start(step, group(engine), state(step))
         assert [name for name in names(tmp_path) if not name.endswith(".tmp")] == [
             f"step-{before:06d}" for before in range(1, step)
         ]
@@ -118,21 +122,21 @@ def test_the_next_one_waits_for_the_one_before(tmp_path: Path) -> None:
 def test_a_failed_write_is_an_error_that_names_the_file(tmp_path: Path, ask: str) -> None:
     manager, engine = CheckpointManager(tmp_path), Slow()
     engine.may_write.set()
-    manager.start(1, group(engine), {})
+    manager.start(1, group(engine), state(1))
     manager.finish()
     engine.full = True
-    manager.start(2, group(engine), {})
+    manager.start(2, group(engine), state(2))
     asking: dict[str, Callable[[], Any]] = {
         "poll": lambda: poll_until(manager, lambda: False),
         "finish": manager.finish,
-        "start": lambda: manager.start(3, group(engine), {}),
+        "start": lambda: manager.start(3, group(engine), state(3)),
     }
     with pytest.raises(CheckpointError, match=r"cannot write .*step-000002\.tmp/actor/value: No space left"):
         asking[ask]()
     assert names(tmp_path) == ["step-000001"]
     verify(tmp_path / "step-000001")
     engine.full = False
-    manager.start(2, group(engine), {})
+    manager.start(2, group(engine), state(2))
     manager.finish()
     assert names(tmp_path) == ["step-000001", "step-000002"]
 
@@ -141,14 +145,14 @@ def test_checksums_that_the_engine_took_are_not_taken_again(tmp_path: Path, monk
     class Knows(Slow):
         def finish_save(self) -> dict[str, Any]:
             super().finish_save()
-            return {"value": {"size": 1, "sha256": "of the engine"}}
+            return {"value": {"size": 1, "sha256": "0f" * 32}}
 
     manager, engine = CheckpointManager(tmp_path), Knows()
     engine.may_write.set()
-    manager.start(1, group(engine), {})
+    manager.start(1, group(engine), state(1))
     manager.finish()
-    found = manager._storage.manifest("step-000001")["files"]
-    assert found["actor/value"]["sha256"] == "of the engine"
+    found = manager._storage.manifest("step-000001").files
+    assert found["actor/value"]["sha256"] == "0f" * 32
     with pytest.raises(CheckpointError, match="the contents of actor/value have changed"):
         verify(tmp_path / "step-000001")
 
@@ -161,7 +165,7 @@ def test_what_an_engine_says_it_wrote_must_be_there(tmp_path: Path) -> None:
 
     manager, engine = CheckpointManager(tmp_path), Forgets()
     engine.may_write.set()
-    manager.start(1, group(engine), {})
+    manager.start(1, group(engine), state(1))
     with pytest.raises(CheckpointError, match="actor/other was written but is not there"):
         manager.finish()
     assert names(tmp_path) == []

@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from pydantic import Field
 
+from rlcore.checkpoint.json_file import JsonFile
 from rlcore.config import Config, load_config
 from rlcore.engines import TrainEngine
 from rlcore.errors import CheckpointError, ConfigError, RlcoreWarning, TrainingError
@@ -48,8 +50,13 @@ class Number(SimpleNamespace):
         (path / "weights").write_text(repr(self.value))
 
 
+class Count(JsonFile):
+    count: int = Field(ge=0)
+
+
 class Counter(SimpleNamespace):
     count: int = 0
+    described_by = Count
 
     def state(self) -> dict[str, Any]:
         return {"count": self.count}
@@ -134,7 +141,9 @@ def test_finished_run_does_nothing_more(tmp_path: Path, capsys: pytest.CaptureFi
     train(again)
     assert lines(tmp_path) == before
     assert model.value == before[-1]["loss"]
-    assert "continuing after step 4" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert f"the run in {tmp_path} is complete: it has made its 4 steps; raise trainer.total_epochs to train" in printed
+    assert "continuing" not in printed
 
 
 def test_checkpoints_of_other_recipes_and_parts_are_refused(tmp_path: Path) -> None:

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from rlcore.algorithms import policy_losses
 from rlcore.algorithms.objectives import PolicyObjective, PolicyObjectiveSettings
 from rlcore.batch import Batch, Jagged
 from rlcore.engines import Objective
 from rlcore.metrics import Metrics
+from rlcore_recipes.settings import ActorSettings
 from rlcore_recipes.updates import CountingLeftOut, train_epochs, training_columns, without_zero_advantage
 
 LENGTHS = [5, 3, 6, 2, 4, 7]
@@ -65,6 +67,32 @@ def test_loss_and_gradient_do_not_change(policy_loss: str, aggregation: str) -> 
 def test_every_built_in_loss_vanishes_with_the_advantage() -> None:
     """Otherwise the loop above would test fewer of them, and runs would compute samples for nothing."""
     assert all("vanishes_with_advantage" in entry.traits for entry in policy_losses)
+
+
+@pytest.mark.parametrize(
+    ("settings", "drops"),
+    [
+        ({}, True),
+        ({"objective": {"policy_loss": "reinforce", "aggregation": "seq-mean-token-mean"}}, True),
+        ({"objective": {"kl_loss": {"coeff": 0.1}}}, False),
+        ({"objective": {"entropy_coeff": -0.1}}, False),
+        ({"objective": {"policy_loss": "of another package"}}, False),
+        ({"objective": {"policy_loss": "of pairs"}}, False),
+        ({"drop_zero_advantage": False}, False),
+    ],
+)
+def test_samples_are_left_out_by_default_wherever_that_is_exact(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], drops: bool
+) -> None:
+    monkeypatch.setattr(policy_losses, "_entries", dict(policy_losses._entries))
+    policy_losses.register("of another package")(lambda inputs, params: (inputs.logprobs, Metrics()))
+    policy_losses.register("of pairs", traits={"vanishes_with_advantage"}, together="pair")(lambda inputs, params: ...)
+    actor = ActorSettings(**settings)
+    assert actor.drops_zero_advantage == drops
+    assert bool(actor.trains_without_advantage) == (not drops and "objective" in settings)
+    if actor.trains_without_advantage:
+        with pytest.raises(ValidationError, match="leaves samples out that objective"):
+            ActorSettings(**settings, drop_zero_advantage=True)
 
 
 def test_logged_losses_are_those_of_all_samples() -> None:

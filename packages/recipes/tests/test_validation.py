@@ -11,7 +11,7 @@ from rlcore.batch import Batch
 from rlcore.controller import LocalExecutor
 from rlcore.engines import RewardResult
 from rlcore_recipes.data.prompts import PromptSample
-from rlcore_recipes.validation import GENERATION_COLUMNS, majority_score, validate, validation_metrics
+from rlcore_recipes.validation import GENERATION_COLUMNS, majority_score, validate_prompts, validation_metrics
 
 
 def answers(groups: dict[tuple[str, int], list[RewardResult]]) -> Batch:
@@ -33,6 +33,10 @@ def answers(groups: dict[tuple[str, int], list[RewardResult]]) -> Batch:
 
 def result(score: float, answer: str | None = None, **extras: float) -> RewardResult:
     return RewardResult(score, extras, answer)
+
+
+def failed(score: float) -> RewardResult:
+    return RewardResult(score, error="timeout")
 
 
 def test_mean_best_worst_and_majority_per_source() -> None:
@@ -89,13 +93,14 @@ def test_batches_and_logged_completions() -> None:
 
     def answer(part: Sequence[PromptSample]) -> Batch:
         asked.append(len(part))
-        return answers({("a", prompt.position): [result(float(prompt.position))] for prompt in part})
+        return answers({("a", prompt.position): [failed(float(prompt.position))] for prompt in part})
 
-    outcome = validate(LocalExecutor(), prompts, answer, batch_size=2, logged=3)
+    outcome = validate_prompts(LocalExecutor(), prompts, answer, batch_size=2, logged=3)
     assert asked == [2, 2, 1]
     assert outcome.metrics["val-core/a/reward/mean@1"] == 2.0
     assert outcome.columns == GENERATION_COLUMNS
     assert len(outcome.rows) == 3
-    again = validate(LocalExecutor(), prompts, answer, batch_size=2, logged=3)
+    assert {row[-1] for row in outcome.rows} == {"timeout"}, "the error of a reward that failed"
+    again = validate_prompts(LocalExecutor(), prompts, answer, batch_size=2, logged=3)
     assert [row[0] for row in again.rows] == [row[0] for row in outcome.rows]
     assert outcome.rows[0][0].startswith("user: q")

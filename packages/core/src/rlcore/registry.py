@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Collection, Iterator, Set
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Generic, Literal, TypeVar, get_args
 
 from rlcore.config.base import Config
-from rlcore.errors import PluginError
+from rlcore.errors import BatchError, PluginError
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -28,8 +28,13 @@ class NoParams(Config):
 
 @dataclass(frozen=True)
 class Entry(Generic[F]):
-    """``needs``: batch columns the function reads besides the obvious ones; ``traits``: see `Trait`; ``summary``:
-    first docstring line."""
+    """A registered function and what it declared.
+
+    Attributes:
+        needs: batch columns that the function reads besides the obvious ones, ``together`` included.
+        traits: see `Trait`.
+        together: the column of unit ids whose samples it compares (`rlcore.engines.ForwardRequest`), or None.
+    """
 
     kind: str
     name: str
@@ -37,9 +42,27 @@ class Entry(Generic[F]):
     params: type[Config]
     needs: frozenset[str]
     traits: frozenset[Trait]
+    together: str | None = None
+
+    def check_columns(self, available: Collection[str]) -> None:
+        """See that a batch has what the function declared.
+
+        Args:
+            available: names of the batch's columns.
+
+        Raises:
+            BatchError: a column is missing; the message names it.
+        """
+        missing = sorted(self.needs - set(available))
+        if missing:
+            raise BatchError(
+                f"the {self.kind} {self.name!r} needs the column {missing[0]!r}, which is not in the batch; it has "
+                f"{', '.join(sorted(available))}"
+            )
 
     @property
     def summary(self) -> str:
+        """The first line of the function's docstring."""
         return (self.function.__doc__ or "").strip().split("\n")[0]
 
 
@@ -54,10 +77,16 @@ class Registry(Generic[F]):
     """Functions of one kind by name.
 
     Third parties add to it with `register`, in a module that is imported by their ``rlcore.algorithms`` entry point.
+
+    Args:
+        columns: functions of this kind get the batch columns that they declare with ``needs``.
+        units: they may declare with ``together`` which samples they compare.
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, *, columns: bool = False, units: bool = False) -> None:
         self.kind = kind
+        self._columns = columns
+        self._units = units
         self._entries: dict[str, Entry[F]] = {}
         _KINDS[kind] = self
 
@@ -68,22 +97,33 @@ class Registry(Generic[F]):
         params: type[Config] = NoParams,
         needs: Set[str] = frozenset(),
         traits: Set[Trait] = frozenset(),
+        together: str | None = None,
     ) -> Callable[[F], F]:
         """Add the decorated function.
 
         Args:
             params: the model of its parameters.
-            needs: batch columns it reads besides the obvious ones.
+            needs: batch columns it reads besides the obvious ones: per token, dense, or of objects. A run whose recipe
+                does not make one of them is refused.
             traits: see `Trait`.
+            together: a dense column of unit ids, such as ``group``: samples with the same id are never divided.
 
         Raises:
-            PluginError: another module has registered ``name``, or a trait is unknown.
+            PluginError: another module has registered ``name``, a trait is unknown, or functions of this kind cannot
+                have what is declared.
         """
+        if (needs and not self._columns) or (together is not None and not self._units):
+            raise PluginError(
+                f"{self.kind} {name!r} declares {'columns' if needs else 'together'}, which functions of this kind do "
+                "not get"
+            )
         unknown = sorted(traits - set(get_args(Trait)))
         if unknown:
             raise PluginError(
                 f"{self.kind} {name!r} has unknown traits: {', '.join(unknown)}; known: {', '.join(get_args(Trait))}"
             )
+
+        columns = frozenset(needs) | ({together} if together is not None else frozenset())
 
         def add(function: F) -> F:
             if name in self._entries and self._entries[name].function.__module__ != function.__module__:
@@ -91,7 +131,7 @@ class Registry(Generic[F]):
                     f"{self.kind} {name!r} is registered by {self._entries[name].function.__module__} already; "
                     f"choose another name in {function.__module__}"
                 )
-            self._entries[name] = Entry(self.kind, name, function, params, frozenset(needs), frozenset(traits))
+            self._entries[name] = Entry(self.kind, name, function, params, columns, frozenset(traits), together)
             return function
 
         return add

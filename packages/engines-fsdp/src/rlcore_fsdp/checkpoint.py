@@ -9,17 +9,68 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from pydantic import AfterValidator, Field, model_validator
+from safetensors import safe_open
 from torch.distributed.tensor import DTensor
 
-from rlcore.checkpoint import random_states, rank_files
-from rlcore.checkpoint.rank_files import MANIFEST, RankPart, rank_file
+from rlcore.boundary import boundary
+from rlcore.checkpoint import random_states
+from rlcore.checkpoint.json_file import Count, Finite, JsonFile
+from rlcore.checkpoint.rank_files import MANIFEST, RankManifest, RankPart, rank_file
+from rlcore.checkpoint.rank_files import check_shapes as check_same_shapes
+from rlcore.engines.settings import Head
 from rlcore.errors import CheckpointError
 
 FORMAT = 2
+
+
+def _in_order(rows: tuple[int, int]) -> tuple[int, int]:
+    if rows[0] >= rows[1]:
+        raise ValueError(f"{rows[0]} to {rows[1]} are no rows")
+    return rows
+
+
+Rows = Annotated[tuple[Count, Count], AfterValidator(_in_order)]
+"""The first row, and the one after the last."""
+
+
+class Lora(JsonFile):
+    """What identifies adapters."""
+
+    rank: int = Field(ge=1, description="Rank.")
+    alpha: Finite = Field(gt=0, description="Scale times rank.")
+
+
+class Frozen(JsonFile):
+    """Weights that are not in the checkpoint."""
+
+    dtype: str = Field(description="In which they were counted.")
+    number: str = Field(pattern="^[0-9a-f]{16}$", description="See `saved_state.frozen_number`.")
+
+
+class Manifest(RankManifest):
+    """``checkpoint.json``. Shapes and ranks are those of "weight/…" and, with an optimizer, of its moments."""
+
+    format: Literal[2] = FORMAT
+    engine: Literal["fsdp"] = "fsdp"
+    head: Head = Field(description="What the model computes.")
+    lora: Lora | None = Field(description="The adapters that are trained; null: whole weights.")
+    frozen: Frozen | None = Field(None, description="The weights beside adapters.")
+    adam_steps: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(description="By weight.")
+    ranks: list[dict[str, Rows]] = Field(min_length=1, description="The rows of each tensor that a rank wrote.")
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Manifest:
+        if (self.lora is None) != (self.frozen is None):
+            raise ValueError("lora and frozen belong together")
+        for name, rows in ((name, rows) for rank in self.ranks for name, rows in rank.items()):
+            shape = self.shapes.get(name)
+            if shape is None or rows[1] > (shape[0] if shape else 1):
+                raise ValueError(f"the rows {rows[0]} to {rows[1]} of {name} are not among those of {shape}")
+        return self
 
 
 @dataclass(frozen=True)
@@ -64,27 +115,18 @@ def part(tensors: Mapping[str, torch.Tensor], rank: int) -> RankPart:
     return RankPart({**held, **states}, rows, text)
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint.
-
-    Raises:
-        CheckpointError: there is none, or it is damaged.
-    """
-    return rank_files.read_manifest(path, FORMAT, ("optimizer", "schedule_step", "adam_steps"))
-
-
-def check_shapes(path: Path, manifest: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> None:
+def check_shapes(path: Path, manifest: Manifest, weights: Mapping[str, torch.Tensor]) -> None:
     """Compare what a checkpoint holds with ``weights`` (named "weight/…").
 
     Raises:
         CheckpointError: it is of another model.
     """
     prefix = "weight/"
-    saved = {name.removeprefix(prefix): n for name, n in manifest["shapes"].items() if name.startswith(prefix)}
-    rank_files.check_shapes(path, saved, {name.removeprefix(prefix): w.shape for name, w in weights.items()})
+    saved = {name.removeprefix(prefix): n for name, n in manifest.shapes.items() if name.startswith(prefix)}
+    check_same_shapes(path, saved, {name.removeprefix(prefix): w.shape for name, w in weights.items()})
 
 
-def read(path: Path, manifest: Mapping[str, Any], wanted: Mapping[str, Piece]) -> dict[str, torch.Tensor]:
+def read(path: Path, manifest: Manifest, wanted: Mapping[str, Piece]) -> dict[str, torch.Tensor]:
     """The rows of every wanted piece, in new CPU tensors.
 
     Raises:
@@ -92,7 +134,7 @@ def read(path: Path, manifest: Mapping[str, Any], wanted: Mapping[str, Piece]) -
     """
     values = {name: torch.empty(part.local.shape, dtype=part.local.dtype) for name, part in wanted.items()}
     found = dict.fromkeys(wanted, 0)
-    for rank, held in enumerate(manifest["ranks"]):
+    for rank, held in enumerate(manifest.ranks):
         here = [
             (name, part, *held[name])
             for name, part in wanted.items()
@@ -101,18 +143,17 @@ def read(path: Path, manifest: Mapping[str, Any], wanted: Mapping[str, Piece]) -
         if not here:
             continue
         file = path / rank_file(rank)
-        try:
-            with safe_open(file, "pt") as tensors:
-                for name, part, start, stop in here:
-                    rows = tensors.get_tensor(name)
-                    low, high = max(start, part.start), min(stop, part.stop)
-                    found[name] += high - low
-                    if part.shape:
-                        values[name][low - part.start : high - part.start] = rows[low - start : high - start]
-                    else:
-                        values[name].copy_(rows)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{file} is missing or damaged: {error}") from error
+        with boundary(f"{file} is missing or damaged", CheckpointError), safe_open(file, "pt") as tensors:
+            for name, part, start, stop in here:
+                rows = tensors.get_tensor(name)
+                if rows.shape != (stop - start, *part.shape[1:])[: len(part.shape)]:
+                    raise CheckpointError(f"{file} is damaged: {name} has shape {list(rows.shape)}")
+                low, high = max(start, part.start), min(stop, part.stop)
+                found[name] += high - low
+                if part.shape:
+                    values[name][low - part.start : high - part.start] = rows[low - start : high - start]
+                else:
+                    values[name].copy_(rows)
     for name, part in wanted.items():
         if found[name] != part.stop - part.start:
             raise CheckpointError(f"{path / MANIFEST} is damaged: it names {found[name]} rows of {name} for this rank")

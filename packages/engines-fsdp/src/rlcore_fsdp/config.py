@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from rlcore.config import Config
+from rlcore.config import Config, Package
 from rlcore.engines import LoRASettings
 
 DType = Literal["float32", "bfloat16"]
@@ -27,7 +28,10 @@ class FSDPSettings(Config):
     )
     reduce_dtype: DType = Field("float32", description="Precision in which gradients are summed over ranks.")
     replicate: int = Field(
-        1, ge=1, description="Hybrid sharding: number of replicas, each sharded over world size / replicate ranks."
+        1,
+        ge=1,
+        le=2**16,
+        description="Hybrid sharding: number of replicas, each sharded over world size / replicate ranks.",
     )
     reshard_after_forward: bool = Field(
         True,
@@ -52,6 +56,10 @@ class FSDPSettings(Config):
     logits_chunk: int | None = Field(
         None, ge=1, description="Tokens whose logits exist at a time; null bounds the logits by memory instead."
     )
+
+    def packages(self) -> Iterator[tuple[str, Package]]:
+        if self.lora is not None:
+            yield "lora", Package("peft", "rlcore[lora]")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -31,6 +31,7 @@ from rlcore.errors import CheckpointError, EngineError
 from rlcore.metrics import Metrics
 from rlcore_fsdp import checkpoint, lora, saved_state, sharding
 from rlcore_fsdp.attention import Packing, choose_kernel
+from rlcore_fsdp.checkpoint import Frozen, Lora, Manifest
 from rlcore_fsdp.config import FSDPSettings
 from rlcore_fsdp.distributed import (
     gather_objects,
@@ -397,8 +398,8 @@ class FSDPTrainEngine(TrainEngine):
         """See `TrainEngine`. Takes as much host memory as this rank's weights and optimizer states, and keeps it."""
         self._saving.check_idle(Path(path))
         with self._as_shards():
-            part, facts = self._saved_state()
-            self._saving.start(Path(path), replace(part, tensors=self._host_copy.of(part.tensors)), facts)
+            part, manifest = self._saved_state()
+            self._saving.start(Path(path), replace(part, tensors=self._host_copy.of(part.tensors)), manifest)
 
     def save_done(self) -> bool:
         return self._saving.done()
@@ -418,14 +419,14 @@ class FSDPTrainEngine(TrainEngine):
         base = self._base
         error: Exception | None = None
         try:
-            manifest = checkpoint.read_manifest(path)
-            saved_state.check_base(path, manifest, base)
+            manifest = rank_files.read_manifest(path, Manifest)
+            saved_state.check_base(path, manifest, **base)
             checkpoint.check_shapes(path, manifest, weights)
-            if self._optimizer is not None and not manifest["optimizer"]:
+            if self._optimizer is not None and not manifest.optimizer:
                 raise CheckpointError(f"{path} was saved by a frozen engine: it has no optimizer states to go on with")
             wanted = {name: checkpoint.piece(tensor, rank) for name, tensor in weights.items()}
             trained = {name for name, _ in self._trained_parameters()} if self._optimizer is not None else set()
-            adam = {name: step for name, step in manifest["adam_steps"].items() if name in trained}
+            adam = {name: step for name, step in manifest.adam_steps.items() if name in trained}
             for name in adam:
                 for moment in MOMENTS:
                     wanted[f"{moment}/{name}"] = wanted[f"weight/{name}"]
@@ -440,24 +441,24 @@ class FSDPTrainEngine(TrainEngine):
             sharding.local(tensor).copy_(values[name])
         if self._optimizer is not None:
             saved_state.restore_adam_states(self.model, self._optimizer, adam, values)
-            self._schedule_step = manifest["schedule_step"]
-            random_states.restore(*states)
+            self._schedule_step = manifest.schedule_step
+            random_states.restore(states)
         self.step_count += 1
 
-    def _saved_state(self) -> tuple[RankPart, dict[str, Any]]:
+    def _saved_state(self) -> tuple[RankPart, Callable[..., Manifest]]:
         part, facts = saved_state.collect(self.model, self._optimizer, self.dp_rank)
-        return part, {"head": self.spec.head, "schedule_step": self._schedule_step, **self._base, **facts}
+        return part, partial(Manifest, head=self.spec.head, schedule_step=self._schedule_step, **self._base, **facts)
 
     @cached_property
     def _base(self) -> dict[str, Any]:
         """What a checkpoint says of weights that it does not hold; collective."""
         settings = self.settings.lora
         if settings is None:
-            return {"lora": None}
+            return {"lora": None, "frozen": None}
         number = saved_state.frozen_number(self.model, self.dp_rank, self._gather)
         return {
-            "lora": {"rank": settings.rank, "alpha": settings.alpha},
-            "frozen": {"dtype": str(self.param_dtype), "number": number},
+            "lora": Lora(rank=settings.rank, alpha=settings.alpha),
+            "frozen": Frozen(dtype=str(self.param_dtype), number=number),
         }
 
     # --- memory --------------------------------------------------------------------------------------------------

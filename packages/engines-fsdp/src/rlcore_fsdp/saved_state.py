@@ -15,7 +15,9 @@ from torch import nn
 
 from rlcore.checkpoint.rank_files import RankPart
 from rlcore.errors import CheckpointError
-from rlcore_fsdp import checkpoint, lora, sharding
+from rlcore_fsdp import checkpoint, sharding
+from rlcore_fsdp.checkpoint import Frozen, Lora, Manifest
+from rlcore_fsdp.lora import adapted_layers, trained_parameters
 from rlcore_fsdp.weights import named_weights
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -23,12 +25,11 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def collect(model: nn.Module, optimizer: torch.optim.Optimizer | None, rank: int) -> tuple[RankPart, dict[str, Any]]:
-    """What this rank writes, as live views, and facts that are the same on all ranks."""
+    """What this rank writes, as live views, and entries of the manifest that are the same on all ranks."""
     adam = adam_states(model, optimizer)
     tensors = {f"weight/{name}": tensor for name, tensor in kept_weights(model)}
     tensors |= {f"{moment}/{name}": state[moment] for name, state in adam.items() for moment in MOMENTS}
     facts = {
-        "format": checkpoint.FORMAT,
         "optimizer": optimizer is not None,
         "adam_steps": {name: float(state["step"]) for name, state in adam.items()},
         "shapes": {name: list(tensor.shape) for name, tensor in tensors.items()},
@@ -38,8 +39,8 @@ def collect(model: nn.Module, optimizer: torch.optim.Optimizer | None, rank: int
 
 def kept_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Weights (shards under FSDP) that a checkpoint holds: all, or those that are trained beside frozen ones."""
-    if any(True for _ in lora.adapted_layers(model)):
-        return ((name, parameter.detach()) for name, parameter in lora.trained_parameters(model))
+    if any(True for _ in adapted_layers(model)):
+        return ((name, parameter.detach()) for name, parameter in trained_parameters(model))
     return named_weights(model)
 
 
@@ -58,26 +59,22 @@ def frozen_number(model: nn.Module, rank: int, gather: Callable[[Any], list[Any]
     return f"{sum(gather(total)) % 2**64:016x}"
 
 
-def check_base(path: Path, manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """Compare what a checkpoint says of adapters and frozen weights with the engine's own ``facts``.
+def check_base(path: Path, manifest: Manifest, lora: Lora | None, frozen: Frozen | None) -> None:
+    """Compare what a checkpoint says of adapters and frozen weights with the engine's own.
 
     Raises:
         CheckpointError: one trained whole weights and the other adapters, or these beside others, or otherwise scaled.
     """
-    theirs, ours = manifest.get("lora"), facts["lora"]
-    if theirs != ours:
-        there, here = (_described(lora) for lora in (theirs, ours))
+    if manifest.lora != lora:
+        there, here = (_described(one) for one in (manifest.lora, lora))
         raise CheckpointError(f"{path} was saved by an engine that trains {there}; this one trains {here}")
-    if (
-        ours is not None
-        and manifest["frozen"]["dtype"] == facts["frozen"]["dtype"]
-        and manifest["frozen"]["number"] != facts["frozen"]["number"]
-    ):
+    theirs = manifest.frozen
+    if theirs is not None and frozen is not None and theirs.dtype == frozen.dtype and theirs != frozen:
         raise CheckpointError(f"{path} holds adapters for other frozen weights than those of model.path here")
 
 
-def _described(lora: Mapping[str, Any] | None) -> str:
-    return "whole weights" if lora is None else f"adapters of rank {lora['rank']} and alpha {lora['alpha']:g}"
+def _described(lora: Lora | None) -> str:
+    return "whole weights" if lora is None else f"adapters of rank {lora.rank} and alpha {lora.alpha:g}"
 
 
 def adam_states(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, dict[str, torch.Tensor]]:

@@ -7,39 +7,60 @@ Megatron's reader: its ``.metadata`` is a pickle, which reading would execute.
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from pydantic import Field, model_validator
+from safetensors import safe_open
 
-from rlcore.checkpoint.rank_files import MANIFEST
+from rlcore.boundary import boundary
+from rlcore.checkpoint.json_file import Count, FileName, Finite
+from rlcore.checkpoint.rank_files import MANIFEST, RankManifest
 from rlcore.errors import CheckpointError
 from rlcore_megatron import torch_dist
 from rlcore_megatron.blocks import overlap
+from rlcore_megatron.config import CheckpointFormat
 
 FORMAT = 2
 
+InRankFile = tuple[FileName, str]
+"""A safetensors file, and a name in it."""
+
+Block = tuple[InRankFile | torch_dist.InBucket, str, tuple[Count, ...]]
+"""Where it lies, its global tensor, and its place there."""
+
+
+class Manifest(RankManifest):
+    """``checkpoint.json``. ``shapes`` are those of the model's weights."""
+
+    format: Literal[2] = FORMAT
+    engine: Literal["megatron"] = "megatron"
+    files_format: CheckpointFormat = Field(description="What the blocks lie in.")
+    adam_step: Finite = Field(ge=0, description="Steps of the optimizer.")
+    ranks: list[list[Block]] = Field(min_length=1, description="The blocks that each rank wrote.")
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Manifest:
+        length = 2 if self.files_format == "safetensors" else 4
+        for where, key, _ in (block for blocks in self.ranks for block in blocks):
+            if len(where) != length or where[0] not in self.files:
+                raise ValueError(f"a block of {key[:200]} is not in a {self.files_format} file of the checkpoint")
+        return self
+
 
 class Reader:
-    """Blocks of the global tensors, put together from those that were saved.
+    """Blocks of the global tensors, put together from those that were saved."""
 
-    Raises:
-        CheckpointError: this version does not know the files that ``manifest`` speaks of.
-    """
-
-    def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, manifest: Manifest) -> None:
         self._path = path
         known = {"safetensors": _read_overlap, torch_dist.BACKEND: torch_dist.read_overlap}
-        if manifest["files_format"] not in known:
-            raise CheckpointError(f"{path} has files of the unknown format {manifest['files_format']!r}")
-        self._read_overlap: Callable[..., Any] = known[manifest["files_format"]]
-        self._saved: dict[str, list[tuple[Sequence[Any], tuple[int, ...]]]] = {}
-        for where, key, offset in (block for blocks in manifest["ranks"] for block in blocks):
-            self._saved.setdefault(key, []).append((where, tuple(offset)))
+        self._read_overlap: Callable[..., Any] = known[manifest.files_format]
+        self._saved: dict[str, list[tuple[InRankFile | torch_dist.InBucket, tuple[int, ...]]]] = {}
+        for where, key, offset in (block for blocks in manifest.ranks for block in blocks):
+            self._saved.setdefault(key, []).append((where, offset))
 
     def fill(self, key: str, offset: tuple[int, ...], into: torch.Tensor, padded: bool) -> None:
         """Copy what was saved of ``key`` at ``offset`` into a tensor on the CPU.
@@ -54,14 +75,12 @@ class Reader:
         if padded:
             into.zero_()
         for where, start in self._saved.get(key, ()):
-            try:
+            with boundary(f"{self._path / where[0]} is missing or damaged", CheckpointError):
                 common = self._read_overlap(self._path, where, start, offset, into.shape)
-            except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-                raise CheckpointError(f"{self._path / where[0]} is missing or damaged: {error}") from error
-            if common is not None:
-                values, ours = common
-                into[ours] = values.to(into.dtype)
-                found += values.numel()
+                if common is not None:
+                    values, ours = common
+                    into[ours] = values.to(into.dtype)
+                    found += values.numel()
         if found != into.numel() and not padded:
             raise CheckpointError(f"{self._path / MANIFEST} is damaged: it names {found} of {into.numel()} of {key}")
 
@@ -74,7 +93,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def _read_overlap(
-    folder: Path, where: tuple[str, str], start: Sequence[int], offset: Sequence[int], size: torch.Size
+    folder: Path, where: InRankFile, start: Sequence[int], offset: Sequence[int], size: torch.Size
 ) -> tuple[torch.Tensor, tuple[slice, ...]] | None:
     """See `torch_dist.read_overlap`; ``where`` is a safetensors file and a name in it."""
     file, name = where

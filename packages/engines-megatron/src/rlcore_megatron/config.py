@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from rlcore.config import Config
+from rlcore.config import Config, Package
 from rlcore_megatron import megatron_fields
 
 DType = Literal["float32", "bfloat16"]
@@ -74,13 +74,18 @@ class MegatronSettings(Config):
     device: Literal["cpu", "cuda"] | None = Field(
         None, description="Where to compute; null takes CUDA if there is one. The CPU is for tests and debugging."
     )
-    tensor_parallel: int = Field(1, ge=1, description="Processes that share every layer's matrices.")
-    pipeline_parallel: int = Field(1, ge=1, description="Stages of consecutive layers, one after another.")
+    tensor_parallel: int = Field(1, ge=1, le=2**16, description="Processes that share every layer's matrices.")
+    pipeline_parallel: int = Field(1, ge=1, le=2**16, description="Stages of consecutive layers, one after another.")
     virtual_pipeline: int = Field(
-        1, ge=1, description="Chunks of layers per stage (interleaved 1F1B): smaller bubbles, more communication."
+        1,
+        ge=1,
+        le=2**16,
+        description="Chunks of layers per stage (interleaved 1F1B): smaller bubbles, more communication.",
     )
-    context_parallel: int = Field(1, ge=1, description="Processes that share every sequence's tokens.")
-    expert_parallel: int = Field(1, ge=1, description="Processes that share the experts of a mixture-of-experts layer.")
+    context_parallel: int = Field(1, ge=1, le=2**16, description="Processes that share every sequence's tokens.")
+    expert_parallel: int = Field(
+        1, ge=1, le=2**16, description="Processes that share the experts of a mixture-of-experts layer."
+    )
     expert_tensor_parallel: int | None = Field(
         None, ge=1, description="Processes that share every expert's matrices; null is tensor_parallel."
     )
@@ -123,6 +128,11 @@ class MegatronSettings(Config):
     def model_parallel(self) -> int:
         """Processes that hold one copy of the model."""
         return self.tensor_parallel * self.pipeline_parallel * self.context_parallel
+
+    def packages(self) -> Iterator[tuple[str, Package]]:
+        yield "", Package("megatron.core", "rlcore[megatron]")
+        if self.implementation == "transformer_engine":
+            yield "implementation", Package("transformer_engine", "transformer-engine[pytorch]")
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.sequence_parallel and self.tensor_parallel == 1:

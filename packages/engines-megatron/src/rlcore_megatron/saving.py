@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from rlcore.checkpoint.background_save import BackgroundSave
 from rlcore.checkpoint.rank_files import RankPart, rank_file
 from rlcore.errors import CheckpointError
 from rlcore_megatron import torch_dist
-from rlcore_megatron.checkpoint import FORMAT, Reader, gather_objects
+from rlcore_megatron.checkpoint import Manifest, Reader, gather_objects
 from rlcore_megatron.config import CheckpointFormat
 from rlcore_megatron.modules import PackedGPT
 from rlcore_megatron.optimizer import MOMENTS, Optimization
@@ -67,18 +68,16 @@ class Saving:
         local = local_parameters(self._modules, self._optimization, parallel)
         shapes = _shapes(local)
         try:
-            manifest = rank_files.read_manifest(
-                path, FORMAT, ("files_format", "optimizer", "schedule_step", "adam_step")
-            )
-            rank_files.check_shapes(path, manifest["shapes"], shapes)
-            if self._optimization is not None and not manifest["optimizer"]:
+            manifest = rank_files.read_manifest(path, Manifest)
+            rank_files.check_shapes(path, manifest.shapes, shapes)
+            if self._optimization is not None and not manifest.optimizer:
                 raise CheckpointError(f"{path} was saved by a frozen engine: it has no optimizer states to go on with")
             rank_files.check_files(path, manifest, parallel.rank, parallel.world)
             reader = Reader(path, manifest)
-            step = manifest["adam_step"] if self._optimization is not None else 0.0
+            step = manifest.adam_step if self._optimization is not None else 0.0
             kinds = ("weight", *MOMENTS) if step else ("weight",)
             values = [{kind: _read(reader, kind, one) for kind in kinds} for one in local]
-            states, text = rank_files.read_random_states(path, manifest, parallel.rank)
+            states = rank_files.read_random_states(path, manifest, parallel.rank)
         except CheckpointError as problem:
             error = problem
         rank_files.agree(error, path, gather_objects)  # from here on nothing fails
@@ -92,37 +91,37 @@ class Saving:
             restore_moments(one, held, step)
         if self._optimization is None:
             return None
-        random_states.restore(states, text)
-        return int(manifest["schedule_step"])
+        random_states.restore(states)
+        return manifest.schedule_step
 
-    def _collect(self, path: Path, schedule_step: int) -> tuple[RankPart | TorchDistPart, dict[str, Any]]:
-        """Copies of what this rank writes, and facts about the whole; collective."""
+    def _collect(self, path: Path, schedule_step: int) -> tuple[RankPart | TorchDistPart, Callable[..., Manifest]]:
+        """Copies of what this rank writes, and what makes the manifest of the whole; collective."""
         local = local_parameters(self._modules, self._optimization, self._parallel)
         shapes = _shapes(local)
         step = adam_step(self._optimization) if self._optimization is not None else 0.0
         step = max(gather_objects(step))  # a rank may have no element of any parameter
-        facts = {
-            "format": FORMAT,
-            "files_format": self._format,
-            "optimizer": self._optimization is not None,
-            "adam_step": step,
-            "schedule_step": schedule_step,
-            "shapes": shapes,
-        }
+        manifest = partial(
+            Manifest,
+            files_format=self._format,
+            optimizer=self._optimization is not None,
+            adam_step=step,
+            schedule_step=schedule_step,
+            shapes=shapes,
+        )
         states, text = random_states.collect()
         kinds = ("weight", *MOMENTS) if step else ("weight",)
         if self._format == torch_dist.BACKEND:
             described, keys = _in_megatrons_terms(local, kinds)
             described += other_states(self._modules)
             own = RankPart(states, [], text)
-            return torch_dist.plan(path, described, keys, schedule_step, own, gather_objects), facts
+            return torch_dist.plan(path, described, keys, schedule_step, own, gather_objects), manifest
         blocks = []
         for one, kind, tensor in _share(local, kinds):
             for block in one.blocks(tensor):
                 name = f"{kind}/{block.key}@{','.join(map(str, block.offset))}"
                 states[name] = _copy(block.data)
                 blocks.append(((rank_file(self._parallel.rank), name), f"{kind}/{block.key}", block.offset))
-        return RankPart(states, blocks, text), facts
+        return RankPart(states, blocks, text), manifest
 
 
 def _share(local: Sequence[Local], kinds: Sequence[str]) -> Iterator[tuple[Local, str, torch.Tensor]]:

@@ -12,7 +12,7 @@ import io
 import os
 import pickle
 import queue
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,13 +30,18 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.storage import WriteResult
 
 from rlcore.checkpoint import rank_files
-from rlcore.checkpoint.rank_files import Gather, RankPart, file_record
+from rlcore.checkpoint.json_file import Count, FileName
+from rlcore.checkpoint.rank_files import Gather, RankManifest, RankPart, file_record
 from rlcore.checkpoint.tensor_file import flush
 from rlcore.engines.train import FileRecord
 from rlcore.errors import CheckpointError
 from rlcore_megatron.blocks import SavedBlock, overlap
 
 BACKEND, VERSION = "torch_dist", 1
+
+InBucket = tuple[FileName, Count, Count, list[Count]]
+"""A file of Megatron's, place and length in bytes there, and the shape of what lies there."""
+
 _BY_RANK_0 = ("common.pt", ".metadata", "metadata.json")
 
 
@@ -113,7 +118,7 @@ def complete(
     path: Path,
     part: TorchDistPart,
     written: Mapping[str, FileRecord] | CheckpointError,
-    facts: Mapping[str, Any],
+    manifest: Callable[..., RankManifest],
     rank: int,
     gather: Gather,
 ) -> dict[str, FileRecord]:
@@ -130,16 +135,16 @@ def complete(
         except OSError as problem:
             written = CheckpointError(f"rank 0: cannot write to {path}: {problem.strerror or problem}")
     own = replace(part.own, places=list(_blocks(part)))
-    return rank_files.complete(path, own, written, facts, rank, gather)
+    return rank_files.complete(path, own, written, manifest, rank, gather)
 
 
 def read_overlap(
-    folder: Path, where: tuple[str, int, int, list[int]], start: Sequence[int], offset: Sequence[int], size: torch.Size
+    folder: Path, where: InBucket, start: Sequence[int], offset: Sequence[int], size: torch.Size
 ) -> tuple[torch.Tensor, tuple[slice, ...]] | None:
     """What a block of a file has of a wanted one.
 
     Args:
-        where: the block: its file, place and length in bytes there, and shape.
+        where: the block.
         start: its place in the global tensor.
         offset, size: the wanted block.
 

@@ -61,7 +61,7 @@ def generate_and_score(session: Session[Any], prompts: Sequence[PromptSample], j
     """
     config, timed = session.config, session.timed
     sampling = training_sampling(config.rollout, config.data.max_response_length)
-    baseline = "baseline_score" in config.algorithm.advantage.entry.needs
+    baseline = "baseline_score" in config.needed_columns
     meanwhile = judged if session.executor.overlaps and not baseline else None
     with timed("gen"):
         batch = sampled_and_scored(session, prompts, sampling, config.rollout.n, meanwhile=meanwhile)

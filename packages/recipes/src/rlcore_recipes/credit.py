@@ -11,25 +11,49 @@ from rlcore.algorithms.sequences import trained_counts, trained_mask
 from rlcore.algorithms.shaping import overlong_punishment, terminal_rewards
 from rlcore.batch import Batch
 from rlcore.metrics import Metrics
+from rlcore_recipes.non_finite import containment, described
 from rlcore_recipes.settings import AlgorithmSettings
 
 if TYPE_CHECKING:
     from rlcore_recipes.session import Session
 
 GRADIENTLESS, SINGLE = "actor/zero_advantage_ratio", "reward/single_sample_groups"
+NON_FINITE = "rollout/non_finite_samples"
 MOSTLY = 0.5  # the share of an update's tokens from which on it is worth a warning
 
 
 def with_advantages(session: Session[Any], batch: Batch) -> tuple[Batch, Metrics]:
     """Add the columns of `advantages`; the KL penalty's coefficient, if there is one, adapts to the batch."""
     config = session.config
-    found, metrics, kl = session.executor.compute(
-        advantages, batch.drop(*batch.object_names), config.algorithm, session.kl, config.data.max_response_length
+    unread = [name for name in batch.object_names if name not in config.algorithm.advantage.entry.needs]
+    found, metrics, kl, odd = session.executor.compute(
+        contained_advantages, batch.drop(*unread), config.algorithm, session.kl, config.data.max_response_length
     )
     if session.kl is not None:
         session.kl.load_state_dict(kl)
+    if odd:
+        session.warn_once(NON_FINITE, f"{odd}. {NON_FINITE} has their number in every step")
     warn_of_gradientless(session, metrics)
     return batch.with_columns(**{name: found[name] for name in found.names}), metrics
+
+
+def contained_advantages(
+    batch: Batch, algorithm: AlgorithmSettings, kl: KLController | None, max_response_length: int
+) -> tuple[Batch, Metrics, dict[str, Any], str]:
+    """What `advantages` gives after samples with numbers that are not finite were taken out of the loss
+    (`rlcore_recipes.non_finite`), with the columns that this replaces; and where the first such number is, in words.
+
+    ``rollout/non_finite_samples`` counts those samples. Advantages that are not finite are contained too.
+    """
+    replaced, found = containment(batch)
+    batch = batch.with_columns(**replaced)
+    columns, metrics, state = advantages(batch, algorithm, kl, max_response_length)
+    batch = batch.with_columns(**{name: columns[name] for name in columns.names})
+    again, further = containment(batch)
+    found = further | found
+    metrics.sum(NON_FINITE, len(found))
+    changed = batch.with_columns(**again).select(*dict.fromkeys([*replaced, *columns.names, *again]))
+    return changed, metrics, state, described(batch, found) if found else ""
 
 
 def advantages(
@@ -43,7 +67,7 @@ def advantages(
     ``reward/single_sample_groups``, of estimators that compare within groups, the share of groups with one sample.
 
     Args:
-        batch: all columns but objects.
+        batch: all columns; of objects, only those that the estimator needs must be there.
         kl: holds the coefficient of the KL penalty, and adapts it; None without a penalty.
     """
     scores, metrics = batch["score"], Metrics()
@@ -55,6 +79,7 @@ def advantages(
     if algorithm.kl_in_reward is not None and kl is not None:
         batch, measured = apply_kl_penalty(batch, algorithm.kl_in_reward.estimator, kl)
         metrics.update(measured.prefixed("actor/"))
+    algorithm.advantage.entry.check_columns(batch.names)
     found = algorithm.advantage(batch)
     tokens = trained_counts(trained_mask(batch), batch.lengths)
     idle = without_advantage(batch.with_columns(advantages=batch.jagged(found.advantages)))

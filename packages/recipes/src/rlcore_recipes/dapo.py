@@ -17,7 +17,7 @@ from rlcore_recipes.collect import training_batch
 from rlcore_recipes.credit import with_advantages
 from rlcore_recipes.forward import judged
 from rlcore_recipes.restarts import restarting
-from rlcore_recipes.session import Session, open_session, train_rl
+from rlcore_recipes.session import Session, open_session, train_rl, validate_completions
 from rlcore_recipes.settings import ActorSettings, AlgorithmSettings, DynamicSamplingSettings, RLConfig
 from rlcore_recipes.updates import sync_policy, update_actor
 
@@ -59,7 +59,7 @@ class DAPOConfig(RLConfig):
 @restarting
 def run(config: DAPOConfig) -> None:
     """Train, from the beginning or from the last checkpoint, to the last step."""
-    with open_session(config, dynamic=config.algorithm.dynamic_sampling) as session:
+    with open_session(config, dynamic=config.algorithm.dynamic_sampling, validate=validate_completions) as session:
         train_rl(session, "dapo", step)
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlcore.batch import Batch
 from rlcore.engines import ForwardRequest, TrainEngine
+from rlcore.engines.train import Output
 from rlcore_recipes.settings import CriticSettings, RLConfig
 
 if TYPE_CHECKING:
@@ -13,12 +14,12 @@ if TYPE_CHECKING:
 
 
 def judged(session: Session[Any], batch: Batch) -> Batch:
-    """Add ``old_logprobs``, ``ref_logprobs`` and ``values``, as far as the run needs them.
+    """Add ``old_logprobs``, ``entropy``, ``ref_logprobs`` and ``values``, as far as the run needs them.
 
     Where the models run in other processes, this only asks for them: those on different pools work at the same time.
     """
     config, roles, timed = session.config, session.roles, session.timed
-    if config.needs_old_logprobs:
+    if config.needs_old_logprobs or config.needs_entropy:
         with timed("old_log_prob"):
             batch = with_old_logprobs(roles.actor, batch, config)
     if roles.ref is not None:
@@ -31,15 +32,19 @@ def judged(session: Session[Any], batch: Batch) -> Batch:
 
 
 def with_old_logprobs(actor: TrainEngine, batch: Batch, config: RLConfig) -> Batch:
-    """Add per-token ``old_logprobs``: those of the policy before the update, or as the rollout engine reported them."""
+    """Add per-token ``old_logprobs``, those of the policy before the update, or as the rollout engine reported them;
+    and the policy's ``entropy``, if the run needs it."""
+    outputs: tuple[Output, ...] = ("logprobs",)
     if config.actor.old_logprobs == "rollout":
-        return batch.with_columns(old_logprobs=batch["rollout_logprobs"])
-    return _with_logprobs(actor, batch, "old_logprobs", config.rollout.temperature)
+        batch, outputs = batch.with_columns(old_logprobs=batch["rollout_logprobs"]), ()
+    if config.needs_entropy:
+        outputs += ("entropy",)
+    return _with_outputs(actor, batch, config, outputs, logprobs="old_logprobs") if outputs else batch
 
 
 def with_ref_logprobs(ref: TrainEngine, batch: Batch, config: RLConfig) -> Batch:
     """Add per-token ``ref_logprobs``: those of the reference policy."""
-    batch = _with_logprobs(ref, batch, "ref_logprobs", config.rollout.temperature)
+    batch = _with_outputs(ref, batch, config, ("logprobs",), logprobs="ref_logprobs")
     if config.ref.offload:
         ref.offload()
     return batch
@@ -53,6 +58,11 @@ def with_values(critic: TrainEngine, batch: Batch, settings: CriticSettings) -> 
     return batch.with_columns(values=output["values"])
 
 
-def _with_logprobs(engine: TrainEngine, batch: Batch, column: str, temperature: float) -> Batch:
-    output = engine.forward(batch.select("tokens", "loss_mask"), ForwardRequest(("logprobs",), temperature))
-    return batch.with_columns(**{column: output["logprobs"]})
+def _with_outputs(
+    engine: TrainEngine, batch: Batch, config: RLConfig, outputs: tuple[Output, ...], logprobs: str
+) -> Batch:
+    """Add ``outputs`` of ``engine``; its log-probs under the name ``logprobs``."""
+    request = ForwardRequest(outputs, config.rollout.temperature)
+    found = engine.forward(batch.select("tokens", "loss_mask"), request)
+    names = {name: logprobs if name == "logprobs" else str(name) for name in outputs}
+    return batch.with_columns(**{names[name]: found[name] for name in outputs})

@@ -12,7 +12,7 @@ from rlcore_recipes.collect import training_batch
 from rlcore_recipes.credit import with_advantages
 from rlcore_recipes.forward import judged
 from rlcore_recipes.restarts import restarting
-from rlcore_recipes.session import Session, open_session, train_rl
+from rlcore_recipes.session import Session, open_session, train_rl, validate_completions
 from rlcore_recipes.settings import RLConfig
 from rlcore_recipes.updates import sync_policy, update_actor
 
@@ -24,7 +24,7 @@ class GRPOConfig(RLConfig):
 @restarting
 def run(config: GRPOConfig) -> None:
     """Train, from the beginning or from the last checkpoint, to the last step."""
-    with open_session(config) as session:
+    with open_session(config, validate=validate_completions) as session:
         train_rl(session, "grpo", step)
 
 

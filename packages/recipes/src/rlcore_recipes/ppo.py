@@ -12,7 +12,7 @@ from rlcore_recipes.collect import training_batch
 from rlcore_recipes.credit import with_advantages
 from rlcore_recipes.forward import judged
 from rlcore_recipes.restarts import restarting
-from rlcore_recipes.session import Session, open_session, train_rl
+from rlcore_recipes.session import Session, open_session, train_rl, validate_completions
 from rlcore_recipes.settings import AlgorithmSettings, CriticSettings, RLConfig, RolloutSettings
 from rlcore_recipes.settings.reinforcement import indivisible
 from rlcore_recipes.updates import sync_policy, update_actor, update_critic
@@ -51,7 +51,9 @@ class PPOConfig(RLConfig):
 @restarting
 def run(config: PPOConfig) -> None:
     """Train, from the beginning or from the last checkpoint, to the last step."""
-    with open_session(config, critic=config.critic if config.has_critic else None) as session:
+    with open_session(
+        config, critic=config.critic if config.has_critic else None, validate=validate_completions
+    ) as session:
         train_rl(session, "ppo", step)
 
 

@@ -5,6 +5,7 @@ Training engines set the process group up; until one is built, and with one proc
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -19,6 +20,11 @@ executor = LocalExecutor()
 def is_main() -> bool:
     """True on the process that tracks, prints and writes single files."""
     return executor.is_main
+
+
+def launched_as_main() -> bool:
+    """True on the process that the launcher made rank 0; known before there is a process group."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def on_rank_zero(work: Callable[[], T]) -> T:

@@ -50,20 +50,26 @@ def train_engine(
     model: ModelSettings,
     engines: Mapping[str, Any] | None = None,
     *,
+    beside: ModelRole | None = None,
     head: Head = "policy",
     optim: OptimSettings | None = None,
     seed: int = 0,
 ) -> TrainEngine:
-    """The engine that ``role`` names, not yet in a worker group; ``engines`` are those of its process."""
+    """The engine of ``role``, not yet in a worker group; ``engines`` are those of its process.
+
+    Args:
+        beside: the policy, whose engine a `FollowingRole` takes unless it names one.
+    """
+    name, options = role.engine_beside(beside) if beside is not None else (role.engine, role.options)
     spec = TrainEngineSpec(
         model=model,
-        options=role.options,
+        options=options,
         head=head,
         optim=optim,
         max_tokens=role.max_tokens_per_micro_batch,
         seed=seed,
     )
-    engine: TrainEngine = plugins.get(role.plugin_group, role.engine).build(spec)
+    engine: TrainEngine = plugins.get(role.plugin_group, name).build(spec)
     if role.offload:
         engine.offload()  # it comes back by itself when it is used
     return engine
@@ -134,17 +140,18 @@ def build_roles(
     actor = built(
         "actor", TrainEngine, partial(train_engine, config.actor, config.model, optim=optim, seed=config.seed)
     )
+    beside = partial(train_engine, beside=config.actor, seed=config.seed)
     ref = value = scorer = None
     if config.needs_ref:
         model = config.ref.model or config.model
-        ref = built("ref", TrainEngine, partial(train_engine, config.ref, model, seed=config.seed))
+        ref = built("ref", TrainEngine, partial(beside, config.ref, model))
     if critic is not None:
         optim = with_total_steps(critic.optim, total_steps * critic_updates_per_step(critic, config))
         model = critic.model or config.model
-        factory = partial(train_engine, critic, model, head="value", optim=optim, seed=config.seed)
+        factory = partial(beside, critic, model, head="value", optim=optim)
         value = built("critic", TrainEngine, factory)
     if config.reward_model is not None:
-        factory = partial(train_engine, config.reward_model, config.reward_model.model, head="score", seed=config.seed)
+        factory = partial(beside, config.reward_model, config.reward_model.model, head="score")
         scorer = built("reward_model", TrainEngine, factory)
     rollout = built("rollout", RolloutEngine, partial(_rollout_beside_actor, config))
     executor.barrier("build")

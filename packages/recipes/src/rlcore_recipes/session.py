@@ -6,30 +6,35 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic, TypeVar
 from warnings import warn
 
+from pydantic import Field
+
 from rlcore.algorithms.kl import KLController, kl_controller
 from rlcore.batch import Batch
+from rlcore.checkpoint.json_file import Finite, JsonFile
 from rlcore.controller import Executor
-from rlcore.errors import RlcoreWarning
+from rlcore.errors import ConfigError, RlcoreWarning
 from rlcore_recipes.asynchronous import Producer, open_producer
 from rlcore_recipes.collect import release, sampled_and_scored
 from rlcore_recipes.data.loader import PromptLoader
 from rlcore_recipes.data.prompts import PromptDataset, PromptSample, load_prompts
 from rlcore_recipes.data.tokenizer import load_tokenizer
-from rlcore_recipes.processes import is_main
+from rlcore_recipes.preflight import check_sources
+from rlcore_recipes.processes import is_main, launched_as_main
 from rlcore_recipes.reward_model import check_reward_model
 from rlcore_recipes.roles import Roles, build_roles, open_executor
 from rlcore_recipes.rollouts import validation_sampling
 from rlcore_recipes.settings import CriticSettings, DynamicSamplingSettings, RLConfig
-from rlcore_recipes.settings.asynchronous import warn_uncorrected
 from rlcore_recipes.timing import Timings, open_trace
 from rlcore_recipes.train_loop import Run, Stateful, train
 from rlcore_recipes.updates import sync_policy
-from rlcore_recipes.validation import Validation, validate
+from rlcore_recipes.validation import Validation, validate_prompts
 
 C = TypeVar("C", bound=RLConfig)
+Validate = Callable[["Session[Any]"], Validation]
 
 
 @dataclass
@@ -44,6 +49,7 @@ class Session(Generic[C]):
         dynamic: which groups are worth training on; None: all.
         version: of the policy in the rollout processes: how many steps it has behind it.
         producer: generates while steps train, in asynchronous training only.
+        validate: measures the policy on ``val_prompts``.
         warned: subjects of `warn_once`.
     """
 
@@ -59,6 +65,7 @@ class Session(Generic[C]):
     dynamic: DynamicSamplingSettings | None = None
     version: int = 0
     producer: Producer | None = None
+    validate: Validate | None = None
     warned: set[str] = field(default_factory=set)
 
     def warn_once(self, subject: str, message: str) -> None:
@@ -70,19 +77,35 @@ class Session(Generic[C]):
 
 @contextmanager
 def open_session(
-    config: C, *, critic: CriticSettings | None = None, dynamic: DynamicSamplingSettings | None = None
+    config: C,
+    *,
+    critic: CriticSettings | None = None,
+    dynamic: DynamicSamplingSettings | None = None,
+    validate: Validate | None = None,
 ) -> Iterator[Session[C]]:
     """Read the data, then build the models; closes them at the end. For a recipe that is `restarting`.
 
     Args:
         critic: its settings; None where the run has none.
         dynamic: dynamic sampling; None: steps train on all groups.
+        validate: how the recipe is validated, on samples that are made as those of its steps. `validate_completions`
+            is for steps that train on single completions (`rlcore_recipes.collect.training_batch`). None: the recipe
+            cannot be validated.
 
     Raises:
+        ConfigError: the configuration asks for validation, and ``validate`` is None.
         RlcoreError: something in the input is missing, broken or in the way. Nothing has been written then.
     """
     data, trainer = config.data, config.trainer
-    warn_uncorrected(config)
+    if trainer.test_freq > 0 and validate is None:
+        raise ConfigError(
+            f"trainer.test_freq={trainer.test_freq} asks for validation, and the recipe does not say what it validates "
+            "on: set trainer.test_freq=-1, or let the recipe's run give open_session a validate function "
+            "(validate_completions if its steps train on single completions)"
+        )
+    if launched_as_main():
+        config.warn_of_doubts()
+    check_sources(config, [*data.train_files, *data.val_files])
     tokenizer = load_tokenizer(config.model)
     if config.reward_model is not None:
         check_reward_model(config.reward_model.model, config.model, tokenizer)
@@ -111,6 +134,7 @@ def open_session(
             total_steps=total_steps,
             timed=Timings(executor, open_trace(trainer.out_dir, stack) if config.trace else None),
             dynamic=dynamic,
+            validate=validate,
         )
         follow_replacements(session)
         if config.asynchronous.max_staleness > 0:
@@ -139,7 +163,7 @@ def train_rl(session: Session[C], recipe: str, step: Callable[[Session[C], int],
     roles = session.roles
     parts: dict[str, Stateful] = {"prompts": session.producer or session.prompts}
     if session.kl is not None:
-        parts["kl"] = _KLState(session.kl)
+        parts["kl"] = _SavedKL(session.kl)
     train(
         Run(
             recipe=recipe,
@@ -148,7 +172,7 @@ def train_rl(session: Session[C], recipe: str, step: Callable[[Session[C], int],
             seed=session.config.seed,
             total_steps=session.total_steps,
             step=lambda number: step(session, number),
-            validate=None if session.val_prompts is None else lambda: validate_policy(session),
+            validate=None if session.val_prompts is None else partial(_validated, session),
             engines=roles.trained(),
             parts=parts,
             resumed=lambda done: sync_policy(session, version=done),
@@ -160,7 +184,13 @@ def train_rl(session: Session[C], recipe: str, step: Callable[[Session[C], int],
     )
 
 
-def validate_policy(session: Session[Any]) -> Validation:
+def _validated(session: Session[Any]) -> Validation:
+    assert session.validate is not None
+    return session.validate(session)
+
+
+def validate_completions(session: Session[Any]) -> Validation:
+    """Validate on single completions of the held-out prompts, sampled as ``rollout.validation`` says."""
     config = session.config
     sampling = validation_sampling(config.rollout, config.data.max_response_length)
     n = config.rollout.validation.n
@@ -169,16 +199,24 @@ def validate_policy(session: Session[Any]) -> Validation:
         return sampled_and_scored(session, prompts, sampling, n, purpose="validation")
 
     assert session.val_prompts is not None
-    outcome = validate(
+    outcome = validate_prompts(
         session.executor, session.val_prompts, answer, config.data.val_batch_size, config.trainer.log_val_generations
     )
     release(session)
     return outcome
 
 
+class KLState(JsonFile):
+    """What a checkpoint holds of the controller of the KL coefficient."""
+
+    coeff: Finite = Field(ge=0, description="The coefficient.")
+
+
 @dataclass(frozen=True)
-class _KLState:
+class _SavedKL:
     controller: KLController
+
+    described_by = KLState
 
     def state(self) -> dict[str, Any]:
         return self.controller.state_dict()

@@ -18,6 +18,7 @@ from rlcore_recipes.data.loader import BatchLoader
 from rlcore_recipes.data.settings import SFTDataSettings
 from rlcore_recipes.data.sft import SFTDataset, load_sft
 from rlcore_recipes.data.tokenizer import load_tokenizer
+from rlcore_recipes.preflight import check_sources
 from rlcore_recipes.restarts import restarting
 from rlcore_recipes.roles import closed, open_executor, train_engine, with_total_steps
 from rlcore_recipes.settings import ControllerSettings, ModelRole, TrainerSettings
@@ -37,7 +38,7 @@ class SFTActorSettings(ModelRole):
 class SFTConfig(Config):
     """One run of supervised fine-tuning."""
 
-    seed: int = Field(0, ge=0, description="Seed of the data order.")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of the data order.")
     model: ModelSettings = Field(description="The model to train.")
     data: SFTDataSettings = Field(description="What to learn; train_batch_size counts samples.")
     actor: SFTActorSettings = Field(default_factory=SFTActorSettings, description="The model under training.")
@@ -69,6 +70,7 @@ class SFTConfig(Config):
 def run(config: SFTConfig) -> None:
     """Train, from the beginning or from the last checkpoint, to the last step."""
     data, trainer = config.data, config.trainer
+    check_sources(config, [*data.train_files, *data.val_files])
     tokenizer = load_tokenizer(config.model)
     dataset = load_sft(data, data.train_files, tokenizer)
     batches = BatchLoader(

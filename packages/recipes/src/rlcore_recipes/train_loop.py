@@ -15,11 +15,12 @@ from warnings import warn
 
 import torch
 
+from rlcore.checkpoint.json_file import JsonFile
 from rlcore.config import Config
 from rlcore.engines import TrainEngine
 from rlcore.errors import CheckpointError, ConfigError, RlcoreWarning
 from rlcore.tracking import RunInfo, Tracker
-from rlcore_recipes.checkpoint import Checkpoint, CheckpointManager
+from rlcore_recipes.checkpoint import Checkpoint, CheckpointManager, RunState
 from rlcore_recipes.health import Health
 from rlcore_recipes.processes import all_gather, executor, is_main, on_rank_zero
 from rlcore_recipes.randomness import seed_generators
@@ -32,7 +33,10 @@ from rlcore_recipes.validation import Validation
 
 
 class Stateful(Protocol):
-    """A small part of a run's state, as plain values (JSON)."""
+    """A small part of a run's state, as plain values (JSON), which ``described_by`` describes with their ranges."""
+
+    @property
+    def described_by(self) -> type[JsonFile]: ...
 
     def state(self) -> dict[str, Any]: ...
 
@@ -86,16 +90,26 @@ def train(run: Run) -> None:
         best_mode=trainer.best_mode,
         ranks=executor,
         apply=run.apply,
+        parts={name: part.described_by for name, part in run.parts.items()},
     )
     start = checkpoints.resume_from(trainer.resume, run.engines)
     if start is None and not checkpoints.is_empty():
         raise CheckpointError(
             f"no checkpoint in {checkpoints.root} is whole (the warnings say why); move them away to start anew"
         )
+    if trainer.save_freq > 0:
+        checkpoints.check_room(0 if start is None else start.state.step, run.total_steps)
     done, run_id = resume(run, checkpoints, start)
     changed = on_rank_zero(lambda: write_config(trainer.out_dir, run.config, done))
     if done and changed and is_main():
         print(f"continuing with other settings than before: {', '.join(changed)}", file=sys.stderr)
+    if done >= run.total_steps and is_main():
+        key = "total_epochs" if trainer.total_steps is None else "total_steps"
+        print(
+            f"the run in {trainer.out_dir} is complete: it has made its {run.total_steps} steps; raise trainer.{key} "
+            "to train longer",
+            file=sys.stderr,
+        )
     health = Health(trainer, run.max_error_ratio)
     with (
         tracking(run, run_id, done) as tracker,
@@ -179,9 +193,9 @@ def memory() -> dict[str, float]:
 # --- checkpoints ----------------------------------------------------------------------------------------------------
 
 
-def state(run: Run, step: int, run_id: str) -> dict[str, Any]:
+def state(run: Run, step: int, run_id: str) -> RunState:
     parts = {name: part.state() for name, part in run.parts.items()}
-    return {"recipe": run.recipe, "step": step, "run_id": run_id, "parts": parts}
+    return RunState(recipe=run.recipe, step=step, run_id=run_id, parts=parts)
 
 
 def resume(run: Run, checkpoints: CheckpointManager, found: Checkpoint | None) -> tuple[int, str]:
@@ -195,22 +209,22 @@ def resume(run: Run, checkpoints: CheckpointManager, found: Checkpoint | None) -
         checkpoints.release(found, run.engines)
         raise
     for name, part in run.parts.items():
-        part.restore(saved["parts"][name])
+        part.restore(saved.parts[name])
     checkpoints.load(found, run.engines)
-    run.resumed(saved["step"])
-    if is_main():
-        print(f"continuing after step {saved['step']} from {found.location}", file=sys.stderr)
-    return saved["step"], saved["run_id"]
+    run.resumed(saved.step)
+    if saved.step < run.total_steps and is_main():
+        print(f"continuing after step {saved.step} from {found.location}", file=sys.stderr)
+    return saved.step, saved.run_id
 
 
 def check_origin(run: Run, found: Checkpoint) -> None:
     """Refuse a checkpoint of another kind of run."""
     saved = found.state
-    if saved["recipe"] != run.recipe:
-        raise CheckpointError(f"{found.location} is of the recipe {saved['recipe']}, not {run.recipe}")
+    if saved.recipe != run.recipe:
+        raise CheckpointError(f"{found.location} is of the recipe {saved.recipe}, not {run.recipe}")
     missing = [name for name in run.engines if name not in found.files]
-    if missing or set(saved["parts"]) != set(run.parts):
-        lacking = missing + sorted(set(saved["parts"]) ^ set(run.parts))
+    if missing or set(saved.parts) != set(run.parts):
+        lacking = missing + sorted(set(saved.parts) ^ set(run.parts))
         raise CheckpointError(
             f"{found.location} was written under another configuration: it and this run differ in {', '.join(lacking)}"
         )

@@ -12,6 +12,7 @@ from rlcore.algorithms.objectives import LOSS_METRICS, PolicyObjective, ValueObj
 from rlcore.batch import Batch
 from rlcore.engines import ForwardRequest, Objective, TrainEngine
 from rlcore.metrics import Metrics
+from rlcore.registry import Entry
 from rlcore_recipes.credit import without_advantage
 from rlcore_recipes.settings import CriticSettings, RLConfig
 
@@ -28,8 +29,10 @@ def update_actor(session: Session[Any], batch: Batch) -> Metrics:
     objective = PolicyObjective(
         settings.objective, config.rollout.temperature, old_from_rollout=settings.old_logprobs == "rollout"
     )
+    columns = training_columns(batch, settings.objective.policy_loss.entry)
+    size = config.mini_batch_size * config.rollout.n
     parts: list[tuple[Batch, Objective]] = [
-        (part, objective) for part in training_columns(batch).split(config.mini_batch_size * config.rollout.n)
+        (part, objective) for part in columns.split(size, objective.request.together)
     ]
     if settings.drops_zero_advantage:
         keep = actor.dp_size
@@ -68,9 +71,17 @@ def train_epochs(engine: TrainEngine, parts: Sequence[tuple[Batch, Objective]], 
     return Metrics.merge(engine.train(part, objective) for _ in range(epochs) for part, objective in parts)
 
 
-def training_columns(batch: Batch) -> Batch:
-    """What objectives may read: per-token columns. Texts and the like stay with the controller."""
-    return batch.select(*batch.jagged_names)
+def training_columns(batch: Batch, loss: Entry[Any] | None = None) -> Batch:
+    """What objectives may read: per-token columns, and what the policy loss declares. Texts and the like stay with the
+    controller.
+
+    Raises:
+        BatchError: ``batch`` has no such column as the policy loss declares.
+    """
+    if loss is None:
+        return batch.select(*batch.jagged_names)
+    loss.check_columns({*batch.names, "entropy"})  # the entropy is computed in the update
+    return batch.select(*dict.fromkeys([*batch.jagged_names, *sorted(loss.needs & set(batch.names))]))
 
 
 @dataclass(frozen=True)
@@ -106,11 +117,14 @@ def without_zero_advantage(batch: Batch, objective: Objective, keep: int) -> tup
 
     A token without advantage adds nothing to a policy-gradient loss or its gradient, so only the denominators must know
     of it. The first sample that stays carries what the others would have added to them. At least ``keep`` samples stay,
-    so that every rank takes part and the optimizer makes its step.
+    so that every rank takes part and the optimizer makes its step. Units of the objective stay or go as a whole.
     """
     nonzero = ~without_advantage(batch)
     stays = nonzero.clone()
     stays[(~nonzero).nonzero().squeeze(-1)[: max(keep - int(nonzero.sum()), 0)]] = True
+    together = objective.request.together
+    if together is not None:
+        stays = torch.isin(batch[together], batch[together][stays])
     kept = batch.take(stays.nonzero().squeeze(-1))
     everything, remaining = objective.denominators(batch), objective.denominators(kept)
     first = torch.zeros(len(kept), dtype=torch.float64)

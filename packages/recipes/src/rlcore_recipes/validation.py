@@ -16,7 +16,7 @@ from rlcore.controller import Executor
 from rlcore.engines import RewardResult
 from rlcore_recipes.data.prompts import PromptSample
 
-GENERATION_COLUMNS = ("prompt", "completion", "ground_truth", "score", "data_source", "finish_reason")
+GENERATION_COLUMNS = ("prompt", "completion", "ground_truth", "score", "data_source", "finish_reason", "error")
 LOGGED_ORDER_SEED = 42  # the same prompts are shown at every validation
 
 
@@ -29,7 +29,7 @@ class Validation:
     rows: Sequence[Sequence[Any]] = ()
 
 
-def validate(
+def validate_prompts(
     executor: Executor,
     prompts: Sequence[PromptSample],
     answer: Callable[[Sequence[PromptSample]], Batch],
@@ -122,6 +122,7 @@ def logged_rows(batch: Batch, count: int) -> list[list[str | float]]:
             float(batch["score"][i]),
             batch["data_source"][i],
             batch["finish_reason"][i],
+            batch["reward_result"][i].error or "",
         ]
         for i in chosen
     ]

@@ -21,7 +21,7 @@ class Part(PluginSections):
     plugin_field: ClassVar[str] = "name"
 
     name: str = Field(description="Reward (`rlcore plugins` lists the installed ones).")
-    weight: float = Field(1.0, allow_inf_nan=False, description="Factor of its score in the sum.")
+    weight: float = Field(1.0, description="Factor of its score in the sum.")
     label: str = Field("", description="What its score is called in the logs; its name when empty.")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import Field, JsonValue, field_validator
 
-from rlcore.config import Config
+from rlcore.config import Config, FileName
 from rlcore.engines.settings import RewardSettings
 from rlcore.errors import ConfigError
 from rlcore_rewards.pool import PooledReward
@@ -20,7 +20,7 @@ _PATH = re.compile(r"(.+\.py|[A-Za-z_][\w.]*):([A-Za-z_][\w.]*)")
 class FunctionOptions(Config):
     """Which function."""
 
-    path: str = Field(description="'file.py:function' or 'package.module:function'.")
+    path: FileName = Field(description="'file.py:function' or 'package.module:function'.")
     kwargs: dict[str, JsonValue] = Field({}, description="Further keyword arguments of every call.")
 
     @field_validator("path")

@@ -35,7 +35,7 @@ class GSM8KOptions(Config):
         "'flexible': the last number anywhere.",
     )
     format_score: float = Field(
-        0.0, allow_inf_nan=False, description="Score of an answer that can be read but is wrong; a right one scores 1."
+        0.0, description="Score of an answer that can be read but is wrong; a right one scores 1."
     )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field
 
-from rlcore.config import Config
+from rlcore.config import Config, Package
 from rlcore.engines.settings import RewardSettings
 from rlcore.errors import PluginError
 from rlcore_rewards.pool import PooledReward
@@ -24,8 +25,11 @@ class MathOptions(Config):
         20_000, gt=0, description="How much of the end of a completion is searched for the answer, in characters."
     )
     format_score: float = Field(
-        0.0, allow_inf_nan=False, description="Score of an answer that can be read but is wrong; a right one scores 1."
+        0.0, description="Score of an answer that can be read but is wrong; a right one scores 1."
     )
+
+    def packages(self) -> Iterator[tuple[str, Package]]:
+        yield "", Package("math_verify", "rlcore-rewards")
 
 
 def math_reward(options: MathOptions, settings: RewardSettings) -> PooledReward:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
+from rlcore.config import FilePath, Package, Seconds
 from rlcore.servers.settings import ServerClientSettings, url_problems
 
 
@@ -27,9 +27,9 @@ class SGLangSettings(ServerClientSettings):
         description="Base URL of SGLang's router before the servers of urls: it spreads the requests, weights go to "
         "the servers themselves.",
     )
-    replicas: int = Field(1, ge=1, description="Servers to start.")
+    replicas: int = Field(1, ge=1, le=2**16, description="Servers to start.")
 
-    tp_size: int = Field(1, ge=1, description="Processes (GPUs) of a server that share each layer.")
+    tp_size: int = Field(1, ge=1, le=2**16, description="Processes (GPUs) of a server that share each layer.")
     device: Literal["cuda", "cpu"] | None = Field(None, description="Where servers compute; null is SGLang's choice.")
     dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
         None, description="Precision of weights and activations; null is bfloat16, on the CPU float32."
@@ -52,10 +52,10 @@ class SGLangSettings(ServerClientSettings):
         "(quantization, chunked_prefill_size, …).",
     )
     env: dict[str, str] = Field(default_factory=dict, description="Environment variables of servers started here.")
-    log_dir: Path | None = Field(
+    log_dir: FilePath | None = Field(
         None, description="Folder of the servers' logs; null is a new one among the temporary files."
     )
-    start_timeout_s: float = Field(900.0, gt=0, description="Longest wait for a server to start.")
+    start_timeout_s: Seconds = Field(900.0, gt=0, description="Longest wait for a server to start.")
     keep_weights: bool = Field(
         True,
         description="Keep a copy of the current weights in this process's memory, with which a server that died is "
@@ -71,7 +71,7 @@ class SGLangSettings(ServerClientSettings):
         "auto", description="Of the process group for 'distributed'; 'auto' is NCCL for weights on GPUs."
     )
     weights_host: str = Field("127.0.0.1", description="Address of this machine that servers reach, for 'distributed'.")
-    weights_dir: Path | None = Field(
+    weights_dir: FilePath | None = Field(
         None, description="Folder that this process and the servers see under one path, for 'disk'."
     )
     pause_mode: Literal["retract", "in_place", "abort"] = Field(
@@ -83,13 +83,17 @@ class SGLangSettings(ServerClientSettings):
     sleep_level: Literal[1, 2] = Field(
         1, description="What sleep does with the weights: 1 keeps them in host memory, 2 drops them until an update."
     )
-    health_interval_s: float = Field(
+    health_interval_s: Seconds = Field(
         60.0, gt=0, description="Seconds between looks at a server that has unfinished requests and says nothing."
     )
 
     @property
     def starts_servers(self) -> bool:
         return not self.urls
+
+    def packages(self) -> Iterator[tuple[str, Package]]:
+        if self.starts_servers:
+            yield "", Package("sglang", "rlcore[sglang]")
 
     def problems(self) -> Iterator[tuple[str, str]]:
         routed = () if self.router is None else (self.router,)

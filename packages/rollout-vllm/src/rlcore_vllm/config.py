@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from rlcore.config import Config
+from rlcore.config import Config, Package, Seconds
 from rlcore_vllm.server.settings import ServerSettings
 
 
@@ -23,9 +23,12 @@ class VLLMSettings(Config):
         "uses servers that run already (see server).",
     )
     replicas: int = Field(
-        1, ge=1, description="Engines of mode 'process', each on GPUs of its own; requests are balanced over them."
+        1,
+        ge=1,
+        le=2**16,
+        description="Engines of mode 'process', each on GPUs of its own; requests are balanced over them.",
     )
-    tensor_parallel_size: int = Field(1, ge=1, description="Processes (GPUs) that share each layer.")
+    tensor_parallel_size: int = Field(1, ge=1, le=2**16, description="Processes (GPUs) that share each layer.")
     dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
         None, description="Precision of weights and activations; null is bfloat16 on a GPU and float32 on the CPU."
     )
@@ -35,6 +38,7 @@ class VLLMSettings(Config):
     kv_cache_memory_bytes: int | None = Field(
         None,
         gt=0,
+        le=2**50,
         description="Size of the KV cache per worker; null follows gpu_memory_utilization, on the CPU 1 GiB.",
     )
     max_num_seqs: int = Field(256, ge=1, description="Most sequences decoded together; further requests wait.")
@@ -42,7 +46,9 @@ class VLLMSettings(Config):
         None, ge=1, description="Most tokens of one step; null is vLLM's choice."
     )
     enforce_eager: bool | None = Field(
-        None, description="Neither compile nor capture CUDA graphs; null does so on a GPU and not on the CPU."
+        None,
+        description="true runs every operation as it comes; false compiles the model and captures CUDA graphs, which "
+        "starts slower and runs faster. null is false on a GPU and true on the CPU.",
     )
     enable_prefix_caching: bool = Field(True, description="Prefill what requests have in common once.")
     load_format: str = Field(
@@ -58,17 +64,17 @@ class VLLMSettings(Config):
         1,
         description="What sleep does with the weights: 1 keeps them in host memory, 2 drops them until an update.",
     )
-    rejoin_timeout_s: float = Field(
+    rejoin_timeout_s: Seconds = Field(
         300.0, gt=0, description="Longest wait of a request for one of several replicas when none is left."
     )
-    start_timeout_s: float = Field(600.0, gt=0, description="Longest wait for the engine to start.")
+    start_timeout_s: Seconds = Field(600.0, gt=0, description="Longest wait for the engine to start.")
     weight_transfer: Literal["rlcore", "nccl", "ipc"] = Field(
         "rlcore",
         description="How weights get from this process to engines of mode 'process': by rlcore's transfer, or by "
         "vLLM's own engines, 'nccl' (GPUs other than the trainer's) or 'ipc' (the trainer's GPU).",
     )
-    update_timeout_s: float = Field(300.0, gt=0, description="Longest wait for one bucket of weights to be taken.")
-    hang_timeout_s: float = Field(
+    update_timeout_s: Seconds = Field(300.0, gt=0, description="Longest wait for one bucket of weights to be taken.")
+    hang_timeout_s: Seconds = Field(
         300.0, gt=0, description="An engine with unfinished requests that does not answer for so long is given up."
     )
     args: dict[str, Any] = Field(
@@ -77,6 +83,10 @@ class VLLMSettings(Config):
         "EngineArgs (quantization, max_logprobs, …).",
     )
     server: ServerSettings | None = Field(None, description="The servers of mode 'server'.")
+
+    def packages(self) -> Iterator[tuple[str, Package]]:
+        if self.mode != "server":
+            yield "", Package("vllm", "rlcore[vllm]")
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.mode == "server" and self.server is None:

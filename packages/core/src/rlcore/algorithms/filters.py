@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, model_validator
 
 from rlcore.algorithms.registries import sampling_filters
-from rlcore.config import Config
+from rlcore.config import Config, Unlimited
 from rlcore.registry import NoParams
 
 
@@ -25,8 +25,8 @@ def nonzero_spread(scores: torch.Tensor, group: torch.Tensor, params: NoParams) 
 class MeanScoreParams(Config):
     """Parameters of ``mean-score``."""
 
-    low: float = Field(0.0, description="Keep groups with a higher mean score.")
-    high: float = Field(1.0, description="Keep groups with a lower mean score.")
+    low: Unlimited = Field(0.0, description="Keep groups with a higher mean score; -.inf sets no bound.")
+    high: Unlimited = Field(1.0, description="Keep groups with a lower mean score; .inf sets no bound.")
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -28,6 +28,7 @@ from rlcore.batch import Batch
 from rlcore.config import Choice, Chosen, Config
 from rlcore.engines.train import ForwardRequest
 from rlcore.metrics import Metrics
+from rlcore.registry import Entry
 
 # Metrics that are the mini-batch's loss, or a part of it: means whose weights are the mini-batch's trained tokens.
 LOSS_METRICS = ("loss", "pg_loss", "kl_loss")
@@ -62,9 +63,10 @@ class PolicyObjectiveSettings(Config):
 class PolicyObjective:
     """Policy gradient with entropy bonus and KL loss.
 
-    Reads ``loss_mask`` and ``advantages``; ``ref_logprobs`` if the KL loss is on; ``rollout_logprobs`` if a correction
-    is on (and, where present, to measure the mismatch); ``old_logprobs`` where present: without it the update is taken
-    as on-policy, with the current log-probs, without gradient, as old ones. That saves a forward pass.
+    Reads ``loss_mask`` and ``advantages``; the columns that the policy loss needs; ``ref_logprobs`` if the KL loss is
+    on; ``rollout_logprobs`` if a correction is on (and, where present, to measure the mismatch); ``old_logprobs`` where
+    present: without it the update is taken as on-policy, with the current log-probs, without gradient, as old ones.
+    That saves a forward pass.
 
     Metrics: ``loss``, ``pg_loss``, ``entropy``, ``kl_loss`` (before its coefficient), those of the policy loss, the
     correction and the mismatch. The correction and the mismatch compare the rollout's log-probs with the old ones, or
@@ -80,7 +82,8 @@ class PolicyObjective:
 
     @property
     def request(self) -> ForwardRequest:
-        return ForwardRequest(("logprobs", "entropy"), self.temperature)
+        together = self.settings.policy_loss.entry.together
+        return ForwardRequest(("logprobs", "entropy"), self.temperature, together)
 
     def denominators(self, batch: Batch) -> dict[str, float]:
         return denominators(batch)
@@ -93,7 +96,14 @@ class PolicyObjective:
         logprobs = terms.trained(outputs["logprobs"])
         old_logprobs = terms.column("old_logprobs") if "old_logprobs" in batch else logprobs.detach()
         token_losses, metrics = settings.policy_loss(
-            PolicyLossInputs(logprobs, old_logprobs, terms.column("advantages"), terms.mask, batch.lengths)
+            PolicyLossInputs(
+                logprobs,
+                old_logprobs,
+                terms.column("advantages"),
+                terms.mask,
+                batch.lengths,
+                terms.declared(settings.policy_loss.entry, outputs),
+            )
         )
         if settings.correction is not None or "rollout_logprobs" in batch:
             rollout_logprobs = terms.column("rollout_logprobs")
@@ -202,6 +212,21 @@ class _Terms:
 
     def column(self, name: str) -> torch.Tensor:
         return self.trained(self.batch.flat(name))
+
+    def declared(self, entry: Entry[Any], outputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """The columns that ``entry`` needs, as `PolicyLossInputs` has them."""
+        entry.check_columns({*self.batch.names, "entropy"})
+        found: dict[str, Any] = {}
+        for name in entry.needs:
+            if name == "entropy":
+                found[name] = self.trained(outputs["entropy"])
+            elif name in self.batch.jagged_names:
+                values = self.batch.flat(name)
+                trained = self._trained.reshape(-1, *[1] * (values.dim() - 1))
+                found[name] = torch.where(trained, values, 0) if values.is_floating_point() else values
+            else:
+                found[name] = self.batch[name]
+        return found
 
     def aggregate(self, losses: torch.Tensor) -> torch.Tensor:
         share: torch.Tensor = self.aggregation(losses, self.mask, self.batch.lengths, self.denominators)

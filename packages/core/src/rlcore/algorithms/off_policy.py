@@ -15,7 +15,7 @@ from rlcore.algorithms.bounds import LOG_RATIO_LIMIT
 from rlcore.algorithms.registries import corrections
 from rlcore.algorithms.sequences import per_token, record_mean, sequence_means, sequence_sums, trained_mask
 from rlcore.batch import Batch
-from rlcore.config import Config
+from rlcore.config import Config, Unlimited
 from rlcore.metrics import Metrics
 
 # Always reported, whatever correction is on: what ``tis`` would clip and ``mis`` would mask by default.
@@ -26,7 +26,7 @@ QUANTILE_SAMPLE = 1 << 20  # tokens: enough for a 99.9th percentile, cheap whate
 class TISParams(Config):
     """Parameters of ``tis``."""
 
-    cap: float = Field(2.0, gt=0, description="Largest weight.")
+    cap: Unlimited = Field(2.0, gt=0, description="Largest weight; .inf bounds none.")
     level: Literal["token", "sequence"] = Field("token", description="Take ρ per token, or its product per sequence.")
 
 
@@ -54,7 +54,9 @@ class MISParams(Config):
     """Parameters of ``mis``."""
 
     low: float = Field(USUAL_LOW, ge=0, description="Tokens or sequences with a smaller ρ are dropped.")
-    high: float = Field(USUAL_HIGH, gt=0, description="Tokens or sequences with a larger ρ are dropped.")
+    high: Unlimited = Field(
+        USUAL_HIGH, gt=0, description="Tokens or sequences with a larger ρ are dropped; .inf drops none."
+    )
     level: Literal["token", "sequence", "geometric"] = Field(
         "token",
         description="Take ρ per token, its product per sequence, or the geometric mean of a sequence's tokens "
@@ -99,7 +101,7 @@ class IcePopParams(Config):
     """Parameters of ``icepop``."""
 
     low: float = Field(0.5, ge=0, description="Tokens with a smaller ρ are dropped.")
-    high: float = Field(5.0, gt=0, description="Tokens with a larger ρ are dropped.")
+    high: Unlimited = Field(5.0, gt=0, description="Tokens with a larger ρ are dropped; .inf drops none.")
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

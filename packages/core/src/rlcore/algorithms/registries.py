@@ -7,7 +7,7 @@ they were registered with) as last positional argument.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -26,8 +26,13 @@ class Advantages:
 
 
 class AdvantageEstimator(Protocol):
-    """Reads ``loss_mask``, ``token_rewards`` (jagged fp32), ``group`` (dense int64) and what the entry ``needs``
-    ("values" jagged; "baseline_score" dense fp32: the greedy rollout's score).
+    """Reads ``loss_mask``, ``token_rewards`` (jagged fp32), ``group`` (dense int64) and the columns that it ``needs``.
+
+    Any column that the recipe makes can be declared: "values" (jagged: the critic's), "baseline_score" (dense fp32: the
+    score of the greedy answer), "entropy", "old_logprobs" and "ref_logprobs" (jagged, of the policy before the update
+    and of the reference), "reward_result" (objects: `rlcore.engines.RewardResult`, with the parts of a combined reward
+    in ``extras``), "extra" (objects: the data file's remaining fields), "completion" (objects: texts), or one that the
+    recipe adds itself.
 
     The batch is the whole training batch: statistics over it are global. A reward may stand on any token of its
     sequence; one on a token that is not trained on is credited to the last trained token before it.
@@ -39,17 +44,27 @@ class AdvantageEstimator(Protocol):
 @dataclass(frozen=True)
 class PolicyLossInputs:
     """All ``[T]`` fp32 but ``lengths`` ``[B]`` int64 (CPU). ``mask`` is 1 where a token is trained on; the others are
-    0 where ``mask`` is 0. Only ``logprobs`` has a gradient; without an ``old_logprobs`` column its values stand in."""
+    0 where ``mask`` is 0. Only ``logprobs`` has a gradient; without an ``old_logprobs`` column its values stand in.
+
+    Attributes:
+        columns: what the loss ``needs``, by name: per-token columns ``[T, ...]`` (those of floating point are 0 where
+            ``mask`` is 0), dense ones ``[B, ...]``, lists of objects. "entropy" is the current policy's, with gradient.
+    """
 
     logprobs: torch.Tensor
     old_logprobs: torch.Tensor
     advantages: torch.Tensor
     mask: torch.Tensor
     lengths: torch.Tensor
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
 
 class PolicyLoss(Protocol):
-    """Per-token loss ``[T]`` (0 where masked) and metrics; the caller aggregates."""
+    """Per-token loss ``[T]`` (0 where masked) and metrics; the caller aggregates.
+
+    A loss that compares samples names with ``together`` the column of their units, which it then also gets: the samples
+    of a unit are always in one call.
+    """
 
     def __call__(self, inputs: PolicyLossInputs, params: Any, /) -> tuple[torch.Tensor, Metrics]: ...
 
@@ -111,8 +126,8 @@ class SamplingFilter(Protocol):
     def __call__(self, scores: torch.Tensor, group: torch.Tensor, params: Any, /) -> torch.Tensor: ...
 
 
-advantages: Registry[AdvantageEstimator] = Registry("advantage estimator")
-policy_losses: Registry[PolicyLoss] = Registry("policy loss")
+advantages: Registry[AdvantageEstimator] = Registry("advantage estimator", columns=True)
+policy_losses: Registry[PolicyLoss] = Registry("policy loss", columns=True, units=True)
 value_losses: Registry[ValueLoss] = Registry("value loss")
 kl_estimators: Registry[KLEstimator] = Registry("KL estimator")
 aggregations: Registry[Aggregation] = Registry("loss aggregation")

@@ -15,7 +15,7 @@ from rlcore.algorithms.bounds import LOG_RATIO_LIMIT, bounded
 from rlcore.algorithms.registries import PolicyLossInputs, policy_losses
 from rlcore.algorithms.sequences import per_token, record_mean, sequence_means
 from rlcore.algorithms.token_losses import token_ratio
-from rlcore.config import Config
+from rlcore.config import Config, Unlimited
 from rlcore.metrics import Metrics
 from rlcore.registry import Trait
 
@@ -27,7 +27,9 @@ class GSPOParams(Config):
     """Parameters of ``gspo``."""
 
     clip_low: float = Field(3e-4, ge=0, le=1, description="The sequence ratio is clipped below 1 − clip_low.")
-    clip_high: float = Field(4e-4, ge=0, description="The sequence ratio is clipped above 1 + clip_high.")
+    clip_high: Unlimited = Field(
+        4e-4, ge=0, description="The sequence ratio is clipped above 1 + clip_high; .inf clips nothing there."
+    )
 
 
 @policy_losses.register("gspo", params=GSPOParams, traits=SEQUENCE_LOSS)
@@ -54,8 +56,8 @@ def gspo(inputs: PolicyLossInputs, params: GSPOParams) -> tuple[torch.Tensor, Me
 class GMPOParams(Config):
     """Parameters of ``gmpo``; bounds are on the logarithm of a token's ratio."""
 
-    clip_low: float = Field(0.4, ge=0, description="Log-ratios are clipped below −clip_low.")
-    clip_high: float = Field(0.4, ge=0, description="Log-ratios are clipped above clip_high.")
+    clip_low: Unlimited = Field(0.4, ge=0, description="Log-ratios are clipped below −clip_low; .inf clips none.")
+    clip_high: Unlimited = Field(0.4, ge=0, description="Log-ratios are clipped above clip_high; .inf clips none.")
 
 
 @policy_losses.register("gmpo", params=GMPOParams, traits=SEQUENCE_LOSS)

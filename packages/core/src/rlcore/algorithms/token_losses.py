@@ -11,7 +11,7 @@ from pydantic import Field
 from rlcore.algorithms.bounds import LOG_RATIO_LIMIT, bounded
 from rlcore.algorithms.registries import PolicyLossInputs, policy_losses
 from rlcore.algorithms.sequences import record_mean
-from rlcore.config import Config
+from rlcore.config import Config, Unlimited
 from rlcore.metrics import Metrics
 from rlcore.registry import NoParams
 
@@ -20,7 +20,9 @@ class PPOParams(Config):
     """Parameters of ``ppo``."""
 
     clip_low: float = Field(0.2, ge=0, le=1, description="The ratio is clipped below 1 − clip_low.")
-    clip_high: float = Field(0.2, ge=0, description="The ratio is clipped above 1 + clip_high (DAPO: 0.28).")
+    clip_high: Unlimited = Field(
+        0.2, ge=0, description="The ratio is clipped above 1 + clip_high (DAPO: 0.28); .inf clips nothing there."
+    )
     dual_clip: float | None = Field(
         3.0, gt=1, description="Bound c on the ratio of tokens with negative advantage; null has none."
     )
@@ -51,7 +53,7 @@ class CISPOParams(Config):
     """Parameters of ``cispo``."""
 
     clip_low: float = Field(1.0, ge=0, le=1, description="The weight is at least 1 − clip_low; 1 has no lower bound.")
-    clip_high: float = Field(4.0, ge=0, description="The weight is at most 1 + clip_high.")
+    clip_high: Unlimited = Field(4.0, ge=0, description="The weight is at most 1 + clip_high; .inf has no upper bound.")
 
 
 @policy_losses.register("cispo", params=CISPOParams, traits={"vanishes_with_advantage", "importance_ratio"})

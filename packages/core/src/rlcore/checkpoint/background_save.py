@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from rlcore.background import in_background
 from rlcore.checkpoint import rank_files
-from rlcore.checkpoint.rank_files import Gather
+from rlcore.checkpoint.rank_files import Gather, RankManifest
 from rlcore.engines.train import FileRecord
 from rlcore.errors import CheckpointError
 
@@ -39,22 +39,22 @@ class BackgroundSave(Generic[Part]):
         self._gather = gather
         self._write, self._complete = write, complete
         self._written: Files = {}  # by the last save that has ended
-        self._running: tuple[Path, Part, Mapping[str, Any], Future[Files]] | None = None
+        self._running: tuple[Path, Part, Callable[..., RankManifest], Future[Files]] | None = None
 
     def check_idle(self, path: Path) -> None:
         """Raise CheckpointError if another save than the one to ``path`` has not been finished."""
         if self._running is not None:
             raise CheckpointError(f"cannot save to {path}: finish_save has not been called for {self._running[0]}")
 
-    def start(self, path: Path, part: Part, facts: Mapping[str, Any]) -> None:
+    def start(self, path: Path, part: Part, manifest: Callable[..., RankManifest]) -> None:
         """Begin to write ``part``, which nobody changes any more, to the folder ``path``.
 
         Args:
-            facts: see `rlcore.checkpoint.rank_files.complete`.
+            manifest: see `rlcore.checkpoint.rank_files.complete`.
         """
         self.check_idle(path)
         writing = in_background(lambda: self._write(path, part, self._rank), "save", _NICENESS)
-        self._running = (path, part, facts, writing)
+        self._running = (path, part, manifest, writing)
 
     def done(self) -> bool:
         return self._running is None or self._running[-1].done()
@@ -70,7 +70,7 @@ class BackgroundSave(Generic[Part]):
         if self._running is None:
             written, self._written = self._written, {}
             return written
-        (path, part, facts, writing), self._running = self._running, None
+        (path, part, manifest, writing), self._running = self._running, None
         outcome: Files | CheckpointError
         try:
             outcome = writing.result()
@@ -78,9 +78,9 @@ class BackgroundSave(Generic[Part]):
             outcome = error
         except Exception as error:
             outcome = CheckpointError(f"rank {self._rank}: {type(error).__name__}: {error}")
-        return self._complete(path, part, outcome, facts, self._rank, self._gather)
+        return self._complete(path, part, outcome, manifest, self._rank, self._gather)
 
-    def save(self, path: Path, part: Part, facts: Mapping[str, Any]) -> None:
+    def save(self, path: Path, part: Part, manifest: Callable[..., RankManifest]) -> None:
         """Write at once, on the calling thread; `finish` then gives the files. Collective.
 
         Raises:
@@ -91,4 +91,4 @@ class BackgroundSave(Generic[Part]):
             outcome = self._write(path, part, self._rank)
         except CheckpointError as error:
             outcome = error
-        self._written = self._complete(path, part, outcome, facts, self._rank, self._gather)
+        self._written = self._complete(path, part, outcome, manifest, self._rank, self._gather)

@@ -2,28 +2,47 @@
 
 ``rank-NNNNN.safetensors`` holds the parts of whole tensors that a rank writes, and its random states.
 ``checkpoint.json``, written last, says which parts those are (in the engine's own terms), the files' checksums, and
-what identifies the model.
+what identifies the model. Each engine describes it by a `RankManifest` of its own.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from pydantic import Field, ValidationError
 
+from rlcore.boundary import boundary
+from rlcore.checkpoint import json_file, random_states
+from rlcore.checkpoint.json_file import Count, FileName, JsonFile
+from rlcore.checkpoint.random_states import RandomStates
 from rlcore.checkpoint.tensor_file import flush, write_tensors
 from rlcore.engines.train import FileRecord
 from rlcore.errors import CheckpointError
+from rlcore.regular_file import open_regular
 
 MANIFEST = "checkpoint.json"
 
 Gather = Callable[[Any], list[Any]]
 """Gives a value of plain data that each rank calls it with to all of them, by rank."""
+
+
+class RankManifest(JsonFile):
+    """What ``checkpoint.json`` holds; an engine adds ``format: Literal[...]`` and whatever else it needs."""
+
+    optimizer: bool = Field(description="Whether optimizer states are in it.")
+    schedule_step: Count = Field(description="Steps of the schedule that were made.")
+    shapes: dict[str, list[Count]] = Field(description="Shapes of the whole tensors by name.")
+    files: dict[FileName, FileRecord] = Field(description="All files but this one.")
+    ranks: Sequence[Any] = Field(min_length=1, description="Which parts of the whole each rank wrote.")
+
+
+Manifest = TypeVar("Manifest", bound=RankManifest)
 
 
 @dataclass(frozen=True)
@@ -65,7 +84,7 @@ def complete(
     path: Path,
     part: RankPart,
     written: Mapping[str, FileRecord] | CheckpointError,
-    facts: Mapping[str, Any],
+    manifest: Callable[..., RankManifest],
     rank: int,
     gather: Gather,
 ) -> dict[str, FileRecord]:
@@ -73,7 +92,7 @@ def complete(
 
     Args:
         written: what became of this rank's part: its files.
-        facts: entries of the manifest, on rank 0 those of the whole model; "format" among them.
+        manifest: makes that of the whole model out of ``files`` and ``ranks``; called on rank 0.
 
     Returns:
         the files that this rank wrote.
@@ -88,39 +107,33 @@ def complete(
     records = dict(written)
     error = None
     if rank == 0:
-        manifest = {
-            **facts,
-            "files": {name: record for report in reports for name, record in report[1].items()},
-            "ranks": [report[2] for report in reports],
-        }
+        files = {name: record for report in reports for name, record in report[1].items()}
         try:
-            records[MANIFEST] = _write_manifest(path, manifest)
+            whole = manifest(files=files, ranks=[report[2] for report in reports])
+            records[MANIFEST] = _write_manifest(path, whole.encoded())
         except OSError as problem:
             error = f"rank 0: cannot write {path / MANIFEST}: {problem.strerror or problem}"
+        except ValidationError as problem:  # such as a number of the optimizer's that is not finite
+            error = f"rank 0: cannot write {path / MANIFEST}: {json_file.first_problem(problem)}"
     # nobody returns before the manifest stands
     _raise_first(f"checkpoint {path} could not be written", gather(error))
     return records
 
 
-def read_manifest(path: Path, version: int, facts: Iterable[str]) -> dict[str, Any]:
-    """The manifest of the checkpoint ``path``, which has "shapes", "files", "ranks" and ``facts``.
+def read_manifest(path: Path, kind: type[Manifest]) -> Manifest:
+    """The manifest of the checkpoint ``path``.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or its format is not ``version``.
+        CheckpointError: there is none, it is damaged, or its format is not that of ``kind``.
     """
-    file = path / MANIFEST
-    if not file.is_file():
+    if not os.path.exists(path / MANIFEST):
         raise CheckpointError(f"{path} holds no complete checkpoint: {MANIFEST} is missing")
-    try:
-        manifest: dict[str, Any] = json.loads(file.read_text())
-        if manifest["format"] != version:
-            raise CheckpointError(f"{path} has checkpoint format {manifest['format']}, this version reads {version}")
-        missing = {"shapes", "files", "ranks", *facts} - manifest.keys()
-        if missing:
-            raise KeyError(min(missing))
-        manifest["shapes"].keys()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file} is damaged: {type(error).__name__}: {error}") from error
+    manifest = json_file.read(path / MANIFEST, kind)
+    lacking = {rank_file(rank) for rank in range(len(manifest.ranks))} - manifest.files.keys()
+    if lacking:
+        raise CheckpointError(
+            f"{path / MANIFEST} is damaged: it has parts of {len(manifest.ranks)} ranks, but no file {min(lacking)}"
+        )
     return manifest
 
 
@@ -138,13 +151,13 @@ def check_shapes(path: Path, saved: Mapping[str, Iterable[int]], ours: Mapping[s
             )
 
 
-def check_files(path: Path, manifest: Mapping[str, Any], rank: int, world: int) -> None:
+def check_files(path: Path, manifest: RankManifest, rank: int, world: int) -> None:
     """Compare this rank's share of the files with their checksums: together all ranks read each of them once.
 
     Raises:
         CheckpointError: a file is missing or damaged.
     """
-    for name, record in list(manifest["files"].items())[rank::world]:
+    for name, record in list(manifest.files.items())[rank::world]:
         try:
             found = file_record(path / name)
         except OSError as error:
@@ -153,27 +166,30 @@ def check_files(path: Path, manifest: Mapping[str, Any], rank: int, world: int) 
             raise CheckpointError(f"{path / name} is damaged: it does not match its checksum")
 
 
-def read_random_states(path: Path, manifest: Mapping[str, Any], rank: int) -> tuple[dict[str, torch.Tensor], str]:
-    """The random states of ``rank`` (of another one where there were fewer), as `random_states.restore` takes them.
+def read_random_states(path: Path, manifest: RankManifest, rank: int) -> RandomStates:
+    """The random states of ``rank`` (of another one where there were fewer), for `random_states.restore`.
 
     Raises:
         CheckpointError: the file is missing or damaged.
     """
-    from safetensors import SafetensorError, safe_open  # which engines that read these files install, the core does not
+    from safetensors import safe_open  # which engines that read these files install, the core does not
 
-    file = path / rank_file(rank % len(manifest["ranks"]))
-    try:
-        with safe_open(file, "pt") as tensors:
-            names = [name for name in tensors.keys() if name.startswith("random/")]  # noqa: SIM118 (not a mapping)
-            return {name: tensors.get_tensor(name) for name in names}, tensors.metadata()["random"]
-    except (OSError, SafetensorError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} is missing or damaged: {error}") from error
+    file = path / rank_file(rank % len(manifest.ranks))
+    with boundary(f"{file} is missing or damaged", CheckpointError), safe_open(file, "pt") as tensors:
+        names = [name for name in tensors.keys() if name.startswith("random/")]  # noqa: SIM118 (not a mapping)
+        text = (tensors.metadata() or {}).get("random", "")
+        return random_states.checked({name: tensors.get_tensor(name) for name in names}, text, str(file))
 
 
 def file_record(file: Path) -> FileRecord:
-    """What the file holds, by reading it."""
-    with file.open("rb") as content:
-        return {"size": file.stat().st_size, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
+    """What the regular file holds, by reading it.
+
+    Raises:
+        OSError: it cannot be read, or is something else.
+    """
+    with open_regular(file) as content:
+        size = os.fstat(content.fileno()).st_size
+        return {"size": size, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
 
 
 def agree(error: Exception | None, path: Path, gather: Gather, done: str = "loaded") -> None:
@@ -184,8 +200,7 @@ def agree(error: Exception | None, path: Path, gather: Gather, done: str = "load
     _raise_first(f"checkpoint {path} cannot be {done} on another rank", reports)
 
 
-def _write_manifest(path: Path, manifest: Mapping[str, Any]) -> FileRecord:
-    content = json.dumps(manifest).encode()
+def _write_manifest(path: Path, content: bytes) -> FileRecord:
     temporary = path / f"{MANIFEST}.partial"
     temporary.write_bytes(content)
     flush(temporary)

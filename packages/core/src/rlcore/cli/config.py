@@ -16,16 +16,19 @@ def config() -> None:
     """Show, check or describe the configuration of a recipe."""
 
 
-@config.command(params=[recipes.recipe_parameter(), *recipes.configuration_parameters()])
+@config.command(cls=recipes.ConfiguredCommand, params=[recipes.recipe_parameter(), *recipes.configuration_parameters()])
 def show(recipe: str, file: str | None, overrides: tuple[str, ...]) -> None:
     """Print the configuration as YAML, with every default filled in."""
     click.echo(dump_config(recipes.load(plugins.get(recipes.GROUP, recipe), file, overrides)), nl=False)
 
 
-@config.command(params=[recipes.recipe_parameter(), *recipes.configuration_parameters()])
+@config.command(cls=recipes.ConfiguredCommand, params=[recipes.recipe_parameter(), *recipes.configuration_parameters()])
 def validate(recipe: str, file: str | None, overrides: tuple[str, ...]) -> None:
-    """Check a configuration, and list everything that is wrong with it."""
-    recipes.load(plugins.get(recipes.GROUP, recipe), file, overrides)
+    """Check a configuration, and list everything that is wrong with it.
+
+    That includes packages which it needs and which are not installed here.
+    """
+    recipes.load_complete(plugins.get(recipes.GROUP, recipe), file, overrides).warn_of_doubts()
     click.echo("valid")
 
 

@@ -106,7 +106,8 @@ def cli(ctx: click.Context, debug: bool) -> None:
 
     \b
     rlcore run                                list recipes
-    rlcore run grpo --help                    every key of a recipe, its default and meaning
+    rlcore run grpo --help                    required keys and sections of a recipe
+    rlcore run grpo --help actor.optim        the keys of a section, their defaults and meaning
     rlcore run grpo --config my.yaml actor.optim.lr=1e-6
     """
     if ctx.invoked_subcommand is None:

@@ -50,7 +50,7 @@ class Planned(Protocol):
     roles: Sequence[str]
 
 
-@click.command(params=[recipes.recipe_parameter(), *recipes.configuration_parameters()])
+@click.command(cls=recipes.ConfiguredCommand, params=[recipes.recipe_parameter(), *recipes.configuration_parameters()])
 def plan(recipe: str, file: str | None, overrides: tuple[str, ...]) -> None:
     """Print what a run would start, and where, before it does.
 

@@ -8,7 +8,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from rlcore import plugins
-from rlcore.config import Config, load_config
+from rlcore.config import Config, load_config, missing_packages
 from rlcore.errors import ConfigError, PluginError
 from rlcore.plugins import Plugin
 
@@ -31,6 +31,26 @@ def configuration_parameters() -> list[click.Parameter]:
     return [file, click.Argument(["overrides"], nargs=-1, metavar="[KEY=VALUE]...")]
 
 
+class ConfiguredCommand(click.Command):
+    """A command with `configuration_parameters`. It says how an override is written that looks like an option."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        given_all = list(args)  # click empties args
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            given = next(arg for arg in given_all if arg.split("=")[0] == error.option_name)
+            key, _, value = given.lstrip("-").partition("=")
+            following = given_all[given_all.index(given) + 1 :]
+            if "=" not in given and following and not following[0].startswith("-") and "=" not in following[0]:
+                value = following[0]
+            if "." not in key and "=" not in given:
+                raise
+            raise click.UsageError(
+                f"no such option {error.option_name}; keys are written without dashes: {key}={value}", ctx
+            ) from None
+
+
 def load(plugin: Plugin, file: str | None, overrides: tuple[str, ...]) -> Config:
     """The configuration that `configuration_parameters` describe.
 
@@ -45,6 +65,20 @@ def load(plugin: Plugin, file: str | None, overrides: tuple[str, ...]) -> Config
             raise ConfigError(f"{file}: neither a file nor a ready-made configuration of this recipe ({names})")
         path = ready_made[path.name]
     return load_config(plugin.config_class(), path, overrides)
+
+
+def load_complete(plugin: Plugin, file: str | None, overrides: tuple[str, ...]) -> Config:
+    """As `load`, with a look at every package that the configuration needs.
+
+    Raises:
+        ConfigError: also if one is not installed; the message has one line per key.
+    """
+    config = load(plugin, file, overrides)
+    missing = [f"{key}: {advice}" for key, advice in missing_packages(config)]
+    if missing:
+        count = f"{len(missing)} package{'s' * (len(missing) > 1)}"
+        raise ConfigError("\n  ".join([f"the configuration is valid, but {count} cannot be found:", *missing]))
+    return config
 
 
 def summary(name: str) -> str:

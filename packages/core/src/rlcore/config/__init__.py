@@ -1,8 +1,26 @@
 """Configuration: typed models, YAML and overrides, errors all at once."""
 
-from rlcore.config.base import Config
+from rlcore.config.base import Config, ShortForm
 from rlcore.config.choice import Choice, Chosen
 from rlcore.config.load import dump_config, load_config, validate_config
+from rlcore.config.requirements import missing_packages
 from rlcore.config.sections import PluginSections
+from rlcore.config.values import FileName, FilePath, Seconds, Unlimited
+from rlcore.packages import Package
 
-__all__ = ["Choice", "Chosen", "Config", "PluginSections", "dump_config", "load_config", "validate_config"]
+__all__ = [
+    "Choice",
+    "Chosen",
+    "Config",
+    "FileName",
+    "FilePath",
+    "Package",
+    "PluginSections",
+    "Seconds",
+    "ShortForm",
+    "Unlimited",
+    "dump_config",
+    "load_config",
+    "missing_packages",
+    "validate_config",
+]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any, Self
+from typing import Any, ClassVar, Self
+from warnings import warn
 
 from pydantic import (
     BaseModel,
@@ -12,16 +14,48 @@ from pydantic import (
     GetJsonSchemaHandler,
     ModelWrapValidatorHandler,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
 
+from rlcore.config.values import has_bytes, is_list, out_of_range, plain_types, unusable
+from rlcore.errors import RlcoreWarning
+from rlcore.packages import Package
+
+LONGEST_NAME = 100
+"""Characters of a key or value that messages repeat."""
+
+
+@dataclass(frozen=True)
+class ShortForm:
+    """A key that is written in place of others.
+
+    Attributes:
+        key: the dotted key, below the same model, that takes the value.
+        sets: further keys, and the text that each is set to.
+    """
+
+    key: str
+    sets: Mapping[str, str] = field(default_factory=dict)
+
 
 class Config(BaseModel):
-    """Unknown keys are errors, defaults stand in one place, values never change after validation."""
+    """Unknown keys are errors, defaults stand in one place, values never change after validation.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+    Floats are finite unless the field's type is `Unlimited`, integers have at most 31 bits unless the field sets an
+    upper bound, and a single value is taken for a list of one.
+
+    Attributes:
+        short_forms: keys that are replaced, in every source by itself, before sources are laid over each other.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+    short_forms: ClassVar[Mapping[str, ShortForm]] = {}
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Every illegal combination of values, as ``(dotted key below this model, what is wrong)``.
@@ -31,9 +65,74 @@ class Config(BaseModel):
         """
         return iter(())
 
+    def doubts(self) -> Iterator[tuple[str, str]]:
+        """Combinations of values that are legal and almost surely a mistake, as ``(dotted key, why)``.
+
+        Only the model of a whole run is asked.
+        """
+        return iter(())
+
+    def warn_of_doubts(self) -> None:
+        """Warn of each of `doubts`, once in a process."""
+        for key, why in self.doubts():
+            warn(f"{key}: {why}", RlcoreWarning, stacklevel=1)  # one place for all callers: Python shows each text once
+
+    def packages(self) -> Iterator[tuple[str, Package]]:
+        """The optional packages that these values need, as ``(dotted key below this model, package)``.
+
+        Inner models are asked by themselves. Before a run, every package is looked for; see `missing_packages`.
+        """
+        return iter(())
+
+    @classmethod
+    def spelled_out(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """``given`` without short forms.
+
+        Raises:
+            ValueError: a key that a short form sets has another value here.
+        """
+        values = dict(given)
+        for name, form in cls.short_forms.items():
+            if name not in values:
+                continue
+            value = values.pop(name)
+            for key, text in form.sets.items():
+                if values.setdefault(key, text) != text:
+                    raise ValueError(f"{name} is short for {form.key} with {key}={text}, but {key} is {values[key]!r}")
+            *parents, last = form.key.split(".")
+            place = values
+            for parent in parents:
+                inner = place.get(parent) or {}
+                inner = inner.model_dump(mode="json") if isinstance(inner, Config) else dict(inner)
+                place[parent] = inner
+                place = inner
+            place[last] = value
+        return values
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _accept(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if has_bytes(value):
+            raise PydanticCustomError("unusable", "must not be bytes")
+        if isinstance(value, bool) and not {bool, Any, object} & set(plain_types(annotation)):
+            kinds = plain_types(annotation)
+            if int in kinds or float in kinds:  # pydantic takes true for 1
+                raise PydanticCustomError("unusable", _literal(f"must be a number, not {str(value).lower()}"))
+        return [value] if isinstance(value, (str, int, float)) and is_list(annotation) else value
+
+    @field_validator("*")
+    @classmethod
+    def _bound(cls, value: Any, info: ValidationInfo) -> Any:
+        if problem := unusable(value) or out_of_range(value, cls.model_fields[str(info.field_name)].metadata):
+            raise PydanticCustomError("unusable", _literal(problem))
+        return value
+
     @model_validator(mode="wrap")
     @classmethod
     def _collect_problems(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        if cls.short_forms and isinstance(data, Mapping):
+            data = cls.spelled_out(data)
         try:
             config = handler(data)
         except ValidationError as error:
@@ -56,9 +155,9 @@ class Config(BaseModel):
 def unknown_key(key: str, known: Iterable[str]) -> PydanticCustomError:
     """The error for a key that a model does not have, with the keys it might have been."""
     names = list(known)
-    close = get_close_matches(key, names, n=3)
+    close = get_close_matches(key[:LONGEST_NAME], names, n=3)
     hint = f"did you mean {' or '.join(close)}?" if close else f"known here: {', '.join(names) or 'none'}"
-    return PydanticCustomError("unknown_key", _literal(f"unknown key; {hint}"))
+    return PydanticCustomError("unknown_key", _literal(f"unknown key; {hint}"), {"known": names})
 
 
 def json_schema(model: type[BaseModel], handler: GetJsonSchemaHandler) -> JsonSchemaValue:
@@ -76,7 +175,7 @@ def _hinted(detail: Any, known: Iterable[str]) -> InitErrorDetails:
     kind = (
         unknown_key(str(detail["loc"][0]), known)
         if _is_unknown_key(detail)
-        else PydanticCustomError(detail["type"], _literal(detail["msg"]))
+        else PydanticCustomError(detail["type"], _literal(detail["msg"]), detail.get("ctx"))
     )
     return InitErrorDetails(type=kind, loc=detail["loc"], input=detail["input"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from dataclasses import field as with_default
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -28,27 +29,44 @@ class Key:
 
     Attributes:
         type: readable, such as ``float > 0`` or ``auto | never``.
-        default: as written in YAML; None where the key is required.
+        default: as written in YAML; None where the key is required, empty where it has none.
+        options: the names that it takes, where it takes names.
     """
 
     name: str
     type: str
     default: str | None
     description: str
+    options: tuple[str, ...] = with_default(default=(), compare=False)
 
 
 @dataclass(frozen=True)
 class Section:
-    """Keys that stand together under ``path`` (empty for the top level)."""
+    """Keys that stand together under ``path`` (empty for the top level).
+
+    Attributes:
+        model: what has these keys; None where it cannot be imported.
+    """
 
     path: str
     description: str
     keys: list[Key]
+    model: type[Config] | None = with_default(default=None, compare=False)
 
 
 def sections(model: type[Config]) -> Iterator[Section]:
     """The keys of ``model`` and of everything below it: inner models, installed plugins, parameters of choices."""
     return _sections(model, "", None, None, frozenset())
+
+
+def required(model: type[Config], path: str = "") -> Iterator[str]:
+    """The dotted keys that every configuration of ``model`` has to give; those of sections that may be off are not."""
+    for name, field in model.model_fields.items():
+        inner = content(model, name)
+        if isinstance(inner, type) and (field.is_required() or field.default is not None):
+            yield from required(inner, _join(path, name))
+        elif field.is_required():
+            yield _join(path, name)
 
 
 def _sections(
@@ -72,7 +90,13 @@ def _sections(
             if field.default is not None:
                 continue  # its own keys say everything; where it may be null, that is said here
         own.append(
-            Key(name, _type(field.annotation, field.metadata), _written(field, default), field.description or "")
+            Key(
+                name,
+                _type(field.annotation, field.metadata),
+                _written(field, default),
+                field.description or "",
+                _options(model, name, field),
+            )
         )
         if isinstance(inner, Chosen):
             for entry in inner.registry:
@@ -81,9 +105,12 @@ def _sections(
                     below += _sections(entry.params, place, None, condition, within)
         elif inner is None:
             below += _elements(field.annotation, place, within)
+    for name, form in model.short_forms.items():
+        sets = " ".join(f"{_join(path, key)}={text}" for key, text in form.sets.items())
+        own.append(Key(name, "text", "", f"Short for {sets} {_join(path, form.key)}=…"))
     if issubclass(model, PluginSections):
         below += _plugins(model, path, values, within)
-    yield Section(path, description or (model.__doc__ or "").strip().partition("\n")[0], own)
+    yield Section(path, description or (model.__doc__ or "").strip().partition("\n")[0], own, model)
     yield from below
 
 
@@ -109,6 +136,27 @@ def _plugins(
             continue
         if section not in within:  # a plugin may hold plugins of its own group again
             yield from _sections(section, place, given.get(name), None, within | {section})
+
+
+def _options(model: type[Config], name: str, field: FieldInfo) -> tuple[str, ...]:
+    """The names that a key takes: of plugins, of registered algorithms, or listed in its type."""
+    if issubclass(model, PluginSections) and name == model.plugin_field:
+        return tuple(plugins.names(model.plugin_group))
+    for item in field.metadata:
+        if isinstance(item, Chosen):
+            return tuple(entry.name for entry in item.registry)
+    return tuple(text for text in _literals(field.annotation) if isinstance(text, str))
+
+
+def _literals(annotation: Any) -> Iterator[Any]:
+    if get_origin(annotation) is Literal:
+        yield from get_args(annotation)
+    elif get_origin(annotation) in (Union, UnionType, Annotated):
+        for argument in get_args(annotation):
+            if isinstance(argument, Chosen):
+                yield from (entry.name for entry in argument.registry)
+            else:
+                yield from _literals(argument)
 
 
 def _join(path: str, name: str) -> str:
@@ -140,11 +188,18 @@ def _type(annotation: Any, metadata: Any = ()) -> str:
         if isinstance(item, Chosen):
             return " | ".join(entry.name for entry in item.registry)
     bounds = [
-        f"{sign} {getattr(item, name)}" for item in metadata for name, sign in _BOUNDS.items() if hasattr(item, name)
+        f"{sign} {_number(getattr(item, name))}"
+        for item in metadata
+        for name, sign in _BOUNDS.items()
+        if hasattr(item, name)
     ]
     plain = _plain_type(annotation)
     either = plain.removesuffix(" | null")
     return " ".join([either, " and ".join(bounds)]).rstrip() + plain[len(either) :]
+
+
+def _number(bound: Any) -> str:
+    return f"{bound:g}" if isinstance(bound, float) else str(bound)
 
 
 def _plain_type(annotation: Any) -> str:
@@ -160,6 +215,6 @@ def _plain_type(annotation: Any) -> str:
     if isinstance(content_of_type(annotation), type):
         return "keys"
     if origin in (list, tuple, dict):
-        inner = ", ".join("…" if argument is Ellipsis else _plain_type(argument) for argument in arguments)
+        inner = ", ".join(_plain_type(argument) for argument in arguments if argument is not Ellipsis)
         return f"{'mapping' if origin is dict else 'list'} of {inner}"
     return {"str": "text"}.get(name := getattr(annotation, "__name__", str(annotation)), name).lower()

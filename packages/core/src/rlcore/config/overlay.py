@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -53,6 +54,9 @@ def overlay(kind: type[Config] | Chosen | None, below: Any, above: Any) -> Any:
         if kind is None or not isinstance(above, Mapping):
             return above
         below = {}
+    if kind is not None:
+        with suppress(ValueError):  # the source contradicts itself; validation reports that with the key
+            above = kind.spelled_out(above)
     merged = dict(below)
     for key, value in above.items():
         inner = content(kind, key) if kind is not None and isinstance(key, str) else None

@@ -8,38 +8,58 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import to_jsonable_python
 
-from rlcore.config.yaml_format import KeyPath, inline
+from rlcore.config.base import LONGEST_NAME
+from rlcore.config.hints import Hints
+from rlcore.config.yaml_format import KeyPath, inline, shortened
 
 _LONGEST_VALUE = 80
+_LONGEST_MESSAGE = 1000
+_MOST_LINES = 100
 
 
-def problem_lines(error: ValidationError, data: Any, place: Callable[[KeyPath], str | None]) -> list[str]:
+def problem_lines(error: ValidationError, data: Any, place: Callable[[KeyPath], str | None], hints: Hints) -> list[str]:
     """One line per key that has problems.
 
     Args:
         data: what was validated.
         place: where a key was given ("run.yaml:12"), or None where it was not.
+        hints: what unknown keys and names might have been.
     """
     problems: dict[KeyPath, list[str]] = {}
     values: dict[KeyPath, str] = {}
-    for detail in error.errors(include_url=False):
+    for detail in error.errors(include_url=False, include_input=True):
         path = _keys(detail["loc"], data)
-        message, value = _message(detail)
+        message, value = _message(detail, path, hints)
         if message not in problems.setdefault(path, []):
             problems[path].append(message)
         values[path] = value
     lines = []
     for path, messages in problems.items():
-        key = f"{'.'.join(map(str, path))}: " if path else ""
+        key = f"{'.'.join(shortened(str(item), LONGEST_NAME) for item in path)}: " if path else ""
         alternatives = all(message.startswith("must ") for message in messages)  # the branches of a union
         where = f"  ({place(path)})" if place(path) is not None else ""
-        lines.append(key + (" or " if alternatives else "; ").join(messages) + values[path] + where)
+        text = shortened((" or " if alternatives else "; ").join(messages), _LONGEST_MESSAGE)
+        lines.append(key + text + values[path] + where)
+    if len(lines) > _MOST_LINES:
+        lines[_MOST_LINES:] = [f"and {len(lines) - _MOST_LINES} more"]
     return lines
 
 
-def _message(detail: Any) -> tuple[str, str]:
+def _message(detail: Any, path: KeyPath, hints: Hints) -> tuple[str, str]:
     """What is wrong, and the value given where the message needs it."""
     kind, value = detail["type"], detail["input"]
+    if kind == "unknown_key" and path:
+        return f"unknown key; {hints.key(path, detail['ctx']['known'])}", ""
+    message, given = _plain_message(kind, value, detail)
+    if kind in ("literal_error", "choice", "plugin"):
+        name = value.get("name") if isinstance(value, Mapping) else value
+        hint = hints.value(path, name) if isinstance(name, str) else None
+        if hint is not None and not (hint.startswith("did you mean") and "did you mean" in message):
+            return message, f"{given}; {hint}"
+    return message, given
+
+
+def _plain_message(kind: str, value: Any, detail: Any) -> tuple[str, str]:
     if kind == "missing":
         return "is required", ""
     if kind == "model_type":
@@ -60,8 +80,13 @@ def _message(detail: Any) -> tuple[str, str]:
 
 
 def _given(value: Any) -> str:
-    text = inline(to_jsonable_python(value, fallback=repr))
-    return f", not {text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + '…'}"
+    if isinstance(value, str):
+        value = value[: _LONGEST_VALUE + 1]
+    try:
+        text = inline(to_jsonable_python(value, fallback=repr, bytes_mode="base64"))
+    except Exception:  # keys and values of any kind; the message matters more than how they are written
+        text = repr(value)
+    return f", not {shortened(text, _LONGEST_VALUE)}"
 
 
 def _keys(location: Sequence[str | int], data: Any) -> KeyPath:

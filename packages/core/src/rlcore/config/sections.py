@@ -61,6 +61,11 @@ class PluginSections(Config):
         """The settings of plugin ``name``, which is named or has a section."""
         return cast(Config, (self.__pydantic_extra__ or {})[name])
 
+    @property
+    def named(self) -> list[str]:
+        """The plugins that are named."""
+        return _names(getattr(self, self.plugin_field))
+
     @classmethod
     def section_model(cls, name: str) -> type[Config]:
         """The model of plugin ``name``'s section.

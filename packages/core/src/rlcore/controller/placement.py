@@ -21,10 +21,12 @@ REPLACEABLE = ("rollout", *CPU_ROLES)
 class ResourcePool(Config):
     """Equal processes, and what each of them gets. Roles on one pool share its processes."""
 
-    processes: int = Field(1, ge=1, description="Worker processes.")
-    cpus_per_process: float = Field(1.0, ge=0, description="CPU cores of each process (fractions share a core).")
+    processes: int = Field(1, ge=1, le=2**16, description="Worker processes.")
+    cpus_per_process: float = Field(
+        1.0, ge=0, le=2**16, description="CPU cores of each process (fractions share a core)."
+    )
     gpus_per_process: float = Field(
-        0.0, ge=0, description="GPUs of each process; pools with fractions (0.5) may share one GPU."
+        0.0, ge=0, le=2**10, description="GPUs of each process; pools with fractions (0.5) may share one GPU."
     )
     strategy: Literal["pack", "spread", "strict_pack", "strict_spread"] = Field(
         "pack", description="Processes on few nodes or on many; the strict ones fail where that is impossible."

@@ -50,7 +50,9 @@ class RewardResult:
     error: str | None = None
 
 
-RESERVED_EXTRAS = frozenset({"error_ratio", "equal_score_groups", "overlong_punishment", "reward_model_score"})
+RESERVED_EXTRAS = frozenset(
+    {"error_ratio", "equal_score_groups", "single_sample_groups", "overlong_punishment", "reward_model_score"}
+)
 """Names that metrics of ours have where extras are logged."""
 
 MAX_EXTRAS = 1000

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from rlcore.config import Config
+from rlcore.config import Config, FileName, Seconds
 
 if TYPE_CHECKING:
     from rlcore.engines.train import TrainEngine
@@ -29,8 +29,10 @@ def names_a_folder(model: str) -> bool:
 class ModelSettings(Config):
     """Which model, and how its files are read."""
 
-    path: str = Field(description="Model folder (Hugging Face format) or Hub name.")
-    tokenizer_path: str | None = Field(None, description="Tokenizer folder or Hub name; the model's own when null.")
+    path: FileName = Field(description="Model folder (Hugging Face format) or Hub name.")
+    tokenizer_path: FileName | None = Field(
+        None, description="Tokenizer folder or Hub name; the model's own when null."
+    )
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
     attn_implementation: str | None = Field(
         None, description="Attention implementation for the backend; null picks the fastest correct one."
@@ -67,7 +69,7 @@ class LoRASettings(Config):
     A training engine that knows them has a section ``lora`` of this type among its options.
     """
 
-    rank: int = Field(16, ge=1, description="Inner width r of an adapter's two matrices.")
+    rank: int = Field(16, ge=1, le=2**16, description="Inner width r of an adapter's two matrices.")
     alpha: float = Field(32.0, gt=0, description="A layer computes W x + alpha / rank · B A x.")
     dropout: float = Field(
         0.0,
@@ -90,6 +92,11 @@ def adapter_rank(train_options: Config) -> int | None:
     return lora.rank if isinstance(lora, LoRASettings) else None
 
 
+def without_adapters(train_options: Config) -> Config:
+    """``train_options`` for a model whose whole weights are used."""
+    return train_options if adapter_rank(train_options) is None else train_options.model_copy(update={"lora": None})
+
+
 def wants_adapters(rollout_options: Config) -> bool:
     """Whether a rollout engine with these options takes adapters instead of whole weights (option ``enable_lora``)."""
     return getattr(rollout_options, "enable_lora", False) is True
@@ -98,18 +105,20 @@ def wants_adapters(rollout_options: Config) -> bool:
 class RewardSettings(Config):
     """Limits under which reward functions run."""
 
-    workers: int = Field(4, ge=1, description="Most worker processes of the reward pool; they start as needed.")
-    timeout_s: float = Field(10.0, gt=0, description="Seconds one sample may take before its worker is killed.")
-    startup_timeout_s: float = Field(
+    workers: int = Field(
+        4, ge=1, le=4096, description="Most worker processes of the reward pool; they start as needed."
+    )
+    timeout_s: Seconds = Field(10.0, gt=0, description="Seconds one sample may take before its worker is killed.")
+    startup_timeout_s: Seconds = Field(
         120.0, gt=0, description="Seconds a worker may take to import the function, and for its first call."
     )
     memory_mb: int = Field(2048, gt=0, description="Memory a worker and its children may use, in MiB.")
-    max_processes: int = Field(64, gt=0, description="Processes a worker and its children may be.")
+    max_processes: int = Field(64, gt=0, le=2**20, description="Processes a worker and its children may be.")
     max_output_kb: int = Field(1024, gt=0, description="Output (stdout and stderr) one sample may print, in KiB.")
     pass_env: tuple[str, ...] = Field(
         (), description="Environment variables (API keys …) that workers see besides PATH, HOME, locale and the like."
     )
-    error_score: float = Field(0.0, allow_inf_nan=False, description="Score of a sample whose reward failed.")
+    error_score: float = Field(0.0, description="Score of a sample whose reward failed.")
 
 
 class WeightSyncSettings(Config):
@@ -125,7 +134,7 @@ class WeightSyncSettings(Config):
         description="Send only the elements whose bits changed: fewer bytes for a copy of the weights in host memory, "
         "at both ends.",
     )
-    timeout_s: float = Field(300.0, gt=0, description="Longest wait for the other end.")
+    timeout_s: Seconds = Field(300.0, gt=0, description="Longest wait for the other end.")
 
 
 @dataclass(frozen=True)

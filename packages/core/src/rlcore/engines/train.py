@@ -6,9 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, TypedDict
+from typing import Annotated, Literal, Protocol
 
 import torch
+from pydantic import Field
+from typing_extensions import TypedDict  # which pydantic describes, unlike that of Python 3.11
 
 from rlcore.batch import Batch
 from rlcore.controller.dispatch import Dispatch, dispatch
@@ -25,8 +27,8 @@ Part = Literal["params", "optimizer"]
 class FileRecord(TypedDict):
     """What a file holds: its ``size`` in bytes and the hexadecimal ``sha256`` of its contents."""
 
-    size: int
-    sha256: str
+    size: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 @dataclass(frozen=True)

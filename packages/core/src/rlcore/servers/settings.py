@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field
 
-from rlcore.config import Config
+from rlcore.config import Config, Seconds
 from rlcore.errors import EngineError
 
 
@@ -23,19 +23,19 @@ class ServerClientSettings(Config):
         False, description="Talk to servers that are not on this machine; prompts and completions leave it then."
     )
     max_connections: int = Field(256, ge=1, description="Requests that one server works at; more wait on this side.")
-    timeout_s: float = Field(
+    timeout_s: Seconds = Field(
         600.0,
         gt=0,
         description="Seconds one completion may take, pauses not counted; then its server counts as hung.",
     )
-    control_timeout_s: float = Field(60.0, gt=0, description="Seconds a server may take to answer anything else.")
-    connect_timeout_s: float = Field(10.0, gt=0, description="Seconds a server may take to accept a connection.")
+    control_timeout_s: Seconds = Field(60.0, gt=0, description="Seconds a server may take to answer anything else.")
+    connect_timeout_s: Seconds = Field(10.0, gt=0, description="Seconds a server may take to accept a connection.")
     retries: int = Field(
         3, ge=0, description="Further attempts where nothing was sent yet, or asking twice changes nothing."
     )
     bucket_mb: int = Field(512, gt=0, description="Weights that travel at a time, in MiB; two exist at most.")
-    weights_timeout_s: float = Field(300.0, gt=0, description="Seconds any one step of a weight update may take.")
-    rejoin_timeout_s: float = Field(
+    weights_timeout_s: Seconds = Field(300.0, gt=0, description="Seconds any one step of a weight update may take.")
+    rejoin_timeout_s: Seconds = Field(
         300.0, gt=0, description="Seconds to wait for a server to come back when none is left."
     )
 

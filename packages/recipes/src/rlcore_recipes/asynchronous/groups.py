@@ -30,7 +30,7 @@ class GroupJob:
 def group_job(config: RLConfig, prompt: PromptSample) -> GroupJob:
     sampling = training_sampling(config.rollout, config.data.max_response_length)
     job = SamplingJob(prompt, sampling, config.rollout.n, config.seed)
-    if "baseline_score" not in config.algorithm.advantage.entry.needs:
+    if "baseline_score" not in config.needed_columns:
         return GroupJob(job)
     return GroupJob(job, replace(job, sampling=greedy(sampling), n=1, purpose="baseline"))
 

@@ -16,6 +16,7 @@ from rlcore.errors import WorkerError
 from rlcore_recipes.asynchronous.groups import GroupJob, check_fresh, group_job, sample_group, score_group
 from rlcore_recipes.asynchronous.prompts import PromptQueue
 from rlcore_recipes.asynchronous.schedule import Schedule
+from rlcore_recipes.data.loader import LoaderState
 from rlcore_recipes.data.prompts import PromptSample
 from rlcore_recipes.updates import sync_policy
 
@@ -78,6 +79,8 @@ class Producer:
         most_at_once: groups sampled at the same time; None: no limit but the schedule's.
         patience_s: longest wait for any group to finish.
     """
+
+    described_by = LoaderState
 
     def __init__(
         self,

@@ -5,6 +5,6 @@
 """
 
 from rlcore_recipes.checkpoint.manager import Checkpoint, CheckpointManager
-from rlcore_recipes.checkpoint.manifest import MANIFEST, STATE, verify
+from rlcore_recipes.checkpoint.manifest import MANIFEST, STATE, RunState, verify
 
-__all__ = ["MANIFEST", "STATE", "Checkpoint", "CheckpointManager", "verify"]
+__all__ = ["MANIFEST", "STATE", "Checkpoint", "CheckpointManager", "RunState", "verify"]

@@ -1,23 +1,29 @@
 """Checkpoints in a folder that all processes share.
 
 Invariants: a folder ``step-N`` with a manifest is complete, because it is written under another name, flushed to disk,
-and renamed last; and nothing but this module's own folders is ever moved or deleted.
+and renamed last. Nothing but this module's own folders is ever moved or deleted: those with a manifest or, before and
+after there is one, a file ``unfinished``.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from rlcore.checkpoint import json_file
 from rlcore.checkpoint.tensor_file import flush
 from rlcore.engines.train import FileRecord
 from rlcore.errors import CheckpointError
 from rlcore_recipes.checkpoint.manifest import (
     MANIFEST,
+    MARK,
     STATE,
     Manifest,
+    contents,
     encode,
     read_manifest,
     record,
@@ -34,42 +40,52 @@ class FolderStorage:
         self.root = root
 
     def names(self) -> list[str]:
-        if not self.root.is_dir():
-            return []
-        return sorted((path.name for path in self.root.iterdir() if is_name(path.name)), key=step_of)
+        return sorted((path.name for path in self._entries() if is_name(path.name)), key=step_of)
+
+    def _entries(self) -> list[Path]:
+        with _reported(f"{self.root} cannot be read"):
+            return list(self.root.iterdir()) if self.root.exists() else []
 
     def manifest(self, name: str) -> Manifest:
         return read_manifest(self.root / name)
 
     def read(self, name: str, file: str) -> bytes:
-        try:
-            return (self.root / name / file).read_bytes()
-        except OSError as error:
-            raise CheckpointError(f"{self.root / name / file} cannot be read: {error}") from error
+        return json_file.read_bytes(self.root / name / file)
 
     def check(self, name: str) -> None:
         verify(self.root / name)
 
-    def begin(self, name: str) -> None:
+    def check_writable(self) -> None:
+        with _reported(f"cannot write to {self.root}"):
+            self.root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.root):
+                pass
+
+    def check_replaceable(self, name: str) -> None:
         final, unfinished = self.root / name, Place(str(self.root), name).unfinished
-        if final.exists() and not (final / MANIFEST).is_file():
-            raise CheckpointError(
-                f"{final} exists but is not a checkpoint (it has no {MANIFEST}); move it away or choose another folder"
-            )
-        try:
-            shutil.rmtree(unfinished, ignore_errors=True)
+        for path in (final, unfinished, _replaced(final)):
+            if os.path.lexists(path) and not _is_ours(path):
+                raise CheckpointError(
+                    f"{path} exists but is not a checkpoint (it has no {MANIFEST}), and rlcore replaces only what it "
+                    "wrote; move it away or choose another folder"
+                )
+
+    def begin(self, name: str) -> None:
+        self.check_replaceable(name)
+        unfinished = Place(str(self.root), name).unfinished
+        with _reported(f"cannot create {unfinished}"):
+            _remove(unfinished)
             unfinished.mkdir(parents=True)
-        except OSError as error:
-            raise CheckpointError(f"cannot create {unfinished}: {error}") from error
+            (unfinished / MARK).touch()
 
     def publish(
         self, name: str, step: int, metrics: Mapping[str, float], files: Mapping[str, FileRecord], state: bytes
     ) -> None:
         final, unfinished = self.root / name, Place(str(self.root), name).unfinished
-        old = final.with_name(f"{name}.old")
+        old = _replaced(final)
         try:
             (unfinished / STATE).write_bytes(state)
-            paths = {path.relative_to(unfinished).as_posix(): path for path in unfinished.rglob("*") if path.is_file()}
+            paths = {file: unfinished / file for file in contents(unfinished) - {MARK}}
             found = {**files, STATE: record(state)}
             # of engines that take no checksums while they write
             unknown = [file for file in paths if file not in found]
@@ -77,6 +93,7 @@ class FolderStorage:
             if lost := found.keys() - paths.keys():
                 raise CheckpointError(f"cannot write {final}: {min(lost)} was written but is not there")
             (unfinished / MANIFEST).write_bytes(encode(step, metrics, found))
+            (unfinished / MARK).unlink(missing_ok=True)
             for path in [*unfinished.rglob("*"), unfinished]:
                 flush(path)
             if final.exists():
@@ -87,26 +104,64 @@ class FolderStorage:
             if old.exists() and not final.exists():
                 os.rename(old, final)
             raise CheckpointError(f"cannot write {final}: {error}") from error
-        shutil.rmtree(old, ignore_errors=True)
+        with suppress(OSError):  # it is cleaned up when the run is started again
+            _remove(old)
 
     def abandon(self, name: str) -> None:
-        shutil.rmtree(Place(str(self.root), name).unfinished, ignore_errors=True)
+        with suppress(OSError):
+            _remove(Place(str(self.root), name).unfinished)
 
     def delete(self, name: str) -> None:
         doomed = Place(str(self.root), name).unfinished
-        try:
+        with _reported(f"cannot delete the old checkpoint {self.root / name}"):
             os.rename(self.root / name, doomed)
-            shutil.rmtree(doomed)
-        except OSError as error:
-            raise CheckpointError(f"cannot delete the old checkpoint {self.root / name}: {error}") from error
+            _remove(doomed)
 
     def clean_up(self) -> None:
         """Also puts back a checkpoint that was being replaced."""
-        for path in list(self.root.iterdir()) if self.root.is_dir() else []:
-            if not is_leftover(path.name):
+        for path in self._entries():
+            if not is_leftover(path.name) or not _is_ours(path):
                 continue
             final = path.with_suffix("")
-            if path.suffix == ".old" and not final.exists():
-                os.rename(path, final)
-            else:
-                shutil.rmtree(path, ignore_errors=True)
+            with _reported(f"cannot clean {path} up"):
+                if path.suffix == ".old" and not os.path.lexists(final):
+                    os.rename(path, final)
+                else:
+                    _remove(path)
+
+
+def _replaced(final: Path) -> Path:
+    return final.with_name(f"{final.name}.old")
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether this module wrote the folder. An empty one may be left of that; nothing is lost with it."""
+    with _reported(f"{path} cannot be read"):
+        if path.is_symlink() or not path.is_dir():
+            return False
+        names = set(os.listdir(path))
+        return not names or not names.isdisjoint({MANIFEST, MARK})
+
+
+def _remove(path: Path) -> None:
+    """Delete a folder such that an interrupted deletion is known as ours: the mark comes first and goes last."""
+    if not path.is_dir():
+        return
+    (path / MARK).touch()
+    for entry in path.iterdir():
+        if entry.name == MARK:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    (path / MARK).unlink()
+    path.rmdir()
+
+
+@contextmanager
+def _reported(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{what}: {error}") from error

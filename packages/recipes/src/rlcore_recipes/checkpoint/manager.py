@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -13,12 +12,13 @@ from typing import Any, Literal, TypeVar
 from warnings import warn
 
 from rlcore.background import in_background
+from rlcore.checkpoint.json_file import JsonFile
 from rlcore.controller import LocalExecutor
 from rlcore.engines import TrainEngine
 from rlcore.engines.train import FileRecord
 from rlcore.errors import CheckpointError, RlcoreWarning
 from rlcore_recipes.checkpoint import engine_side
-from rlcore_recipes.checkpoint.manifest import STATE, decode_state
+from rlcore_recipes.checkpoint.manifest import STATE, RunState, decode_state
 from rlcore_recipes.checkpoint.naming import Place, name_of, normal, step_of
 from rlcore_recipes.checkpoint.retention import best, outdated
 from rlcore_recipes.checkpoint.storage import Storage, open_storage
@@ -38,7 +38,7 @@ class Checkpoint:
 
     place: Place
     files: Mapping[str, Mapping[str, FileRecord]]
-    state: Mapping[str, Any]
+    state: RunState
 
     @property
     def location(self) -> str:
@@ -79,6 +79,7 @@ class CheckpointManager:
         best_metric: the best checkpoint by this metric stays too.
         ranks: the processes that make the calls.
         apply: runs a function in all processes of an engine (an executor's ``apply``); by default that of ``ranks``.
+        parts: what describes the entries of a state's ``parts`` by name; what does not fit is a damaged checkpoint.
 
     Raises:
         CheckpointError: the URL cannot be used; the message says what to install.
@@ -93,6 +94,7 @@ class CheckpointManager:
         best_mode: Literal["max", "min"] = "max",
         ranks: LocalExecutor | None = None,
         apply: Callable[..., list[Any]] | None = None,
+        parts: Mapping[str, type[JsonFile]] | None = None,
     ) -> None:
         self.root = normal(root)
         self._keep = keep
@@ -100,6 +102,7 @@ class CheckpointManager:
         self._sign = 1 if best_mode == "max" else -1
         self._ranks = ranks or LocalExecutor()
         self._apply = apply or self._ranks.apply
+        self._parts = parts or {}
         self._storage: Storage = open_storage(self.root)
         self._damaged: set[str] = set()
         self._saving: _Saving | None = None
@@ -112,7 +115,7 @@ class CheckpointManager:
         self,
         step: int,
         engines: Engines,
-        state: Mapping[str, Any],
+        state: RunState,
         metrics: Mapping[str, float] | None = None,
     ) -> str:
         """Write the checkpoint of ``step``, delete those that are no longer kept, and return its place.
@@ -128,7 +131,7 @@ class CheckpointManager:
         self,
         step: int,
         engines: Engines,
-        state: Mapping[str, Any],
+        state: RunState,
         metrics: Mapping[str, float] | None = None,
         *,
         background: bool = True,
@@ -139,7 +142,7 @@ class CheckpointManager:
 
         Args:
             engines: worker groups by role, whose processes write their parts.
-            state: plain values (JSON); the main process's are stored.
+            state: plain values; the main process's are stored.
             metrics: the step's metrics, of which ``best_metric`` is remembered.
             background: False: the engines save at once.
 
@@ -149,8 +152,12 @@ class CheckpointManager:
         """
         self.finish()
         place = Place(self.root, name_of(step))
-        chosen = {name: float(value) for name, value in (metrics or {}).items() if name == self._best_metric}
-        saving = _Saving(step, place, dict(engines), json.dumps(dict(state)).encode(), chosen, {})
+        chosen = {
+            name: float(value)
+            for name, value in (metrics or {}).items()
+            if name == self._best_metric and math.isfinite(value)
+        }
+        saving = _Saving(step, place, dict(engines), state.encoded(), chosen, {})
         self._on_main(lambda: self._storage.begin(place.name), f"begin_checkpoint {step}")
         self._saving = saving
         self._or_abandon(lambda: self._to_engines(engine_side.save_part, place, background=background))
@@ -222,6 +229,21 @@ class CheckpointManager:
             if self._ranks.is_main:
                 self._storage.abandon(saving.place.name)
             raise
+
+    def check_room(self, done: int, last: int) -> None:
+        """See, before work is done, whether checkpoints after ``done`` steps, up to ``last``, can be written.
+
+        Raises:
+            CheckpointError: ``root`` cannot be written to, or something else has a name that the run will need.
+        """
+
+        def check() -> None:
+            self._storage.check_writable()
+            for name in self._storage.names():
+                if done < step_of(name) <= last:
+                    self._storage.check_replaceable(name)
+
+        self._on_main(check, "check_room_for_checkpoints")
 
     # --- finding -------------------------------------------------------------------------------------------------
 
@@ -298,10 +320,11 @@ class CheckpointManager:
     def _open(self, place: Place, storage: Storage, engines: Engines) -> Checkpoint:
         """Raises CheckpointError on all processes if the checkpoint is missing or damaged."""
 
-        def read() -> tuple[dict[str, FileRecord], dict[str, Any]]:
+        def read() -> tuple[dict[str, FileRecord], RunState]:
             storage.check(place.name)
-            files = storage.manifest(place.name)["files"]
-            return files, decode_state(storage.read(place.name, STATE), place.location)
+            manifest = storage.manifest(place.name)
+            state = decode_state(storage.read(place.name, STATE), manifest, self._parts, place.location)
+            return manifest.files, state
 
         files, state = self._on_main(read, f"check_checkpoint {place.name}")
         by_role: dict[str, dict[str, FileRecord]] = {}
@@ -337,7 +360,7 @@ class CheckpointManager:
         found: dict[int, float] = {}
         for name in self._storage.names() if self._best_metric is not None else ():
             try:
-                value = self._storage.manifest(name)["metrics"].get(self._best_metric or "")
+                value = self._storage.manifest(name).metrics.get(self._best_metric or "")
             except CheckpointError:
                 continue
             if value is not None and not math.isnan(value) and name not in self._damaged:

@@ -6,18 +6,28 @@ first, marks what this module may delete where there is no manifest: nothing els
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from rlcore.checkpoint.json_file import LIMIT
 from rlcore.engines.train import FileRecord
 from rlcore.errors import CheckpointError
-from rlcore_recipes.checkpoint.manifest import MANIFEST, STATE, Manifest, check_size, decode, encode, record
+from rlcore_recipes.checkpoint.manifest import (
+    MANIFEST,
+    MARK,
+    STATE,
+    Manifest,
+    check_complete,
+    check_size,
+    decode,
+    encode,
+    record,
+)
 from rlcore_recipes.checkpoint.naming import is_name, step_of
-
-MARK = "unfinished"
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+from rlcore_recipes.protocols import package_of
 
 
 def file_system(root: str) -> tuple[Any, str]:
@@ -28,13 +38,11 @@ def file_system(root: str) -> tuple[Any, str]:
     """
     import fsspec
 
-    protocol = root.partition("://")[0]
     try:
         system, path = fsspec.core.url_to_fs(root)
     except ImportError as error:
-        extra = _EXTRAS.get(protocol)
-        how = f"pip install 'rlcore-recipes[{extra}]'" if extra else str(error)
-        raise CheckpointError(f"{root} needs a package that is not installed: {how}") from error
+        package = package_of(root)
+        raise CheckpointError(f"{root} {package.advice if package else error}") from error
     except ValueError as error:
         raise CheckpointError(f"{root} is no URL that fsspec knows: {error}") from error
     return system, path.rstrip("/")
@@ -81,30 +89,46 @@ class RemoteStorage:
         location = f"{self.root}/{name}"
         with reported(f"cannot read {location}/{MANIFEST}"):
             try:
-                content = self._system.cat_file(self._inside(name, MANIFEST))
+                content = self._content(name, MANIFEST)
             except FileNotFoundError:
                 raise CheckpointError(f"{location} has no {MANIFEST}: it is unfinished or not a checkpoint") from None
         return decode(content, location)
 
     def read(self, name: str, file: str) -> bytes:
         with reported(f"cannot read {self.root}/{name}/{file}"):
-            return self._system.cat_file(self._inside(name, file))  # type: ignore[no-any-return]
+            return self._content(name, file)
+
+    def _content(self, name: str, file: str) -> bytes:
+        path = self._inside(name, file)
+        if (size := self._system.info(path)["size"]) > LIMIT:
+            raise CheckpointError(f"{self.root}/{name}/{file} has {size} bytes, too many for what it should be")
+        return self._system.cat_file(path)  # type: ignore[no-any-return]
 
     def check(self, name: str) -> None:
         """Compares sizes; contents are checked where they are downloaded."""
-        expected = self.manifest(name)["files"]
+        expected = self.manifest(name).files
         sizes = {file: info["size"] for file, info in self._files(name).items()}
         for file in expected:
             check_size(f"{self.root}/{name}", file, sizes.get(file), expected[file])
+        check_complete(f"{self.root}/{name}", sizes.keys() - {MANIFEST, MARK}, expected)
 
-    def begin(self, name: str) -> None:
+    def check_writable(self) -> None:
+        probe = f"{self._path}/.rlcore-{uuid.uuid4().hex}"
+        with reported(f"cannot write to {self.root}"):
+            self._pipe(probe, b"")
+            self._system.rm_file(probe)
+
+    def check_replaceable(self, name: str) -> None:
         files = self._files(name)
         if files and not {MANIFEST, MARK} & files.keys():
             raise CheckpointError(
-                f"{self.root}/{name} exists but is not a checkpoint (it has no {MANIFEST}); move it away or choose "
-                "another URL"
+                f"{self.root}/{name} exists but is not a checkpoint (it has no {MANIFEST}), and rlcore replaces only "
+                "what it wrote; move it away or choose another URL"
             )
-        if files:
+
+    def begin(self, name: str) -> None:
+        self.check_replaceable(name)
+        if self._files(name):
             self.delete(name)
         self._write(name, MARK, b"")
 
@@ -154,11 +178,14 @@ class RemoteStorage:
     def _write(self, name: str, file: str, content: bytes) -> None:
         target = self._inside(name, file)
         with reported(f"cannot write {self.root}/{name}/{file}"):
-            try:
-                self._system.pipe_file(target, content)
-            except FileNotFoundError:
-                self._system.makedirs(self._inside(name, ""), exist_ok=True)
-                self._system.pipe_file(target, content)
+            self._pipe(target, content)
+
+    def _pipe(self, target: str, content: bytes) -> None:
+        try:
+            self._system.pipe_file(target, content)
+        except FileNotFoundError:  # not an object store, or a bucket that is not there
+            self._system.makedirs(target.rpartition("/")[0], exist_ok=True)
+            self._system.pipe_file(target, content)
 
     def _inside(self, name: str, file: str) -> str:
         return f"{self._path}/{name}/{file}".rstrip("/")

@@ -29,6 +29,14 @@ class Storage(Protocol):
         """Raise unless the checkpoint is whole, as far as that can be seen without fetching it from elsewhere."""
         ...
 
+    def check_writable(self) -> None:
+        """Raise unless something can be written below the root."""
+        ...
+
+    def check_replaceable(self, name: str) -> None:
+        """Raise if the checkpoint cannot be written because something else than a checkpoint has its name."""
+        ...
+
     def begin(self, name: str) -> None:
         """Make room for a checkpoint that is about to be written."""
         ...

@@ -9,11 +9,28 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import Any, Generic, TypeVar
 
+from pydantic import ConfigDict, Field
+
 from rlcore.batch import Batch
+from rlcore.checkpoint.json_file import Count, JsonFile
 from rlcore.errors import CheckpointError, DataError
 from rlcore_recipes.data.prompts import PromptDataset, PromptSample
 
 T = TypeVar("T")
+
+
+class LoaderState(JsonFile):
+    """What a checkpoint holds of a loader."""
+
+    model_config = ConfigDict(extra="allow")  # more of what identifies the data
+
+    drawn: Count = Field(description="Batches drawn.")
+    ahead: list[Count] = Field([], description="Positions after those that were trained on already.")
+    batch_size: int = Field(ge=1, description="Samples of a batch.")
+    seed: int = Field(description="Of the order.")
+    shuffle: bool = Field(description="Whether the order is random.")
+    file_sizes: list[Count] = Field(description="Samples of each file.")
+    quotas: list[Count] = Field(description="Samples of each file in an epoch.")
 
 
 class Loader(ABC, Generic[T]):
@@ -53,6 +70,8 @@ class Loader(ABC, Generic[T]):
         self._quotas = _quotas(self.samples, weights) if weights is not None else self._sizes
         self._drawn = 0
         self._order: tuple[int, list[int]] | None = None
+
+    described_by = LoaderState
 
     @property
     def steps_per_epoch(self) -> int:

@@ -6,26 +6,36 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from rlcore.config import Config
+from rlcore.config import Config, FileName, Package
 
-
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-Files = Annotated[list[str], BeforeValidator(_as_list)]
+TEMPLATE_ARGUMENTS = (
+    "add_generation_prompt",
+    "chat_template",
+    "continue_final_message",
+    "conversation",
+    "max_length",
+    "messages",
+    "padding",
+    "return_assistant_tokens_mask",
+    "return_dict",
+    "return_tensors",
+    "tokenize",
+    "tokenizer_kwargs",
+    "truncation",
+)
+"""Arguments of a chat template's call that decide what it returns; data.chat_template_kwargs may not set them."""
 
 
 class DataFiles(Config):
     """Where samples come from and in which order they are used."""
 
-    train_files: Files = Field(
+    train_files: list[FileName] = Field(
         min_length=1,
         description="Parquet or JSONL files, or Hub data sets as 'hub:org/name[:config][@split]'; one or several.",
     )
-    val_files: Files = Field([], description="Files to validate on, as train_files; none validates nothing.")
+    val_files: list[FileName] = Field([], description="Files to validate on, as train_files; none validates nothing.")
     train_batch_size: int = Field(256, ge=1, description="Prompts (or SFT samples) per step.")
     val_batch_size: int | None = Field(None, ge=1, description="Prompts per validation batch; null takes all at once.")
     val_limit: int | None = Field(None, ge=1, description="Validate on the first rows of the val files only.")
@@ -49,12 +59,23 @@ class DataFiles(Config):
     )
     chat_template_kwargs: dict[str, Any] = Field({}, description="Extra variables for the chat template.")
 
+    def packages(self) -> Iterator[tuple[str, Package]]:
+        for field in ("train_files", "val_files"):
+            if any(file.startswith("hub:") for file in getattr(self, field)):
+                yield field, Package("datasets", "rlcore-recipes[hub]")
+
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.weights is not None and len(self.weights) != len(self.train_files):
             yield (
                 "weights",
                 f"has {len(self.weights)} numbers for the {len(self.train_files)} train_files: one is needed per file",
             )
+        for name in TEMPLATE_ARGUMENTS:
+            if name in self.chat_template_kwargs:
+                yield (
+                    f"chat_template_kwargs.{name}",
+                    "is set by rlcore; give variables that the tokenizer's own template knows",
+                )
         for field in ("train_files", "val_files"):
             for file, count in Counter(getattr(self, field)).items():
                 if count > 1:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
-from warnings import warn
 
 from pydantic import Field, create_model
 
 from rlcore.config import Config
-from rlcore.errors import RlcoreWarning
 
 if TYPE_CHECKING:
     from rlcore_recipes.settings.reinforcement import RLConfig
@@ -72,16 +70,4 @@ def async_problems(config: RLConfig) -> Iterator[tuple[str, str]]:
             "reward_model",
             f"would score samples but not the baselines that {advantage.name} compares them with: in asynchronous "
             "training those get the reward's score alone",
-        )
-
-
-def warn_uncorrected(config: RLConfig) -> None:
-    """Warn of a run whose loss takes samples of older policies for those of the policy that is trained."""
-    actor, k = config.actor, config.asynchronous.max_staleness
-    if k > 0 and actor.old_logprobs == "recompute" and actor.objective.correction is None:
-        warn(
-            f"async.max_staleness={k}, and nothing corrects for the older policies that made the samples: set "
-            "actor.objective.correction (tis, mis or icepop), or actor.old_logprobs=rollout",
-            RlcoreWarning,
-            stacklevel=2,
         )

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from rlcore.config import Config
+from rlcore.config import Config, Package, Seconds
 from rlcore.controller.placement import ResourcePool, complete, pools_of, unknown_pool
 
 Role = Literal["actor", "critic", "ref", "reward_model", "rollout", "reward", "compute"]
@@ -34,14 +34,18 @@ class ControllerSettings(Config):
         description="Pool of each role. Models go to the only pool or to 'default' unless placed, rewards and the "
         "controller's own work on tokens (compute) to 'cpu'. Roles on one pool share its processes and take turns.",
     )
-    placement_timeout_s: float = Field(60.0, gt=0, description="Longest wait for the cluster's resources.")
-    call_timeout_s: float = Field(3600.0, gt=0, description="Longest wait for a worker's answer to one call.")
+    placement_timeout_s: Seconds = Field(60.0, gt=0, description="Longest wait for the cluster's resources.")
+    call_timeout_s: Seconds = Field(3600.0, gt=0, description="Longest wait for a worker's answer to one call.")
     max_restarts: int = Field(
         3, ge=0, description="How often a run starts again from its last checkpoint after a training worker died."
     )
-    restart_backoff_s: float = Field(
+    restart_backoff_s: Seconds = Field(
         5.0, ge=0, description="Wait before the first restart; doubles with every further one, up to five minutes."
     )
+
+    def packages(self) -> Iterator[tuple[str, Package]]:
+        if self.kind == "ray":
+            yield "kind", Package("ray", "rlcore[ray]")
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.kind == "local":

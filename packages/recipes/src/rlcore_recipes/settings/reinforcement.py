@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 from pydantic import Field
 
@@ -13,15 +14,24 @@ from rlcore.engines.settings import adapter_rank, wants_adapters
 from rlcore_recipes.data.settings import DataSettings
 from rlcore_recipes.settings.algorithm import AlgorithmSettings
 from rlcore_recipes.settings.asynchronous import AsyncSection, AsyncSettings, async_problems
+from rlcore_recipes.settings.columns import CREDITED, ON_DEMAND, SAMPLED, SCORED, missing_columns
+from rlcore_recipes.settings.combinations import doubts
 from rlcore_recipes.settings.controller import ControllerSettings, unused
 from rlcore_recipes.settings.roles import ActorSettings, RefSettings, RewardModelSettings, RewardRole, RolloutSettings
 from rlcore_recipes.settings.trainer import TrainerSettings
 
 
 class RLConfig(AsyncSection):  # type: ignore[misc,valid-type]
-    """One run of reinforcement learning."""
+    """One run of reinforcement learning.
 
-    seed: int = Field(0, ge=0, description="Seed of everything: data order, new heads, every completion.")
+    Attributes:
+        own_columns: names of the columns that the recipe's step adds to its batches, for advantage estimators and
+            policy losses that need them.
+    """
+
+    own_columns: ClassVar[frozenset[str]] = frozenset()
+
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of everything: data order, new heads, every completion.")
     model: ModelSettings = Field(description="The model to train.")
     data: DataSettings = Field(description="Prompts; train_batch_size counts prompts.")
     actor: ActorSettings = Field(default_factory=ActorSettings, description="The policy under training.")
@@ -93,7 +103,11 @@ class RLConfig(AsyncSection):  # type: ignore[misc,valid-type]
     @property
     def needs_ref(self) -> bool:
         """Whether a reference policy takes part."""
-        return self.algorithm.kl_in_reward is not None or self.actor.objective.kl_loss.coeff > 0
+        return (
+            self.algorithm.kl_in_reward is not None
+            or self.actor.objective.kl_loss.coeff > 0
+            or "ref_logprobs" in self.needed_columns
+        )
 
     @property
     def needs_old_logprobs(self) -> bool:
@@ -102,7 +116,33 @@ class RLConfig(AsyncSection):  # type: ignore[misc,valid-type]
         They are not if the whole batch makes one optimizer step: until then the policy is still the one that sampled.
         """
         return (
-            self.actor.old_logprobs == "rollout" or self.updates_per_step > 1 or self.algorithm.kl_in_reward is not None
+            self.actor.old_logprobs == "rollout"
+            or self.updates_per_step > 1
+            or self.algorithm.kl_in_reward is not None
+            or "old_logprobs" in self.needed_columns
+        )
+
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether the entropy of the policy must be known before the update."""
+        return "entropy" in self.algorithm.advantage.entry.needs
+
+    @property
+    def needed_columns(self) -> frozenset[str]:
+        """The columns that the advantage estimator and the policy loss declare."""
+        return self.algorithm.advantage.entry.needs | self.actor.objective.policy_loss.entry.needs
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """The columns that a batch can have before advantages are estimated."""
+        return (
+            SAMPLED
+            | SCORED
+            | ON_DEMAND
+            | CREDITED
+            | self.own_columns
+            | ({"values"} if self.has_critic else frozenset())
+            | ({"reward_model_score"} if self.reward_model is not None else frozenset())
         )
 
     @property
@@ -123,9 +163,9 @@ class RLConfig(AsyncSection):  # type: ignore[misc,valid-type]
         if self.trainer.test_freq > 0 and not self.data.val_files:
             yield "trainer.test_freq", f"is {self.trainer.test_freq}, but data.val_files is empty"
         yield from ungrouped(self.algorithm.advantage, self.rollout.n)
-        if "values" in self.algorithm.advantage.entry.needs and not self.has_critic:
-            name = self.algorithm.advantage.name
-            yield "algorithm.advantage", f"{name} needs the values of a critic, which the recipe ppo trains"
+        yield from missing_columns("algorithm.advantage", self.algorithm.advantage, self.columns)
+        credited = self.columns | {"advantages"} | ({"returns"} if self.has_critic else set())
+        yield from missing_columns("actor.objective.policy_loss", self.actor.objective.policy_loss, credited)
         if wants_adapters(self.rollout.options) and adapter_rank(self.actor.options) is None:
             yield (
                 f"rollout.{self.rollout.engine}.enable_lora",
@@ -134,6 +174,9 @@ class RLConfig(AsyncSection):  # type: ignore[misc,valid-type]
             )
         yield from unused(self.controller, self.roles)
         yield from async_problems(self)
+
+    def doubts(self) -> Iterator[tuple[str, str]]:
+        yield from doubts(self)
 
     @property
     def has_critic(self) -> bool:

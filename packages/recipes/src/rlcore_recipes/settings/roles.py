@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from rlcore.algorithms.objectives import PolicyObjectiveSettings, ValueObjectiveSettings
 from rlcore.algorithms.off_policy import MISParams
-from rlcore.config import Choice, Config, PluginSections
+from rlcore.config import Choice, Config, PluginSections, ShortForm
 from rlcore.engines import ModelSettings, OptimSettings, RewardSettings
+from rlcore.engines.settings import without_adapters
+
+MOST_COMPLETIONS = 2**16
 
 
 class ModelRole(PluginSections):
@@ -25,6 +28,24 @@ class ModelRole(PluginSections):
         description="Token budget of a micro-batch; a longer sequence stands alone. Results do not depend on it.",
     )
     offload: bool = Field(False, description="Move the model to host memory while it has nothing to do.")
+
+
+class FollowingRole(ModelRole):
+    """A model beside the policy, in the policy's engine unless another one is named."""
+
+    engine: str | None = Field(
+        None,
+        description="Training engine; null: the actor's, with the actor's options (but no adapters) unless a section "
+        "of the engine's name stands here.",
+    )
+
+    def engine_beside(self, actor: ModelRole) -> tuple[str, Config]:
+        """The engine's name and its options."""
+        if self.engine is not None:
+            return self.engine, self.options
+        if actor.engine in (self.__pydantic_extra__ or {}):
+            return actor.engine, self.options_of(actor.engine)
+        return actor.engine, without_adapters(actor.options)
 
 
 class ActorSettings(ModelRole):
@@ -62,7 +83,9 @@ class ActorSettings(ModelRole):
         objective = self.objective
         coeffs = {"kl_loss.coeff": objective.kl_loss.coeff, "entropy_coeff": objective.entropy_coeff}
         found = [f"objective.{key}={coeff}" for key, coeff in coeffs.items() if coeff]
-        if "vanishes_with_advantage" not in objective.policy_loss.entry.traits:
+        loss = objective.policy_loss.entry
+        # a sample of a unit is compared with the others of it, whatever its own advantage
+        if "vanishes_with_advantage" not in loss.traits or loss.together is not None:
             found.append(f"objective.policy_loss={objective.policy_loss.name}")
         return found
 
@@ -90,7 +113,7 @@ def _weighs(correction: Choice | None) -> bool:
     return not (isinstance(correction.params, MISParams) and correction.params.weight == "one")
 
 
-class CriticSettings(ModelRole):
+class CriticSettings(FollowingRole):
     """The value model."""
 
     enable: bool | None = Field(None, description="null: only if the advantage estimator needs values.")
@@ -102,26 +125,26 @@ class CriticSettings(ModelRole):
     objective: ValueObjectiveSettings = Field(default_factory=ValueObjectiveSettings, description="Value loss.")
 
 
-class RefSettings(ModelRole):
+class RefSettings(FollowingRole):
     """The frozen reference policy; built only if a KL loss or a KL penalty in the reward is used."""
 
     model: ModelSettings | None = Field(None, description="Reference model; null: the actor's at the start of the run.")
 
 
-class RewardModelSettings(ModelRole):
+class RewardModelSettings(FollowingRole):
     """A frozen model that scores whole sequences at their last token; its score is added to the reward's."""
 
     model: ModelSettings = Field(
         description="Model with a scalar score head (Hugging Face's sequence classification), for the policy's "
         "tokenizer."
     )
-    coeff: float = Field(1.0, allow_inf_nan=False, description="Factor on the model's score.")
+    coeff: float = Field(1.0, description="Factor on the model's score.")
 
 
 class ValidationSampling(Config):
     """How completions are sampled in validation."""
 
-    n: int = Field(1, ge=1, description="Completions per validation prompt.")
+    n: int = Field(1, ge=1, le=MOST_COMPLETIONS, description="Completions per validation prompt.")
     temperature: float = Field(0.0, ge=0, description="0 is greedy.")
     top_k: int = Field(0, ge=0, description="Sample among this many best tokens; 0: all.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus mass.")
@@ -134,7 +157,7 @@ class RolloutSettings(PluginSections):
     plugin_group: ClassVar[str] = "rlcore.rollout_engines"
 
     engine: str = Field("inline", description="Rollout engine (`rlcore plugins` lists the installed ones).")
-    n: int = Field(8, ge=1, description="Completions per prompt.")
+    n: int = Field(8, ge=1, le=MOST_COMPLETIONS, description="Completions per prompt.")
     temperature: float = Field(1.0, gt=0, description="Sampling temperature; training divides logits by it too.")
     top_k: int = Field(0, ge=0, description="Sample among this many best tokens; 0: all.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus mass.")
@@ -143,7 +166,9 @@ class RolloutSettings(PluginSections):
         True,
         description="Give the engine's memory (key-value cache; weights, if it has its own) back between rollouts.",
     )
-    stop: list[str] = Field([], description="Strings that end a completion, besides the model's end of sequence.")
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(
+        [], description="Strings that end a completion, besides the model's end of sequence."
+    )
     validation: ValidationSampling = Field(default_factory=ValidationSampling, description="Sampling in validation.")
 
 
@@ -152,6 +177,7 @@ class RewardRole(RewardSettings, PluginSections):
 
     plugin_group: ClassVar[str] = "rlcore.rewards"
     plugin_field: ClassVar[str] = "name"
+    short_forms: ClassVar = {"path": ShortForm("function.path", {"name": "function"})}
 
     name: str = Field(description="Reward (`rlcore plugins` lists the installed ones).")
     max_error_ratio: float = Field(
@@ -160,16 +186,3 @@ class RewardRole(RewardSettings, PluginSections):
         le=1,
         description="End the run if the reward fails on more than this share of the samples of five steps; 1: never.",
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _function_by_path(cls, given: Any) -> Any:
-        """``path=file.py:compute_score`` is short for ``name=function function.path=file.py:compute_score``."""
-        if not isinstance(given, dict) or "path" not in given:
-            return given
-        rest = {key: value for key, value in given.items() if key != "path"}
-        if rest.setdefault("name", "function") != "function":
-            raise ValueError(f"path names a function of yours and name another reward ({rest['name']!r}): keep one")
-        function = rest.get("function", {})
-        options = function.model_dump() if isinstance(function, Config) else dict(function)
-        return {**rest, "function": {**options, "path": given["path"]}}

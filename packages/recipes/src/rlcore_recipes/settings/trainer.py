@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from rlcore.config import PluginSections
+from rlcore.config import FileName, FilePath, Package, PluginSections, Seconds
+from rlcore_recipes.protocols import package_of
 
 
 class TrainerSettings(PluginSections):
@@ -19,20 +19,25 @@ class TrainerSettings(PluginSections):
 
     total_epochs: int = Field(1, ge=1, description="Passes over the training data; sets the number of steps.")
     total_steps: int | None = Field(None, ge=1, description="Number of steps; overrides total_epochs.")
-    out_dir: Path = Field(description="Folder for configuration, metrics and checkpoints.")
+    out_dir: FilePath = Field(description="Folder for configuration, metrics and checkpoints.")
     project: str = Field("rlcore", description="Project name for trackers.")
     name: str | None = Field(None, description="Run name for trackers; null: the name of out_dir.")
     trackers: list[str] = Field(["console", "jsonl"], description="Where metrics go (`rlcore plugins`).")
-    test_freq: int = Field(-1, ge=-1, description="Validate every so many steps and at the end; -1: never.")
+    test_freq: int = Field(
+        -1,
+        ge=-1,
+        description="Validate every so many steps and at the end; -1: never, and the other keys of validation, "
+        "log_val_generations and best_metric included, have no effect.",
+    )
     val_before_train: bool = Field(True, description="Validate before the first step too, unless test_freq is -1.")
     log_val_generations: int = Field(0, ge=0, description="Validation completions to log as a table.")
     save_freq: int = Field(-1, ge=-1, description="Checkpoint every so many steps and at the end; -1: never.")
     async_save: bool = Field(True, description="Write checkpoints while training goes on.")
-    checkpoint_dir: str | None = Field(
+    checkpoint_dir: FileName | None = Field(
         None,
         description="Folder or URL (s3://, gs://, any of fsspec's) for checkpoints; null: out_dir/checkpoints.",
     )
-    grace_s: float = Field(
+    grace_s: Seconds = Field(
         120.0, gt=0, description="Seconds after SIGTERM or SIGHUP in which the step and its checkpoint must end."
     )
     max_skipped_steps: int | None = Field(
@@ -44,7 +49,7 @@ class TrainerSettings(PluginSections):
     keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints to keep.")
     best_metric: str | None = Field(None, description="Keep the checkpoint that is best by this metric as well.")
     best_mode: Literal["max", "min"] = Field("max", description="Whether more of best_metric is better, or less.")
-    resume: str = Field(
+    resume: FileName = Field(
         "auto",
         description="'auto': continue from the run's newest checkpoint, if there is one; 'never': start anew, in a "
         "folder without another run; otherwise the checkpoint's folder or URL.",
@@ -63,11 +68,15 @@ class TrainerSettings(PluginSections):
             return "trainer.total_steps", str(self.total_steps)
         return "trainer.total_epochs over the training data", f"{self.total_epochs} epochs"
 
+    def packages(self) -> Iterator[tuple[str, Package]]:
+        for key in ("checkpoint_dir", "resume"):
+            url = getattr(self, key)
+            if url is not None and (package := package_of(url)) is not None:
+                yield key, package
+
     def problems(self) -> Iterator[tuple[str, str]]:
         for name in ("test_freq", "save_freq"):
             if getattr(self, name) == 0:
                 yield name, "0 is no interval: use -1 for never, or every so many steps"
-        if self.best_metric is not None and self.save_freq < 0:
+        if self.best_metric is not None and self.save_freq < 0 < self.test_freq:
             yield "best_metric", f"{self.best_metric!r} picks among checkpoints, but save_freq is -1: none is written"
-        if self.test_freq < 0 and self.log_val_generations:
-            yield "log_val_generations", f"is {self.log_val_generations}, but test_freq is -1: nothing is validated"

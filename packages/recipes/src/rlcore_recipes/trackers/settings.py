@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field
 
-from rlcore.config import Config
+from rlcore.config import Config, FileName, Package
 
 
 class ConsoleSettings(Config):
@@ -53,8 +54,14 @@ class WandbSettings(Config):
     group: str | None = Field(None, description="Group of runs.")
     tags: list[str] = Field([], description="Tags of the run.")
 
+    def packages(self) -> Iterator[tuple[str, Package]]:
+        yield "", Package("wandb", "rlcore-recipes[wandb]")
+
 
 class TensorboardSettings(Config):
     """TensorBoard event files."""
 
-    folder: str = Field("tensorboard", description="Folder of the event files, below the output folder.")
+    folder: FileName = Field("tensorboard", description="Folder of the event files, below the output folder.")
+
+    def packages(self) -> Iterator[tuple[str, Package]]:
+        yield "", Package("tensorboard", "rlcore-recipes[tensorboard]")

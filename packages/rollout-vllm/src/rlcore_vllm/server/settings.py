@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from rlcore.config import FilePath
 from rlcore.servers.settings import ServerClientSettings, url_problems
 
 
@@ -25,7 +25,7 @@ class ServerSettings(ServerClientSettings):
         description="'transfer' sends weights into the servers' workers; 'reload' writes them to weights_dir, "
         "where the servers read them.",
     )
-    weights_dir: Path | None = Field(
+    weights_dir: FilePath | None = Field(
         None, description="Folder that this process and the servers see under one path; needed to reload."
     )
     transport: Literal["auto", "gloo", "nccl", "shm"] = Field("auto", description="By which weights are transferred.")

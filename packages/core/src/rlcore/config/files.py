@@ -1,0 +1,90 @@
+"""Configuration files, and the files that they name below themselves."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic_core import PydanticCustomError
+
+from rlcore.config import yaml_format
+from rlcore.config.values import expanded
+from rlcore.errors import ConfigError
+
+DEFAULTS_KEY = "defaults"
+LARGEST_FILE = 1 << 20
+"""Bytes of a configuration file."""
+MOST_FILES = 64
+"""Files that one configuration may be made of, each counted as often as it is named."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Values from one source, and where in it each key stands."""
+
+    source: str
+    values: Mapping[str, Any]
+    places: Mapping[yaml_format.KeyPath, str] = field(default_factory=dict)
+
+
+def file_layers(path: Path | str) -> list[Layer]:
+    """The values of the file ``path`` and of the files below it, the lowest first.
+
+    Raises:
+        ConfigError: a file is missing, not a regular file, too large or no YAML mapping; it includes itself; or there
+            are too many.
+    """
+    layers: list[Layer] = []
+    _add(layers, _normal(Path(_expanded(str(path), "--config"))), ())
+    return layers
+
+
+def _add(layers: list[Layer], path: Path, including: tuple[Path, ...]) -> None:
+    if path in including:
+        raise ConfigError(f"{path}: includes itself through '{DEFAULTS_KEY}'")
+    if len(layers) + len(including) >= MOST_FILES:
+        raise ConfigError(f"{path}: a configuration may be made of {MOST_FILES} files through '{DEFAULTS_KEY}' at most")
+    by = f" (named by '{DEFAULTS_KEY}' in {including[-1]})" if including else ""
+    values, lines = yaml_format.parse(_read(path, by), str(path))
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}:1: must be a mapping of keys, not {yaml_format.inline(values)[:80]}")
+    below = values.pop(DEFAULTS_KEY, [])
+    names = [below] if isinstance(below, str) else below
+    line = lines.get((DEFAULTS_KEY,), 1)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{path}:{line}: {DEFAULTS_KEY} must be a file name or a list of them")
+    for name in names:
+        _add(layers, _normal(path.parent / _expanded(name, f"{path}:{line}: {DEFAULTS_KEY}")), (*including, path))
+    layers.append(Layer(str(path), values, {key: f"{path}:{line}" for key, line in lines.items()}))
+
+
+def _read(path: Path, by: str) -> str:
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            what = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or device"
+            raise ConfigError(f"{path}: cannot be read{by}: it is {what}, not a regular file")
+        if status.st_size > LARGEST_FILE:
+            raise ConfigError(f"{path}: has {status.st_size} bytes{by}; a configuration has {LARGEST_FILE} at most")
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file{by}") from None
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or no possible name of a file
+        raise ConfigError(f"{yaml_format.shortened(str(path), 200)}: cannot be read{by}: {error}"[:400]) from None
+
+
+def _expanded(name: str, where: str) -> str:
+    try:
+        return str(expanded(name))
+    except PydanticCustomError as error:
+        raise ConfigError(f"{where}: {error.message()}") from None
+
+
+def _normal(path: Path) -> Path:
+    return Path(os.path.normpath(path))

@@ -1,0 +1,104 @@
+"""Overrides: ``a.b.c=value`` on the command line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from types import NoneType
+from typing import Any, get_args, get_origin
+
+from rlcore.config import yaml_format
+from rlcore.config.base import LONGEST_NAME, Config
+from rlcore.config.choice import Chosen
+from rlcore.config.files import Layer
+from rlcore.config.overlay import content, content_of_type
+from rlcore.config.values import is_text, plain_types
+from rlcore.config.yaml_format import shortened
+from rlcore.errors import ConfigError
+
+COMMAND_LINE = "command line"
+_OVERRIDE = re.compile(r"(?P<key>\w[\w-]*(?:\.\w[\w-]*)*)=(?P<value>.*)", re.DOTALL)
+
+
+def override_layers(model: type[Config], overrides: Sequence[str]) -> list[Layer]:
+    """A layer per override, the names of choices before their parameters, which another name would undo.
+
+    Raises:
+        ConfigError: an override has no key, its value is not YAML, or a short form contradicts another override.
+    """
+    layers = []
+    given: dict[tuple[str, ...], Any] = {}
+    for override in overrides:
+        match = _OVERRIDE.fullmatch(override)
+        if match is None:
+            raise ConfigError(f"override {shortened(override)!r}: must look like a.b.c=value")
+        path = tuple(match["key"].split("."))
+        value = given[path] = _value(model, path, match["value"])
+        values: Any = value
+        for key in reversed(path):
+            values = {key: values}
+        layer = Layer(COMMAND_LINE, values, {path[:length]: COMMAND_LINE for length in range(1, len(path) + 1)})
+        layers.append(((len(path), path[-1] != "name"), layer))
+    _check_short_forms(model, given)
+    return [layer for _, layer in sorted(layers, key=lambda item: item[0])]
+
+
+def _value(model: type[Config], path: tuple[str, ...], text: str) -> Any:
+    """The words after ``=``: as they are for a key that takes text (``null`` alone is null where the key may be null),
+    read as YAML otherwise."""
+    kind = type_at(model, path)
+    if is_text(kind):
+        return None if text == "null" and NoneType in plain_types(kind) else text
+    key = shortened(".".join(path), LONGEST_NAME)
+    try:
+        return yaml_format.parse(text, f"override {key}")[0]
+    except ConfigError as error:
+        raise ConfigError(f"{error}; put text with special characters in quotes: '{key}=\"…\"'") from None
+
+
+def type_at(model: type[Config], path: Sequence[str]) -> Any:
+    """The type of the key ``path`` of ``model``, short forms included; None where it has none or cannot be known."""
+    key, *rest = path
+    if form := model.short_forms.get(key):
+        return type_at(model, (*form.key.split("."), *rest))
+    field = model.model_fields.get(key)
+    if field is None:
+        inner = content(model, key)  # a plugin's section
+        return type_at(inner, rest) if isinstance(inner, type) and rest else None
+    return _type_within(field.annotation, field.metadata, rest)
+
+
+def _type_within(annotation: Any, metadata: Any, path: Sequence[str]) -> Any:
+    if not path:
+        return annotation
+    inner = content_of_type(annotation, metadata)
+    if isinstance(inner, Chosen):
+        if path[0] == "name":
+            return str
+        models = [entry.params for entry in inner.registry if path[0] in entry.params.model_fields]
+        return type_at(models[0], path) if models else None
+    if inner is not None:
+        return type_at(inner, path)
+    arguments = get_args(annotation)
+    return _type_within(arguments[1], (), path[1:]) if get_origin(annotation) is dict else None
+
+
+def _check_short_forms(model: type[Config], given: dict[tuple[str, ...], Any]) -> None:
+    for path in given:
+        parent = content_at(model, path[:-1])
+        form = parent.short_forms.get(path[-1]) if parent is not None else None
+        for key, text in form.sets.items() if form is not None else ():
+            other = given.get((*path[:-1], key), text)
+            if other != text:
+                name, key = ".".join(path), ".".join((*path[:-1], key))
+                raise ConfigError(f"{name} means {key}={text}, but {key}={other} is given too; keep one of them")
+
+
+def content_at(model: type[Config], path: Sequence[str]) -> type[Config] | None:
+    """The model of the section ``path`` of ``model``; None if there is none."""
+    for key in path:
+        inner = content(model, key)
+        if not isinstance(inner, type):
+            return None
+        model = inner
+    return model

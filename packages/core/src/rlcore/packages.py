@@ -1,0 +1,31 @@
+"""Optional packages, and whether they are installed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package that may be missing.
+
+    Attributes:
+        module: what is imported.
+        install: what ``pip install`` takes.
+    """
+
+    module: str
+    install: str
+
+    @property
+    def installed(self) -> bool:
+        """Whether the module can be found; it is not imported."""
+        try:
+            return find_spec(self.module) is not None
+        except (ImportError, ValueError):  # its parent is missing or broken, or it is half imported
+            return False
+
+    @property
+    def advice(self) -> str:
+        return f"needs the package {self.module}, which is not installed; run: pip install '{self.install}'"

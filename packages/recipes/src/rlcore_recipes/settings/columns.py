@@ -1,0 +1,38 @@
+"""Which columns the batches of a run have, so that algorithms which need another one are refused before training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Set
+
+from rlcore.config import Choice
+
+SAMPLED = frozenset(
+    {
+        "tokens", "loss_mask", "rollout_logprobs", "token_version",
+        "group", "prompt_length", "response_length", "policy_version", "later_version_tokens",
+        "finish_reason", "messages", "ground_truth", "data_source", "extra",
+    }
+)  # fmt: skip
+"""Of trajectories (`rlcore_recipes.rollouts.trajectories`)."""
+
+SCORED = frozenset({"score", "reward_result", "completion"})
+"""Of the reward."""
+
+ON_DEMAND = frozenset({"old_logprobs", "ref_logprobs", "entropy", "baseline_score"})
+"""Computed where an algorithm or another setting needs them."""
+
+CREDITED = frozenset({"token_rewards"})
+"""Made before the advantages."""
+
+
+def missing_columns(key: str, choice: Choice, available: Set[str]) -> Iterator[tuple[str, str]]:
+    """Why ``choice`` cannot be used where a batch has the columns ``available``."""
+    for name in sorted(choice.entry.needs - available):
+        if name == "values":
+            yield key, f"{choice.name} needs the values of a critic, which the recipe ppo trains"
+        else:
+            yield (
+                key,
+                f"{choice.name} needs the column {name!r}, which this recipe does not make; it makes "
+                f"{', '.join(sorted(available))}",
+            )

@@ -1,0 +1,57 @@
+"""Roles beside the policy take its engine and options, so that a run needs no engine that it does not use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from rlcore import plugins
+from rlcore.config import validate_config
+from rlcore.engines.settings import adapter_rank
+
+
+def configuration(recipe: str, **sections: Any) -> Any:
+    values: dict[str, Any] = {
+        "model": {"path": "model"},
+        "data": {"train_files": ["a.parquet"]},
+        "trainer": {"out_dir": "out"},
+        **sections,
+    }
+    if recipe != "sft":
+        values["data"] |= {"max_prompt_length": 8, "max_response_length": 512}
+        values["reward"] = {"name": "gsm8k"}
+    return validate_config(plugins.get("rlcore.recipes", recipe).config_class(), values)
+
+
+@pytest.mark.parametrize("recipe", ["grpo", "ppo", "dapo", "sft"])
+def test_no_other_training_engine_needs_to_be_installed(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = plugins._points
+    monkeypatch.setattr(plugins, "_points", lambda group: {k: v for k, v in found(group).items() if k != "fsdp"})
+    config = configuration(recipe, actor={"engine": "megatron", "megatron": {"tensor_parallel": 2}})
+    for role in ("ref", "critic"):
+        if hasattr(config, role):
+            assert getattr(config, role).engine_beside(config.actor) == ("megatron", config.actor.options)
+
+
+def test_roles_take_the_policys_options_but_not_its_adapters() -> None:
+    config = configuration("ppo", actor={"fsdp": {"device": "cpu", "lora": {"rank": 4}}})
+    assert adapter_rank(config.actor.options) == 4
+    for role in (config.ref, config.critic):
+        name, options = role.engine_beside(config.actor)
+        assert name == "fsdp"
+        assert options.device == "cpu"
+        assert adapter_rank(options) is None
+
+
+def test_a_section_or_an_engine_of_a_role_comes_first() -> None:
+    config = configuration(
+        "ppo",
+        actor={"fsdp": {"device": "cpu", "offload_params": True}},
+        critic={"fsdp": {"lora": {"rank": 2}}},
+        ref={"engine": "megatron"},
+    )
+    _, options = config.critic.engine_beside(config.actor)
+    assert adapter_rank(options) == 2
+    assert not options.offload_params
+    assert config.ref.engine_beside(config.actor) == ("megatron", config.ref.options)

@@ -1,0 +1,114 @@
+"""What holds for every key of every recipe, with every backend and plugin that is installed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Annotated, Any, get_args, get_origin
+
+import pytest
+from pydantic import TypeAdapter, ValidationError
+
+from rlcore import plugins
+from rlcore.config import Config, Unlimited
+from rlcore.config.keys import sections
+from rlcore.config.values import is_path, is_text, plain_types
+
+RECIPES = plugins.names("rlcore.recipes")
+PLACES = ("path", "dir", "file", "files", "folder")
+NO_PATHS = {"data_source_key"}
+
+
+def models() -> list[type[Config]]:
+    found: dict[type[Config], None] = {}
+    for recipe in RECIPES:
+        for section in sections(plugins.get("rlcore.recipes", recipe).config_class()):
+            if section.model is not None:
+                found[section.model] = None
+    return list(found)
+
+
+def fields() -> Iterator[tuple[type[Config], str, Any]]:
+    for model in models():
+        for name, field in model.model_fields.items():
+            yield model, name, field
+
+
+def refusal(model: type[Config], name: str, value: Any) -> str | None:
+    """What validation says of one value of one key; None if it says nothing."""
+    try:
+        model.model_validate({name: value})
+    except ValidationError as error:
+        return next((detail["msg"] for detail in error.errors() if detail["loc"][:1] == (name,)), None)
+    return None
+
+
+def test_the_walk_reaches_every_package() -> None:
+    packages = {model.__module__.partition(".")[0] for model in models()}
+    assert packages >= {"rlcore", "rlcore_fsdp", "rlcore_recipes", "rlcore_rewards"}
+    assert len(list(fields())) > 200
+
+
+def test_floats_are_finite_unless_infinity_switches_a_limit_off() -> None:
+    unlimited = set()
+    for model, name, field in fields():
+        if float not in plain_types(field.annotation):
+            continue
+        for value in (math.nan, math.inf, -math.inf):
+            if refusal(model, name, value) is None:
+                assert not math.isnan(value), f"{model.__name__}.{name} takes {value}"
+                unlimited.add(name)
+    assert unlimited == {"cap", "high", "low", "clip_low", "clip_high"}
+    assert TypeAdapter(Unlimited).validate_python(math.inf) == math.inf
+
+
+@pytest.mark.parametrize("value", [2**63, 10**30, -(2**63), True, b"8", [[[]]], {"a": {1: 2}}], ids=str)
+def test_numbers_and_text_refuse_what_is_neither(value: Any) -> None:
+    for model, name, field in fields():
+        kinds = plain_types(field.annotation)
+        number = {int, float} & set(kinds) and not {bool, dict} & set(kinds)
+        if float in kinds and type(value) is int:
+            continue  # a finite number
+        if number or is_text(field.annotation):
+            assert refusal(model, name, value) is not None, f"{model.__name__}.{name} takes {value!r}"
+
+
+def test_counts_that_are_multiplied_have_bounds_of_their_own() -> None:
+    for model, name, _ in fields():
+        if name in ("n", "workers", "processes", "replicas", "tensor_parallel_size", "tp_size"):
+            assert refusal(model, name, 10**9) is not None, f"{model.__name__}.{name}"
+
+
+def test_every_key_that_names_a_place_expands_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLACE", "/somewhere")
+    found = []
+    for model, name, field in fields():
+        if name.rpartition("_")[2] in PLACES and name not in NO_PATHS:
+            assert is_path(field.annotation, field.metadata), f"{model.__name__}.{name} is no FilePath or FileName"
+            found.append(name)
+    assert {"path", "out_dir", "checkpoint_dir", "train_files", "weights_dir", "folder", "tokenizer_path"} <= set(found)
+
+
+def test_every_key_has_a_description() -> None:
+    for model, name, field in fields():
+        assert field.description, f"{model.__name__}.{name}"
+
+
+def test_lists_take_a_single_value() -> None:
+    for model, name, field in fields():
+        annotation = field.annotation
+        while get_origin(annotation) is Annotated:
+            annotation = get_args(annotation)[0]
+        if get_origin(annotation) is list and refusal(model, name, ["x"]) is None:
+            assert refusal(model, name, "x") is None, f"{model.__name__}.{name}"
+
+
+def test_a_function_by_its_path_replaces_the_reward_of_every_shipped_configuration() -> None:
+    from rlcore.config import load_config
+
+    for recipe in RECIPES:
+        plugin = plugins.get("rlcore.recipes", recipe)
+        model = plugin.config_class()
+        for file in plugin.ready_made().values() if "reward" in model.model_fields else ():
+            config: Any = load_config(model, file, ["reward.path=my_reward.py:compute_score", "trainer.test_freq=-1"])
+            assert (config.reward.name, config.reward.options.path) == ("function", "my_reward.py:compute_score")

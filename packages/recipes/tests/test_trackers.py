@@ -3,12 +3,13 @@
 import io
 import json
 import math
+import os
 import re
 import struct
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,6 +72,62 @@ def test_jsonl_of_a_resumed_run_has_every_step_once(run: RunInfo) -> None:
     assert [line["step"] for line in lines(run.out_dir / "tables" / "t.jsonl")] == [0, 1, 2]
     jsonl(run)
     assert lines(run.out_dir / "metrics.jsonl") == []
+
+
+def a_folder(path: Path) -> None:
+    path.unlink()
+    (path / "mine").mkdir(parents=True)
+
+
+def a_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+DAMAGE = {
+    "bad byte": (lambda path: path.write_bytes(path.read_bytes() + b"\xff\n"), [1, 2], "line 4 is no JSON object"),
+    "a list": (lambda path: path.write_bytes(b"[1]\n3\n" + path.read_bytes()), [1, 2], "line 1 is no JSON object"),
+    "no step": (lambda path: path.write_bytes(path.read_bytes() + b"{}\n"), [1, 2], "line 4 is no JSON object"),
+    "text": (lambda path: path.write_bytes(path.read_bytes() + b'{"step": "x"}\n'), [1, 2], "line 4 is no JSON"),
+    "zeros": (lambda path: path.write_bytes(bytes(1000)), [], None),  # no line end: as a crash leaves it
+    "zeros and more": (lambda path: path.write_bytes(bytes(1000) + b"\n"), [], "line 1 is no JSON object"),
+    "folder": (a_folder, [], "is a folder"),
+    "pipe": (a_pipe, [], "is not a regular file"),
+}
+
+
+@pytest.mark.parametrize(("damage", "kept", "reason"), DAMAGE.values(), ids=DAMAGE)
+@pytest.mark.parametrize("name", ["metrics.jsonl", "tables/t.jsonl"])
+def test_a_damaged_file_is_moved_aside_and_metrics_go_on(
+    run: RunInfo, damage: Callable[[Path], object], kept: list[int], reason: str | None, name: str
+) -> None:
+    tracker = jsonl(run)
+    for step in (1, 2, 3):
+        tracker.log({"loss": 1.0}, step)
+        tracker.log_table("t", ["x"], [[step]], step)
+    path = run.out_dir / name
+    damage(path)
+    with warnings.catch_warnings(record=True, action="always") as caught:
+        trackers = open_trackers({}, replace(run, start_step=2))
+    trackers.log({"loss": 2.0}, 3)
+    trackers.log_table("t", ["x"], [["lone \ud800"]], 3)
+    file = run.out_dir / "metrics.jsonl" if name == "metrics.jsonl" else run.out_dir / "tables" / "t.jsonl"
+    assert [line["step"] for line in lines(file)] == [*kept, 3]
+    if reason is None:
+        assert not caught
+        return
+    [warning] = caught
+    assert f"{path} is damaged ({reason}" in str(warning.message)
+    assert os.path.lexists(f"{path}.damaged-1")
+
+
+def test_a_file_in_place_of_the_tables(run: RunInfo) -> None:
+    (run.out_dir / "tables").write_text("mine")
+    with pytest.warns(UserWarning, match=r"tables is damaged \(it is no folder\); it is now tables.damaged-1"):
+        tracker = jsonl(run)
+    tracker.log_table("t", ["x"], [[1]], 1)
+    assert (run.out_dir / "tables.damaged-1").read_text() == "mine"
+    assert len(lines(run.out_dir / "tables" / "t.jsonl")) == 1
 
 
 # --- console --------------------------------------------------------------------------------------------------------

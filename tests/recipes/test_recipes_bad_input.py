@@ -109,8 +109,11 @@ def test_folder_of_another_run(task: Any, finished: Path) -> None:
 
 
 def test_folder_of_another_run_without_checkpoints(task: Any, tmp_path: Path) -> None:
-    assert task.run("grpo", tmp_path, {"trainer.total_steps": 1}).exit_code == 0
-    fails(task, tmp_path, {"trainer.total_steps": 1, "seed": 7}, "holds another run", "seed")
+    keys = {"trainer.total_steps": 1, "trainer.save_hf": "true"}
+    assert task.run("grpo", tmp_path, keys).exit_code == 0
+    fails(task, tmp_path, {**keys, "seed": 7}, "holds another run that is complete", "seed")
+    own = {"model.path": tmp_path / "model", "model.tokenizer_path": task.model}
+    fails(task, tmp_path, {**keys, **own}, f"model.path={tmp_path}/model is where the run would write", "save_hf")
 
 
 def test_checkpoint_of_another_run_does_not_continue_in_a_taken_folder(
@@ -123,7 +126,7 @@ def test_checkpoint_of_another_run_does_not_continue_in_a_taken_folder(
 
 def test_folder_that_cannot_be_written(task: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    fails(task, tmp_path / "file" / "below", {}, "cannot be written to")
+    fails(task, tmp_path / "file" / "below", {}, "cannot be made")
 
 
 def test_checkpoint_of_another_model(task: Any, tmp_path: Path, finished: Path) -> None:

@@ -19,11 +19,11 @@ import yaml
 from pydantic import Field
 
 from rlcore.checkpoint.json_file import JsonFile
-from rlcore.config import Config, load_config
-from rlcore.engines import TrainEngine
+from rlcore.config import Config, FileName, dump_config, load_config
+from rlcore.engines import ModelSettings, TrainEngine
 from rlcore.errors import CheckpointError, ConfigError, RlcoreWarning, TrainingError
 from rlcore_recipes.processes import executor
-from rlcore_recipes.run_folder import check_free, write_config
+from rlcore_recipes.run_folder import Replaced, check_free, write_config
 from rlcore_recipes.settings import TrainerSettings
 from rlcore_recipes.train_loop import Run, due, train
 from rlcore_recipes.validation import Validation
@@ -200,17 +200,122 @@ def test_a_folder_with_foreign_files_may_be_used(tmp_path: Path) -> None:
         make(tmp_path, "resume=never")
 
 
-def test_a_run_without_checkpoints_may_start_again_as_it_was(tmp_path: Path) -> None:
+def test_a_run_without_checkpoints_starts_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As it was, or corrected; what the attempt before left is kept then. A model of it is never replaced."""
     train(make(tmp_path, steps=1)[0])
     train(make(tmp_path, steps=1)[0])
-    with pytest.raises(ConfigError, match=r"holds another run, without checkpoints \(trainer.project differ"):
-        make(tmp_path, "project=other")
+    assert "other settings" not in capsys.readouterr().err
+    for number, name in enumerate(["second", "third"], 1):
+        train(make(tmp_path, f"project={name}", steps=number + 1)[0])
+        kept = tmp_path / f"attempt-{number}"
+        assert f"with other settings than before: trainer.project; the metrics of the run before are in {kept}" in (
+            capsys.readouterr().err
+        )
+        assert len(lines(kept)) == number
+        assert sorted(path.name for path in kept.iterdir()) == ["config.yaml", "metrics.jsonl", "tables"]
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+    (tmp_path / "model").mkdir()
+    with pytest.raises(ConfigError, match=r"another run that is complete, .*differ: trainer.project\)"):
+        make(tmp_path, "project=fourth")
+
+
+UNREADABLE = {
+    "bad byte": b"seed: \xff",
+    "control character": b"seed: \x01",
+    "list": b"[1, 2]",
+    "aliases": b"a: &a [1]\nb: &b [*a, *a]\nc: [*b, *b]\n",
+    "recursive": b"a: &a [*a]\n",
+    "nothing": b"",
+    "timestamp": b"a: !!timestamp x\n",
+    "python": b"a: !!python/object/apply:os.getcwd []\n",
+    "deep": b"[" * 2000,
+}
+
+
+@pytest.mark.parametrize("content", UNREADABLE.values(), ids=UNREADABLE)
+def test_a_damaged_configuration_of_before_does_not_stop_the_run(tmp_path: Path, content: bytes) -> None:
+    train(make(tmp_path, "save_freq=1", steps=1)[0])
+    (tmp_path / "config.yaml").write_bytes(content)
+    train(make(tmp_path, "save_freq=1", steps=2)[0])
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+    assert (tmp_path / "config-until-step-1.yaml").read_bytes() == content
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["lr"] == 0.1
+
+
+@pytest.mark.parametrize("make_other", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_something_else_than_a_configuration_of_before(tmp_path: Path, make_other: Any) -> None:
+    train(make(tmp_path, "save_freq=1", steps=1)[0])
+    (tmp_path / "config.yaml").unlink()
+    make_other(tmp_path / "config.yaml")
+    train(make(tmp_path, "save_freq=1", steps=2)[0])
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+
+
+class WithModel(RunConfig):
+    model: ModelSettings
+    files: list[FileName] = Field(default_factory=list)
+
+
+@pytest.mark.parametrize(
+    ("keys", "reason"),
+    [
+        (["model.path={out}/model", "trainer.save_hf=true"], r"model.path=.* with trainer.save_hf"),
+        (["model.path=elsewhere", "model.tokenizer_path={out}/../out/model", "trainer.save_hf=true"], "tokenizer_path"),
+        (["model.path={out}/model"], None),
+        (["model.path={out}", "trainer.save_hf=true"], None),
+        (["model.path=x", "files=[elsewhere, '{out}/tables/val.jsonl']"], "files=.* is where the run would write"),
+        (["model.path=x", "files={out}/metrics.jsonl"], "files=.* is where the run would write"),
+    ],
+)
+def test_a_run_does_not_write_over_what_it_reads(tmp_path: Path, keys: list[str], reason: str | None) -> None:
+    out = tmp_path / "out"
+    config = load_config(WithModel, None, [f"trainer.out_dir={out}", *(key.format(out=out) for key in keys)])
+    for name in ("model", "tables"):
+        (out / name).mkdir(parents=True)
+    for name in ("model/config.json", "tables/val.jsonl", "metrics.jsonl"):
+        (out / name).touch()
+    (out / "config.yaml").write_text(dump_config(config))
+    if reason is None:
+        check_free(config.trainer, config)
+    else:
+        with pytest.raises(ConfigError, match=reason):
+            check_free(config.trainer, config)
+
+
+def test_a_model_that_no_run_wrote_is_not_exported_over(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    make(tmp_path, "save_hf=true")
+    (tmp_path / "model" / "model.safetensors").touch()
+    make(tmp_path)
+    with pytest.raises(ConfigError, match=r"model, where trainer\.save_hf would write, is there already"):
+        make(tmp_path, "save_hf=true")
 
 
 def test_a_run_that_failed_before_its_first_step_may_start_again_corrected(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("seed: 7\n")
     train(make(tmp_path, steps=1)[0])
     assert (tmp_path / "config-until-step-0.yaml").read_text() == "seed: 7\n"
+
+
+@pytest.mark.parametrize(
+    ("keys", "reason"),
+    [
+        *(
+            (
+                [f"trainer.out_dir={url}"],
+                r"out_dir: must be a folder .*, not a URL; trainer\.checkpoint_dir",
+            )
+            for url in ("s3://bucket/a", "file:///tmp/a", "gs://bucket", "hf://datasets/x")
+        ),
+        (["trainer.out_dir=~nobody-has-this-name/x"], "out_dir: there is no home folder ~nobody-has-this-name"),
+        (["trainer.out_dir=x", "trainer.checkpoint_dir=memory://x"], "checkpoint_dir: memory:// ends with the process"),
+        (["trainer.out_dir=x", "trainer.checkpoint_dir=~nobody-has-this-name/x"], "checkpoint_dir: there is no home"),
+        (["trainer.out_dir=x", "trainer.resume=~nobody-has-this-name/x"], "resume: there is no home"),
+    ],
+)
+def test_places_that_are_none(keys: list[str], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        load_config(RunConfig, None, keys)
 
 
 def test_out_dir_that_is_a_file(tmp_path: Path) -> None:
@@ -221,8 +326,8 @@ def test_out_dir_that_is_a_file(tmp_path: Path) -> None:
 
 def test_configuration_is_written_once(tmp_path: Path) -> None:
     config = load_config(RunConfig, None, [f"trainer.out_dir={tmp_path}"])
-    assert write_config(tmp_path, config, 0) == []
-    assert write_config(tmp_path, config, 5) == []
+    assert write_config(tmp_path, config, 0) == Replaced()
+    assert write_config(tmp_path, config, 5) == Replaced()
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 

@@ -18,6 +18,7 @@ from rlcore.errors import PlacementError, RestartsExhausted, WorkerDied
 from rlcore_recipes.checkpoint.storage import open_storage
 from rlcore_recipes.output import output_may_end
 from rlcore_recipes.run_folder import check_free
+from rlcore_recipes.run_lock import claimed
 from rlcore_recipes.settings import ControllerSettings, TrainerSettings
 
 LONGEST_WAIT_S = 300.0
@@ -44,15 +45,12 @@ def restarting(run: Callable[[C], None]) -> Callable[[C], None]:
     another. Without checkpoints the run starts from its beginning.
 
     Raises:
-        ConfigError: the output folder holds another run.
+        ConfigError: the output folder holds another run, or one that is under way.
+        CheckpointError: checkpoints cannot be written where the configuration says.
         RestartsExhausted: a worker died once more after so many restarts.
     """
 
-    @wraps(run)
-    @output_may_end()
-    def restarted(config: C) -> None:
-        trainer, controller = _settings(config)
-        check_free(trainer, config)
+    def attempts(config: C, trainer: TrainerSettings, controller: ControllerSettings) -> None:
         newest, restarts, this = newest_checkpoint(trainer), 0, config
         while True:
             try:
@@ -75,6 +73,16 @@ def restarting(run: Callable[[C], None]) -> Callable[[C], None]:
             print(f"{count} in {seconds:g} s, from {start}: {why}", file=sys.stderr, flush=True)
             time.sleep(seconds)
             this = config if newest is None else _resuming(config)
+
+    @wraps(run)
+    @output_may_end()
+    def restarted(config: C) -> None:
+        trainer, controller = _settings(config)
+        with claimed(trainer.out_dir) as main:
+            check_free(trainer, config)
+            if main and trainer.save_freq > 0:
+                open_storage(trainer.checkpoint_root).check_writable()
+            attempts(config, trainer, controller)
 
     return restarted
 

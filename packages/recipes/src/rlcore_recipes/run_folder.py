@@ -1,53 +1,61 @@
-"""The folder of a run: whose it is, and the configuration in it."""
+"""The folder of a run: whose it is, what may be written there, and the configuration in it."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from rlcore.config import Config, dump_config
+from rlcore.boundary import boundary
+from rlcore.config import Config, dump_config, yaml_format
+from rlcore.config.values import is_path
 from rlcore.errors import ConfigError
+from rlcore.regular_file import read_regular
 from rlcore_recipes.checkpoint.naming import Place, normal
 from rlcore_recipes.checkpoint.storage import open_storage
 from rlcore_recipes.settings.trainer import TrainerSettings
+from rlcore_recipes.trackers.jsonl import METRICS, TABLES
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 MODEL = "model"
 LOGS = "logs"
 TRACE = "trace.json"
-TRACES = (CONFIG, CHECKPOINTS, "metrics.jsonl")  # what a run leaves behind
+TRACES = (CONFIG, CHECKPOINTS, METRICS)  # what a run leaves behind
+_LARGEST_CONFIG = 16 << 20  # bytes
 
 
 def check_free(trainer: TrainerSettings, config: Config) -> None:
-    """Refuse to write into a folder that holds another run.
+    """Refuse to write into a folder that holds another run, or over something else.
 
-    With ``resume=auto`` a run without checkpoints may be started anew under the configuration it had, as a scheduler
-    that restarts killed jobs does.
+    With ``resume=auto`` a run without checkpoints starts from its beginning: under the configuration it had, as a
+    scheduler that restarts killed jobs does, or under another one (see `write_config`), unless it has a model.
 
     Raises:
-        ConfigError: the folder is taken, or is a file.
+        ConfigError: the folder is taken, or is a file; or the run would write over one of its inputs, or a model that
+            no run wrote.
         CheckpointError: the checkpoints' URL cannot be used.
     """
     folder, checkpoints = trainer.out_dir, open_storage(trainer.checkpoint_root)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"trainer.out_dir={folder} is a file; name a folder")
-    traces = [name for name in TRACES if (folder / name).exists()]
-    if not traces or (traces == [CONFIG] and trainer.resume == "auto"):  # a run that failed before its first step
-        return
-    if trainer.resume == "never":
+    _check_inputs(trainer, config)
+    traces = [name for name in TRACES if os.path.lexists(folder / name)]
+    if not traces:
+        _check_model(trainer)
+    elif trainer.resume == "never":
         raise ConfigError(
             f"trainer.out_dir={folder} holds a run already ({', '.join(traces)}) and trainer.resume is never; name "
             "another folder, or continue the run with trainer.resume=auto"
         )
-    if trainer.resume == "auto":
+    elif trainer.resume == "auto":
         changed = [] if checkpoints.names() else changed_keys(folder / CONFIG, config)
-        if changed:
+        if changed and (folder / MODEL).exists():
             raise ConfigError(
-                f"trainer.out_dir={folder} holds another run, without checkpoints ({', '.join(changed[:5])} differ); "
-                "name another folder"
+                f"trainer.out_dir={folder} holds another run that is complete, with a model but without checkpoints "
+                f"(its settings differ: {', '.join(changed[:5])}); name another folder"
             )
     elif not (
         Path(trainer.resume).resolve().is_relative_to(folder.resolve())
@@ -59,40 +67,104 @@ def check_free(trainer: TrainerSettings, config: Config) -> None:
         )
 
 
-def write_config(folder: Path, config: Config, step: int) -> list[str]:
-    """Write the resolved configuration; one that differs stays beside it under the step at which it ended.
+def _check_inputs(trainer: TrainerSettings, config: Config) -> None:
+    """Refuse to write over what the run reads."""
+    folder = trainer.out_dir.resolve()
+    written = dict.fromkeys((CONFIG, METRICS, TABLES), "")
+    if trainer.save_hf:
+        written[MODEL] = " with trainer.save_hf"
+    for key, path in _paths(config):
+        for name, why in written.items():
+            if os.path.exists(path) and Path(path).resolve().is_relative_to(folder / name):
+                raise ConfigError(
+                    f"{key}={path} is where the run would write{why} (trainer.out_dir={trainer.out_dir}); name another "
+                    "trainer.out_dir"
+                )
 
-    Returns:
-        the keys that changed since.
+
+def _check_model(trainer: TrainerSettings) -> None:
+    """Refuse to export over a model in a folder without a run."""
+    model = trainer.out_dir / MODEL
+    if trainer.save_hf and model.exists() and (not model.is_dir() or any(model.iterdir())):
+        raise ConfigError(
+            f"{model}, where trainer.save_hf would write, is there already and no run wrote it; move it away or name "
+            "another trainer.out_dir"
+        )
+
+
+def _paths(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """The keys of a configuration that name files or folders, but for those of the trainer, and their values."""
+    if not isinstance(value, Config) or isinstance(value, TrainerSettings):
+        return
+    for name, about in type(value).model_fields.items():
+        inner, path = getattr(value, name), f"{key}.{name}" if key else name
+        if is_path(about.annotation, about.metadata):
+            yield from ((path, str(item)) for item in (inner if isinstance(inner, (list, tuple)) else [inner]) if item)
+        for item in inner if isinstance(inner, (list, tuple)) else [inner]:
+            yield from _paths(item, path)
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """What `write_config` found of the run before.
+
+    Attributes:
+        changed: the keys that differ.
+        kept: the folder with the files of a run that starts from its beginning again, if it moved them there.
+    """
+
+    changed: list[str] = field(default_factory=list)
+    kept: Path | None = None
+
+
+def write_config(folder: Path, config: Config, step: int) -> Replaced:
+    """Write the resolved configuration, and keep one that differs.
+
+    It stays beside the new one under the step at which it ended. If the run starts from its beginning, and has metrics,
+    they go to a folder ``attempt-1`` (2, 3 …) together.
 
     Raises:
         ConfigError: the folder cannot be written to.
     """
-    path, temporary = folder / CONFIG, folder / f"{CONFIG}.tmp"
-    try:
+    path, temporary, kept = folder / CONFIG, folder / f"{CONFIG}.tmp", None
+    with boundary(f"trainer.out_dir={folder} cannot be written to", ConfigError):
         folder.mkdir(parents=True, exist_ok=True)
         temporary.write_text(dump_config(config), encoding="utf-8")
         changed = changed_keys(path, config)
-        if changed:
+        if changed and not step and any(os.path.lexists(folder / name) for name in (METRICS, TABLES)):
+            kept = _new_attempt(folder)
+            for name in (CONFIG, METRICS, TABLES):
+                if os.path.lexists(folder / name):
+                    os.rename(folder / name, kept / name)
+        elif changed:
             path.rename(folder / f"config-until-step-{step}.yaml")
         temporary.rename(path)
-    except OSError as error:
-        raise ConfigError(f"trainer.out_dir={folder} cannot be written to: {error}") from error
-    return changed
+    return Replaced(changed, kept)
+
+
+def _new_attempt(folder: Path) -> Path:
+    number = 1
+    while os.path.lexists(attempt := folder / f"attempt-{number}"):
+        number += 1
+    attempt.mkdir()
+    return attempt
 
 
 def changed_keys(path: Path, config: Config) -> list[str]:
     """Dotted keys whose values in the file ``path`` are not those of ``config``; none without a file.
 
-    How a run is continued is no property of the run: ``trainer.resume`` may change.
+    How a run is continued is no property of the run: ``trainer.resume`` may change. A file that cannot be read counts
+    as one change.
     """
-    try:
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return []
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}; move it away") from error
-    old, new = flatten(before), flatten(yaml.safe_load(dump_config(config)))
+    try:
+        with boundary(f"{path} cannot be read", ConfigError):
+            before, _ = yaml_format.parse(read_regular(path, _LARGEST_CONFIG).decode("utf-8"), str(path))
+    except ConfigError as error:
+        return [f"all of {CONFIG}, as {error}"]
+    after, _ = yaml_format.parse(dump_config(config), "the configuration")
+    old, new = flatten(before), flatten(after)
     keys = (old.keys() | new.keys()) - {"trainer.resume"}
     return sorted(key for key in keys if old.get(key) != new.get(key))
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import resource
-import sys
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,13 +16,14 @@ import torch
 from rlcore.checkpoint.json_file import JsonFile
 from rlcore.config import Config
 from rlcore.engines import TrainEngine
-from rlcore.errors import CheckpointError, ConfigError, RlcoreWarning
+from rlcore.errors import ConfigError, RlcoreWarning
 from rlcore.tracking import RunInfo, Tracker
-from rlcore_recipes.checkpoint import Checkpoint, CheckpointManager, RunState
+from rlcore_recipes.checkpoint import CheckpointManager, RunState
 from rlcore_recipes.health import Health
 from rlcore_recipes.processes import all_gather, executor, is_main, on_rank_zero
 from rlcore_recipes.randomness import seed_generators
-from rlcore_recipes.run_folder import MODEL, write_config
+from rlcore_recipes.resuming import resumed
+from rlcore_recipes.run_folder import MODEL
 from rlcore_recipes.settings import TrainerSettings
 from rlcore_recipes.stopping import exit_code, stop_asked_for, stop_signals
 from rlcore_recipes.timing import Timings
@@ -83,33 +82,7 @@ def train(run: Run) -> None:
         TrainingError: rewards failed, or updates were skipped, for too long.
     """
     trainer = run.trainer
-    checkpoints = CheckpointManager(
-        trainer.checkpoint_root,
-        trainer.keep_checkpoints,
-        best_metric=trainer.best_metric,
-        best_mode=trainer.best_mode,
-        ranks=executor,
-        apply=run.apply,
-        parts={name: part.described_by for name, part in run.parts.items()},
-    )
-    start = checkpoints.resume_from(trainer.resume, run.engines)
-    if start is None and not checkpoints.is_empty():
-        raise CheckpointError(
-            f"no checkpoint in {checkpoints.root} is whole (the warnings say why); move them away to start anew"
-        )
-    if trainer.save_freq > 0:
-        checkpoints.check_room(0 if start is None else start.state.step, run.total_steps)
-    done, run_id = resume(run, checkpoints, start)
-    changed = on_rank_zero(lambda: write_config(trainer.out_dir, run.config, done))
-    if done and changed and is_main():
-        print(f"continuing with other settings than before: {', '.join(changed)}", file=sys.stderr)
-    if done >= run.total_steps and is_main():
-        key = "total_epochs" if trainer.total_steps is None else "total_steps"
-        print(
-            f"the run in {trainer.out_dir} is complete: it has made its {run.total_steps} steps; raise trainer.{key} "
-            "to train longer",
-            file=sys.stderr,
-        )
+    checkpoints, done, run_id = resumed(run)
     health = Health(trainer, run.max_error_ratio)
     with (
         tracking(run, run_id, done) as tracker,
@@ -196,38 +169,6 @@ def memory() -> dict[str, float]:
 def state(run: Run, step: int, run_id: str) -> RunState:
     parts = {name: part.state() for name, part in run.parts.items()}
     return RunState(recipe=run.recipe, step=step, run_id=run_id, parts=parts)
-
-
-def resume(run: Run, checkpoints: CheckpointManager, found: Checkpoint | None) -> tuple[int, str]:
-    """Load the checkpoint; the steps done before, and the run's id."""
-    if found is None:
-        return 0, on_rank_zero(lambda: uuid.uuid4().hex[:12])
-    saved = found.state
-    try:
-        check_origin(run, found)
-    except CheckpointError:
-        checkpoints.release(found, run.engines)
-        raise
-    for name, part in run.parts.items():
-        part.restore(saved.parts[name])
-    checkpoints.load(found, run.engines)
-    run.resumed(saved.step)
-    if saved.step < run.total_steps and is_main():
-        print(f"continuing after step {saved.step} from {found.location}", file=sys.stderr)
-    return saved.step, saved.run_id
-
-
-def check_origin(run: Run, found: Checkpoint) -> None:
-    """Refuse a checkpoint of another kind of run."""
-    saved = found.state
-    if saved.recipe != run.recipe:
-        raise CheckpointError(f"{found.location} is of the recipe {saved.recipe}, not {run.recipe}")
-    missing = [name for name in run.engines if name not in found.files]
-    if missing or set(saved.parts) != set(run.parts):
-        lacking = missing + sorted(set(saved.parts) ^ set(run.parts))
-        raise CheckpointError(
-            f"{found.location} was written under another configuration: it and this run differ in {', '.join(lacking)}"
-        )
 
 
 @contextmanager

@@ -53,9 +53,20 @@ def _environment(match: re.Match[str]) -> str:
     return value
 
 
+def is_url(value: object) -> bool:
+    """Whether a path (of which `Path` leaves one slash) or text begins as a URL does."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", str(value)) is not None
+
+
+def _on_this_machine(path: Path) -> Path:
+    if is_url(path):
+        raise PydanticCustomError("path", "must be a file or folder on this machine, not a URL")
+    return path
+
+
 _EXPANDED = BeforeValidator(expanded)
-FilePath = Annotated[Path, _EXPANDED]
-"""A file or folder on this machine; ``~`` and ``${NAME}`` are expanded."""
+FilePath = Annotated[Path, _EXPANDED, AfterValidator(_on_this_machine)]
+"""A file or folder on this machine, no URL; ``~`` and ``${NAME}`` are expanded."""
 FileName = Annotated[str, _EXPANDED]
 """Text that may name a file or folder (or something else: a Hub name, a URL); ``~`` and ``${NAME}`` are expanded."""
 

@@ -56,10 +56,9 @@ class FolderStorage:
         verify(self.root / name)
 
     def check_writable(self) -> None:
-        with _reported(f"cannot write to {self.root}"):
-            self.root.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.root):
-                pass
+        existing = next(path for path in (self.root, *self.root.parents) if os.path.lexists(path))
+        with _reported(f"cannot write checkpoints to {self.root}"), tempfile.TemporaryFile(dir=existing):
+            pass
 
     def check_replaceable(self, name: str) -> None:
         final, unfinished = self.root / name, Place(str(self.root), name).unfinished

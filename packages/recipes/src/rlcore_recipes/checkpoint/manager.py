@@ -231,14 +231,13 @@ class CheckpointManager:
             raise
 
     def check_room(self, done: int, last: int) -> None:
-        """See, before work is done, whether checkpoints after ``done`` steps, up to ``last``, can be written.
+        """See, before work is done, whether the names of checkpoints after ``done`` steps, up to ``last``, are free.
 
         Raises:
-            CheckpointError: ``root`` cannot be written to, or something else has a name that the run will need.
+            CheckpointError: something else has a name that the run will need.
         """
 
         def check() -> None:
-            self._storage.check_writable()
             for name in self._storage.names():
                 if done < step_of(name) <= last:
                     self._storage.check_replaceable(name)

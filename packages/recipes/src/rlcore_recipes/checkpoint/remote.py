@@ -7,7 +7,7 @@ first, marks what this module may delete where there is no manifest: nothing els
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -61,11 +61,19 @@ def reported(what: str) -> Iterator[None]:
 
 def upload(system: Any, source: Path, target: str) -> None:
     """Copy a local file, into a folder that need not exist."""
+    in_folder(system, target, lambda: system.put_file(str(source), target))
+
+
+def in_folder(system: Any, target: str, write: Callable[[], object]) -> None:
+    """Let ``write`` write the file ``target``; make its folder where folders are not implied, but never a bucket."""
     try:
-        system.put_file(str(source), target)
-    except FileNotFoundError:  # not an object store: folders are made, not implied
+        write()
+    except FileNotFoundError:
+        bucket = target.partition("/")[0]
+        if bucket and not system.exists(bucket):
+            raise
         system.makedirs(target.rpartition("/")[0], exist_ok=True)
-        system.put_file(str(source), target)
+        write()
 
 
 class RemoteStorage:
@@ -114,7 +122,7 @@ class RemoteStorage:
 
     def check_writable(self) -> None:
         probe = f"{self._path}/.rlcore-{uuid.uuid4().hex}"
-        with reported(f"cannot write to {self.root}"):
+        with reported(f"cannot write checkpoints to {self.root}"):
             self._pipe(probe, b"")
             self._system.rm_file(probe)
 
@@ -181,11 +189,7 @@ class RemoteStorage:
             self._pipe(target, content)
 
     def _pipe(self, target: str, content: bytes) -> None:
-        try:
-            self._system.pipe_file(target, content)
-        except FileNotFoundError:  # not an object store, or a bucket that is not there
-            self._system.makedirs(target.rpartition("/")[0], exist_ok=True)
-            self._system.pipe_file(target, content)
+        in_folder(self._system, target, lambda: self._system.pipe_file(target, content))
 
     def _inside(self, name: str, file: str) -> str:
         return f"{self._path}/{name}/{file}".rstrip("/")

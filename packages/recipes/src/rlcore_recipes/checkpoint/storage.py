@@ -30,7 +30,7 @@ class Storage(Protocol):
         ...
 
     def check_writable(self) -> None:
-        """Raise unless something can be written below the root."""
+        """Raise unless something can be written below the root; nothing of that stays."""
         ...
 
     def check_replaceable(self, name: str) -> None:

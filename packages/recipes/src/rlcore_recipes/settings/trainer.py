@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from rlcore.config import FileName, FilePath, Package, PluginSections, Seconds
+from rlcore.config.values import is_url
 from rlcore_recipes.protocols import package_of
+
+
+def _no_url(value: Any) -> Any:
+    if isinstance(value, (str, Path)) and is_url(value):
+        raise PydanticCustomError(
+            "path",
+            "must be a folder on this machine, not a URL; trainer.checkpoint_dir takes one for the checkpoints",
+        )
+    return value
 
 
 class TrainerSettings(PluginSections):
@@ -19,7 +31,9 @@ class TrainerSettings(PluginSections):
 
     total_epochs: int = Field(1, ge=1, description="Passes over the training data; sets the number of steps.")
     total_steps: int | None = Field(None, ge=1, description="Number of steps; overrides total_epochs.")
-    out_dir: FilePath = Field(description="Folder for configuration, metrics and checkpoints.")
+    out_dir: Annotated[FilePath, BeforeValidator(_no_url)] = Field(
+        description="Folder for configuration, metrics and checkpoints."
+    )
     project: str = Field("rlcore", description="Project name for trackers.")
     name: str | None = Field(None, description="Run name for trackers; null: the name of out_dir.")
     trackers: list[str] = Field(["console", "jsonl"], description="Where metrics go (`rlcore plugins`).")
@@ -75,6 +89,8 @@ class TrainerSettings(PluginSections):
                 yield key, package
 
     def problems(self) -> Iterator[tuple[str, str]]:
+        if self.checkpoint_dir is not None and "memory://" in self.checkpoint_dir:
+            yield "checkpoint_dir", "memory:// ends with the process, and the checkpoints with it; name a folder or URL"
         for name in ("test_freq", "save_freq"):
             if getattr(self, name) == 0:
                 yield name, "0 is no interval: use -1 for never, or every so many steps"

@@ -44,7 +44,9 @@ def distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Di
 
     yield install
     for module in set(sys.modules) - modules_before:
-        if str(getattr(sys.modules[module], "__file__", "")).startswith(str(site)):
+        spec = getattr(sys.modules[module], "__spec__", None)  # a namespace package has folders and no file
+        places = [spec.origin, *(spec.submodule_search_locations or ())] if spec is not None else []
+        if any(str(place).startswith(str(site)) for place in places):
             del sys.modules[module]
     monkeypatch.undo()
     plugins.forget_installed()

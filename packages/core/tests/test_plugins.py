@@ -1,7 +1,7 @@
 import pytest
 
 from rlcore import plugins
-from rlcore.errors import PluginError
+from rlcore.errors import PluginError, RlcoreWarning
 from rlcore.plugins import Plugin
 
 ENGINES = "rlcore.train_engines"
@@ -109,26 +109,52 @@ def test_errors_inside_a_factory_are_not_touched():
         Plugin(interface=1, config="", factory="operator:truediv").build(1, 0)
 
 
-def test_listing_reports_problems_and_goes_on(distribution):
-    distribution(
-        "acme-engines",
-        {ENGINES: {"acme": "acme_plugin:engine", "bad": "acme_bad:engine"}, "rlcore.algorithms": {"acme": "acme_bad"}},
-        {"acme_plugin": source("acme_plugin"), "acme_bad": "1 / 0"},
-    )
-    found = {(item.group, item.name): item for item in plugins.listing()}
-    assert found[ENGINES, "acme"].problem == ""
-    assert found[ENGINES, "acme"].distribution == "acme-engines 1.5"
-    assert "ZeroDivisionError" in found[ENGINES, "bad"].problem
-    assert found["rlcore.algorithms", "acme"].problem == "", "algorithms are not loaded by a listing"
-    assert "ZeroDivisionError" in plugins.check(found["rlcore.algorithms", "acme"]).problem
+def listed(group: str) -> dict[str, plugins.Installed]:
+    return {item.name: item for item in plugins.listing() if item.group == group}
 
 
-def test_check_imports_the_backend(distribution):
-    broken = source("acme_plugin").replace('factory="acme_plugin:build"', 'factory="acme_backend:build"')
-    distribution("acme-engines", {ENGINES: {"acme": "acme_plugin:engine"}}, {"acme_plugin": broken})
-    item = next(item for item in plugins.listing() if item.name == "acme")
-    assert item.problem == ""
-    assert "factory acme_backend:build cannot be imported" in plugins.check(item).problem
+def test_listing_imports_what_plugins_name_and_one_broken_plugin_costs_only_itself(distribution, monkeypatch):
+    monkeypatch.setattr(plugins, "GROUPS", {ENGINES: ("training engine", 1)})  # not the backends installed here
+    template = source("acme_plugin")
+    needy = "    def packages(self):\n        yield '', Package('no_such_package', 'some[thing]')\n"
+    modules = {
+        "acme_plugin": template,
+        "acme_bad": "1 / 0",
+        "acme_exits": "raise SystemExit(3)",
+        "acme_factory": template.replace('factory="acme_plugin:build"', 'factory="acme_backend:build"'),
+        "acme_uncallable": template.replace("acme_plugin", "acme_uncallable").replace(":build", ":number")
+        + "number = 3",
+        "acme_config": template.replace('config="acme_plugin:Settings"', 'config="acme_gone:Settings"'),
+        "acme_no_config": template.replace("acme_plugin:Settings", "acme_plugin:build"),
+        "acme_configs": template.replace('summary="', 'configs="acme_gone", summary="'),
+        "acme_raises": template.replace("acme_plugin", "acme_raises").replace(
+            "    depth: int = 1", "    def problems(self):\n        return 1 / 0"
+        ),
+        "acme_needy": template.replace("acme_plugin:Settings", "acme_needy:Settings")
+        .replace("import Plugin", "import Plugin\nfrom rlcore.packages import Package")
+        .replace("    depth: int = 1", needy),
+    }
+    points = {
+        ENGINES: {name.removeprefix("acme_"): f"{name}:engine" for name in modules},
+        "rlcore.algorithms": {"acme": "acme_bad"},
+    }
+    distribution("acme-engines", points, modules)
+    found = listed(ENGINES)
+    assert (found["plugin"].problem, found["plugin"].missing) == ("", ())
+    assert found["plugin"].distribution == "acme-engines 1.5"
+    for name, words in {
+        "bad": "ZeroDivisionError",
+        "exits": "cannot be imported: SystemExit: 3",
+        "factory": "factory acme_backend:build cannot be imported: ModuleNotFoundError",
+        "uncallable": "factory acme_uncallable:number cannot be called: it is of type int",
+        "config": "configuration acme_gone:Settings cannot be imported",
+        "no_config": "configuration acme_plugin:build is not a subclass of rlcore.config.Config",
+        "configs": "configurations acme_gone cannot be found",
+        "raises": "the defaults of acme_raises:Settings cannot be used: ZeroDivisionError",
+    }.items():
+        assert words in found[name].problem, name
+    assert [package.install for package in found["needy"].missing] == ["some[thing]"]
+    assert "ZeroDivisionError" in listed("rlcore.algorithms")["acme"].problem
 
 
 def test_algorithms_of_other_packages_are_imported_once_and_failures_named(distribution):
@@ -148,7 +174,12 @@ def test_algorithms_of_other_packages_are_imported_once_and_failures_named(distr
         advantages._entries.pop("acme_advantage", None)
 
 
-def test_broken_algorithms_package_is_named(distribution):
+def test_a_broken_algorithms_package_costs_only_itself(distribution):
     distribution("acme-algorithms", {"rlcore.algorithms": {"acme": "acme_algorithms"}}, {"acme_algorithms": "1 / 0"})
-    with pytest.raises(PluginError, match=r"'acme' \(acme-algorithms 1\.5\) cannot be imported: ZeroDivision"):
-        plugins.import_algorithms()
+    from rlcore.algorithms.registries import advantages
+
+    words = r"algorithms 'acme' \(acme-algorithms 1\.5\) cannot be imported: ZeroDivision"
+    with pytest.warns(RlcoreWarning, match=words):
+        assert advantages.get("grpo").name == "grpo"
+    with pytest.raises(PluginError, match=rf"unknown advantage estimator 'acme_advantage'; .*; {words}"):
+        advantages.get("acme_advantage")

@@ -16,8 +16,11 @@ from importlib.metadata import EntryPoint, entry_points
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from warnings import warn
 
-from rlcore.errors import PluginError
+from rlcore.boundary import boundary, reason
+from rlcore.errors import PluginError, RlcoreWarning
+from rlcore.packages import Package
 
 if TYPE_CHECKING:
     from rlcore.config.base import Config
@@ -69,9 +72,14 @@ class Plugin:
         """Import the configuration model.
 
         Raises:
-            PluginError: it cannot be imported.
+            PluginError: it cannot be imported, or is no `Config`.
         """
-        return _import(self.config, "configuration")  # type: ignore[no-any-return]
+        from rlcore.config.base import Config
+
+        model = _import(self.config, "configuration")
+        if not (isinstance(model, type) and issubclass(model, Config)):
+            raise PluginError(f"configuration {self.config} is not a subclass of rlcore.config.Config")
+        return model
 
     def build(self, *args: Any, **kwargs: Any) -> Any:
         """Import the factory and call it.
@@ -79,14 +87,32 @@ class Plugin:
         Raises:
             PluginError: the factory cannot be imported, for example because the backend's own package is missing.
         """
-        factory: Callable[..., Any] = _import(self.factory, "factory")
-        return factory(*args, **kwargs)
+        return self.import_factory()(*args, **kwargs)
+
+    def import_factory(self) -> Callable[..., Any]:
+        """Import the factory.
+
+        Raises:
+            PluginError: it cannot be imported or called.
+        """
+        factory = _import(self.factory, "factory")
+        if not callable(factory):
+            raise PluginError(f"factory {self.factory} cannot be called: it is of type {type(factory).__name__}")
+        return factory  # type: ignore[no-any-return]
 
     def ready_made(self) -> dict[str, Path]:
-        """Ready-made configurations by name."""
+        """Ready-made configurations by name.
+
+        Raises:
+            PluginError: their package cannot be imported.
+        """
         if not self.configs:
             return {}
-        found = {path.name.removesuffix(".yaml"): Path(str(path)) for path in files(self.configs).iterdir()}
+        try:
+            folder = files(self.configs)
+        except Exception as error:
+            raise PluginError(f"configurations {self.configs} cannot be found: {reason(error)}") from error
+        found = {path.name.removesuffix(".yaml"): Path(str(path)) for path in folder.iterdir()}
         return {name: path for name, path in sorted(found.items()) if path.suffix == ".yaml"}
 
 
@@ -97,6 +123,7 @@ class Installed:
     Attributes:
         distribution: name and version of the package that offers it.
         plugin: None where ``problem`` says why it is not usable (or where the group's members are no plugins).
+        missing: optional packages that it needs with the defaults of its settings, and that are not installed.
     """
 
     group: str
@@ -104,6 +131,7 @@ class Installed:
     distribution: str
     plugin: Plugin | None = None
     problem: str = ""
+    missing: tuple[Package, ...] = ()
 
 
 def resolve(path: str) -> Any:
@@ -180,44 +208,57 @@ def origin(group: str, name: str) -> str:
 
 
 def listing() -> Iterator[Installed]:
-    """Every entry point of every group; plugins are loaded (not their configuration or backend), the rest is not."""
+    """Every entry point of every group, with everything that it names imported: configuration, factory, backend.
+
+    The import of a factory is left out where an optional package is missing, without which it may fail.
+    """
     for group in [*GROUPS, ALGORITHMS, COMMANDS]:
         for name in names(group):
             item = Installed(group, name, origin(group, name))
-            if group in GROUPS:
-                try:
-                    item = replace(item, plugin=get(group, name))
-                except PluginError as error:
-                    item = replace(item, problem=str(error))
-            yield item
+            try:
+                yield _checked_plugin(item) if group in GROUPS else _checked_object(item)
+            except PluginError as error:
+                yield replace(item, problem=str(error))
 
 
-def check(item: Installed) -> Installed:
-    """``item`` with the problem, if any, of importing everything that it names, backends included."""
-    if item.problem:
-        return item
-    try:
-        if item.plugin is not None:
-            item.plugin.config_class()
-            _import(item.plugin.factory, "factory")
-        else:
-            _load(find(item.group, item.name, "entry point"), f"entry point {item.name!r}")
-    except PluginError as error:
-        return replace(item, problem=str(error))
+def _checked_plugin(item: Installed) -> Installed:
+    from rlcore.config.requirements import missing_by_default
+
+    plugin = get(item.group, item.name)
+    with boundary(f"the defaults of {plugin.config} cannot be used", PluginError):
+        missing = missing_by_default(plugin.config_class())
+    plugin.ready_made()
+    if not missing:
+        plugin.import_factory()
+    return replace(item, plugin=plugin, missing=tuple(missing))
+
+
+def _checked_object(item: Installed) -> Installed:
+    _load(find(item.group, item.name, "entry point"), f"entry point {item.name!r}")
     return item
 
 
 @cache
-def import_algorithms() -> None:
-    """Import the built-in algorithms and every module under the ``rlcore.algorithms`` entry points, once."""
+def import_algorithms() -> tuple[str, ...]:
+    """Import the built-in algorithms and every module under the ``rlcore.algorithms`` entry points, once.
+
+    Returns:
+        what is wrong with those that cannot be imported, of which a warning speaks too; the others work.
+    """
     import_module("rlcore.algorithms")
+    problems = []
     for points in _points(ALGORITHMS).values():
         for point in points:
-            _load(point, f"algorithms {point.name!r}")
+            try:
+                _load(point, f"algorithms {point.name!r}")
+            except PluginError as error:
+                problems.append(str(error))
+                warn(str(error), RlcoreWarning, stacklevel=2)
+    return tuple(problems)
 
 
 def forget_installed() -> None:
-    """Look for installed plugins anew; for processes that install or remove packages, such as tests."""
+    """Look for installed plugins again; for processes that install or remove packages, such as tests."""
     _points.cache_clear()
     import_algorithms.cache_clear()
 
@@ -233,15 +274,15 @@ def _points(group: str) -> dict[str, list[EntryPoint]]:
 def _import(path: str, what: str) -> Any:
     try:
         return resolve(path)
-    except Exception as error:
-        raise PluginError(f"{what} {path} cannot be imported: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise PluginError(f"{what} {path} cannot be imported: {reason(error)}") from error
 
 
 def _load(point: EntryPoint, what: str) -> Any:
     try:
         return point.load()
-    except Exception as error:
-        raise PluginError(f"{what} ({_origin(point)}) cannot be imported: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise PluginError(f"{what} ({_origin(point)}) cannot be imported: {reason(error)}") from error
 
 
 def _origin(point: EntryPoint) -> str:

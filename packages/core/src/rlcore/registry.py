@@ -137,15 +137,16 @@ class Registry(Generic[F]):
         return add
 
     def get(self, name: str) -> Entry[F]:
-        self._load()
+        problems = self._load()
         if name not in self._entries:
-            close = get_close_matches(name, self._entries, n=3)
+            close = get_close_matches(name[:100], self._entries, n=3)
             hint = (
                 f"did you mean {' or '.join(map(repr, close))}?"
                 if close
                 else f"known: {', '.join(sorted(self._entries))}"
             )
-            raise PluginError(f"unknown {self.kind} {name!r}; {hint}")
+            broken = "".join(f"; {problem}" for problem in problems)
+            raise PluginError(f"unknown {self.kind} {name[:100]!r}; {hint}{broken}")
         return self._entries[name]
 
     def __iter__(self) -> Iterator[Entry[F]]:
@@ -153,7 +154,7 @@ class Registry(Generic[F]):
         return iter(sorted(self._entries.values(), key=lambda entry: entry.name))
 
     @staticmethod
-    def _load() -> None:
+    def _load() -> tuple[str, ...]:
         from rlcore.plugins import import_algorithms
 
-        import_algorithms()
+        return import_algorithms()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from pydantic import ValidationError
+
 from rlcore.config.base import Config
 from rlcore.config.sections import PluginSections
 from rlcore.packages import Package
@@ -16,6 +18,18 @@ def missing_packages(config: Config) -> list[tuple[str, str]]:
     Sections of plugins that are not named are left out.
     """
     return [(key, package.advice) for key, package in _needed(config, "") if not package.installed]
+
+
+def missing_by_default(model: type[Config]) -> list[Package]:
+    """The packages that ``model`` needs with its defaults, as far as they are not installed.
+
+    A model with required keys has no defaults to ask.
+    """
+    try:
+        config = model()
+    except ValidationError:
+        return []
+    return [package for _, package in _needed(config, "") if not package.installed]
 
 
 def _needed(value: Any, path: str) -> Iterator[tuple[str, Package]]:

@@ -194,6 +194,7 @@ class Prompts:
 
     def __init__(self, size: int) -> None:
         self.file_sizes = [size]
+        self.fingerprints = ["numbers"]
 
     def __len__(self) -> int:
         return self.file_sizes[0]

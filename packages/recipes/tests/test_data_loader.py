@@ -105,6 +105,15 @@ def test_restoring_over_other_data_is_an_error() -> None:
         PromptLoader(dataset(6), 2).restore(state)
 
 
+def test_restoring_over_as_many_other_samples_is_an_error() -> None:
+    loaders = [
+        PromptLoader(PromptDataset(dataset(5).samples, [5], fingerprints=[print_]), 2) for print_ in ("aa", "aa", "bb")
+    ]
+    loaders[1].restore(loaders[0].state())
+    with pytest.raises(CheckpointError, match=r"as many samples as before .*'aa'.*'bb'.*another trainer\.out_dir"):
+        loaders[2].restore(loaders[0].state())
+
+
 def test_batch_loader_takes_rows_of_the_batch() -> None:
     data = Batch({"tokens": Jagged.from_list([[i] * (i + 1) for i in range(6)]), "name": [str(i) for i in range(6)]})
     batch = next(BatchLoader(data, [6], 4, seed=1))

@@ -132,7 +132,7 @@ def test_overlong_prompts_are_filtered_and_counted(tmp_path: Path) -> None:
         ([row("x"), row(None)], {}, "row 1: the prompt is null"),
         ([row(" ")], {}, "row 0: the prompt is empty"),
         ([row([])], {}, "row 0: the list of messages is empty"),
-        ([row([{"role": "user"}])], {}, "row 0: a message needs 'role' and 'content'"),
+        ([row([{"role": "user"}])], {}, "row 0, message 0: a message needs 'role' and 'content'"),
         ([row(5)], {}, "row 0: a prompt is text or a list of messages, not int"),
         ([], {}, "has no rows"),
         (

@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from rlcore.errors import DataError
+from rlcore.errors import DataError, RlcoreWarning
 from rlcore.testing.tiny_model import tiny_tokenizer
 from rlcore_recipes.data.settings import SFTDataSettings
 from rlcore_recipes.data.sft import SFTDataset, load_sft
@@ -36,6 +38,37 @@ def test_pairs_of_messages_and_response(tmp_path: Path) -> None:
     assert data.batch["tokens"].values.dtype == torch.int64
     assert data.batch["loss_mask"].values.dtype == torch.float32
     assert data.batch["data_source"] == ["s"]
+
+
+@pytest.mark.parametrize("prompt", [[message("user", "1+1?")], "1+1="])
+def test_an_answer_that_has_its_end_token_gets_no_second_one(tmp_path: Path, prompt: Any) -> None:
+    rows = [{"prompt": prompt, "response": answer} for answer in ("2 ", "2 <|end|>", "2 <|end|>\n<|end|> ")]
+    assert [learned for _, learned in texts(load(tmp_path / "a.jsonl", rows))] == ["2 <|end|>"] * 3
+    turns = [message("user", "a<|end|>"), message("assistant", "b<|end|>")]
+    [(whole, _)] = texts(load(tmp_path / "a.jsonl", [{"messages": turns}], messages_key="messages"))
+    assert whole == "<|user|>a<|end|><|end|><|assistant|>b<|end|>", "only answers are changed"
+
+
+def test_the_templates_end_token_is_learned_and_what_follows_it_is_not(tmp_path: Path) -> None:
+    """A chat template that ends turns with another special token than the tokenizer's end token."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|system|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    rows = [{"prompt": [message("user", "a")], "response": answer} for answer in ("b", "b<|system|>")]
+    data = load(tmp_path / "a.jsonl", rows, tokenizer)
+    assert [learned for _, learned in texts(data, tokenizer)] == ["b<|system|>"] * 2
+    assert data.ends == {1, 2}
+
+
+def test_columns_that_are_not_used_are_not_read(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    far = pa.array([2**62 + 1], pa.timestamp("us"))
+    table = pa.table({"prompt": ["a"], "response": ["b"], "data_source": ["s"], "created": far})
+    pq.write_table(table, tmp_path / "a.parquet")
+    settings = SFTDataSettings(train_files=[str(tmp_path / "a.parquet")])
+    assert len(load_sft(settings, settings.train_files, TOKENIZER)) == 1
+    assert not [warning for warning in recwarn if issubclass(warning.category, RlcoreWarning)]
 
 
 def test_pairs_of_text_end_with_the_end_token(tmp_path: Path) -> None:
@@ -108,11 +141,15 @@ def test_long_samples(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "settings", "problem"),
     [
-        ({"prompt": "a", "response": None}, {}, "row 0: the response must be text, not None"),
-        ({"prompt": "a", "response": ""}, {}, "row 0: the response must be text, not ''"),
+        ({"prompt": "a", "response": None}, {}, "row 0: the response must be text, not null"),
+        ({"prompt": "a", "response": ""}, {}, "row 0: the response is empty"),
         ({"prompt": "a", "answer": "b"}, {}, r"no column 'response', only data_source, prompt, answer"),
         ({"messages": "text"}, {"messages_key": "messages"}, "row 0: column 'messages' holds text"),
         ({"messages": [message("user", "a")]}, {"messages_key": "messages"}, "row 0: .* no assistant turn"),
+        ({"messages": [message("assistant", "a")]}, {"messages_key": "messages"}, "row 0: .* begins with an assistant"),
+        ({"prompt": "a", "response": 2}, {}, r"row 0: the response must be text, not 2 \(int\)"),
+        ({"prompt": "a", "response": "b\ud800"}, {}, r"row 0: the response holds '.ud800' at character 1"),
+        ({"prompt": "a", "response": "b", "data_source": None}, {}, "row 0: column 'data_source' must name"),
     ],
 )
 def test_samples_that_do_not_fit(tmp_path: Path, row: dict, settings: dict, problem: str) -> None:

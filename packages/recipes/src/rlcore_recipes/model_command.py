@@ -45,4 +45,4 @@ def _strings(value: Any) -> Iterator[str]:
         yield value
     elif isinstance(value, list):
         for message in value:
-            yield from _strings(message.get("content"))
+            yield from _strings(message.get("content") if isinstance(message, dict) else None)

@@ -1,82 +1,156 @@
-"""Reading rows from Parquet, JSONL and Hub data sets, and columns from rows."""
+"""Reading rows from Parquet, JSONL and Hub data sets."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import date, time, timedelta
+from decimal import Decimal
 from difflib import get_close_matches
+from hashlib import blake2b
+from itertools import count
 from pathlib import Path
 from typing import Any
+from uuid import UUID
+from warnings import warn
 
-from rlcore.errors import DataError
-
-Row = dict[str, Any]
+from rlcore.boundary import boundary
+from rlcore.errors import DataError, RlcoreWarning
+from rlcore_recipes.data.columns import Columns, Row, names_in
+from rlcore_recipes.data.parquet import read_parquet
 
 HUB = re.compile(r"hub:(?P<name>[^:@]+)(:(?P<config>[^:@]+))?(@(?P<split>.+))?")
+
+LONGEST_LINE = 1 << 30
+"""Bytes of the longest line that is read: a file without line breaks must not fill the memory."""
 
 
 def read_rows(file: str | Path, default_split: str = "train") -> list[Row]:
     """All rows of a ``.parquet`` or ``.jsonl`` file, or of ``hub:org/name[:config][@split]``.
 
     Raises:
-        DataError: missing, of another format, malformed (with the line), or without rows.
+        DataError: missing, of another format, malformed (with line or column), or without rows.
     """
-    if hub := HUB.fullmatch(str(file)):
-        rows = read_hub(hub["name"], hub["config"], hub["split"] or default_split)
-    else:
-        rows = _read_file(Path(file).expanduser())
-    if not rows:
-        raise DataError(f"{file} has no rows")
-    return rows
+    return _read(str(file), Columns(), None, default_split)
 
 
-def read_files(files: Sequence[str], limit: int | None = None) -> Iterator[tuple[str, list[Row]]]:
-    """Each file and its rows, until ``limit`` rows of all files together."""
+def read_files(files: Sequence[str], columns: Columns, limit: int | None = None) -> Iterator[tuple[str, list[Row]]]:
+    """Each file and its rows, until ``limit`` rows of all files together.
+
+    Raises:
+        DataError: as `read_rows`, or a column is missing.
+    """
     for file in files:
         if limit is not None and limit <= 0:
             return
-        rows = read_rows(file)[:limit]
+        rows = _read(file, columns, limit, "train")
         if limit is not None:
             limit -= len(rows)
         yield file, rows
 
 
-def _read_file(path: Path) -> list[Row]:
-    if not path.is_file():
-        what = "is a folder; name the files in it" if path.is_dir() else "does not exist"
-        nearby = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
-        close = get_close_matches(path.name, nearby, n=3)
+def fingerprint(rows: Iterable[Row], file: str) -> str:
+    """A hash of what the ``rows`` of ``file`` hold, to notice that it has changed."""
+    digest = blake2b(digest_size=8)
+    with boundary(f"{file} cannot be compared with what a checkpoint saw"):
+        for row in rows:
+            digest.update(json.dumps(row, default=_plain).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _plain(value: Any) -> str:
+    """What json.dumps writes for types that JSON lacks; their type alone where the text may hold an address."""
+    known = isinstance(value, bytes | date | time | timedelta | Decimal | UUID)
+    return f"{type(value).__name__} {value}" if known else type(value).__name__
+
+
+def _read(file: str, columns: Columns, limit: int | None, default_split: str) -> list[Row]:
+    if hub := HUB.fullmatch(file):
+        rows = _checked(read_hub(hub["name"], hub["config"], hub["split"] or default_split)[:limit], columns, file)
+    else:
+        path = _existing(file)
+        if path.suffix == ".parquet":
+            rows = read_parquet(path, columns, limit)
+        elif path.suffix in (".jsonl", ".ndjson"):
+            rows = _checked(_read_jsonl(path, limit), columns, file)
+        else:
+            raise DataError(f"data file {path} has the ending {path.suffix!r}; known are .parquet and .jsonl")
+    if not rows:
+        raise DataError(f"{file} has no rows")
+    return rows
+
+
+def _checked(rows: list[Row], columns: Columns, file: str) -> list[Row]:
+    """``rows`` with the columns that are read alone, after a check that there are those that must be."""
+    if not rows:
+        return rows
+    if columns.keys:
+        columns.require(names_in(rows), file)
+    return rows if columns.others else [{name: row[name] for name in columns.chosen(row)} for row in rows]
+
+
+def _existing(file: str) -> Path:
+    """The path of a regular file: a pipe or a device may never end."""
+    with boundary(f"data file {file[:200]} cannot be read"):
+        path = Path(file).expanduser()
+        if path.is_file():
+            return path
+        if path.is_dir():
+            what = "is a folder; name the files in it"
+        else:
+            what = "is no regular file" if path.exists() else "does not exist"
+        nearby = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        close = get_close_matches(path.name, nearby, n=3) if not path.exists() else []
         raise DataError(f"data file {path} {what}" + (f"; did you mean {' or '.join(close)}?" if close else ""))
-    if path.suffix == ".parquet":
-        return _read_parquet(path)
-    if path.suffix in (".jsonl", ".ndjson"):
-        return list(_read_jsonl(path))
-    raise DataError(f"data file {path} has the ending {path.suffix!r}; known are .parquet and .jsonl")
 
 
-def _read_parquet(path: Path) -> list[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return pq.read_table(path).to_pylist()  # type: ignore[no-any-return]
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} cannot be read as Parquet: {error}") from error
-
-
-def _read_jsonl(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
+def _read_jsonl(path: Path, limit: int | None) -> list[Row]:
+    rows: list[Row] = []
+    as_text = 0
+    with boundary(f"data file {path} cannot be read"), path.open("rb") as lines:
+        for number in count(1):
+            line = lines.readline(LONGEST_LINE + 1)
+            if not line or len(rows) == limit:
+                break
+            if len(line) > LONGEST_LINE:
+                raise DataError(
+                    f"{path}, line {number} is longer than {LONGEST_LINE >> 20} MiB; JSONL has one sample per line"
+                )
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}, line {number} is not JSON: {error}") from error
+            with boundary(f"{path}, line {number} is not JSON in UTF-8"):
+                row, whole = _parsed(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             if not isinstance(row, dict):
                 raise DataError(f"{path}, line {number} is a JSON {type(row).__name__}, not an object")
-            yield row
+            rows.append(row)
+            as_text += not whole
+    if as_text:
+        warn(
+            f"{path}: integers of {as_text} lines have more digits than Python reads ({sys.get_int_max_str_digits()}) "
+            "and are read as text",
+            RlcoreWarning,
+            stacklevel=2,
+        )
+    return rows
+
+
+def _parsed(line: str) -> tuple[Any, bool]:
+    """What the JSON ``line`` holds, and False if integers in it had to become text."""
+    try:
+        return json.loads(line), True
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # an integer of more digits than Python reads
+        return json.loads(line, parse_int=_integer), False
+
+
+def _integer(digits: str) -> int | str:
+    try:
+        return int(digits)
+    except ValueError:
+        return digits
 
 
 def read_hub(name: str, config: str | None, split: str) -> list[Row]:
@@ -87,49 +161,5 @@ def read_hub(name: str, config: str | None, split: str) -> list[Row]:
         raise DataError(
             f"reading {name} from the Hub needs the package 'datasets'; run: pip install 'rlcore-recipes[hub]'"
         ) from error
-    try:
+    with boundary(f"split {split!r} of the Hub data set {name} cannot be loaded"):
         return load_dataset(name, config, split=split).to_list()  # type: ignore[no-any-return]
-    except Exception as error:  # the library raises anything from ConnectionError to ValueError
-        reason = str(error).strip().split("\n")[0]
-        raise DataError(
-            f"split {split!r} of the Hub data set {name} cannot be loaded: {type(error).__name__}: {reason}"
-        ) from error
-
-
-def column(row: Row, key: str) -> Any:
-    """The value of column ``key``, None if the row lacks it.
-
-    Dots reach into structs, unless a column has the dotted name itself.
-    """
-    if key in row:
-        return row[key]
-    value: Any = row
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
-
-
-def require_columns(rows: list[Row], keys: Mapping[str, str | None], file: str) -> None:
-    """Check that the columns exist.
-
-    Args:
-        keys: column by the setting that names it; null ones are not needed.
-
-    Raises:
-        DataError: names the setting, the missing column and those there are.
-    """
-    columns = list(dict.fromkeys(name for row in rows for name in _names(row)))
-    for setting, key in keys.items():
-        if key is None or key in columns:
-            continue
-        alike = [name for name in columns if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-        close = alike or get_close_matches(key, columns, n=1)
-        hint = f"did you mean {setting}={close[0]}?" if close else f"set {setting}"
-        raise DataError(f"{file} has no column {key!r}, only {', '.join(columns)}; {hint}")
-
-
-def _names(row: Row, prefix: str = "") -> Iterator[str]:
-    for name, value in row.items():
-        yield f"{prefix}{name}"
-        if isinstance(value, dict):
-            yield from _names(value, f"{prefix}{name}.")

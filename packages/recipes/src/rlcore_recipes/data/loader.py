@@ -43,6 +43,7 @@ class Loader(ABC, Generic[T]):
         file_sizes: samples per file, which stand one file after another.
         weights: share of each file in an epoch. An epoch keeps its length; a file with a larger share than its size
             is gone through more often, one with a smaller share goes on in the next epoch where it stopped in this.
+        fingerprints: of what each file holds; a loader over others cannot be restored.
 
     Raises:
         DataError: there are fewer samples than one batch takes.
@@ -56,6 +57,7 @@ class Loader(ABC, Generic[T]):
         seed: int = 0,
         shuffle: bool = True,
         weights: Sequence[float] | None = None,
+        fingerprints: Sequence[str] = (),
     ) -> None:
         self.samples = sum(file_sizes)
         if self.samples < batch_size:
@@ -68,6 +70,7 @@ class Loader(ABC, Generic[T]):
         self._shuffle = shuffle
         self._sizes = list(file_sizes)
         self._quotas = _quotas(self.samples, weights) if weights is not None else self._sizes
+        self._fingerprints = list(fingerprints)
         self._drawn = 0
         self._order: tuple[int, list[int]] | None = None
 
@@ -114,13 +117,16 @@ class Loader(ABC, Generic[T]):
         Raises:
             CheckpointError: it went over other data or in another order.
         """
-        changed = [
-            f"{name} was {state.get(name)} and is now {value}"
-            for name, value in self._identity().items()
-            if state.get(name) != value
-        ]
+        changed = {name: value for name, value in self._identity().items() if state.get(name) != value}
+        if list(changed) == ["fingerprints"]:
+            raise CheckpointError(
+                "the data position cannot be restored: the train files have as many samples as before but hold others "
+                f"(fingerprints were {state.get('fingerprints')} and are now {self._fingerprints}); restore the old "
+                "files, or start a new run in another trainer.out_dir"
+            )
         if changed:
-            raise CheckpointError(f"the data position cannot be restored: {'; '.join(changed)}")
+            was = "; ".join(f"{name} was {state.get(name)} and is now {value}" for name, value in changed.items())
+            raise CheckpointError(f"the data position cannot be restored: {was}")
         self._drawn = int(state["drawn"])
 
     def _identity(self) -> dict[str, Any]:
@@ -130,6 +136,7 @@ class Loader(ABC, Generic[T]):
             "shuffle": self._shuffle,
             "file_sizes": self._sizes,
             "quotas": self._quotas,
+            "fingerprints": self._fingerprints,
         }
 
     def _epoch_order(self, epoch: int) -> list[int]:
@@ -166,7 +173,14 @@ class PromptLoader(Loader[list[PromptSample]]):
         shuffle: bool = True,
         weights: Sequence[float] | None = None,
     ) -> None:
-        super().__init__(dataset.file_sizes, batch_size, seed=seed, shuffle=shuffle, weights=weights)
+        super().__init__(
+            dataset.file_sizes,
+            batch_size,
+            seed=seed,
+            shuffle=shuffle,
+            weights=weights,
+            fingerprints=dataset.fingerprints,
+        )
         self._dataset = dataset
 
     def _take(self, indices: list[int], position: int) -> list[PromptSample]:
@@ -185,8 +199,9 @@ class BatchLoader(Loader[Batch]):
         seed: int = 0,
         shuffle: bool = True,
         weights: Sequence[float] | None = None,
+        fingerprints: Sequence[str] = (),
     ) -> None:
-        super().__init__(file_sizes, batch_size, seed=seed, shuffle=shuffle, weights=weights)
+        super().__init__(file_sizes, batch_size, seed=seed, shuffle=shuffle, weights=weights, fingerprints=fingerprints)
         self._data = data
 
     def _take(self, indices: list[int], position: int) -> Batch:

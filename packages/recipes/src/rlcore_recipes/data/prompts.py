@@ -9,7 +9,9 @@ from typing import Any, overload
 
 from rlcore.errors import DataError
 from rlcore_recipes.data.chat import Message, Renderer, as_prompt
-from rlcore_recipes.data.files import Row, column, read_files, require_columns
+from rlcore_recipes.data.columns import Columns, Row, column, data_source
+from rlcore_recipes.data.end_tokens import check_tokens, written_ends
+from rlcore_recipes.data.files import fingerprint, read_files
 from rlcore_recipes.data.settings import DataSettings
 
 
@@ -42,11 +44,15 @@ class PromptDataset(Sequence[PromptSample]):
     Attributes:
         file_sizes: prompts per file, without the filtered ones.
         filtered: over-long prompts left out.
+        fingerprints: of what each file holds.
+        ends: tokens that end an answer in texts of the tokenizer (see `written_ends`).
     """
 
     samples: list[PromptSample]
     file_sizes: list[int]
     filtered: int = 0
+    fingerprints: Sequence[str] = ()
+    ends: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -60,7 +66,11 @@ class PromptDataset(Sequence[PromptSample]):
 
 
 def load_prompts(
-    settings: DataSettings, files: Sequence[str], tokenizer: Any, limit: int | None = None
+    settings: DataSettings,
+    files: Sequence[str],
+    tokenizer: Any,
+    limit: int | None = None,
+    vocabulary: int | None = None,
 ) -> PromptDataset:
     """Read and tokenise prompts.
 
@@ -68,63 +78,76 @@ def load_prompts(
         files: ``settings.train_files`` or ``settings.val_files``.
         tokenizer: see `rlcore_recipes.data.tokenizer.load_tokenizer`.
         limit: read only the first rows of all files together (``settings.val_limit``).
+        vocabulary: tokens that the model knows; None does not check that it knows those of the prompts.
 
     Raises:
-        DataError: a file or column is missing, a prompt is null or empty, chat messages meet a tokenizer without chat
-            template, a prompt is too long under ``overlong_prompts=error``, or no prompt of a file is short enough.
+        DataError: a file or column is missing or cannot be read, a prompt is null or empty, holds something else than
+            text or a token that the model does not know, the chat template is missing or fails, a prompt is too long
+            under ``overlong_prompts=error``, or no prompt of a file is short enough.
     """
     renderer = Renderer(settings, tokenizer)
-    samples: list[PromptSample] = []
-    sizes: list[int] = []
-    rows_read = 0
-    for file, rows in read_files(files, limit):
-        rows_read += len(rows)
-        new = _file_samples(settings, renderer, rows, file, first_index=len(samples))
-        sizes.append(len(new))
-        samples += new
-    return PromptDataset(samples, sizes, filtered=rows_read - len(samples))
-
-
-def _file_samples(
-    settings: DataSettings, renderer: Renderer, rows: list[Row], file: str, first_index: int
-) -> list[PromptSample]:
     keys = {
         "data.prompt_key": settings.prompt_key,
         "data.ground_truth_key": settings.ground_truth_key,
         "data.data_source_key": settings.data_source_key,
     }
-    require_columns(rows, keys, file)
-    prompts = [as_prompt(column(row, settings.prompt_key), f"{file}, row {number}") for number, row in enumerate(rows)]
-    tokens = renderer.prompt_tokens(prompts)
-    too_long = [number for number, ids in enumerate(tokens) if len(ids) > settings.max_prompt_length]
-    if too_long and settings.overlong_prompts == "error":
-        raise DataError(
-            f"{file}, row {too_long[0]}: the prompt has {len(tokens[too_long[0]])} tokens, more than "
-            f"data.max_prompt_length={settings.max_prompt_length} ({len(too_long)} of {len(rows)} rows do); raise it, "
-            "or leave them out with data.overlong_prompts=filter"
-        )
-    if len(too_long) == len(rows):
-        raise DataError(
-            f"none of the {len(rows)} prompts of {file} fits data.max_prompt_length={settings.max_prompt_length}: the "
-            f"shortest has {min(map(len, tokens))} tokens"
-        )
-    kept = sorted(set(range(len(rows))) - set(too_long))
+    samples: list[PromptSample] = []
+    sizes: list[int] = []
+    prints: list[str] = []
+    rows_read = 0
+    chat = False
+    for file, rows in read_files(files, Columns(keys), limit):
+        rows_read += len(rows)
+        new = _file_samples(settings, renderer, rows, file, vocabulary, first_index=len(samples))
+        chat = chat or any(renderer.is_chat(column(row, settings.prompt_key)) for row in rows)
+        sizes.append(len(new))
+        prints.append(fingerprint(rows, file))
+        samples += new
+    ends = written_ends(renderer, chat)
+    return PromptDataset(samples, sizes, filtered=rows_read - len(samples), fingerprints=prints, ends=ends)
+
+
+def _file_samples(
+    settings: DataSettings, renderer: Renderer, rows: list[Row], file: str, vocabulary: int | None, first_index: int
+) -> list[PromptSample]:
+    places = [f"{file}, row {number}" for number in range(len(rows))]
+    prompts = [as_prompt(column(row, settings.prompt_key), where) for row, where in zip(rows, places)]
+    tokens = renderer.prompt_tokens(prompts, places)
+    for ids, where in zip(tokens, places):
+        check_tokens(ids, vocabulary, renderer.tokenizer, where)
     return [
         PromptSample(
             prompt_tokens=tokens[number],
             messages=renderer.messages(prompts[number]),
             ground_truth=column(rows[number], settings.ground_truth_key) if settings.ground_truth_key else None,
-            data_source=_data_source(settings, rows[number], file),
+            data_source=data_source(rows[number], settings.data_source_key, places[number], Path(file).stem),
             extra=_extra(settings, rows[number]),
             index=first_index + offset,
             position=first_index + offset,
         )
-        for offset, number in enumerate(kept)
+        for offset, number in enumerate(_short_enough(settings, tokens, file))
     ]
 
 
-def _data_source(settings: DataSettings, row: Row, file: str) -> str:
-    return str(column(row, settings.data_source_key)) if settings.data_source_key else Path(file).stem
+def _short_enough(settings: DataSettings, tokens: list[list[int]], file: str) -> list[int]:
+    """The rows whose prompts are not too long.
+
+    Raises:
+        DataError: there are none, or there are others and those are an error.
+    """
+    too_long = [number for number, ids in enumerate(tokens) if len(ids) > settings.max_prompt_length]
+    if too_long and settings.overlong_prompts == "error":
+        raise DataError(
+            f"{file}, row {too_long[0]}: the prompt has {len(tokens[too_long[0]])} tokens, more than "
+            f"data.max_prompt_length={settings.max_prompt_length} ({len(too_long)} of {len(tokens)} rows do); raise "
+            "it, or leave them out with data.overlong_prompts=filter"
+        )
+    if len(too_long) == len(tokens):
+        raise DataError(
+            f"none of the {len(tokens)} prompts of {file} fits data.max_prompt_length={settings.max_prompt_length}: "
+            f"the shortest has {min(map(len, tokens))} tokens"
+        )
+    return sorted(set(range(len(tokens))) - set(too_long))
 
 
 def _extra(settings: DataSettings, row: Row) -> dict[str, Any]:

@@ -11,11 +11,14 @@ import torch
 
 from rlcore.batch import Batch, Jagged
 from rlcore.errors import DataError
-from rlcore_recipes.data.chat import Message, Renderer, as_prompt
-from rlcore_recipes.data.files import Row, column, read_files, require_columns
+from rlcore_recipes.data.chat import Message, Renderer, as_prompt, as_text
+from rlcore_recipes.data.columns import Columns, Row, column, data_source
+from rlcore_recipes.data.end_tokens import check_tokens, written_ends
+from rlcore_recipes.data.files import fingerprint, read_files
 from rlcore_recipes.data.settings import SFTDataSettings
 
 Segment = tuple[str, bool]  # text, and whether it is learned
+_Encoded = tuple[list[int], list[float]]  # tokens and loss mask
 
 
 @dataclass(frozen=True)
@@ -27,17 +30,27 @@ class SFTDataset:
             after them), ``data_source``.
         file_sizes: samples per file, without the filtered ones.
         filtered: over-long samples left out.
+        fingerprints: of what each file holds, in the columns that are read.
+        ends: tokens that end an answer (see `written_ends`).
     """
 
     batch: Batch
     file_sizes: list[int]
     filtered: int = 0
+    fingerprints: Sequence[str] = ()
+    ends: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
         return len(self.batch)
 
 
-def load_sft(settings: SFTDataSettings, files: Sequence[str], tokenizer: Any, limit: int | None = None) -> SFTDataset:
+def load_sft(
+    settings: SFTDataSettings,
+    files: Sequence[str],
+    tokenizer: Any,
+    limit: int | None = None,
+    vocabulary: int | None = None,
+) -> SFTDataset:
     """Read and tokenise supervised samples.
 
     Prompts and answers are tokenised separately, so that a prompt's tokens are those that generation starts from.
@@ -45,84 +58,143 @@ def load_sft(settings: SFTDataSettings, files: Sequence[str], tokenizer: Any, li
     Args:
         files: ``settings.train_files`` or ``settings.val_files``.
         limit: read only the first rows of all files together (``settings.val_limit``).
+        vocabulary: tokens that the model knows; None does not check that it knows those of the samples.
 
     Raises:
         DataError: as `rlcore_recipes.data.prompts.load_prompts`; also a null response, a conversation without an
             assistant turn, or a chat template that rewrites earlier turns.
     """
     renderer = Renderer(settings, tokenizer)
-    tokens: list[list[int]] = []
-    masks: list[list[float]] = []
-    sources: list[str] = []
+    samples: list[_Sample] = []
     sizes: list[int] = []
+    prints: list[str] = []
     rows_read = 0
-    for file, rows in read_files(files, limit):
+    chat = False
+    for file, rows in read_files(files, Columns(_keys(settings), others=False), limit):
         rows_read += len(rows)
-        before = len(tokens)
-        for number, (ids, mask) in enumerate(_encode(settings, renderer, rows, file)):
-            if len(ids) > settings.max_length:
-                if settings.overlong == "error":
-                    raise DataError(
-                        f"{file}, row {number}: the sample has {len(ids)} tokens, more than data.max_length="
-                        f"{settings.max_length}; raise it, or set data.overlong to filter or truncate"
-                    )
-                ids, mask = ids[: settings.max_length], mask[: settings.max_length]
-                if settings.overlong == "filter" or not any(mask):
-                    continue
-            tokens.append(ids)
-            masks.append(mask)
-            key = settings.data_source_key
-            sources.append(str(column(rows[number], key)) if key else Path(file).stem)
-        sizes.append(len(tokens) - before)
-        if not sizes[-1]:
-            raise DataError(
-                f"none of the {len(rows)} samples of {file} fits data.max_length={settings.max_length}; raise it"
-            )
+        chat = chat or any(_is_chat(settings, renderer, row) for row in rows)
+        new = _file_samples(settings, renderer, rows, file, vocabulary)
+        sizes.append(len(new))
+        prints.append(fingerprint(rows, file))
+        samples += new
     batch = Batch(
         {
-            "tokens": Jagged.from_list(tokens, dtype=torch.int64),
-            "loss_mask": Jagged.from_list(masks, dtype=torch.float32),
-            "data_source": sources,
+            "tokens": Jagged.from_list([sample.tokens for sample in samples], dtype=torch.int64),
+            "loss_mask": Jagged.from_list([sample.mask for sample in samples], dtype=torch.float32),
+            "data_source": [sample.source for sample in samples],
         }
     )
-    return SFTDataset(batch, sizes, filtered=rows_read - len(tokens))
+    ends = written_ends(renderer, chat)
+    return SFTDataset(batch, sizes, filtered=rows_read - len(samples), fingerprints=prints, ends=ends)
 
 
-def _encode(
-    settings: SFTDataSettings, renderer: Renderer, rows: list[Row], file: str
-) -> list[tuple[list[int], list[float]]]:
-    """Tokens and loss mask of every row."""
+@dataclass(frozen=True)
+class _Sample:
+    tokens: list[int]
+    mask: list[float]
+    source: str
+
+
+def _keys(settings: SFTDataSettings) -> dict[str, str | None]:
+    """Column by the setting that names it."""
     source = {"data.data_source_key": settings.data_source_key}
     if settings.messages_key is not None:
-        require_columns(rows, {"data.messages_key": settings.messages_key, **source}, file)
-        conversations = []
-        for number, row in enumerate(rows):
-            messages = as_prompt(column(row, settings.messages_key), f"{file}, row {number}")
-            if isinstance(messages, str):
-                raise DataError(f"{file}, row {number}: column {settings.messages_key!r} holds text, not messages")
-            conversations.append(_turns(renderer, renderer.messages(messages), f"{file}, row {number}"))
-        return _encode_segments(renderer, conversations)
+        return {"data.messages_key": settings.messages_key, **source}
+    return {"data.prompt_key": settings.prompt_key, "data.response_key": settings.response_key, **source}
 
-    columns = {"data.prompt_key": settings.prompt_key, "data.response_key": settings.response_key, **source}
-    require_columns(rows, columns, file)
+
+def _is_chat(settings: SFTDataSettings, renderer: Renderer, row: Row) -> bool:
+    return settings.messages_key is not None or renderer.is_chat(column(row, settings.prompt_key))
+
+
+def _file_samples(
+    settings: SFTDataSettings, renderer: Renderer, rows: list[Row], file: str, vocabulary: int | None
+) -> list[_Sample]:
+    """The samples of a file, without those that are too long."""
+    places = [f"{file}, row {number}" for number in range(len(rows))]
+    encode = _encode_answers if settings.messages_key is None else _encode_conversations
+    samples = []
+    for row, where, (ids, mask) in zip(rows, places, encode(settings, renderer, rows, places)):
+        check_tokens(ids, vocabulary, renderer.tokenizer, where)
+        if len(ids) > settings.max_length:
+            if settings.overlong == "error":
+                raise DataError(
+                    f"{where}: the sample has {len(ids)} tokens, more than data.max_length={settings.max_length}; "
+                    "raise it, or set data.overlong to filter or truncate"
+                )
+            ids, mask = ids[: settings.max_length], mask[: settings.max_length]
+            if settings.overlong == "filter" or not any(mask):
+                continue
+        samples.append(_Sample(ids, mask, data_source(row, settings.data_source_key, where, Path(file).stem)))
+    if not samples:
+        raise DataError(
+            f"none of the {len(rows)} samples of {file} fits data.max_length={settings.max_length}; raise it"
+        )
+    return samples
+
+
+def _encode_conversations(
+    settings: SFTDataSettings, renderer: Renderer, rows: list[Row], places: list[str]
+) -> list[_Encoded]:
+    """Tokens and loss mask of conversations, of which every assistant turn is learned."""
+    assert settings.messages_key is not None
+    ends = _end_texts(renderer, chat=True)
+    conversations = []
+    for row, where in zip(rows, places):
+        messages = as_prompt(column(row, settings.messages_key), where)
+        if isinstance(messages, str):
+            raise DataError(f"{where}: column {settings.messages_key!r} holds text, not messages")
+        whole = [
+            {**message, "content": _without_end(message["content"], ends)}
+            if message["role"] == "assistant"
+            else message
+            for message in renderer.messages(messages)
+        ]
+        conversations.append(_turns(renderer, whole, where))
+    return _encode_segments(renderer, conversations, places, chat=True)
+
+
+def _encode_answers(
+    settings: SFTDataSettings, renderer: Renderer, rows: list[Row], places: list[str]
+) -> list[_Encoded]:
+    """Tokens and loss mask of prompts with responses, which are learned."""
     prompts, answers = [], []
-    for number, row in enumerate(rows):
-        prompt = as_prompt(column(row, settings.prompt_key), f"{file}, row {number}")
+    chat = any(_is_chat(settings, renderer, row) for row in rows)
+    chat_ends, plain_ends = _end_texts(renderer, chat), _end_texts(renderer, chat=False)
+    for row, where in zip(rows, places):
+        prompt = as_prompt(column(row, settings.prompt_key), where)
         response = column(row, settings.response_key)
-        if not isinstance(response, str) or not response:
-            raise DataError(f"{file}, row {number}: the response must be text, not {response!r}")
+        if not as_text(response, f"{where}: the response"):
+            raise DataError(f"{where}: the response is empty")
         prompts.append(prompt)
         if renderer.is_chat(prompt):
-            messages = [*renderer.messages(prompt), {"role": "assistant", "content": response}]
-            answers.append([(_turn(renderer, messages, f"{file}, row {number}")[1], True)])
+            answer = {"role": "assistant", "content": _without_end(response, chat_ends)}
+            answers.append([(_turn(renderer, [*renderer.messages(prompt), answer], where)[1], True)])
         else:
-            answers.append([(response + (renderer.tokenizer.eos_token or ""), True)])
-    encoded = zip(renderer.prompt_tokens(prompts), _encode_segments(renderer, answers))
+            answers.append([(_without_end(response, plain_ends) + (renderer.tokenizer.eos_token or ""), True)])
+    encoded = zip(renderer.prompt_tokens(prompts, places), _encode_segments(renderer, answers, places, chat))
     return [(prompt + ids, [0.0] * len(prompt) + mask) for prompt, (ids, mask) in encoded]
+
+
+def _end_texts(renderer: Renderer, chat: bool) -> tuple[str, ...]:
+    texts = renderer.tokenizer.convert_ids_to_tokens(sorted(written_ends(renderer, chat)))
+    return tuple(text for text in texts if text)
+
+
+def _without_end(answer: str, ends: tuple[str, ...]) -> str:
+    """``answer`` without end tokens after it: one is put there, by the template or here."""
+    while (bare := answer.rstrip()).endswith(ends):
+        answer = bare[: -len(next(end for end in ends if bare.endswith(end)))]
+    return answer
 
 
 def _turns(renderer: Renderer, messages: list[Message], where: str) -> list[Segment]:
     """The conversation's text, divided into what comes from outside and what the assistant says."""
+    if messages[0]["role"] == "assistant":
+        raise DataError(
+            f"{where}: the conversation begins with an assistant turn, before which nothing is asked; put a message of "
+            "the system or the user there"
+        )
     segments: list[Segment] = []
     said = ""
     for index, message in enumerate(messages):
@@ -143,8 +215,8 @@ def _turns(renderer: Renderer, messages: list[Message], where: str) -> list[Segm
 
 def _turn(renderer: Renderer, messages: list[Message], where: str) -> tuple[str, str]:
     """The text before the last message, generation prompt included, and that message's text."""
-    before = renderer.chat_text(messages[:-1], add_generation_prompt=True)
-    whole = renderer.chat_text(messages, add_generation_prompt=False)
+    before = renderer.chat_text(messages[:-1], where, add_generation_prompt=True)
+    whole = renderer.chat_text(messages, where, add_generation_prompt=False)
     if not whole.startswith(before):
         raise DataError(
             f"{where}: under the chat template the assistant's turn does not begin with the generation prompt; set "
@@ -153,20 +225,22 @@ def _turn(renderer: Renderer, messages: list[Message], where: str) -> tuple[str,
     return before, whole[len(before) :]
 
 
-def _encode_segments(renderer: Renderer, samples: list[list[Segment]]) -> list[tuple[list[int], list[float]]]:
+def _encode_segments(renderer: Renderer, samples: list[list[Segment]], places: list[str], chat: bool) -> list[_Encoded]:
     """Tokens of each sample's segments one after another, and 1 where they are learned.
 
     What a template writes after the end token of a turn (a line break, say) is never generated and not learned.
     """
-    ids = iter(renderer.encode([text for segments in samples for text, _ in segments]))
-    end = renderer.tokenizer.eos_token_id
+    texts = [(text, where) for segments, where in zip(samples, places) for text, _ in segments]
+    ids = iter(renderer.encode([text for text, _ in texts], [where for _, where in texts]))
+    ends = written_ends(renderer, chat)
     encoded = []
     for segments in samples:
         tokens: list[int] = []
         mask: list[float] = []
         for _, learned in segments:
             new = next(ids)
-            reach = 0 if not learned else len(new) - new[::-1].index(end) if end in new else len(new)
+            last_end = max((place for place, token in enumerate(new) if token in ends), default=len(new) - 1)
+            reach = last_end + 1 if learned else 0
             tokens += new
             mask += [1.0] * reach + [0.0] * (len(new) - reach)
         encoded.append((tokens, mask))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rlcore.boundary import boundary
 from rlcore.engines.settings import ModelSettings, names_a_folder
 from rlcore.errors import DataError
 
@@ -15,26 +16,37 @@ def load_tokenizer(model: ModelSettings) -> Any:
     """The transformers tokenizer of ``model.tokenizer_path``, or of ``model.path``.
 
     Raises:
-        DataError: no such folder, or one without a tokenizer.
+        DataError: no such folder, or one without a tokenizer, or with one that cannot be used.
     """
-    from transformers import AutoTokenizer
-
     source = model.tokenizer_path or model.path
-    key = "model.tokenizer_path" if model.tokenizer_path else "model.path"
-    folder = Path(source).expanduser()
-    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    name = f"{'model.tokenizer_path' if model.tokenizer_path else 'model.path'}={source[:200]}"
+    with boundary(f"{name} cannot be read"):
+        folder = Path(source).expanduser()
+        local = folder.is_dir()
+        if local:
+            _check_files(folder, name)
+        elif names_a_folder(source):
+            raise DataError(f"{name}: there is no such folder")
+    where = f"the tokenizer in {name}" if local else f"{name} is no folder here and"
+    with boundary(f"{where} cannot be loaded{'' if local else ' from the Hub'}"):
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder) if local else source, trust_remote_code=model.trust_remote_code
+        )
+        size = tokenizer.vocab_size
+    if not size:
+        raise DataError(f"{where} has an empty vocabulary; restore its files from where the model comes from")
+    return tokenizer
+
+
+def _check_files(folder: Path, name: str) -> None:
+    """Make sure that ``folder`` has a tokenizer, in regular files: a pipe or a device may never end."""
+    for file in folder.iterdir():
+        if file.exists() and not (file.is_file() or file.is_dir()):
+            raise DataError(f"{name}: {file.name} is no regular file")
+    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
         raise DataError(
-            f"{key}={source} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy the model's tokenizer files "
-            "there or name its folder in model.tokenizer_path"
+            f"{name} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy the model's tokenizer files there "
+            "or name its folder in model.tokenizer_path"
         )
-    if names_a_folder(source) and not folder.is_dir():
-        raise DataError(f"{key}={source}: there is no such folder")
-    try:
-        return AutoTokenizer.from_pretrained(
-            str(folder) if folder.is_dir() else source, trust_remote_code=model.trust_remote_code
-        )
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        if folder.is_dir():
-            raise DataError(f"the tokenizer in {key}={source} cannot be loaded: {reason}") from error
-        raise DataError(f"{key}={source} is no folder here and cannot be loaded from the Hub: {reason}") from error

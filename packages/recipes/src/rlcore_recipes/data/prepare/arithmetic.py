@@ -15,7 +15,7 @@ from pydantic import Field
 
 from rlcore.config import Config
 from rlcore.errors import DataError
-from rlcore_recipes.data.files import Row
+from rlcore_recipes.data.columns import Row
 from rlcore_recipes.data.prepare.rows import Splits, prompt_row
 
 Operation = Literal["+", "-", "*"]

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from pydantic import Field
 
+from rlcore.boundary import boundary
 from rlcore.config import Config
 from rlcore.errors import DataError
-from rlcore_recipes.data.files import Row
+from rlcore_recipes.data.columns import Row
 from rlcore_recipes.data.prepare.rows import Splits, prompt_row
 from rlcore_recipes.data.prepare.sources import field, read_split
 
@@ -84,8 +85,9 @@ def _read(source: str, split: str) -> list[Row]:
         return read_split(source, split, hub_config="default")
     rows = []
     for file in files:
-        try:
-            rows.append(json.loads(file.read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise DataError(f"{file} is not JSON: {error}") from error
+        with boundary(f"{file} is not JSON in UTF-8"):
+            row = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(row, dict):
+            raise DataError(f"{file} is a JSON {type(row).__name__}, not an object")
+        rows.append(row)
     return rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rlcore_recipes.data.files import Row
+from rlcore_recipes.data.columns import Row
 
 Splits = dict[str, list[Row]]
 """Rows by the name of their split, such as ``train`` and ``test``."""

@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 from rlcore.errors import DataError
-from rlcore_recipes.data.files import Row, read_hub, read_rows
+from rlcore_recipes.data.columns import Row
+from rlcore_recipes.data.files import read_hub, read_rows
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 

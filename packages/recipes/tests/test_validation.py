@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from rlcore.batch import Batch
+from rlcore.batch import Batch, Jagged
 from rlcore.controller import LocalExecutor
 from rlcore.engines import RewardResult
 from rlcore_recipes.data.prompts import PromptSample
@@ -24,7 +24,8 @@ def answers(groups: dict[tuple[str, int], list[RewardResult]]) -> Batch:
             "response_length": torch.tensor([3] * len(rows)),
             "data_source": [source for source, _, _ in rows],
             "finish_reason": ["stop"] * (len(rows) - 1) + ["length"],
-            "messages": [[{"role": "user", "content": f"q{group}"}] for _, group, _ in rows],
+            "tokens": Jagged.from_list([[group, 7, 99] for _, group, _ in rows], torch.int64),
+            "prompt_length": torch.tensor([2] * len(rows)),
             "completion": [f"a{index}" for index in range(len(rows))],
             "ground_truth": [None] * len(rows),
         }
@@ -95,12 +96,13 @@ def test_batches_and_logged_completions() -> None:
         asked.append(len(part))
         return answers({("a", prompt.position): [failed(float(prompt.position))] for prompt in part})
 
-    outcome = validate_prompts(LocalExecutor(), prompts, answer, batch_size=2, logged=3)
+    outcome = validate_prompts(LocalExecutor(), prompts, answer, batch_size=2, logged=3, decode=str)
     assert asked == [2, 2, 1]
     assert outcome.metrics["val-core/a/reward/mean@1"] == 2.0
     assert outcome.columns == GENERATION_COLUMNS
     assert len(outcome.rows) == 3
     assert {row[-1] for row in outcome.rows} == {"timeout"}, "the error of a reward that failed"
-    again = validate_prompts(LocalExecutor(), prompts, answer, batch_size=2, logged=3)
+    again = validate_prompts(LocalExecutor(), prompts, answer, batch_size=2, logged=3, decode=str)
     assert [row[0] for row in again.rows] == [row[0] for row in outcome.rows]
-    assert outcome.rows[0][0].startswith("user: q")
+    shown = {f"[{prompt.position}, 7]" for prompt in prompts}
+    assert {row[0] for row in outcome.rows} < shown, "the tokens of the prompt alone, decoded"

@@ -60,7 +60,7 @@ def generate_and_score(session: Session[Any], prompts: Sequence[PromptSample], j
             more is generated first.
     """
     config, timed = session.config, session.timed
-    sampling = training_sampling(config.rollout, config.data.max_response_length)
+    sampling = training_sampling(config.rollout, config.data.max_response_length, session.stop_tokens)
     baseline = "baseline_score" in config.needed_columns
     meanwhile = judged if session.executor.overlaps and not baseline else None
     with timed("gen"):

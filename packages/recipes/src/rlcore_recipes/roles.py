@@ -120,13 +120,19 @@ def open_executor(controller: ControllerSettings, roles: Sequence[str], out_dir:
 
 
 def build_roles(
-    config: RLConfig, executor: Executor, critic: CriticSettings | None, total_steps: int, stack: ExitStack
+    config: RLConfig,
+    executor: Executor,
+    critic: CriticSettings | None,
+    total_steps: int,
+    ends: frozenset[int],
+    stack: ExitStack,
 ) -> Roles:
     """Build what ``config`` asks for; ``stack`` closes it.
 
     Args:
         total_steps: steps of the run, from which learning-rate schedules get their length.
         critic: its settings; None where the run has none.
+        ends: tokens that end a completion.
     """
 
     def built(role: str, interface: Any, factory: Callable[..., Any]) -> Any:
@@ -134,7 +140,7 @@ def build_roles(
         stack.callback(closed, group)
         return group
 
-    reward = built("reward", Scorer, partial(build_scorer, config.reward, config.model))
+    reward = built("reward", Scorer, partial(build_scorer, config.reward, config.model, ends))
     updates = (total_steps - skipped_by_warmup(critic)) * config.updates_per_step
     optim = with_total_steps(config.actor.optim, updates)
     actor = built(

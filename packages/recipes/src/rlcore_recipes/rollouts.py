@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -15,7 +16,12 @@ from rlcore_recipes.randomness import sample_seed
 from rlcore_recipes.settings import RolloutSettings
 
 
-def training_sampling(settings: RolloutSettings, max_tokens: int) -> SamplingParams:
+def training_sampling(settings: RolloutSettings, max_tokens: int, stop_tokens: tuple[int, ...] = ()) -> SamplingParams:
+    """How training samples.
+
+    Args:
+        stop_tokens: end a completion besides the model's end tokens.
+    """
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=settings.temperature,
@@ -23,10 +29,14 @@ def training_sampling(settings: RolloutSettings, max_tokens: int) -> SamplingPar
         top_p=settings.top_p,
         min_p=settings.min_p,
         stop=tuple(settings.stop),
+        stop_token_ids=stop_tokens,
     )
 
 
-def validation_sampling(settings: RolloutSettings, max_tokens: int) -> SamplingParams:
+def validation_sampling(
+    settings: RolloutSettings, max_tokens: int, stop_tokens: tuple[int, ...] = ()
+) -> SamplingParams:
+    """How validation samples; see `training_sampling`."""
     chosen = settings.validation
     return SamplingParams(
         max_tokens=max_tokens,
@@ -35,6 +45,7 @@ def validation_sampling(settings: RolloutSettings, max_tokens: int) -> SamplingP
         top_p=chosen.top_p,
         min_p=chosen.min_p,
         stop=tuple(settings.stop),
+        stop_token_ids=stop_tokens,
         logprobs=False,
     )
 
@@ -177,9 +188,20 @@ def completion_mask(lengths: torch.Tensor, prompt_length: torch.Tensor) -> torch
     return (positions >= prompt_length.repeat_interleave(lengths)).float()
 
 
-def completion_texts(batch: Batch, tokenizer: object) -> list[str]:
-    """The completions as text, without special tokens."""
-    completions = [
+def completion_tokens(batch: Batch) -> list[list[int]]:
+    """The generated token ids of each sample."""
+    return [
         tokens[start:].tolist() for tokens, start in zip(batch["tokens"].to_list(), batch["prompt_length"].tolist())
     ]
-    return tokenizer.batch_decode(completions, skip_special_tokens=True)  # type: ignore[attr-defined,no-any-return]
+
+
+def completion_texts(completions: Sequence[Sequence[int]], tokenizer: Any, ends: frozenset[int] | None) -> list[str]:
+    """The completions as text.
+
+    Args:
+        ends: None leaves all special tokens out; else they are kept, but for one of ``ends`` as the last token.
+    """
+    if ends is None:
+        return tokenizer.batch_decode(completions, skip_special_tokens=True)  # type: ignore[no-any-return]
+    bare = [tokens[:-1] if tokens and tokens[-1] in ends else tokens for tokens in completions]
+    return tokenizer.batch_decode(bare, skip_special_tokens=False)  # type: ignore[no-any-return]

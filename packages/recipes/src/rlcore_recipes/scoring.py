@@ -16,7 +16,7 @@ from rlcore.controller import Dispatch, dispatch
 from rlcore.engines import ModelSettings, Reward, RewardResult, RewardSample
 from rlcore.engines.reward import result_problem
 from rlcore_recipes.data.tokenizer import load_tokenizer
-from rlcore_recipes.rollouts import completion_texts
+from rlcore_recipes.rollouts import completion_texts, completion_tokens
 from rlcore_recipes.settings import RewardRole
 
 logger = logging.getLogger(__name__)
@@ -28,16 +28,20 @@ class Scorer:
 
     Attributes:
         error_score: of samples for which the reward returns what cannot be used, such as a score that is not finite.
+        ends: None where the reward reads no special tokens; else the only ones that it does not read (see
+            `completion_texts`).
     """
 
     reward: Reward
     tokenizer: Any
     error_score: float = 0.0
+    ends: frozenset[int] | None = None
 
     def score(self, batch: Batch) -> Batch:
         """``score`` (dense fp32), ``reward_result`` (objects) and ``completion`` (objects: the text)."""
-        texts = completion_texts(batch, self.tokenizer)
-        results = checked(self.reward.score_batch(reward_samples(batch, texts)), self.error_score)
+        completions = completion_tokens(batch)
+        texts = completion_texts(completions, self.tokenizer, self.ends)
+        results = checked(self.reward.score_batch(reward_samples(batch, texts, completions)), self.error_score)
         scores = torch.tensor([result.score for result in results], dtype=torch.float32)
         return Batch({"score": scores, "reward_result": results, "completion": texts})
 
@@ -51,9 +55,10 @@ def reward_of(role: RewardRole) -> Reward:
     return plugins.get(role.plugin_group, role.name).build(role.options, role)  # type: ignore[no-any-return]
 
 
-def build_scorer(role: RewardRole, model: ModelSettings, engines: Mapping[str, Any]) -> Scorer:
-    """The scorer that ``role`` names, for completions of ``model``."""
-    return Scorer(reward_of(role), load_tokenizer(model), role.error_score)
+def build_scorer(role: RewardRole, model: ModelSettings, ends: frozenset[int], engines: Mapping[str, Any]) -> Scorer:
+    """The scorer that ``role`` names, for completions of ``model`` that end with ``ends``."""
+    kept = ends if role.keep_special_tokens else None
+    return Scorer(reward_of(role), load_tokenizer(model), role.error_score, kept)
 
 
 def checked(results: Sequence[RewardResult], error_score: float) -> list[RewardResult]:
@@ -74,7 +79,7 @@ def checked(results: Sequence[RewardResult], error_score: float) -> list[RewardR
     return found
 
 
-def reward_samples(batch: Batch, texts: list[str]) -> list[RewardSample]:
+def reward_samples(batch: Batch, texts: list[str], completions: list[list[int]]) -> list[RewardSample]:
     return [
         RewardSample(
             prompt=messages,
@@ -83,14 +88,16 @@ def reward_samples(batch: Batch, texts: list[str]) -> list[RewardSample]:
             data_source=source,
             extra=extra,
             finish_reason=reason,
+            completion_tokens=tokens,
         )
-        for messages, text, truth, source, extra, reason in zip(
+        for messages, text, truth, source, extra, reason, tokens in zip(
             batch["messages"],
             texts,
             batch["ground_truth"],
             batch["data_source"],
             batch["extra"],
             batch["finish_reason"],
+            completions,
         )
     ]
 

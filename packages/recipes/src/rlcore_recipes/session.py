@@ -19,6 +19,7 @@ from rlcore.controller import Executor
 from rlcore.errors import ConfigError, RlcoreWarning
 from rlcore_recipes.asynchronous import Producer, open_producer
 from rlcore_recipes.collect import release, sampled_and_scored
+from rlcore_recipes.data.end_tokens import missing_ends, model_tokens, save_tokenizer
 from rlcore_recipes.data.loader import PromptLoader
 from rlcore_recipes.data.prompts import PromptDataset, PromptSample, load_prompts
 from rlcore_recipes.data.tokenizer import load_tokenizer
@@ -47,6 +48,7 @@ class Session(Generic[C]):
         val_prompts: None where nothing is validated.
         kl: holds the coefficient of the KL penalty in the reward; None without one.
         dynamic: which groups are worth training on; None: all.
+        stop_tokens: end a completion besides the model's end tokens.
         version: of the policy in the rollout processes: how many steps it has behind it.
         producer: generates while steps train, in asynchronous training only.
         validate: measures the policy on ``val_prompts``.
@@ -63,6 +65,7 @@ class Session(Generic[C]):
     total_steps: int
     timed: Timings
     dynamic: DynamicSamplingSettings | None = None
+    stop_tokens: tuple[int, ...] = ()
     version: int = 0
     producer: Producer | None = None
     validate: Validate | None = None
@@ -97,36 +100,27 @@ def open_session(
         RlcoreError: something in the input is missing, broken or in the way. Nothing has been written then.
     """
     data, trainer = config.data, config.trainer
-    if trainer.test_freq > 0 and validate is None:
-        raise ConfigError(
-            f"trainer.test_freq={trainer.test_freq} asks for validation, and the recipe does not say what it validates "
-            "on: set trainer.test_freq=-1, or let the recipe's run give open_session a validate function "
-            "(validate_completions if its steps train on single completions)"
-        )
+    check_validated(config, validate)
     if launched_as_main():
         config.warn_of_doubts()
     check_sources(config, [*data.train_files, *data.val_files])
     tokenizer = load_tokenizer(config.model)
     if config.reward_model is not None:
         check_reward_model(config.reward_model.model, config.model, tokenizer)
-    dataset = load_prompts(data, data.train_files, tokenizer)
-    # made for its check of sizes and its count of steps even where the loader draws other batches
-    batches = PromptLoader(dataset, data.train_batch_size, seed=config.seed, shuffle=data.shuffle, weights=data.weights)
+    dataset, val_prompts, ends = read_prompts(config, tokenizer)
+    stop_tokens = missing_ends(config.model, tokenizer, ends)
+    loader = partial(PromptLoader, dataset, seed=config.seed, shuffle=data.shuffle, weights=data.weights)
+    batches = loader(data.train_batch_size)  # checks sizes and counts steps even where others are drawn
     total_steps = trainer.total_steps or trainer.total_epochs * batches.steps_per_epoch
     # with dynamic sampling, how many prompts a step takes is known only while it samples
-    prompts = (
-        batches
-        if dynamic is None
-        else PromptLoader(dataset, 1, seed=config.seed, shuffle=data.shuffle, weights=data.weights)
-    )
-    val_prompts = load_prompts(data, data.val_files, tokenizer, data.val_limit) if trainer.test_freq > 0 else None
+    prompts = batches if dynamic is None else loader(1)
     penalty = config.algorithm.kl_in_reward
     with ExitStack() as stack:
         executor = open_executor(config.controller, config.roles, trainer.out_dir, stack)
         session = Session(
             config=config,
             executor=executor,
-            roles=build_roles(config, executor, critic, total_steps, stack),
+            roles=build_roles(config, executor, critic, total_steps, ends | model_tokens(config.model)[1], stack),
             tokenizer=tokenizer,
             prompts=prompts,
             val_prompts=val_prompts,
@@ -135,12 +129,34 @@ def open_session(
             timed=Timings(executor, open_trace(trainer.out_dir, stack) if config.trace else None),
             dynamic=dynamic,
             validate=validate,
+            stop_tokens=stop_tokens,
         )
         follow_replacements(session)
         if config.asynchronous.max_staleness > 0:
             session.producer = open_producer(session)
             stack.callback(session.producer.close)
         yield session
+
+
+def check_validated(config: RLConfig, validate: Validate | None) -> None:
+    """Make sure that the recipe says how it is validated, if the configuration asks for that."""
+    if config.trainer.test_freq > 0 and validate is None:
+        raise ConfigError(
+            f"trainer.test_freq={config.trainer.test_freq} asks for validation, and the recipe does not say what it "
+            "validates on: set trainer.test_freq=-1, or let the recipe's run give open_session a validate function "
+            "(validate_completions if its steps train on single completions)"
+        )
+
+
+def read_prompts(config: RLConfig, tokenizer: Any) -> tuple[PromptDataset, PromptDataset | None, frozenset[int]]:
+    """The prompts to train on; those to validate on, None where nothing is validated; tokens that end answers."""
+    data = config.data
+    size, _ = model_tokens(config.model)
+    train_prompts = load_prompts(data, data.train_files, tokenizer, vocabulary=size)
+    if config.trainer.test_freq <= 0:
+        return train_prompts, None, train_prompts.ends
+    val_prompts = load_prompts(data, data.val_files, tokenizer, data.val_limit, size)
+    return train_prompts, val_prompts, train_prompts.ends | val_prompts.ends
 
 
 def follow_replacements(session: Session[Any]) -> None:
@@ -176,7 +192,7 @@ def train_rl(session: Session[C], recipe: str, step: Callable[[Session[C], int],
             engines=roles.trained(),
             parts=parts,
             resumed=lambda done: sync_policy(session, version=done),
-            save_tokenizer=session.tokenizer.save_pretrained,
+            save_tokenizer=partial(save_tokenizer, session.tokenizer, session.stop_tokens),
             timed=session.timed,
             apply=session.executor.apply,
             max_error_ratio=session.config.reward.max_error_ratio,
@@ -192,7 +208,7 @@ def _validated(session: Session[Any]) -> Validation:
 def validate_completions(session: Session[Any]) -> Validation:
     """Validate on single completions of the held-out prompts, sampled as ``rollout.validation`` says."""
     config = session.config
-    sampling = validation_sampling(config.rollout, config.data.max_response_length)
+    sampling = validation_sampling(config.rollout, config.data.max_response_length, session.stop_tokens)
     n = config.rollout.validation.n
 
     def answer(prompts: Sequence[PromptSample]) -> Batch:
@@ -200,7 +216,12 @@ def validate_completions(session: Session[Any]) -> Validation:
 
     assert session.val_prompts is not None
     outcome = validate_prompts(
-        session.executor, session.val_prompts, answer, config.data.val_batch_size, config.trainer.log_val_generations
+        session.executor,
+        session.val_prompts,
+        answer,
+        config.data.val_batch_size,
+        config.trainer.log_val_generations,
+        partial(session.tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False),
     )
     release(session)
     return outcome

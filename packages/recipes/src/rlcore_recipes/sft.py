@@ -14,6 +14,7 @@ from rlcore.batch import Batch
 from rlcore.cli import run_recipe_module
 from rlcore.config import Config
 from rlcore.engines import ForwardRequest, ModelSettings, OptimSettings, TrainEngine
+from rlcore_recipes.data.end_tokens import missing_ends, model_tokens, save_tokenizer
 from rlcore_recipes.data.loader import BatchLoader
 from rlcore_recipes.data.settings import SFTDataSettings
 from rlcore_recipes.data.sft import SFTDataset, load_sft
@@ -72,7 +73,9 @@ def run(config: SFTConfig) -> None:
     data, trainer = config.data, config.trainer
     check_sources(config, [*data.train_files, *data.val_files])
     tokenizer = load_tokenizer(config.model)
-    dataset = load_sft(data, data.train_files, tokenizer)
+    size, _ = model_tokens(config.model)
+    dataset = load_sft(data, data.train_files, tokenizer, vocabulary=size)
+    stop_tokens = missing_ends(config.model, tokenizer, dataset.ends)
     batches = BatchLoader(
         dataset.batch,
         dataset.file_sizes,
@@ -80,8 +83,9 @@ def run(config: SFTConfig) -> None:
         seed=config.seed,
         shuffle=data.shuffle,
         weights=data.weights,
+        fingerprints=dataset.fingerprints,
     )
-    held_out = load_sft(data, data.val_files, tokenizer, data.val_limit) if trainer.test_freq > 0 else None
+    held_out = load_sft(data, data.val_files, tokenizer, data.val_limit, size) if trainer.test_freq > 0 else None
     total_steps = trainer.total_steps or trainer.total_epochs * batches.steps_per_epoch
     with ExitStack() as stack:
         optim = with_total_steps(config.actor.optim, total_steps)
@@ -101,7 +105,7 @@ def run(config: SFTConfig) -> None:
                 engines={"actor": actor},
                 parts={"samples": batches},
                 resumed=lambda done: None,
-                save_tokenizer=tokenizer.save_pretrained,
+                save_tokenizer=partial(save_tokenizer, tokenizer, stop_tokens),
                 timed=Timings(executor),
                 apply=executor.apply,
             )

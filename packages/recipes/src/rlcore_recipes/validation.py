@@ -35,25 +35,27 @@ def validate_prompts(
     answer: Callable[[Sequence[PromptSample]], Batch],
     batch_size: int | None,
     logged: int,
+    decode: Callable[[Sequence[int]], str],
 ) -> Validation:
     """Metrics over all ``prompts``, and ``logged`` of the completions.
 
     Args:
         answer: generates and scores; the completions of one prompt have one ``group``.
-        batch_size: prompts at a time; None: all at once.
+        batch_size: prompts at a time; None: all of them.
+        decode: from token ids to text, special tokens included; shows prompts as the model sees them.
     """
     size = batch_size or len(prompts)
     parts = [answer(prompts[start : start + size]) for start in range(0, len(prompts), size)]
     columns = ("group", "score", "reward_result", "response_length", "data_source", "finish_reason")
-    texts = ("messages", "completion", "ground_truth")
+    texts = ("tokens", "prompt_length", "completion", "ground_truth")
     if "reward_model_score" in parts[0]:
         columns += ("reward_model_score",)
     batch = type(parts[0]).concat([part.select(*columns, *texts) for part in parts])
     metrics, rows = executor.compute(metrics_and_rows, batch, logged)
-    return Validation(metrics, GENERATION_COLUMNS, rows)
+    return Validation(metrics, GENERATION_COLUMNS, [[decode(prompt), *rest] for prompt, *rest in rows])
 
 
-def metrics_and_rows(batch: Batch, logged: int) -> tuple[dict[str, float], list[list[str | float]]]:
+def metrics_and_rows(batch: Batch, logged: int) -> tuple[dict[str, float], list[list[Any]]]:
     return validation_metrics(batch), logged_rows(batch, logged)
 
 
@@ -109,14 +111,15 @@ def majority_score(results: Sequence[RewardResult]) -> float:
     return next(result.score for result in results if result.answer == winner)
 
 
-def logged_rows(batch: Batch, count: int) -> list[list[str | float]]:
-    """``count`` completions, the same prompts every time."""
+def logged_rows(batch: Batch, count: int) -> list[list[Any]]:
+    """``count`` rows of the table, for the same prompts every time; the prompt still as token ids."""
     chosen = list(range(len(batch)))
     random.Random(LOGGED_ORDER_SEED).shuffle(chosen)
     chosen = sorted(chosen[:count])
+    tokens = batch["tokens"].to_list()
     return [
         [
-            "\n".join(f"{message['role']}: {message['content']}" for message in batch["messages"][i]),
+            tokens[i][: batch["prompt_length"][i]].tolist(),
             batch["completion"][i],
             str(batch["ground_truth"][i]),
             float(batch["score"][i]),

@@ -27,8 +27,9 @@ class GroupJob:
     baseline: SamplingJob | None = None
 
 
-def group_job(config: RLConfig, prompt: PromptSample) -> GroupJob:
-    sampling = training_sampling(config.rollout, config.data.max_response_length)
+def group_job(config: RLConfig, prompt: PromptSample, stop_tokens: tuple[int, ...] = ()) -> GroupJob:
+    """What is asked of a rollout engine for ``prompt``; ``stop_tokens`` as in `training_sampling`."""
+    sampling = training_sampling(config.rollout, config.data.max_response_length, stop_tokens)
     job = SamplingJob(prompt, sampling, config.rollout.n, config.seed)
     if "baseline_score" not in config.needed_columns:
         return GroupJob(job)

@@ -47,7 +47,7 @@ def open_producer(session: Session[Any]) -> Producer:
         session.roles.reward,
         PromptQueue(session.prompts),
         Schedule(batch, settings.max_staleness, session.total_steps),
-        job=partial(group_job, config),
+        job=partial(group_job, config, stop_tokens=session.stop_tokens),
         version=lambda: session.version,
         catch_up=lambda: sync_policy(session, session.version),
         sampling_filter=None if dynamic is None else Filter(dynamic.filter, (dynamic.max_generations - 1) * batch),

@@ -12,7 +12,7 @@ from rlcore.boundary import boundary
 from rlcore.engines.settings import ModelSettings
 from rlcore.errors import DataError, RlcoreWarning
 from rlcore_recipes.data.chat import Renderer
-from rlcore_recipes.processes import is_main
+from rlcore_recipes.processes import launched_as_main
 
 _ANSWER = "answer"
 
@@ -55,7 +55,7 @@ def missing_ends(model: ModelSettings, tokenizer: Any, written: frozenset[int]) 
     """Those of the tokens ``written`` after answers that are no end tokens of ``model``; warns if there are any."""
     size, ends = model_tokens(model)
     missing = tuple(sorted(token for token in written - ends if token < size))
-    if missing and is_main():
+    if missing and launched_as_main():
         warn(
             f"answers end with {_named(tokenizer, missing)}, which is not among the model's end tokens "
             f"({_named(tokenizer, sorted(ends)) or 'it has none'}): completions end there too, and an exported model "

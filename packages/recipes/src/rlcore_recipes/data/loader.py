@@ -31,6 +31,7 @@ class LoaderState(JsonFile):
     shuffle: bool = Field(description="Whether the order is random.")
     file_sizes: list[Count] = Field(description="Samples of each file.")
     quotas: list[Count] = Field(description="Samples of each file in an epoch.")
+    fingerprints: list[str] = Field([], description="Of what each file holds.")
 
 
 class Loader(ABC, Generic[T]):

@@ -180,6 +180,11 @@ class RewardRole(RewardSettings, PluginSections):
     short_forms: ClassVar = {"path": ShortForm("function.path", {"name": "function"})}
 
     name: str = Field(description="Reward (`rlcore plugins` lists the installed ones).")
+    keep_special_tokens: bool = Field(
+        False,
+        description="Leave special tokens, which <think> and <tool_call> are in many tokenizers, in the text that the "
+        "reward reads; all but the end token.",
+    )
     max_error_ratio: float = Field(
         0.9,
         ge=0,

@@ -94,6 +94,8 @@ def test_model_folder_without_tokenizer(task: Any, tmp_path: Path) -> None:
 
 def test_model_folder_that_is_not_there(task: Any, tmp_path: Path) -> None:
     fails(task, tmp_path / "out", {"model.path": tmp_path / "nowhere"}, "model.path", "nowhere")
+    wrong = task.model.with_name("modell")
+    fails(task, tmp_path / "out", {"model.path": wrong}, f"no such folder; did you mean {task.model}?")
 
 
 @pytest.fixture

@@ -186,7 +186,7 @@ def test_finds_functions_by_import_path(tmp_path: Path, monkeypatch: pytest.Monk
         ("", "missing.py:f", "there is no file"),
         ("", "no_such_package.module:f", "there is no module 'no_such_package'"),
         ("", "json.nothing:f", "there is no module 'json.nothing'"),
-        ("def g(sample): ...", "{file}:f", "has no 'f'"),
+        ("def g(sample): ...", "{file}:f", "has no 'f'; it has g"),
         ("f = 3", "{file}:f", "'f' in .* is a int, not a function"),
         ("def f(): ...", "{file}:f", r"one RewardSample, but f\(\) cannot be called so"),
         ("def f(completion, truth): ...", "{file}:f", "missing a required argument: 'truth'"),

@@ -13,6 +13,7 @@ from rlcore.config import Config
 from rlcore.engines import ModelSettings
 from rlcore.engines.settings import names_a_folder
 from rlcore.errors import DataError, RlcoreWarning
+from rlcore.suggestions import similar_paths
 from rlcore_recipes.data.files import HUB
 from rlcore_recipes.processes import is_main
 
@@ -34,7 +35,7 @@ def check_sources(config: Config, files: Iterable[str]) -> None:
         if Path(source).expanduser().is_dir():
             continue
         if names_a_folder(source):
-            raise DataError(f"{key}={source}: there is no such folder")
+            raise DataError(f"{key}={source}: there is no such folder{similar_paths(Path(source).expanduser())}")
         remote.append(source)
     if remote:
         _go_offline_without_network(remote)

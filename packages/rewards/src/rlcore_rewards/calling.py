@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from rlcore.engines.reward import RewardSample
+from rlcore.suggestions import functions_of
 from rlcore_rewards.reply import WorkerFailure
 
 KEYWORDS: dict[str, Callable[[RewardSample], Any]] = {
@@ -42,7 +43,7 @@ def load(options: Mapping[str, Any]) -> Callable[[RewardSample], Any]:
     try:
         function = reduce(getattr, name.split("."), module)
     except AttributeError:
-        raise WorkerFailure("startup", f"{home} has no {name!r}") from None
+        raise WorkerFailure("startup", f"{home} has no {name!r}{functions_of(module)}") from None
     if not callable(function):
         raise WorkerFailure("startup", f"{name!r} in {home} is a {type(function).__name__}, not a function")
     call = _adapt(function, kwargs)

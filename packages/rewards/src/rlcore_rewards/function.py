@@ -11,6 +11,7 @@ from pydantic import Field, JsonValue, field_validator
 from rlcore.config import Config, FileName
 from rlcore.engines.settings import RewardSettings
 from rlcore.errors import ConfigError
+from rlcore.suggestions import similar_paths
 from rlcore_rewards.pool import PooledReward
 from rlcore_rewards.reply import WorkerFailure
 
@@ -41,7 +42,7 @@ def function_reward(options: FunctionOptions, settings: RewardSettings) -> Poole
     if home.endswith(".py"):
         file = Path(home).expanduser().resolve()
         if not file.is_file():
-            raise ConfigError(f"reward function {options.path!r}: there is no file {file}")
+            raise ConfigError(f"reward function {options.path!r}: there is no file {file}{similar_paths(file)}")
         home = str(file)
     spec: dict[str, Any] = {"home": home, "name": name, "kwargs": options.kwargs}
     try:

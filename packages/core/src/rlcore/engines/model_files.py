@@ -19,6 +19,7 @@ from warnings import warn
 from rlcore.boundary import boundary
 from rlcore.engines.settings import Head, ModelSettings, names_a_folder
 from rlcore.errors import EngineError, RlcoreWarning
+from rlcore.suggestions import similar_paths
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -59,7 +60,7 @@ def model_folder(settings: ModelSettings) -> Path | None:
     path = Path(settings.path).expanduser()
     if not path.is_dir():
         if names_a_folder(settings.path):
-            raise EngineError(f"model folder {path} does not exist")
+            raise EngineError(f"model folder {path} does not exist{similar_paths(path)}")
         return None
     complete = (path / SINGLE).is_file() or (path / INDEX).is_file()
     if (path / ADAPTER).is_file():

@@ -13,6 +13,7 @@ import click
 
 from rlcore.config import Config
 from rlcore.errors import DataError, PluginError
+from rlcore.suggestions import functions_of, similar_paths
 from rlcore_recipes.data.prepare.rows import Splits
 
 GROUP = "rlcore.data_sets"
@@ -91,7 +92,7 @@ def _load(point: EntryPoint) -> Preparation:
 
 def _from_file(path: Path, function: str) -> Preparation:
     if not path.is_file():
-        raise DataError(f"{path} does not exist")
+        raise DataError(f"{path} does not exist{similar_paths(path)}")
     spec = spec_from_file_location(f"rlcore_data_set_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
@@ -102,7 +103,7 @@ def _from_file(path: Path, function: str) -> Preparation:
     except Exception as error:
         raise DataError(f"{path} cannot be imported: {error!r}") from error
     if not callable(getattr(module, function, None)):
-        raise DataError(f"{path} has no function {function!r}")
+        raise DataError(f"{path} has no function {function!r}{functions_of(module)}")
     return getattr(module, function)  # type: ignore[no-any-return]
 
 

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import date, time, timedelta
 from decimal import Decimal
-from difflib import get_close_matches
 from hashlib import blake2b
 from itertools import count
 from pathlib import Path
@@ -18,6 +17,7 @@ from warnings import warn
 
 from rlcore.boundary import boundary
 from rlcore.errors import DataError, RlcoreWarning
+from rlcore.suggestions import similar_paths
 from rlcore_recipes.data.columns import Columns, Row, names_in
 from rlcore_recipes.data.parquet import read_parquet
 
@@ -100,10 +100,8 @@ def _existing(file: str) -> Path:
         if path.is_dir():
             what = "is a folder; name the files in it"
         else:
-            what = "is no regular file" if path.exists() else "does not exist"
-        nearby = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
-        close = get_close_matches(path.name, nearby, n=3) if not path.exists() else []
-        raise DataError(f"data file {path} {what}" + (f"; did you mean {' or '.join(close)}?" if close else ""))
+            what = "is no regular file" if path.exists() else f"does not exist{similar_paths(path)}"
+        raise DataError(f"data file {path} {what}")
 
 
 def _read_jsonl(path: Path, limit: int | None) -> list[Row]:

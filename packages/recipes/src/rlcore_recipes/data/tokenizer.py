@@ -8,6 +8,7 @@ from typing import Any
 from rlcore.boundary import boundary
 from rlcore.engines.settings import ModelSettings, names_a_folder
 from rlcore.errors import DataError
+from rlcore.suggestions import similar_paths
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
@@ -26,7 +27,7 @@ def load_tokenizer(model: ModelSettings) -> Any:
         if local:
             _check_files(folder, name)
         elif names_a_folder(source):
-            raise DataError(f"{name}: there is no such folder")
+            raise DataError(f"{name}: there is no such folder{similar_paths(folder)}")
     where = f"the tokenizer in {name}" if local else f"{name} is no folder here and"
     with boundary(f"{where} cannot be loaded{'' if local else ' from the Hub'}"):
         from transformers import AutoTokenizer

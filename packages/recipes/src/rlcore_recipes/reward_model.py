@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rlcore.batch import Batch
-from rlcore.engines import ForwardRequest, ModelSettings
-from rlcore.errors import DataError
-from rlcore_recipes.data.tokenizer import TOKENIZER_FILES, load_tokenizer
+from rlcore.engines import ForwardRequest
 
 if TYPE_CHECKING:
     from rlcore_recipes.session import Session
@@ -81,50 +78,3 @@ def last_values(batch: Batch) -> torch.Tensor:
     """``values`` at the last token of each sequence: ``[B]`` fp32."""
     values: torch.Tensor = batch.flat("values")
     return values[batch.lengths.cumsum(0) - 1]
-
-
-def check_reward_model(model: ModelSettings, policy: ModelSettings, tokenizer: Any) -> None:
-    """See, before anything is built, whether ``model`` can score the tokens of ``policy`` (those of ``tokenizer``).
-
-    Raises:
-        DataError: it cannot be read, has no score head, or other tokens.
-    """
-    from transformers import AutoConfig
-
-    where = f"reward_model.model.path={model.path}"
-    folder = Path(model.path).expanduser()
-
-    def config_of(source: ModelSettings) -> Any:
-        path = Path(source.path).expanduser()
-        return AutoConfig.from_pretrained(
-            str(path) if path.is_dir() else source.path, trust_remote_code=source.trust_remote_code
-        )
-
-    try:
-        config, policy_config = config_of(model), config_of(policy)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{where} cannot be read as a model: {str(error).strip().splitlines()[0]}") from error
-    architectures = config.architectures or []
-    if architectures and all(name.endswith("ForCausalLM") for name in architectures):
-        raise DataError(
-            f"{where} is a language model ({architectures[0]}): a reward model has a scalar score head, as "
-            "...ForSequenceClassification with one label"
-        )
-    size = _vocabulary(policy_config)  # a tokenizer may know more tokens than its model, which never makes those
-    if model.tokenizer_path or not folder.is_dir() or any((folder / name).is_file() for name in TOKENIZER_FILES):
-        theirs = load_tokenizer(model).get_vocab()
-        odd = [
-            token for token, number in tokenizer.get_vocab().items() if number < size and theirs.get(token) != number
-        ]
-        fits = not odd and _vocabulary(config) >= min(size, len(tokenizer))
-    else:  # without a tokenizer, equal sizes are all that can be asked for
-        fits = _vocabulary(config) == size
-    if not fits:
-        raise DataError(
-            f"{where} has another vocabulary ({_vocabulary(config)} tokens) than the policy ({size}); a reward model "
-            "scores the policy's own tokens, so both need the same tokenizer"
-        )
-
-
-def _vocabulary(config: Any) -> int:
-    return int(config.get_text_config().vocab_size)

@@ -54,11 +54,13 @@ def train_engine(
     head: Head = "policy",
     optim: OptimSettings | None = None,
     seed: int = 0,
+    max_length: int | None = None,
 ) -> TrainEngine:
     """The engine of ``role``, not yet in a worker group; ``engines`` are those of its process.
 
     Args:
         beside: the policy, whose engine a `FollowingRole` takes unless it names one.
+        max_length: longest sequence that the run may make, in tokens; None if unknown.
     """
     name, options = role.engine_beside(beside) if beside is not None else (role.engine, role.options)
     spec = TrainEngineSpec(
@@ -68,6 +70,7 @@ def train_engine(
         optim=optim,
         max_tokens=role.max_tokens_per_micro_batch,
         seed=seed,
+        max_length=max_length,
     )
     engine: TrainEngine = plugins.get(role.plugin_group, name).build(spec)
     if role.offload:
@@ -80,7 +83,7 @@ def rollout_engine(config: RLConfig, actor: TrainEngine | None) -> RolloutEngine
     spec = RolloutSpec(
         model=config.model,
         options=config.rollout.options,
-        max_model_len=config.data.max_prompt_length + config.data.max_response_length,
+        max_model_len=config.data.longest_sequence,
         seed=config.seed,
         train_engine=actor,
         adapter_rank=adapter_rank(config.actor.options),
@@ -143,10 +146,9 @@ def build_roles(
     reward = built("reward", Scorer, partial(build_scorer, config.reward, config.model, ends))
     updates = (total_steps - skipped_by_warmup(critic)) * config.updates_per_step
     optim = with_total_steps(config.actor.optim, updates)
-    actor = built(
-        "actor", TrainEngine, partial(train_engine, config.actor, config.model, optim=optim, seed=config.seed)
-    )
-    beside = partial(train_engine, beside=config.actor, seed=config.seed)
+    engine = partial(train_engine, seed=config.seed, max_length=config.data.longest_sequence)
+    actor = built("actor", TrainEngine, partial(engine, config.actor, config.model, optim=optim))
+    beside = partial(engine, beside=config.actor)
     ref = value = scorer = None
     if config.needs_ref:
         model = config.ref.model or config.model

@@ -23,9 +23,9 @@ from rlcore_recipes.data.end_tokens import missing_ends, model_tokens, save_toke
 from rlcore_recipes.data.loader import PromptLoader
 from rlcore_recipes.data.prompts import PromptDataset, PromptSample, load_prompts
 from rlcore_recipes.data.tokenizer import load_tokenizer
+from rlcore_recipes.other_models import check_other_models
 from rlcore_recipes.preflight import check_sources
 from rlcore_recipes.processes import is_main, launched_as_main
-from rlcore_recipes.reward_model import check_reward_model
 from rlcore_recipes.roles import Roles, build_roles, open_executor
 from rlcore_recipes.rollouts import validation_sampling
 from rlcore_recipes.settings import CriticSettings, DynamicSamplingSettings, RLConfig
@@ -105,8 +105,7 @@ def open_session(
         config.warn_of_doubts()
     check_sources(config, [*data.train_files, *data.val_files])
     tokenizer = load_tokenizer(config.model)
-    if config.reward_model is not None:
-        check_reward_model(config.reward_model.model, config.model, tokenizer)
+    check_other_models(config, critic, tokenizer)
     dataset, val_prompts, ends = read_prompts(config, tokenizer)
     stop_tokens = missing_ends(config.model, tokenizer, ends)
     loader = partial(PromptLoader, dataset, seed=config.seed, shuffle=data.shuffle, weights=data.weights)

@@ -90,7 +90,9 @@ def run(config: SFTConfig) -> None:
     with ExitStack() as stack:
         optim = with_total_steps(config.actor.optim, total_steps)
         executor = open_executor(config.controller, config.roles, trainer.out_dir, stack)
-        factory = partial(train_engine, config.actor, config.model, optim=optim, seed=config.seed)
+        factory = partial(
+            train_engine, config.actor, config.model, optim=optim, seed=config.seed, max_length=config.data.max_length
+        )
         actor = executor.build("actor", TrainEngine, factory)  # type: ignore[type-abstract]
         stack.callback(closed, actor)
         train(

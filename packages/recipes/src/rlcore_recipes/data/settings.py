@@ -95,6 +95,11 @@ class DataSettings(DataFiles):
         "filter", description="What to do with prompts longer than max_prompt_length: leave them out, or stop."
     )
 
+    @property
+    def longest_sequence(self) -> int:
+        """Most tokens of a prompt and its completion."""
+        return self.max_prompt_length + self.max_response_length
+
 
 class SFTDataSettings(DataFiles):
     """Conversations, or prompts with responses, for supervised fine-tuning."""

@@ -84,13 +84,12 @@ class RLConfig(AsyncSection):  # type: ignore[misc,valid-type]
                     f"{prompts // size * epochs}",
                 ),
             ]
-        longest = data.max_prompt_length + data.max_response_length
         rows.append(
             (
                 "longest sequence",
                 f"{data.max_prompt_length} + {data.max_response_length} tokens; micro-batches of up to "
                 f"{self.actor.max_tokens_per_micro_batch} tokens",
-                f"{longest} tokens",
+                f"{data.longest_sequence} tokens",
             )
         )
         return [*rows, ("steps", *self.trainer.length)]

@@ -21,8 +21,10 @@ def vocabulary(model: ModelSettings) -> tuple[int, frozenset[int]]:
     """
     from transformers import AutoConfig
 
+    folder = Path(model.path).expanduser()
+    source = str(folder) if folder.is_dir() else model.path
     with boundary(f"cannot read the configuration of the model {model.path}", EngineError):
-        config: Any = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+        config: Any = AutoConfig.from_pretrained(source, trust_remote_code=model.trust_remote_code)
         size = int(config.get_text_config().vocab_size)
     return size, frozenset(model_files.end_tokens(model, size).ids)
 

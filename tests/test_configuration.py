@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 import pytest
+import yaml
+from jsonschema import Draft202012Validator
 from pydantic import TypeAdapter, ValidationError
 
 from rlcore import plugins
-from rlcore.config import Config, Unlimited
+from rlcore.config import Config, Unlimited, dump_config, load_config
 from rlcore.config.keys import sections
+from rlcore.config.schema import file_schema
 from rlcore.config.values import is_path, is_text, plain_types
+from rlcore.config.yaml_format import parse
 
+ROOT = Path(__file__).parent.parent
 RECIPES = plugins.names("rlcore.recipes")
 PLACES = ("path", "dir", "file", "files", "folder")
 NO_PATHS = {"data_source_key"}
 
 
+@cache
 def models() -> list[type[Config]]:
     found: dict[type[Config], None] = {}
     for recipe in RECIPES:
@@ -104,11 +114,83 @@ def test_lists_take_a_single_value() -> None:
 
 
 def test_a_function_by_its_path_replaces_the_reward_of_every_shipped_configuration() -> None:
-    from rlcore.config import load_config
-
     for recipe in RECIPES:
         plugin = plugins.get("rlcore.recipes", recipe)
         model = plugin.config_class()
         for file in plugin.ready_made().values() if "reward" in model.model_fields else ():
             config: Any = load_config(model, file, ["reward.path=my_reward.py:compute_score", "trainer.test_freq=-1"])
             assert (config.reward.name, config.reward.options.path) == ("function", "my_reward.py:compute_score")
+
+
+@cache
+def schema_of(recipe: str) -> Draft202012Validator:
+    schema = json.loads(json.dumps(file_schema(plugins.get("rlcore.recipes", recipe).config_class())))
+    Draft202012Validator.check_schema(schema)
+    return Draft202012Validator(schema)
+
+
+def complaints(recipe: str, values: Any) -> list[str]:
+    return [
+        f"{'.'.join(map(str, error.path))}: {error.message:.200}" for error in schema_of(recipe).iter_errors(values)
+    ]
+
+
+SHIPPED = [
+    *((recipe, path) for recipe in RECIPES for path in plugins.get("rlcore.recipes", recipe).ready_made().values()),
+    *(("grpo", ROOT / "examples" / name) for name in ("tiny.yaml", "cluster/grpo_two_pools.yaml")),
+]
+
+
+@pytest.mark.parametrize(("recipe", "path"), SHIPPED, ids=lambda value: getattr(value, "stem", value))
+def test_the_schema_accepts_every_shipped_file_and_what_it_resolves_to(recipe: str, path: Path) -> None:
+    assert complaints(recipe, parse(path.read_text(), str(path))[0]) == []
+    if path.parent.name == recipe:  # the examples leave keys to the command line
+        config = load_config(plugins.get("rlcore.recipes", recipe).config_class(), path)
+        assert complaints(recipe, yaml.safe_load(dump_config(config))) == []
+
+
+def test_the_schema_accepts_every_sample_of_the_documentation() -> None:
+    seen = 0
+    for page in [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("packages/*/README.md")]:
+        for block in re.findall(r"^```yaml\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+            values = parse(block, page.name)[0]
+            known = {recipe: set(schema_of(recipe).schema["properties"]) for recipe in RECIPES}
+            recipe = next((name for name in ("grpo", "ppo", "sft") if set(values) <= known[name]), None)
+            if recipe is None or "…" in block:
+                continue
+            if "dynamic_sampling" in block:
+                recipe = "dapo"
+            assert complaints(recipe, values) == [], f"{page.name}:\n{block}"
+            seen += 1
+    assert seen > 5
+
+
+@pytest.mark.parametrize("value", ["x", "null", "8", 1, 0.5, True, None, ["x"], [0.5], {}], ids=repr)
+def test_the_schema_accepts_what_the_loader_accepts(value: Any) -> None:
+    for section in sections(plugins.get("rlcore.recipes", "dapo").config_class()):
+        parts = section.path.split(".") if section.path else []
+        if section.model is None or re.search(r"[<\[]", section.path):
+            continue
+        for name in section.model.model_fields:
+            if refusal(section.model, name, value) is None:
+                document: Any = {name: value}
+                for part in reversed(parts):
+                    document = {part: document}
+                assert complaints("dapo", document) == [], f"{section.path}.{name}={value!r}"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"temperature": 1},
+        {"actor": {"optim": {"lr": "fast"}}},
+        {"actor": {"optim": {"lrr": 1}}},
+        {"actor": {"fsdp": {"lora": {"rank": 0}}}},
+        {"algorithm": {"advantage": "gspo"}},
+        {"algorithm": {"advantage": {"name": "rloo", "normalize_std": True}}},
+        {"data": {"train_files": [1]}},
+        {"defaults": 3},
+    ],
+)
+def test_the_schema_still_refuses(values: Any) -> None:
+    assert complaints("grpo", values)

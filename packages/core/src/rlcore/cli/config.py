@@ -9,6 +9,7 @@ import click
 from rlcore import plugins
 from rlcore.cli import recipes
 from rlcore.config import dump_config
+from rlcore.config.schema import file_schema
 
 
 @click.group()
@@ -35,4 +36,4 @@ def validate(recipe: str, file: str | None, overrides: tuple[str, ...]) -> None:
 @config.command(params=[recipes.recipe_parameter()])
 def schema(recipe: str) -> None:
     """Print the JSON Schema, by which editors check and complete YAML files."""
-    click.echo(json.dumps(plugins.get(recipes.GROUP, recipe).config_class().model_json_schema(), indent=2))
+    click.echo(json.dumps(file_schema(plugins.get(recipes.GROUP, recipe).config_class()), indent=2))

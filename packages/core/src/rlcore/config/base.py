@@ -21,7 +21,7 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
 
-from rlcore.config.values import has_bytes, is_list, out_of_range, plain_types, unusable
+from rlcore.config.values import has_bytes, is_list, out_of_range, reinterpreted, unusable
 from rlcore.errors import RlcoreWarning
 from rlcore.packages import Package
 
@@ -109,17 +109,28 @@ class Config(BaseModel):
             place[last] = value
         return values
 
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        reference = handler(schema)
+        properties = handler.resolve_ref_schema(reference).get("properties", {})
+        for name, form in cls.short_forms.items():
+            sets = "".join(f"{key}={text} " for key, text in form.sets.items())
+            properties[name] = {"type": "string", "description": f"Short for {sets}{form.key}=…"}
+        return reference
+
     @field_validator("*", mode="before")
     @classmethod
     def _accept(cls, value: Any, info: ValidationInfo) -> Any:
         annotation = cls.model_fields[str(info.field_name)].annotation
         if has_bytes(value):
             raise PydanticCustomError("unusable", "must not be bytes")
-        if isinstance(value, bool) and not {bool, Any, object} & set(plain_types(annotation)):
-            kinds = plain_types(annotation)
-            if int in kinds or float in kinds:  # pydantic takes true for 1
-                raise PydanticCustomError("unusable", _literal(f"must be a number, not {str(value).lower()}"))
-        return [value] if isinstance(value, (str, int, float)) and is_list(annotation) else value
+        if isinstance(value, (str, int, float)) and is_list(annotation):
+            value = [value]
+        if problem := reinterpreted(value, annotation):
+            raise PydanticCustomError("choice", _literal(problem))
+        return value
 
     @field_validator("*")
     @classmethod

@@ -111,7 +111,7 @@ class PluginSections(Config):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        reference = handler(core_schema)
+        reference = super().__get_pydantic_json_schema__(core_schema, handler)
         schema = handler.resolve_ref_schema(reference)
         for name in plugins.names(cls.plugin_group):
             try:
@@ -119,10 +119,11 @@ class PluginSections(Config):
             except PluginError:
                 continue  # `rlcore plugins` says why; the other sections stay useful to an editor
             if model in (within := _within.get()):
-                schema["properties"][name] = {"type": "object", "description": f"See {model.__name__} above."}
+                see = f"See {model.__name__} above."
+                schema["properties"][name] = {"type": ["object", "null"], "description": see}
                 continue
             token = _within.set(within | {model})
-            schema["properties"][name] = json_schema(model, handler)
+            schema["properties"][name] = {"anyOf": [json_schema(model, handler), {"type": "null"}]}
             _within.reset(token)
         schema["additionalProperties"] = False
         return reference

@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import repeat
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Le, Lt
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -22,6 +23,7 @@ LARGEST_INTEGER = 2**31 - 1
 DEEPEST = 64
 """Levels of lists and mappings in one value."""
 
+_NUMBER = re.compile(r"\s*[-+]?[0-9._]+([eE][-+]?[0-9]+)?\s*")
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
 
 
@@ -128,6 +130,37 @@ def has_bytes(value: Any) -> bool:
     """Whether ``value``, or an element of it, is bytes, which pydantic would take for text."""
     elements = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
     return any(isinstance(item, (bytes, bytearray)) for item in (value, *elements))
+
+
+def reinterpreted(value: Any, annotation: Any) -> str | None:
+    """What is wrong with a value that pydantic would take for one of another type; None if nothing is.
+
+    It takes true for 1, "8" for 8, and 1 or "yes" for true.
+    """
+    kinds = set(plain_types(annotation)) - {NoneType}
+    if isinstance(value, bool):
+        literals = [
+            item for kind in _alternatives(annotation) if get_origin(kind) is Literal for item in get_args(kind)
+        ]
+        is_one = any(item is value for item in literals)
+        return "must be a number" if kinds and kinds <= {int, float, Literal} and not is_one else None
+    if kinds == {bool} and isinstance(value, (int, float, str)):
+        return "must be true or false"
+    if kinds and kinds <= {int, float} and isinstance(value, str) and _NUMBER.fullmatch(value):
+        return "must be a number without quotes"
+    if isinstance(value, (list, tuple)):
+        return next(
+            (problem for item, kind in _elements(value, annotation) if (problem := reinterpreted(item, kind))), None
+        )
+    return None
+
+
+def _elements(value: Sequence[Any], annotation: Any) -> Iterator[tuple[Any, Any]]:
+    """The elements of a list, each with its type."""
+    for kind in _alternatives(annotation):
+        arguments = [argument for argument in get_args(kind) if argument is not Ellipsis]
+        if get_origin(kind) in (list, tuple) and arguments:
+            yield from zip(value, arguments if len(arguments) > 1 else repeat(arguments[0]))
 
 
 def unusable(value: Any, depth: int = 0) -> str | None:

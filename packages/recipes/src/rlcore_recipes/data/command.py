@@ -59,10 +59,11 @@ def _command(name: str, prepare: Preparation) -> click.Command:
         raise DataError(f"{name}: the function's argument must be annotated with its options, an rlcore.config.Config")
 
     def run(out: Path, overwrite: bool, **given: Any) -> None:
-        from rlcore.config.load import validate_config
+        from rlcore.config import load_config
         from rlcore_recipes.data.prepare.writing import write_splits
 
-        chosen = validate_config(options, {field: value for field, value in given.items() if value is not None})
+        words = [f"{field}={value}" for field, value in given.items() if value is not None]
+        chosen = load_config(options, overrides=words)
         for path, rows in write_splits(prepare(chosen), out, overwrite).items():
             click.echo(f"{path}: {rows:,} rows")
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +271,9 @@ def good_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+WRONG_TYPE = '{"model_type": "qwen2", "rms_norm_eps": "x"}'
+
+
 def _without_vocabulary(content: str) -> str:
     values = json.loads(content)
     values["model"]["vocab"], values["added_tokens"] = {}, []
@@ -277,26 +281,33 @@ def _without_vocabulary(content: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("name", "change"),
+    ("name", "change", "problem"),
     [
-        ("tokenizer.json", lambda content: content[: len(content) // 2]),
-        ("tokenizer.json", lambda content: content.replace('"BPE"', '"NewKind"')),
-        ("tokenizer.json", lambda content: "[" * 100_000),
-        ("tokenizer.json", lambda content: "5"),
-        ("tokenizer.json", _without_vocabulary),
-        ("tokenizer_config.json", lambda content: "[]"),
-        ("tokenizer_config.json", lambda content: '{"tokenizer_class": 7}'),
-        ("config.json", lambda content: '{"model_type": "qwen2", "rms_norm_eps": "x"}'),
-        ("config.json", lambda content: "\ud800"),
+        ("tokenizer.json", lambda content: content[: len(content) // 2], "tokenizer.json is not JSON in UTF-8"),
+        (
+            "tokenizer.json",
+            lambda content: content.replace('"BPE"', '"NewKind"'),
+            "the tokenizer in .* cannot be loaded",
+        ),
+        ("tokenizer.json", lambda content: "[" * 100_000, "tokenizer.json is not JSON in UTF-8: RecursionError"),
+        ("tokenizer.json", lambda content: "5", "the tokenizer in .* cannot be loaded"),
+        ("tokenizer.json", _without_vocabulary, "has an empty vocabulary"),
+        ("tokenizer_config.json", lambda content: "[]", "the tokenizer in .* cannot be loaded"),
+        ("tokenizer_config.json", lambda content: '{"tokenizer_class": 7}', "the tokenizer in .* cannot be loaded"),
+        ("config.json", lambda content: WRONG_TYPE, "config.json cannot be used: .*'rms_norm_eps'"),
+        ("config.json", lambda content: "\ud800", "config.json is not JSON in UTF-8: UnicodeDecodeError"),
     ],
 )
-def test_damaged_tokenizer_folders(good_folder: Path, tmp_path: Path, name: str, change: Any) -> None:
+def test_damaged_tokenizer_folders(
+    good_folder: Path, tmp_path: Path, name: str, change: Callable[[str], str], problem: str
+) -> None:
     for file in good_folder.iterdir():
         content = file.read_text()
         content = change(content) if file.name == name else content
         (tmp_path / file.name).write_text(content, errors="surrogatepass")
-    with pytest.raises(DataError, match=re.escape(f"model.path={tmp_path}")) as caught:
+    with pytest.raises(DataError, match=problem) as caught:
         load_tokenizer(ModelSettings(path=str(tmp_path)))
+    assert f"model.path={tmp_path}" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

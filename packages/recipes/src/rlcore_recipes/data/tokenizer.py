@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,30 @@ def load_tokenizer(model: ModelSettings) -> Any:
     with boundary(f"{where} cannot be loaded{'' if local else ' from the Hub'}"):
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(folder) if local else source, trust_remote_code=model.trust_remote_code
-        )
-        size = tokenizer.vocab_size
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(folder) if local else source, trust_remote_code=model.trust_remote_code
+            )
+            size = tokenizer.vocab_size
+        except Exception:
+            if local:
+                _blame(folder, name, model.trust_remote_code)
+            raise
     if not size:
         raise DataError(f"{where} has an empty vocabulary; restore its files from where the model comes from")
     return tokenizer
+
+
+def _blame(folder: Path, name: str, trust_remote_code: bool) -> None:
+    """Raise `DataError` for the file of ``folder`` that is damaged, if one by itself is: libraries do not name it."""
+    from transformers import AutoConfig
+
+    for file in sorted(folder.glob("*.json")):
+        with boundary(f"{name}: {file.name} is not JSON in UTF-8"):
+            json.loads(file.read_text(encoding="utf-8"))
+    if (folder / "config.json").exists():  # it names the tokenizer's class
+        with boundary(f"{name}: config.json cannot be used"):
+            AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
 
 
 def _check_files(folder: Path, name: str) -> None:

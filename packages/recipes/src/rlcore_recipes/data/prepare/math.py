@@ -80,7 +80,7 @@ def last_boxed(solution: str) -> str | None:
 
 def _read(source: str, split: str) -> list[Row]:
     """Rows of ``split``, which may be a folder of one .json file per problem."""
-    files = sorted(Path(source).expanduser().glob(f"{split}/**/*.json"))
+    files = sorted(file for file in Path(source).expanduser().glob(f"{split}/**/*.json") if file.is_file())
     if not files:
         return read_split(source, split, hub_config="default")
     rows = []

@@ -23,6 +23,7 @@ from rlcore.checkpoint.background_save import BackgroundSave
 from rlcore.checkpoint.rank_files import RankPart
 from rlcore.engines import ForwardRequest, Objective, TrainEngine, TrainEngineSpec, WeightBucket, model_files
 from rlcore.engines.device import choose_device
+from rlcore.engines.memory import StepMemory
 from rlcore.engines.model_length import check_rope, check_sequences
 from rlcore.engines.model_writing import write_model_folder
 from rlcore.engines.schedule import learning_rate
@@ -43,6 +44,7 @@ from rlcore_fsdp.distributed import (
 from rlcore_fsdp.file_names import in_files
 from rlcore_fsdp.host_copy import HostCopy
 from rlcore_fsdp.loading import empty_model, load_model, read_config
+from rlcore_fsdp.memory import step_memory
 from rlcore_fsdp.optimizer import make_optimizer
 from rlcore_fsdp.packed_model import PackedModel, check_request, full_columns
 from rlcore_fsdp.saved_state import MOMENTS
@@ -179,6 +181,13 @@ class FSDPTrainEngine(TrainEngine):
     @property
     def _sharded(self) -> bool:
         return isinstance(self.root, FSDPModule)
+
+    def step_memory(self) -> StepMemory:
+        args = self.spec.head, self.settings, self._device, self.param_dtype, self._optimizer, self._sharded
+        return step_memory(self.model, *args)
+
+    def set_token_budget(self, tokens: int) -> None:
+        self.spec = replace(self.spec, max_tokens=tokens)
 
     # --- computing -----------------------------------------------------------------------------------------------
 

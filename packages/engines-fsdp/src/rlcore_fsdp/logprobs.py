@@ -47,8 +47,13 @@ def logprobs_and_entropy(
         chunk: tokens per chunk; None bounds the chunk's memory.
         with_entropy: False saves two passes over the logits and returns None for the entropy.
     """
-    size = chunk or max(1, _CHUNK_ELEMENTS.get(hidden.device.type, 1 << 25) // len(weight))
+    size = chunk_size(chunk, hidden.device, len(weight))
     return _Head.apply(hidden, weight, bias, targets, temperature, rule, size, with_entropy)  # type: ignore[no-any-return]
+
+
+def chunk_size(configured: int | None, device: torch.device, vocabulary: int) -> int:
+    """Tokens whose logits exist at a time."""
+    return configured or max(1, _CHUNK_ELEMENTS.get(device.type, 1 << 25) // vocabulary)
 
 
 def _logits(

@@ -21,9 +21,11 @@ from rlcore.engines import (
 from rlcore.engines.settings import Head, adapter_rank
 from rlcore.errors import ConfigError, WorkerError
 from rlcore_recipes import processes
+from rlcore_recipes.micro_batches import Model
 from rlcore_recipes.run_folder import LOGS
 from rlcore_recipes.scoring import Scorer, build_scorer
 from rlcore_recipes.settings import ControllerSettings, CriticSettings, ModelRole, RLConfig
+from rlcore_recipes.settings.roles import AUTO, DEFAULT_TOKENS
 
 if TYPE_CHECKING:
     from rlcore.controller import Executor
@@ -44,6 +46,18 @@ class Roles:
         """The engines whose state belongs in a checkpoint."""
         return {"actor": self.actor} | ({"critic": self.critic} if self.critic is not None else {})
 
+    def models(self, config: RLConfig, critic: CriticSettings | None) -> dict[str, Model]:
+        """The models in training engines, by the names of their sections."""
+        found = {
+            "actor": (self.actor, config.actor),
+            "critic": (self.critic, critic),
+            "ref": (self.ref, config.ref),
+            "reward_model": (self.reward_model, config.reward_model),
+        }
+        return {
+            name: Model(group, role) for name, (group, role) in found.items() if group is not None and role is not None
+        }
+
 
 def train_engine(
     role: ModelRole,
@@ -63,12 +77,13 @@ def train_engine(
         max_length: longest sequence that the run may make, in tokens; None if unknown.
     """
     name, options = role.engine_beside(beside) if beside is not None else (role.engine, role.options)
+    budget = role.max_tokens_per_micro_batch
     spec = TrainEngineSpec(
         model=model,
         options=options,
         head=head,
         optim=optim,
-        max_tokens=role.max_tokens_per_micro_batch,
+        max_tokens=DEFAULT_TOKENS if budget == AUTO else budget,  # `MicroBatches` sets what fits, once all is built
         seed=seed,
         max_length=max_length,
     )

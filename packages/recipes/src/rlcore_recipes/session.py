@@ -23,6 +23,7 @@ from rlcore_recipes.data.end_tokens import missing_ends, model_tokens, save_toke
 from rlcore_recipes.data.loader import PromptLoader
 from rlcore_recipes.data.prompts import PromptDataset, PromptSample, load_prompts
 from rlcore_recipes.data.tokenizer import load_tokenizer
+from rlcore_recipes.micro_batches import MicroBatches
 from rlcore_recipes.other_models import check_other_models
 from rlcore_recipes.preflight import check_sources
 from rlcore_recipes.processes import is_main, launched_as_main
@@ -50,6 +51,7 @@ class Session(Generic[C]):
         dynamic: which groups are worth training on; None: all.
         stop_tokens: end a completion besides the model's end tokens.
         version: of the policy in the rollout processes: how many steps it has behind it.
+        micro_batches: the models' token budgets.
         producer: generates while steps train, in asynchronous training only.
         validate: measures the policy on ``val_prompts``.
         warned: subjects of `warn_once`.
@@ -58,6 +60,7 @@ class Session(Generic[C]):
     config: C
     executor: Executor
     roles: Roles
+    micro_batches: MicroBatches
     tokenizer: Any
     prompts: PromptLoader
     val_prompts: PromptDataset | None
@@ -116,10 +119,12 @@ def open_session(
     penalty = config.algorithm.kl_in_reward
     with ExitStack() as stack:
         executor = open_executor(config.controller, config.roles, trainer.out_dir, stack)
+        roles = build_roles(config, executor, critic, total_steps, ends | model_tokens(config.model)[1], stack)
         session = Session(
             config=config,
             executor=executor,
-            roles=build_roles(config, executor, critic, total_steps, ends | model_tokens(config.model)[1], stack),
+            roles=roles,
+            micro_batches=micro_batches(config, executor, roles, critic),
             tokenizer=tokenizer,
             prompts=prompts,
             val_prompts=val_prompts,
@@ -158,6 +163,14 @@ def read_prompts(config: RLConfig, tokenizer: Any) -> tuple[PromptDataset, Promp
     return train_prompts, val_prompts, train_prompts.ends | val_prompts.ends
 
 
+def micro_batches(config: RLConfig, executor: Executor, roles: Roles, critic: CriticSettings | None) -> MicroBatches:
+    """Token budgets that fit into memory, once all models are built."""
+    longest = config.data.longest_sequence
+    samples = config.data.train_batch_size * config.rollout.n
+    largest = -(-samples // roles.actor.dp_size) * longest
+    return MicroBatches(executor, roles.models(config, critic), longest, largest)
+
+
 def follow_replacements(session: Session[Any]) -> None:
     """Give rollout processes that were put in the place of dead ones the policy's weights.
 
@@ -176,7 +189,10 @@ def follow_replacements(session: Session[Any]) -> None:
 def train_rl(session: Session[C], recipe: str, step: Callable[[Session[C], int], dict[str, float]]) -> None:
     """Train with ``step`` until the end (see `train`)."""
     roles = session.roles
-    parts: dict[str, Stateful] = {"prompts": session.producer or session.prompts}
+    parts: dict[str, Stateful] = {
+        "prompts": session.producer or session.prompts,
+        "micro_batches": session.micro_batches,
+    }
     if session.kl is not None:
         parts["kl"] = _SavedKL(session.kl)
     train(

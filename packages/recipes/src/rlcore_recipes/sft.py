@@ -19,6 +19,7 @@ from rlcore_recipes.data.loader import BatchLoader
 from rlcore_recipes.data.settings import SFTDataSettings
 from rlcore_recipes.data.sft import SFTDataset, load_sft
 from rlcore_recipes.data.tokenizer import load_tokenizer
+from rlcore_recipes.micro_batches import MicroBatches, Model
 from rlcore_recipes.preflight import check_sources
 from rlcore_recipes.restarts import restarting
 from rlcore_recipes.roles import closed, open_executor, train_engine, with_total_steps
@@ -95,6 +96,8 @@ def run(config: SFTConfig) -> None:
         )
         actor = executor.build("actor", TrainEngine, factory)  # type: ignore[type-abstract]
         stack.callback(closed, actor)
+        largest = -(-data.train_batch_size // actor.dp_size) * data.max_length
+        budgets = MicroBatches(executor, {"actor": Model(actor, config.actor)}, data.max_length, largest)
         train(
             Run(
                 recipe="sft",
@@ -105,7 +108,7 @@ def run(config: SFTConfig) -> None:
                 step=lambda number: step(actor, next(batches), config.actor.objective),
                 validate=None if held_out is None else lambda: validate(actor, held_out, data.val_batch_size),
                 engines={"actor": actor},
-                parts={"samples": batches},
+                parts={"samples": batches, "micro_batches": budgets},
                 resumed=lambda done: None,
                 save_tokenizer=partial(save_tokenizer, tokenizer, stop_tokens),
                 timed=Timings(executor),

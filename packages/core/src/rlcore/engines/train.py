@@ -14,6 +14,7 @@ from typing_extensions import TypedDict  # which pydantic describes, unlike that
 
 from rlcore.batch import Batch
 from rlcore.controller.dispatch import Dispatch, dispatch
+from rlcore.engines.memory import StepMemory
 from rlcore.engines.weight_sync import WeightBucket
 from rlcore.errors import EngineError
 from rlcore.metrics import Metrics
@@ -134,6 +135,17 @@ class TrainEngine(ABC):
             EngineError: the engine was built without an optimizer; or an error (of the objective, say) broke off an
                 earlier step and left gradients that the backend cannot drop.
         """
+
+    def step_memory(self) -> StepMemory | None:
+        """What a step takes in this process's memory, and what is free; None if the engine cannot tell."""
+        return None
+
+    def set_token_budget(self, tokens: int) -> None:
+        """Change the token budget of micro-batches; every process of the engine is given the same.
+
+        Called only if the engine has a `step_memory`.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     @dispatch(Dispatch.STREAM)

@@ -17,6 +17,7 @@ from typing import Any, cast
 from transformers import PreTrainedModel
 
 from rlcore.boundary import boundary
+from rlcore.engines.memory import free_memory
 from rlcore.engines.model_length import check_positions, check_rope
 from rlcore.engines.rollout import Completion, GenerationRequest, RolloutEngine
 from rlcore.engines.settings import ModelSettings, RolloutSpec
@@ -26,7 +27,7 @@ from rlcore_fsdp.inline import direct
 from rlcore_fsdp.inline.config import InlineSettings
 from rlcore_fsdp.inline.direct import DirectDecoder
 from rlcore_fsdp.inline.generic import GenericDecoder
-from rlcore_fsdp.inline.kv_cache import KVCache, LayerShape, free_memory, whole_blocks
+from rlcore_fsdp.inline.kv_cache import KVCache, LayerShape, whole_blocks
 from rlcore_fsdp.inline.randomness import stream_start
 from rlcore_fsdp.inline.scheduler import Decoder, Scheduler
 from rlcore_fsdp.inline.sequence import Sequence as RunningSequence

@@ -7,10 +7,8 @@ of a decoding step is on one dense view. Width and number of rows trade off agai
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -37,16 +35,6 @@ class LayerShape:
     def nbytes(self) -> int:
         """Memory of one position."""
         return self.heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that could be allocated on ``device``, the allocator's own reserve included."""
-    if device.type == "cuda":
-        reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + reserve
-    available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    assert available is not None
-    return int(available[1]) * 1024
 
 
 class KVCache:

@@ -87,8 +87,8 @@ class RLConfig(AsyncSection):  # type: ignore[misc,valid-type]
         rows.append(
             (
                 "longest sequence",
-                f"{data.max_prompt_length} + {data.max_response_length} tokens; micro-batches of up to "
-                f"{self.actor.max_tokens_per_micro_batch} tokens",
+                f"{data.max_prompt_length} + {data.max_response_length} tokens; token budget of micro-batches: "
+                f"{self.actor.max_tokens_per_micro_batch}",
                 f"{data.longest_sequence} tokens",
             )
         )

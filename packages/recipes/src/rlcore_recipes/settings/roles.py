@@ -15,6 +15,10 @@ from rlcore.engines.settings import without_adapters
 
 MOST_COMPLETIONS = 2**16
 
+AUTO: Literal["auto"] = "auto"
+DEFAULT_TOKENS = 16384
+"""Largest token budget of a micro-batch that is chosen automatically; larger ones are not faster."""
+
 
 class ModelRole(PluginSections):
     """A model in a training engine. The engine's own options stand in a section of its name, such as ``fsdp``."""
@@ -22,10 +26,10 @@ class ModelRole(PluginSections):
     plugin_group: ClassVar[str] = "rlcore.train_engines"
 
     engine: str = Field("fsdp", description="Training engine (`rlcore plugins` lists the installed ones).")
-    max_tokens_per_micro_batch: int = Field(
-        16384,
-        gt=0,
-        description="Token budget of a micro-batch; a longer sequence stands alone. Results do not depend on it.",
+    max_tokens_per_micro_batch: Literal["auto"] | Annotated[int, Field(gt=0, lt=2**31)] = Field(
+        AUTO,
+        description="Token budget of a micro-batch; a longer sequence stands alone. 'auto': what fits into the memory "
+        f"that is free, {DEFAULT_TOKENS} at most. Losses and gradients do not depend on it, up to rounding.",
     )
     offload: bool = Field(False, description="Move the model to host memory while it has nothing to do.")
 

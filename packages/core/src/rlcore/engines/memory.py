@@ -1,0 +1,140 @@
+"""Memory of a training step: what it takes with a micro-batch of so many tokens, and what the device has free.
+
+An estimate, from the shape of a decoder alone. A micro-batch of T tokens takes, beyond what is allocated already::
+
+    later + fixed + T · per_token
+
+``later`` are the optimizer's two moments before the first step, ``fixed`` the gradients, gathered parameters and the
+chunk of logits, and ``per_token`` the activations that are kept for the backward pass. With hidden width h, queries q
+and keys k (heads times head width), an MLP of width f and s bytes per number, a layer keeps for each token::
+
+    s · (4h + 4q + 3k + 4f) + 4 · (2h + q + k)
+
+(the second part is what normalisations keep in fp32). One layer more covers what the backward pass has in flight. With
+recomputation of layers only the inputs of each (s · h) and the activations of two layers exist; without a backward pass
+only those of one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SAFE = 0.8
+"""Share of the free memory that may be planned with: allocators leave holes, and the estimate is one."""
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """What a step of one engine takes in one process, in bytes; see the module for the terms.
+
+    Attributes:
+        free: on the engine's device, for this process.
+        parameters: numbers in the model, of all processes together.
+    """
+
+    free: int
+    later: int
+    fixed: int
+    per_token: int
+    parameters: int
+
+    def needed(self, tokens: int) -> int:
+        """Bytes that a step with micro-batches of ``tokens`` takes, beyond ``later``."""
+        return self.fixed + tokens * self.per_token
+
+
+def activation_bytes(
+    config: Any, itemsize: int, *, trained: bool, recompute: bool = False, tensor_parallel: int = 1
+) -> int:
+    """``per_token`` of a model.
+
+    Args:
+        config: of transformers.
+        itemsize: bytes per number in forward and backward.
+        recompute: layers are computed again in the backward pass.
+        tensor_parallel: processes that share a layer's heads and MLP.
+    """
+    text = config.get_text_config()
+    layers, hidden = text.num_hidden_layers, text.hidden_size
+    width = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
+    queries = text.num_attention_heads * width // tensor_parallel
+    keys = (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * width // tensor_parallel
+    inner, copies = _mlp(text)
+    rows = 4 * hidden + 2 * copies * hidden + 4 * queries + 3 * keys + 4 * inner // tensor_parallel
+    layer = itemsize * rows + 4 * (2 * hidden + queries + keys)
+    if not trained:
+        return layer
+    return 2 * layer + layers * itemsize * hidden if recompute else (layers + 1) * layer
+
+
+def _mlp(text: Any) -> tuple[int, int]:
+    """Width of the MLP that a token passes through, and how many copies of its hidden state a router makes."""
+    active = getattr(text, "num_experts_per_tok", None)
+    if not active:
+        return getattr(text, "intermediate_size", None) or 4 * text.hidden_size, 0
+    expert = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
+    shared = getattr(text, "shared_expert_intermediate_size", None) or 0
+    return active * expert + shared, active
+
+
+def logits_bytes(config: Any, chunk: int, *, trained: bool) -> int:
+    """Memory of the vocabulary projection: four fp32 copies of ``chunk`` rows of logits, and the head's gradient."""
+    text = config.get_text_config()
+    return 16 * chunk * text.vocab_size + (8 * text.vocab_size * text.hidden_size if trained else 0)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that could be allocated on ``device``, the allocator's own reserve included.
+
+    On the CPU the least of what the machine and the control groups of this process have left.
+    """
+    if device.type == "cuda":
+        reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reserve
+    available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    assert available is not None
+    return min([int(available[1]) * 1024, *_left_in_groups(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))])
+
+
+def share_of_process(device: torch.device) -> int:
+    """`free_memory` of this process where the processes of one machine share its memory alike (``torchrun``)."""
+    together = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else 1
+    return free_memory(device) // max(together, 1)
+
+
+def _left_in_groups(root: Path, membership: Path) -> Iterator[int]:
+    """Bytes left in each control group of this process that limits its memory, version 1 or 2."""
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, limit, usage, cache = root, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            base, limit, usage = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cache = "total_inactive_file"
+        else:
+            continue
+        group = base / path.strip("/")
+        for folder in [group, *group.parents]:
+            if folder.is_relative_to(base):
+                yield from _left(folder, limit, usage, cache)
+
+
+def _left(group: Path, limit: str, usage: str, cache: str) -> Iterator[int]:
+    try:
+        most, used = (group / limit).read_text().strip(), int((group / usage).read_text())
+        found = re.search(rf"^{cache} (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
+    except OSError:  # no such controller, or a container that sees only its own part of the tree
+        return
+    if most != "max":
+        yield max(int(most) - used + (int(found[1]) if found else 0), 0)

@@ -1,0 +1,68 @@
+"""What a training step takes in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from rlcore.engines.memory import StepMemory, activation_bytes, logits_bytes, share_of_process
+from rlcore.engines.settings import Head
+from rlcore_fsdp import sharding
+from rlcore_fsdp.config import FSDPSettings
+from rlcore_fsdp.logprobs import chunk_size
+
+
+def step_memory(
+    model: PreTrainedModel,
+    head: Head,
+    settings: FSDPSettings,
+    device: torch.device,
+    dtype: torch.dtype,
+    optimizer: torch.optim.Optimizer | None,
+    sharded: bool,
+) -> StepMemory:
+    """See `rlcore.engines.memory`.
+
+    Args:
+        dtype: of forward and backward.
+        sharded: parameters are shards, which are gathered where they are used.
+    """
+    config, trained = model.config, optimizer is not None
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]] if optimizer else []
+    fixed = 0
+    if head == "policy":
+        vocabulary = config.get_text_config().vocab_size
+        chunk = chunk_size(settings.logits_chunk, device, vocabulary)
+        fixed += logits_bytes(config, chunk, trained=model.get_output_embeddings().weight.requires_grad)
+    elsewhere = device.type == "cuda" and settings.offload_params  # gradients and moments are in host memory then
+    if not elsewhere:
+        fixed += sum(sharding.local(parameter).nbytes for parameter in parameters)
+    if next(model.parameters()).device != device and not elsewhere:  # offloaded, until they are used
+        fixed += sum(sharding.local(parameter).nbytes for parameter in model.parameters())
+    if sharded:
+        fixed += _gathered(model, dtype)
+        if not settings.reduce_every_micro_batch:  # gradients stay whole between micro-batches
+            fixed += 4 * sum(parameter.numel() for parameter in parameters)
+    return StepMemory(
+        free=share_of_process(device),
+        later=0 if elsewhere or settings.offload_optimizer else _moments(parameters, optimizer),
+        fixed=fixed,
+        per_token=activation_bytes(config, dtype.itemsize, trained=trained, recompute=settings.gradient_checkpointing),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+    )
+
+
+def _moments(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer | None) -> int:
+    if optimizer is None or optimizer.state:
+        return 0
+    return 2 * sum(sharding.local(parameter).nbytes for parameter in parameters)
+
+
+def _gathered(model: PreTrainedModel, dtype: torch.dtype) -> int:
+    """The parameters outside the layers, and those of two layers: one that computes and the next one."""
+    layers = [sum(parameter.numel() for parameter in layer.parameters()) for layer in sharding.decoder_layers(model)]
+    others = sum(parameter.numel() for parameter in model.parameters()) - sum(layers)
+    return dtype.itemsize * (others + 2 * max(layers))

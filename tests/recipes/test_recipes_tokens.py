@@ -88,7 +88,7 @@ def test_sft_exports_the_end_token_that_it_taught_and_notices_other_data(
     with pytest.warns(RlcoreWarning):
         result = run(2)
     assert result.exit_code == 1
-    assert "the train files have as many samples as before but hold others" in result.output
+    assert "train file 1 (of data.train_files) has as many samples as before but holds others" in result.output
 
 
 def test_tokens_beyond_the_models_vocabulary_are_found_before_it_is_built(task: Any, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 from typing import Any, Generic, TypeVar
 
 from pydantic import ConfigDict, Field
@@ -120,10 +120,11 @@ class Loader(ABC, Generic[T]):
         """
         changed = {name: value for name, value in self._identity().items() if state.get(name) != value}
         if list(changed) == ["fingerprints"]:
+            pairs = zip_longest(state.get("fingerprints") or [], self._fingerprints)
+            numbers = ", ".join(str(number) for number, (was, now) in enumerate(pairs, 1) if was != now)
             raise CheckpointError(
-                "the data position cannot be restored: the train files have as many samples as before but hold others "
-                f"(fingerprints were {state.get('fingerprints')} and are now {self._fingerprints}); restore the old "
-                "files, or start a new run in another trainer.out_dir"
+                f"the data position cannot be restored: train file {numbers} (of data.train_files) has as many samples "
+                "as before but holds others; restore the old file, or start a new run in another trainer.out_dir"
             )
         if changed:
             was = "; ".join(f"{name} was {state.get(name)} and is now {value}" for name, value in changed.items())

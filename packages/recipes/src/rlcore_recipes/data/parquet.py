@@ -55,7 +55,8 @@ def read_parquet(path: Path, columns: Columns, limit: int | None = None) -> list
 def _group(file: Any, group: int, columns: list[str], path: Path, as_text: set[str], limit: int | None) -> list[Row]:
     """The first ``limit`` rows of one row group; adds columns with times that had to become text to ``as_text``."""
     sizes = file.metadata.row_group(group)
-    size = max(1, min(sizes.num_rows, sizes.num_rows * BATCH_BYTES // max(sizes.total_byte_size, 1)))
+    wanted = sizes.num_rows if limit is None else min(limit, sizes.num_rows)
+    size = max(1, min(wanted, sizes.num_rows * BATCH_BYTES // max(sizes.total_byte_size, 1)))
     try:
         return list(islice(_rows(file, group, columns, size, as_text), limit))
     except Exception:

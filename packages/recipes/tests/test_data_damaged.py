@@ -51,6 +51,24 @@ def test_text_parts_of_a_content_list_are_joined(tmp_path: Path) -> None:
         assert sample.messages == [{"role": "user", "content": "1+1"}]
 
 
+def test_fields_that_parquet_filled_with_nulls_are_absent(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m | tojson }}{% endfor %}"
+    calls = [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {"b": 2}}]
+    rows = rows_of([[*USER, {"role": "assistant", "content": "", "calls": calls}]])
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    texts = [
+        tokenizer.decode(load(file, tokenizer)[0].prompt_tokens)
+        for file in (tmp_path / "a.parquet", jsonl(tmp_path / "a.jsonl", rows))
+    ]
+    assert texts[0] == texts[1]
+    assert json.loads(texts[0][texts[0].index("}{") + 1 :])["calls"] == calls
+    rows[0]["prompt"][1]["calls"][0]["arguments"]["b"] = None
+    assert '{"a": 1, "b": null}' in tokenizer.decode(
+        load(jsonl(tmp_path / "b.jsonl", rows), tokenizer)[0].prompt_tokens
+    )
+
+
 @pytest.mark.parametrize(
     ("content", "problem"),
     [

@@ -34,8 +34,13 @@ def as_text(value: Any, where: str) -> str:
     return value
 
 
-def as_prompt(value: Any, where: str) -> str | list[Message]:
+def as_prompt(value: Any, where: str, padded: bool = False) -> str | list[Message]:
     """``value`` checked to be text or chat messages, whose contents are text.
+
+    Null fields of messages are left out.
+
+    Args:
+        padded: leave null fields of what messages hold (arguments of tool calls …) out too (see `pads_with_nulls`).
 
     Raises:
         DataError: null, empty, or of another type; ``where`` names the row.
@@ -50,7 +55,14 @@ def as_prompt(value: Any, where: str) -> str | list[Message]:
         raise DataError(f"{where}: a prompt is text or a list of messages, not {type(value).__name__}")
     if not value:
         raise DataError(f"{where}: the list of messages is empty")
-    return [_message(message, f"{where}, message {number}") for number, message in enumerate(value)]
+    messages = _without_nulls(value) if padded else value
+    return [_message(message, f"{where}, message {number}") for number, message in enumerate(messages)]
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(field) for key, field in value.items() if field is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _message(message: Message, where: str) -> Message:
@@ -59,7 +71,6 @@ def _message(message: Message, where: str) -> Message:
     content = message["content"]
     if isinstance(content, list):
         content = "".join(_part(part, where) for part in content)
-    # Parquet gives every message all fields of the struct; absent ones are null
     kept = {key: field for key, field in message.items() if field is not None}
     return {**kept, "content": as_text(content, f"{where}: the content")}
 

@@ -51,6 +51,11 @@ def read_files(files: Sequence[str], columns: Columns, limit: int | None = None)
         yield file, rows
 
 
+def pads_with_nulls(file: str) -> bool:
+    """Whether a null in a struct may say that the field is absent: Arrow gives every struct all fields."""
+    return not file.endswith((".jsonl", ".ndjson"))
+
+
 def fingerprint(rows: Iterable[Row], file: str) -> str:
     """A hash of what the ``rows`` of ``file`` hold, to notice that it has changed."""
     digest = blake2b(digest_size=8)

@@ -11,7 +11,7 @@ from rlcore.errors import DataError
 from rlcore_recipes.data.chat import Message, Renderer, as_prompt
 from rlcore_recipes.data.columns import Columns, Row, column, data_source
 from rlcore_recipes.data.end_tokens import check_tokens, written_ends
-from rlcore_recipes.data.files import fingerprint, read_files
+from rlcore_recipes.data.files import fingerprint, pads_with_nulls, read_files
 from rlcore_recipes.data.settings import DataSettings
 
 
@@ -111,7 +111,8 @@ def _file_samples(
     settings: DataSettings, renderer: Renderer, rows: list[Row], file: str, vocabulary: int | None, first_index: int
 ) -> list[PromptSample]:
     places = [f"{file}, row {number}" for number in range(len(rows))]
-    prompts = [as_prompt(column(row, settings.prompt_key), where) for row, where in zip(rows, places)]
+    padded = pads_with_nulls(file)
+    prompts = [as_prompt(column(row, settings.prompt_key), where, padded) for row, where in zip(rows, places)]
     tokens = renderer.prompt_tokens(prompts, places)
     for ids, where in zip(tokens, places):
         check_tokens(ids, vocabulary, renderer.tokenizer, where)

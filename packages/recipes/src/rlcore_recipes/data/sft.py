@@ -14,10 +14,11 @@ from rlcore.errors import DataError
 from rlcore_recipes.data.chat import Message, Renderer, as_prompt, as_text
 from rlcore_recipes.data.columns import Columns, Row, column, data_source
 from rlcore_recipes.data.end_tokens import check_tokens, written_ends
-from rlcore_recipes.data.files import fingerprint, read_files
+from rlcore_recipes.data.files import fingerprint, pads_with_nulls, read_files
 from rlcore_recipes.data.settings import SFTDataSettings
 
 Segment = tuple[str, bool]  # text, and whether it is learned
+_Prompt = str | list[Message]
 _Encoded = tuple[list[int], list[float]]  # tokens and loss mask
 
 
@@ -112,9 +113,14 @@ def _file_samples(
 ) -> list[_Sample]:
     """The samples of a file, without those that are too long."""
     places = [f"{file}, row {number}" for number in range(len(rows))]
-    encode = _encode_answers if settings.messages_key is None else _encode_conversations
+    key, padded = settings.messages_key or settings.prompt_key, pads_with_nulls(file)
+    prompts = [as_prompt(column(row, key), where, padded) for row, where in zip(rows, places)]
+    if settings.messages_key is None:
+        encoded = _encode_answers(renderer, prompts, [column(row, settings.response_key) for row in rows], places)
+    else:
+        encoded = _encode_conversations(renderer, prompts, places, settings.messages_key)
     samples = []
-    for row, where, (ids, mask) in zip(rows, places, encode(settings, renderer, rows, places)):
+    for row, where, (ids, mask) in zip(rows, places, encoded):
         check_tokens(ids, vocabulary, renderer.tokenizer, where)
         if len(ids) > settings.max_length:
             if settings.overlong == "error":
@@ -133,17 +139,13 @@ def _file_samples(
     return samples
 
 
-def _encode_conversations(
-    settings: SFTDataSettings, renderer: Renderer, rows: list[Row], places: list[str]
-) -> list[_Encoded]:
-    """Tokens and loss mask of conversations, of which every assistant turn is learned."""
-    assert settings.messages_key is not None
+def _encode_conversations(renderer: Renderer, prompts: list[_Prompt], places: list[str], key: str) -> list[_Encoded]:
+    """Tokens and loss mask of the conversations in column ``key``, of which every assistant turn is learned."""
     ends = _end_texts(renderer, chat=True)
     conversations = []
-    for row, where in zip(rows, places):
-        messages = as_prompt(column(row, settings.messages_key), where)
+    for messages, where in zip(prompts, places):
         if isinstance(messages, str):
-            raise DataError(f"{where}: column {settings.messages_key!r} holds text, not messages")
+            raise DataError(f"{where}: column {key!r} holds text, not messages")
         whole = [
             {**message, "content": _without_end(message["content"], ends)}
             if message["role"] == "assistant"
@@ -155,18 +157,15 @@ def _encode_conversations(
 
 
 def _encode_answers(
-    settings: SFTDataSettings, renderer: Renderer, rows: list[Row], places: list[str]
+    renderer: Renderer, prompts: list[_Prompt], responses: list[Any], places: list[str]
 ) -> list[_Encoded]:
     """Tokens and loss mask of prompts with responses, which are learned."""
-    prompts, answers = [], []
-    chat = any(_is_chat(settings, renderer, row) for row in rows)
+    answers = []
+    chat = any(map(renderer.is_chat, prompts))
     chat_ends, plain_ends = _end_texts(renderer, chat), _end_texts(renderer, chat=False)
-    for row, where in zip(rows, places):
-        prompt = as_prompt(column(row, settings.prompt_key), where)
-        response = column(row, settings.response_key)
+    for prompt, response, where in zip(prompts, responses, places):
         if not as_text(response, f"{where}: the response"):
             raise DataError(f"{where}: the response is empty")
-        prompts.append(prompt)
         if renderer.is_chat(prompt):
             answer = {"role": "assistant", "content": _without_end(response, chat_ends)}
             answers.append([(_turn(renderer, [*renderer.messages(prompt), answer], where)[1], True)])

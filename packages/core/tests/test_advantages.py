@@ -300,19 +300,6 @@ def test_equal_scores_give_exactly_zero(name: str, score: float) -> None:
 
 
 @pytest.mark.parametrize("name", [entry.name for entry in advantages])
-@quick
-@seeds
-def test_order_of_samples_and_masked_values_do_not_matter(name: str, seed: int) -> None:
-    batch = ragged(seed, min_group=2, stray_rewards=False)
-    order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(seed))
-    expected = batch.jagged(compute(name, batch)).take(order).values
-    trained = torch.tensor([flag for row in rows(batch) for flag in row["trained"]], dtype=torch.bool)
-    garbage = batch.flat("values").masked_fill(~trained, math.nan)
-    shuffled = batch.with_columns(values=batch.jagged(garbage)).take(order)
-    torch.testing.assert_close(compute(name, shuffled), expected, rtol=TOLERANCE, atol=TOLERANCE)
-
-
-@pytest.mark.parametrize("name", [entry.name for entry in advantages])
 @pytest.mark.parametrize("lengths", [[], [0, 0], [1], [2], [3, 0]])
 def test_degenerate_batches(name: str, lengths: list[int]) -> None:
     """Nothing to train on, or a single token: finite, of the right size, in the dtype of the rewards."""

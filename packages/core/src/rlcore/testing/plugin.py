@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 # The suites' assertions show their operands, as those in test files do.
-pytest.register_assert_rewrite(*(f"rlcore.testing.{suite}" for suite in ("reward", "rollout_engine", "train_engine")))
+SUITES = ("algorithms", "reward", "rollout_engine", "tracker", "train_engine")
+pytest.register_assert_rewrite(*(f"rlcore.testing.{suite}" for suite in SUITES))
 
 
 @pytest.fixture(scope="session")

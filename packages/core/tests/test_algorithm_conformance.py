@@ -1,0 +1,13 @@
+"""Every built-in estimator and policy loss passes the conformance suite."""
+
+from __future__ import annotations
+
+from rlcore.algorithms import advantages, policy_losses
+from rlcore.testing.algorithms import AdvantageConformance, PolicyLossConformance
+
+for _suite, _registry in ((AdvantageConformance, advantages), (PolicyLossConformance, policy_losses)):
+    for _entry in _registry:
+        _name = f"Test {_entry.kind} {_entry.name}".title().replace(" ", "").replace("-", "")
+        globals()[_name] = type(_name, (_suite,), {"name": _entry.name})
+
+del _suite, AdvantageConformance, PolicyLossConformance

@@ -219,7 +219,7 @@ def test_load_tokenizer(tmp_path: Path) -> None:
     both = ModelSettings(path=str(tmp_path / "model"), tokenizer_path=str(tmp_path / "good"))
     assert load_tokenizer(both)("ab")["input_ids"] == TOKENIZER("ab")["input_ids"]
     (tmp_path / "model" / "tokenizer.json").write_text("{")
-    with pytest.raises(DataError, match="cannot be loaded"):
+    with pytest.raises(DataError, match=r"tokenizer\.json is not JSON"):
         load_tokenizer(ModelSettings(path=str(tmp_path / "model")))
     with pytest.raises(DataError, match=r"model\.path=.*absent: there is no such folder"):
         load_tokenizer(ModelSettings(path=str(tmp_path / "absent")))

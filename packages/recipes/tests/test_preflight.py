@@ -73,3 +73,5 @@ def test_folders_of_all_models_are_looked_for(tmp_path: Path) -> None:
     assert [key for key, _ in model_sources(config)] == ["model.path", "model.tokenizer_path", "critic.model.path"]
     with pytest.raises(DataError, match=r"critic\.model\.path=.*/nowhere: there is no such folder"):
         check_sources(config, [])
+    with pytest.raises(DataError, match=r"model\.path=x{200} cannot be read: OSError: .*File name too long"):
+        check_sources(RunConfig(model=ModelSettings(path="x" * 5000)), [])

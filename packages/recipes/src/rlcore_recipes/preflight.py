@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from warnings import warn
 
+from rlcore.boundary import boundary
 from rlcore.config import Config
 from rlcore.engines import ModelSettings
 from rlcore.engines.settings import names_a_folder
@@ -32,10 +33,11 @@ def check_sources(config: Config, files: Iterable[str]) -> None:
     """
     remote = [file for file in files if HUB.fullmatch(file)]
     for key, source in model_sources(config):
-        if Path(source).expanduser().is_dir():
-            continue
-        if names_a_folder(source):
-            raise DataError(f"{key}={source}: there is no such folder{similar_paths(Path(source).expanduser())}")
+        with boundary(f"{key}={source[:200]} cannot be read"):
+            if Path(source).expanduser().is_dir():
+                continue
+            if names_a_folder(source):
+                raise DataError(f"{key}={source}: there is no such folder{similar_paths(Path(source).expanduser())}")
         remote.append(source)
     if remote:
         _go_offline_without_network(remote)

@@ -116,7 +116,8 @@ ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% 
     ],
 )
 def test_templates_that_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, problem: str) -> None:
-    monkeypatch.setattr(limits, "CPU_SECONDS", 0.2)
+    if "does not end" in problem:
+        monkeypatch.setattr(limits, "CPU_SECONDS", 0.2)
     monkeypatch.setattr(chat, "LONGEST_TEXT", 1000)
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template

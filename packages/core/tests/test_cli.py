@@ -33,6 +33,8 @@ def run(config):
         raise ZeroDivisionError("a bug")
     if config.outcome == "warning":
         warnings.warn("skipped [a]", RlcoreWarning, stacklevel=1)
+    if config.outcome == "import":
+        import my_own_module
     if config.outcome == "pipe":
         raise BrokenPipeError("a worker went away")
     if config.outcome == "interrupted":
@@ -155,6 +157,17 @@ def test_run_with_file_and_overrides(tmp_path):
     assert rlcore_command("run", "attempt").output == "ran with 1e-06\n"
     assert rlcore_command("run", "attempt", "--config", str(tmp_path / "run.yaml")).output == "ran with 0.5\n"
     assert rlcore_command("run", "attempt", "optim.lr=2", "-c", str(tmp_path / "run.yaml")).output == "ran with 2.0\n"
+
+
+def test_a_recipe_finds_modules_of_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place not in ("", os.getcwd())])
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "my_own_module.py").write_text("")
+    monkeypatch.chdir(tmp_path / "mine")
+    result = rlcore_command("run", "attempt", "outcome=import")
+    assert (result.exit_code, result.output) == (0, "ran with 1e-06\n")
+    assert sys.path[-1] == os.getcwd(), "behind what is installed"
+    del sys.modules["my_own_module"]
 
 
 def test_run_with_a_ready_made_configuration():

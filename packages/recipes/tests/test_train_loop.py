@@ -19,6 +19,7 @@ import yaml
 from pydantic import Field
 
 from rlcore.checkpoint.json_file import JsonFile
+from rlcore.checkpoint.rank_files import file_record
 from rlcore.config import Config, FileName, dump_config, load_config
 from rlcore.engines import ModelSettings, TrainEngine
 from rlcore.errors import CheckpointError, ConfigError, RlcoreWarning, TrainingError
@@ -152,6 +153,37 @@ def test_checkpoints_of_other_recipes_and_parts_are_refused(tmp_path: Path) -> N
         train(make(tmp_path, "save_freq=1", recipe="other")[0])
     with pytest.raises(CheckpointError, match="differ in counter"):
         train(make(tmp_path, "save_freq=1", parts=False)[0])
+
+
+def test_what_is_in_the_way_of_a_checkpoint_stops_the_run_before_its_steps(tmp_path: Path) -> None:
+    train(make(tmp_path, "save_freq=1", steps=2)[0])
+    newest = tmp_path / "checkpoints" / "step-000002"
+    (newest / "manifest.json").unlink()
+    again, _ = make(tmp_path, "save_freq=1")
+    with (
+        pytest.warns(UserWarning, match="skipped a damaged checkpoint: .*has no manifest"),
+        pytest.raises(CheckpointError, match=r"step-000002 exists but is not a checkpoint .*move it away"),
+    ):
+        train(again)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+    newest.rename(tmp_path / "moved")
+    train(make(tmp_path, "save_freq=1")[0])
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_a_state_that_does_not_fit_is_passed_over(tmp_path: Path) -> None:
+    """The whole way: a part's state out of its range, under checksums that fit."""
+    train(make(tmp_path, "save_freq=1", steps=2)[0])
+    folder = tmp_path / "checkpoints" / "step-000002"
+    state = json.loads((folder / "state.json").read_text())
+    state["parts"]["counter"]["count"] = -5
+    (folder / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["state.json"] = file_record(folder / "state.json")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.warns(UserWarning, match=r"state\.json, parts\.counter is damaged: count: Input should be greater"):
+        train(make(tmp_path, "save_freq=1", steps=3)[0])
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
 
 
 def test_changed_settings_are_named_and_the_old_ones_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -139,11 +139,9 @@ def reinterpreted(value: Any, annotation: Any) -> str | None:
     """
     kinds = set(plain_types(annotation)) - {NoneType}
     if isinstance(value, bool):
-        literals = [
-            item for kind in _alternatives(annotation) if get_origin(kind) is Literal for item in get_args(kind)
-        ]
-        is_one = any(item is value for item in literals)
-        return "must be a number" if kinds and kinds <= {int, float, Literal} and not is_one else None
+        literals = [get_args(kind) for kind in _alternatives(annotation) if get_origin(kind) is Literal]
+        kinds = (kinds - {Literal}) | {type(item) for options in literals for item in options}
+        return "must be a number" if kinds & {int, float} and kinds <= {int, float, str} else None
     if kinds == {bool} and isinstance(value, (int, float, str)):
         return "must be true or false"
     if kinds and kinds <= {int, float} and isinstance(value, str) and _NUMBER.fullmatch(value):

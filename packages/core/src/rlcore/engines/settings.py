@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from rlcore.config import Config, FileName, Seconds
+from rlcore.config import Config, FileName, Package, Seconds
 
 if TYPE_CHECKING:
     from rlcore.engines.train import TrainEngine
@@ -45,6 +46,10 @@ class ModelSettings(Config):
     export_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="Precision of the weights of an exported model; null is that of the model's own files."
     )
+
+    def packages(self) -> Iterator[tuple[str, Package]]:
+        if self.attn_implementation == "flash_attention_2":
+            yield "attn_implementation", Package("flash_attn", "flash-attn")
 
 
 class OptimSettings(Config):

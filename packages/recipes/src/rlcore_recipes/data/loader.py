@@ -9,7 +9,7 @@ from dataclasses import replace
 from itertools import accumulate, zip_longest
 from typing import Any, Generic, TypeVar
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from rlcore.batch import Batch
 from rlcore.checkpoint.json_file import Count, JsonFile
@@ -21,8 +21,6 @@ T = TypeVar("T")
 
 class LoaderState(JsonFile):
     """What a checkpoint holds of a loader."""
-
-    model_config = ConfigDict(extra="allow")  # more of what identifies the data
 
     drawn: Count = Field(description="Batches drawn.")
     ahead: list[Count] = Field([], description="Positions after those that were trained on already.")

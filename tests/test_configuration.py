@@ -16,11 +16,12 @@ from jsonschema import Draft202012Validator
 from pydantic import TypeAdapter, ValidationError
 
 from rlcore import plugins
-from rlcore.config import Config, Unlimited, dump_config, load_config
+from rlcore.config import Config, Unlimited, dump_config, load_config, missing_packages
 from rlcore.config.keys import sections
 from rlcore.config.schema import file_schema
 from rlcore.config.values import is_path, is_text, plain_types
 from rlcore.config.yaml_format import parse
+from rlcore.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 RECIPES = plugins.names("rlcore.recipes")
@@ -120,6 +121,67 @@ def test_a_function_by_its_path_replaces_the_reward_of_every_shipped_configurati
         for file in plugin.ready_made().values() if "reward" in model.model_fields else ():
             config: Any = load_config(model, file, ["reward.path=my_reward.py:compute_score", "trainer.test_freq=-1"])
             assert (config.reward.name, config.reward.options.path) == ("function", "my_reward.py:compute_score")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rollout.stop=['']", "rollout.stop.0: must have at least 1 character"),
+        *(
+            (f"data.chat_template_kwargs.{name}=x", f"data.chat_template_kwargs.{name}: is set by rlcore")
+            for name in ("messages", "tokenize", "chat_template", "add_generation_prompt")
+        ),
+        ("trainer.total_steps=1e400", "trainer.total_steps: must be a finite number, not .inf"),
+        ("actor.optim.lr=1e400", "actor.optim.lr: must be a finite number, not .inf"),
+        ("trainer.checkpoint_dir=~nobody-of-that-name/x", "there is no home folder ~nobody-of-that-name"),
+        ("temperature=1", "temperature: unknown key; did you mean rollout.temperature or rollout.validation.temper"),
+        ("weight_decay=0", "weight_decay: unknown key; did you mean actor.optim.weight_decay?"),
+        ("actor.lr=1", "actor.lr: unknown key; did you mean actor.optim.lr?"),
+        ("algorithm.advantage=gspo", "gspo is a value of actor.objective.policy_loss"),
+        ("rollout.engine=fsdp", "fsdp is a value of actor.engine"),
+        ("actor.fsdp.param_dtype=bfloat", "did you mean bfloat16 or float32?"),
+        (f"trainer.trackers={'x' * 100_000}", "unknown tracker 'xxx"),
+    ],
+)
+def test_values_that_a_shipped_configuration_refuses(override: str, message: str) -> None:
+    plugin = plugins.get("rlcore.recipes", "grpo")
+    with pytest.raises(ConfigError) as raised:
+        load_config(plugin.config_class(), plugin.ready_made()["grpo_gsm8k"], [override])
+    assert message in str(raised.value)
+    assert len(str(raised.value)) < 1000
+
+
+def test_every_package_that_a_configuration_needs_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlcore.packages.find_spec", lambda module: None)
+    plugin = plugins.get("rlcore.recipes", "grpo")
+    overrides = [
+        "actor.fsdp.lora.rank=8",
+        "controller.kind=ray",
+        "rollout.engine=vllm",
+        "reward.name=math",
+        "trainer.trackers=[console, wandb, tensorboard]",
+        "trainer.checkpoint_dir=s3://bucket/run",
+        "trainer.resume=gs://bucket/run",
+        "data.train_files=hub:org/name",
+        "model.attn_implementation=flash_attention_2",
+        "rollout.sglang.tp_size=2",  # not named: not needed
+    ]
+    config = load_config(plugin.config_class(), plugin.ready_made()["grpo_gsm8k"], overrides)
+    assert dict(missing_packages(config)).keys() == {
+        "actor.fsdp.lora",
+        "controller.kind",
+        "rollout.vllm",
+        "reward.math",
+        "trainer.wandb",
+        "trainer.tensorboard",
+        "trainer.checkpoint_dir",
+        "trainer.resume",
+        "data.train_files",
+        "model.attn_implementation",
+    }
+    server = [*overrides, "rollout.vllm.mode=server", "rollout.vllm.server.urls=http://127.0.0.1:8000"]
+    config = load_config(plugin.config_class(), plugin.ready_made()["grpo_gsm8k"], server)
+    assert "rollout.vllm" not in dict(missing_packages(config)), "a client of servers needs no vllm"
 
 
 @cache

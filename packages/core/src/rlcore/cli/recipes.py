@@ -9,6 +9,7 @@ from click.shell_completion import CompletionItem
 
 from rlcore import plugins
 from rlcore.config import Config, load_config, missing_packages
+from rlcore.config.files import file_layers
 from rlcore.errors import ConfigError, PluginError
 from rlcore.plugins import Plugin
 
@@ -64,6 +65,8 @@ def load(plugin: Plugin, file: str | None, overrides: tuple[str, ...]) -> Config
             names = ", ".join(ready_made) or "none"
             raise ConfigError(f"{file}: neither a file nor a ready-made configuration of this recipe ({names})")
         path = ready_made[path.name]
+    if path is not None:
+        file_layers(path)  # what is wrong with the file itself is said before the recipe, and torch, is imported
     return load_config(plugin.config_class(), path, overrides)
 
 

@@ -30,6 +30,8 @@ def problem_lines(error: ValidationError, data: Any, place: Callable[[KeyPath], 
     for detail in error.errors(include_url=False, include_input=True):
         path = _keys(detail["loc"], data)
         message, value = _message(detail, path, hints)
+        if isinstance(detail["input"], str):  # some messages repeat it
+            message = message.replace(detail["input"], shortened(detail["input"], _LONGEST_VALUE))
         if message not in problems.setdefault(path, []):
             problems[path].append(message)
         values[path] = value
@@ -70,10 +72,9 @@ def _plain_message(kind: str, value: Any, detail: Any) -> tuple[str, str]:
     if kind in ("value_error", "assertion_error"):
         return str(detail["ctx"]["error"]) if "ctx" in detail else detail["msg"].partition(", ")[2], ""
     message = detail["msg"].partition(", unable to")[0].partition(", got ")[0]
-    if message.startswith("Input should be "):
-        return "must be " + message.removeprefix("Input should be "), _given(value)
-    if message.startswith("Input should "):
-        return "must " + message.removeprefix("Input should "), _given(value)
+    subject, should, rest = message.partition(" should ")
+    if should and " " not in subject:  # Input, String, List …
+        return f"must {rest}", _given(value)
     if kind == "choice" and message.startswith("must be"):
         return message, _given(value)
     return message, ""

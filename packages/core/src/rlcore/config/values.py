@@ -137,14 +137,14 @@ def reinterpreted(value: Any, annotation: Any) -> str | None:
 
     It takes true for 1, "8" for 8, and 1 or "yes" for true.
     """
-    kinds = set(plain_types(annotation)) - {NoneType}
+    kinds = set(plain_types(annotation)) - {NoneType, Literal}
+    names = [name for kind in _alternatives(annotation) if get_origin(kind) is Literal for name in get_args(kind)]
     if isinstance(value, bool):
-        literals = [get_args(kind) for kind in _alternatives(annotation) if get_origin(kind) is Literal]
-        kinds = (kinds - {Literal}) | {type(item) for options in literals for item in options}
+        kinds |= {type(name) for name in names}
         return "must be a number" if kinds & {int, float} and kinds <= {int, float, str} else None
-    if kinds == {bool} and isinstance(value, (int, float, str)):
+    if kinds == {bool} and isinstance(value, (int, float, str)) and value not in names:
         return "must be true or false"
-    if kinds and kinds <= {int, float} and isinstance(value, str) and _NUMBER.fullmatch(value):
+    if kinds and kinds <= {int, float} and isinstance(value, str) and value not in names and _NUMBER.fullmatch(value):
         return "must be a number without quotes"
     if isinstance(value, (list, tuple)):
         return next(

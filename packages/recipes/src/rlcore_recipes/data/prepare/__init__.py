@@ -3,7 +3,7 @@
 A data set is one function that takes its options, a `Config`, and returns the rows of every split::
 
     class RiddlesOptions(Config):
-        source: str = Field("org/riddles", description="Folder, or name on the Hub.")
+        source: FileName = Field("org/riddles", description="Folder, or name on the Hub.")
 
     def riddles(options: RiddlesOptions) -> Splits:
         \"""Riddles of one line.\"""

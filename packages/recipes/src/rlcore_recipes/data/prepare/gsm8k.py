@@ -6,7 +6,7 @@ import re
 
 from pydantic import Field
 
-from rlcore.config import Config
+from rlcore.config import Config, FileName
 from rlcore.errors import DataError
 from rlcore_recipes.data.prepare.rows import Splits, prompt_row
 from rlcore_recipes.data.prepare.sources import field, read_split
@@ -17,7 +17,7 @@ _FINAL = re.compile(r"####\s*(-?[\d.,]+)\s*$")
 class GSM8KOptions(Config):
     """Options of ``rlcore data gsm8k``."""
 
-    source: str = Field(
+    source: FileName = Field(
         "openai/gsm8k", description="Folder with train.jsonl and test.jsonl (or .parquet), or Hub name."
     )
     instruction: str = Field(

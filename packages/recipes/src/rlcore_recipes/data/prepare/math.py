@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import Field
 
 from rlcore.boundary import boundary
-from rlcore.config import Config
+from rlcore.config import Config, FileName
 from rlcore.errors import DataError
 from rlcore_recipes.data.columns import Row
 from rlcore_recipes.data.prepare.rows import Splits, prompt_row
@@ -18,7 +18,7 @@ from rlcore_recipes.data.prepare.sources import field, read_split
 class MathOptions(Config):
     """Options of ``rlcore data math``."""
 
-    source: str = Field(
+    source: FileName = Field(
         "DigitalLearningGmbH/MATH-lighteval",
         description="Folder with train and test (.jsonl or .parquet files, or folders of .json files as published), or "
         "Hub name.",
@@ -80,7 +80,7 @@ def last_boxed(solution: str) -> str | None:
 
 def _read(source: str, split: str) -> list[Row]:
     """Rows of ``split``, which may be a folder of one .json file per problem."""
-    files = sorted(file for file in Path(source).expanduser().glob(f"{split}/**/*.json") if file.is_file())
+    files = sorted(file for file in Path(source).glob(f"{split}/**/*.json") if file.is_file())
     if not files:
         return read_split(source, split, hub_config="default")
     rows = []

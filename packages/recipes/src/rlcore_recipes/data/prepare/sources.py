@@ -23,7 +23,7 @@ def read_split(source: str, split: str, hub_config: str | None = None) -> list[R
     Raises:
         DataError: there is no such folder, file or Hub data set.
     """
-    folder = Path(source).expanduser()
+    folder = Path(source)
     if not folder.exists():
         if _HUB_NAME.fullmatch(source) and not source.startswith("."):
             return read_hub(source, hub_config, split)

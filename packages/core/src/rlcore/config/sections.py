@@ -82,9 +82,10 @@ class PluginSections(Config):
             return data
         known = plugins.names(cls.plugin_group)
         named = data[cls.plugin_field] if cls.plugin_field in data else _default(cls, cls.plugin_field)
-        found: dict[str, Any] = {key: value for key, value in data.items() if key in cls.model_fields}
+        # keys that are no text are left to pydantic, which refuses them
+        found = {key: value for key, value in data.items() if key in cls.model_fields or not isinstance(key, str)}
         for name in dict.fromkeys([*_names(named), *data]):
-            if name in cls.model_fields:
+            if name in cls.model_fields or name in found:
                 continue
             model: type[Config] | PydanticCustomError
             if name in known or plugins.is_ours(cls.plugin_group, name):

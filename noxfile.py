@@ -99,6 +99,13 @@ def integration(session: nox.Session) -> None:
         pytest(session, *ALONE)
 
 
+@nox.session(default=False)
+def fuzz(session: nox.Session) -> None:
+    """Every mutation of every input file and every odd value of every key: an hour. A part runs in "integration"."""
+    sync(session, "--all-packages", "--group", "test", "--group", "trackers", "--group", "ray")
+    session.run("pytest", "tests/fuzz", *session.posargs, env={**ENVIRONMENT, "FUZZ_CASES": "all"})
+
+
 @nox.session(name="integration-sglang")
 def integration_sglang(session: nox.Session) -> None:
     """Recipes that generate with SGLang, which pins other versions than vLLM does."""

@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from rlcore.boundary import boundary
-from rlcore.engines import ModelSettings, model_files
+from rlcore.engines import ModelSettings, model_checks, model_files
 from rlcore.engines.settings import Head
 from rlcore.errors import EngineError
 from rlcore_fsdp.attention import IMPLEMENTATION
@@ -34,16 +34,11 @@ def read_config(settings: ModelSettings, head: Head = "policy") -> Any:
     folder = model_files.model_folder(settings)
     where = "cannot be read" if folder else "is no folder here and cannot be fetched from the Hub"
     if folder:
-        model_files.read_json(folder / model_files.CONFIG)
+        model_checks.check_config_file(folder)
     with boundary(f"model {settings.path!r} {where}", EngineError), quiet():
         config = AutoConfig.from_pretrained(**_source(settings))
         layers = set(getattr(config.get_text_config(), "layer_types", None) or ())
-        vocabulary = int(config.get_text_config().vocab_size)
-    model_files.check_unquantised(settings, config)
-    if folder:
-        model_files.check_tensors(settings, model_files.tensors(folder), head)
-    if head == "policy":
-        model_files.end_tokens(settings, vocabulary)
+        model_checks.check_files(settings, config, head, folder)
     if strange := sorted(layers - _LAYER_TYPES):
         raise EngineError(
             f"model {settings.path!r} ({config.model_type}) has {strange[0]} layers, which mix the sequences of a "
@@ -78,7 +73,7 @@ def load_model(
         generator = torch.Generator().manual_seed(seed)
         weight = torch.randn(model.score.weight.shape, generator=generator) / (model.score.in_features + 1)
         model.score.weight.data.copy_(weight)
-        model_files.warn_of_new_head(settings)
+        model_checks.warn_of_new_head(settings)
     if f"{_SCORE}.bias" in new:
         model.score.bias.data.zero_()
     return _prepared(model)
@@ -87,6 +82,8 @@ def load_model(
 def _check_loaded(settings: ModelSettings, model: PreTrainedModel, info: dict[str, Any], head: Head) -> None:
     """Raise `EngineError` unless files and model agree on every tensor; a value head may be new."""
     where, cls = f"weights of {settings.path!r}", type(model).__name__
+    if getattr(model, "_hf_peft_config_loaded", False):  # a folder is refused before it is loaded
+        raise EngineError(f"model {settings.path!r} comes with an adapter, which was loaded on top of its weights")
     if misshapen := sorted(info["mismatched_keys"]):
         name, in_file, in_model = misshapen[0]
         raise EngineError(
@@ -97,7 +94,7 @@ def _check_loaded(settings: ModelSettings, model: PreTrainedModel, info: dict[st
     if missing:
         raise EngineError(f"{where} lack {len(missing)} tensors of {cls}, first {min(missing)}")
     outputs = set() if head == "policy" else _output_names(model)
-    if unknown := model_files.not_ignored(set(info["unexpected_keys"]) - outputs, settings.ignored_weights):
+    if unknown := model_checks.not_ignored(set(info["unexpected_keys"]) - outputs, settings.ignored_weights):
         raise EngineError(
             f"{where} hold {len(unknown)} tensors that {cls} of its {model_files.CONFIG} does not take, first "
             f"{unknown[0]}; correct {model_files.CONFIG}, or name what may be left out in the model's ignored_weights"

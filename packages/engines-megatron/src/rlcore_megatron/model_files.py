@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from rlcore.boundary import boundary
-from rlcore.engines import ModelSettings, model_files
+from rlcore.engines import ModelSettings, model_checks, model_files
 from rlcore.engines.settings import Head
 from rlcore.errors import EngineError
 
@@ -22,14 +22,10 @@ def find_model(settings: ModelSettings, head: Head) -> tuple[Path, Any]:
         EngineError: the folder is missing or incomplete, or a file of it is damaged.
     """
     path = model_files.model_folder(settings) or _fetch(settings)
-    model_files.read_json(path / model_files.CONFIG)
+    model_checks.check_config_file(path)
     with boundary(f"model {settings.path!r} cannot be read", EngineError):
         config = AutoConfig.from_pretrained(path, local_files_only=True)
-        vocabulary = int(config.vocab_size)
-    model_files.check_unquantised(settings, config)
-    model_files.check_tensors(settings, model_files.tensors(path), head)
-    if head == "policy":
-        model_files.end_tokens(settings, vocabulary)
+        model_checks.check_files(settings, config, head, path)
     return path, config
 
 

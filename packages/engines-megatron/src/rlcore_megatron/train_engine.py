@@ -13,7 +13,16 @@ import torch.distributed as dist
 from torch import nn
 
 from rlcore.batch import Batch, Jagged
-from rlcore.engines import ForwardRequest, Objective, TrainEngine, TrainEngineSpec, WeightBucket, model_files
+from rlcore.boundary import boundary
+from rlcore.engines import (
+    ForwardRequest,
+    Objective,
+    TrainEngine,
+    TrainEngineSpec,
+    WeightBucket,
+    model_checks,
+    model_files,
+)
 from rlcore.engines.model_length import check_sequences
 from rlcore.engines.schedule import learning_rate
 from rlcore.engines.train import FileRecord, Part
@@ -52,9 +61,11 @@ class MegatronEngine(TrainEngine):
         self._device = device
         self.folder, self.hf_config = find_model(spec.model, spec.head)
         self._origin = model_files.Origin.of(spec.model, spec.head)
-        self.family = family_of(self.hf_config)
+        with boundary(f"the configuration of the model {spec.model.path!r} cannot be used", EngineError):
+            self.family = family_of(self.hf_config)
+            fields = self.family.transformer_config(self.hf_config)
         world = layouts.join_processes(device)
-        check_layout(settings, self.family.transformer_config(self.hf_config), world, spec.model.path)
+        check_layout(settings, fields, world, spec.model.path)
         self.parallel = layouts.initialize(settings)
         layouts.hold(self)
         default = "bfloat16" if device.type == "cuda" else "float32"
@@ -76,7 +87,7 @@ class MegatronEngine(TrainEngine):
             self.modules, self.family, self.hf_config, self.folder, self.parallel, spec.model.ignored_weights
         )
         if spec.head == "value" and "score.weight" not in tensors and self.parallel.rank == 0:
-            model_files.warn_of_new_head(spec.model)
+            model_checks.warn_of_new_head(spec.model)
         self._optimization = Optimization(self.modules, settings, spec.optim) if spec.optim else None
         chunks: list[nn.Module] = self._optimization.chunks if self._optimization else list(self.modules)
         if self._optimization is None:

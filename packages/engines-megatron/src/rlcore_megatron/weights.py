@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from rlcore.engines import WeightBucket, model_files
+from rlcore.engines import WeightBucket, model_checks
 from rlcore.errors import EngineError
 from rlcore_megatron import experts
 from rlcore_megatron.families.family import EMBEDDING, LM_HEAD, SCORE, Family, Named
@@ -120,7 +120,7 @@ def _problems(
     missing = [f"{name} is missing" for name in sorted(needed) if name not in checkpoint]
     heads = {LM_HEAD.hf} if head == "policy" else {LM_HEAD.hf} | scalar  # that of the language model may be tied
     unknown = (name for name in checkpoint.names if not name.endswith("rotary_emb.inv_freq"))
-    unexpected = [f"{name} is unknown" for name in model_files.not_ignored(set(unknown) - known - heads, ignored)]
+    unexpected = [f"{name} is unknown" for name in model_checks.not_ignored(set(unknown) - known - heads, ignored)]
     misshapen = [
         f"{name} has shape {list(checkpoint.shape(name))}, not {list(place.shape)}"
         for place in placed

@@ -9,16 +9,13 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
-from warnings import warn
 
 from rlcore.boundary import boundary
 from rlcore.engines.settings import Head, ModelSettings, names_a_folder
-from rlcore.errors import EngineError, RlcoreWarning
+from rlcore.errors import EngineError
 from rlcore.suggestions import similar_paths
 
 CONFIG = "config.json"
@@ -30,7 +27,6 @@ INDEX = "model.safetensors.index.json"
 LARGEST_JSON = 256 << 20
 """Bytes of the largest JSON file that is read; indices of the largest models take a few MiB."""
 
-_INTEGER_TYPES = frozenset({"BOOL", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"})
 _FLOAT_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -91,10 +87,16 @@ def read_json(file: Path) -> dict[str, Any]:
             raise EngineError(f"{file} is not a regular file")
         if (size := file.stat().st_size) > LARGEST_JSON:
             raise EngineError(f"{file} has {size} bytes, more than any file of its kind ({LARGEST_JSON})")
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"), parse_constant=_constant)
     if not isinstance(found, dict):
         raise EngineError(f"{file} holds a JSON {type(found).__name__} where an object is expected")
     return found
+
+
+def _constant(text: str) -> float:
+    if text == "NaN":
+        raise ValueError("NaN is no value of a setting")
+    return float(text)
 
 
 def optional_file(settings: ModelSettings, name: str) -> Path | None:
@@ -183,48 +185,6 @@ def weight_files(folder: Path) -> list[str]:
     return files
 
 
-def check_tensors(settings: ModelSettings, found: dict[str, Tensor], head: Head) -> None:
-    """Raise `EngineError` if the files hold integers as weights, or a head that is not the scalar one of ``head``.
-
-    Args:
-        head: "policy", "value" or "score". A score head must be in the files; a value head may start with new weights.
-    """
-    where = f"weights of {settings.path!r}"
-    integers = [name for name, tensor in found.items() if name.endswith(".weight") and tensor.dtype in _INTEGER_TYPES]
-    if integers:
-        raise EngineError(
-            f"{where}: {integers[0]} holds integers ({found[integers[0]].dtype}) where floating-point numbers are "
-            "expected; quantised weights cannot be trained"
-        )
-    if head == "policy":
-        return
-    score = found.get("score.weight")
-    if score is None and head == "score":
-        raise EngineError(
-            f"{where} have no scalar head (score.weight): a reward model needs trained weights for it, under the name "
-            "that transformers' sequence classification gives them"
-        )
-    if score is not None and score.shape[:1] != (1,):
-        raise EngineError(
-            f"{where}: the head score.weight has shape {list(score.shape)}, which gives {score.shape[0]} labels; a "
-            f"{'reward model' if head == 'score' else 'critic'} gives one number, so that the head must have one row"
-        )
-
-
-def warn_of_new_head(settings: ModelSettings) -> None:
-    """Say that a critic's head is not that of its files, which have none."""
-    warn(
-        f"the critic's head is new: the weights of {settings.path!r} have none (score.weight)",
-        RlcoreWarning,
-        stacklevel=2,
-    )
-
-
-def not_ignored(names: Iterable[str], ignored: Sequence[str]) -> list[str]:
-    """Those of ``names``, tensors that the model does not take, that none of ``ignored_weights`` allows; sorted."""
-    return sorted(name for name in names if not any(fnmatchcase(name, pattern) for pattern in ignored))
-
-
 def _generation_text(settings: ModelSettings) -> str | None:
     file = optional_file(settings, GENERATION)
     if file is None:
@@ -266,19 +226,3 @@ class Origin:
     def dtype_of(self, name: str) -> str:
         """The precision of a tensor, by torch's name."""
         return self.dtypes.get(name, self.dtype)
-
-
-# --- configuration ---------------------------------------------------------------------------------------------------
-
-
-def check_unquantised(settings: ModelSettings, config: Any) -> None:
-    """Raise `EngineError` if the configuration (of transformers) says that the weights are quantised."""
-    quantised = getattr(config, "quantization_config", None)
-    if quantised is None:
-        return
-    named = quantised if isinstance(quantised, dict) else vars(quantised)
-    method = getattr(named.get("quant_method"), "value", named.get("quant_method")) or "an unnamed method"
-    raise EngineError(
-        f"model {settings.path!r} has quantised weights ({method}), with which no training engine computes; take the "
-        "model's unquantised weights"
-    )

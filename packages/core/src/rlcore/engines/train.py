@@ -218,7 +218,14 @@ class TrainEngine(ABC):
     @abstractmethod
     @dispatch(Dispatch.BROADCAST)
     def save_pretrained(self, path: Path) -> None:
-        """Write a folder that ``transformers.AutoModel….from_pretrained`` loads (weights and config)."""
+        """Write a folder that ``transformers.AutoModel….from_pretrained`` loads.
+
+        Weights have the precision of the files that the model came from, or ``ModelSettings.export_dtype``; its
+        ``generation_config.json`` is copied. Weights are written first: if another file cannot be written, they stay.
+
+        Raises:
+            EngineError: on every rank, if something could not be written.
+        """
 
     @abstractmethod
     @dispatch(Dispatch.BROADCAST, lazy=True)

@@ -24,7 +24,7 @@ def modules_after(statement: str) -> set[str]:
         "from click.testing import CliRunner; from rlcore.cli.main import cli\n"
         "assert CliRunner().invoke(cli, ['--help']).exit_code == 0",
         "from click.testing import CliRunner; from rlcore.cli.main import cli\n"
-        "assert CliRunner().invoke(cli, ['plugins']).exit_code == 0",
+        "assert CliRunner().invoke(cli, ['config', 'validate', 'grpo', '-c', 'gone.yaml']).exit_code == 1",
         "from click.testing import CliRunner; from rlcore.cli.main import cli\n"
         "assert CliRunner().invoke(cli, ['run']).exit_code == 0",
     ],

@@ -52,9 +52,7 @@ class Config(BaseModel):
         short_forms: keys that are replaced, in every source by itself, before sources are laid over each other.
     """
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
     short_forms: ClassVar[Mapping[str, ShortForm]] = {}
 
     def problems(self) -> Iterator[tuple[str, str]]:

@@ -166,6 +166,27 @@ def test_console_shows_failures_once_there_are_some(run: RunInfo) -> None:
     assert rows[2:] == [["step", "score", "errors"], ["2/10", "0.5", "0.25"], ["3/10", "0.5", "0"]]
 
 
+def test_console_without_a_terminal_prints_the_progress_of_long_steps(
+    run: RunInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker, out = console(run, terminal=False)
+    tracker.progress("completions generated", 1, 8, 1)
+    assert out.getvalue() == ""  # too early
+    monkeypatch.setattr("rlcore_recipes.trackers.console.QUIET_S", 0.0)
+    Trackers({"console": tracker}).progress("completions generated", 3, 8, 1)
+    assert out.getvalue() == "step 1/10: 3 of 8 completions generated\n"
+
+
+def test_console_on_a_terminal_shows_the_progress_of_a_step(run: RunInfo) -> None:
+    tracker, out = console(run, terminal=True)
+    tracker.progress("completions generated", 3, 8, 1)
+    tracker._progress.refresh()  # type: ignore[union-attr]
+    assert "3/8 completions generated" in out.getvalue()
+    tracker.log({"critic/score/mean": 0.5}, 1)
+    tracker.close()
+    assert "completions generated" not in out.getvalue().rpartition("\x1b[2K")[2]  # of what is drawn last
+
+
 def test_console_on_a_terminal_shows_progress(run: RunInfo) -> None:
     tracker, out = console(replace(run, start_step=4), terminal=True)
     tracker.log({"critic/score/mean": 0.5}, 5)

@@ -23,9 +23,11 @@ from rlcore.checkpoint.rank_files import file_record
 from rlcore.config import Config, FileName, dump_config, load_config
 from rlcore.engines import ModelSettings, TrainEngine
 from rlcore.errors import CheckpointError, ConfigError, RlcoreWarning, TrainingError
+from rlcore.progress import report
 from rlcore_recipes.processes import executor
 from rlcore_recipes.run_folder import Replaced, check_free, write_config
 from rlcore_recipes.settings import TrainerSettings
+from rlcore_recipes.trackers import Trackers
 from rlcore_recipes.train_loop import Run, due, train
 from rlcore_recipes.validation import Validation
 
@@ -412,3 +414,43 @@ def test_runs_that_learn_nothing_end(
     said = [str(warning.message) for warning in caught if issubclass(warning.category, RlcoreWarning)]
     assert len(said) == (message is not None)
     assert ended is not None or message is None or message in said[0]
+
+
+@pytest.mark.parametrize(
+    ("keys", "writes", "ends"),
+    [
+        ([], "no checkpoint and no model (trainer.save_freq=-1", "neither a model nor a checkpoint was saved"),
+        (["save_freq=1"], "checkpoints every step in {}/checkpoints", "with trainer.save_hf=true to write {}/model"),
+        (["save_freq=2", "save_hf=true"], "every 2 steps in {}/checkpoints, the model in", "the model is in {}/model"),
+    ],
+)
+def test_a_run_says_what_it_is_and_where_it_wrote(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], keys: list[str], writes: str, ends: str
+) -> None:
+    run, _ = make(tmp_path, *keys)
+    run.about = lambda: [("model", "a number")]
+    train(run)
+    start, end = capsys.readouterr().err.split("finished after step 4: ")
+    assert start.startswith("number\n  model   a number\n  steps   4\n  writes  metrics in")
+    assert writes.format(tmp_path) in start
+    assert end.startswith(f"metrics are in {tmp_path}/metrics.jsonl")
+    assert ends.format(tmp_path) in end
+
+
+def test_trackers_hear_how_far_a_step_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[Any] = []
+    monkeypatch.setattr(Trackers, "progress", lambda self, *args: heard.append(args))
+    run, _ = make(tmp_path, "test_freq=2", steps=2)
+    plain, validate = run.step, run.validate
+    assert validate is not None
+
+    def step(number: int) -> dict[str, float]:
+        report("things done", number, 9)
+        return plain(number)
+
+    run.step = step
+    run.validate = lambda: (report("things validated", 1, 1), validate())[1]
+    train(run)
+    report("things done", 9, 9)  # nothing listens any more
+    validated = ("things validated", 1, 1)
+    assert heard == [(*validated, 0), ("things done", 1, 9, 1), ("things done", 2, 9, 2), (*validated, 2)]

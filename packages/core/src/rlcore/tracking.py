@@ -44,6 +44,14 @@ class Tracker(ABC):
         """A table such as validation generations; ignored by trackers that have no tables."""
         return
 
+    def progress(self, what: str, done: int, total: int, step: int) -> None:
+        """How far the step under way has come; called often, from any thread. Ignored by trackers that show none.
+
+        Args:
+            what: is worked on, such as "completions generated".
+        """
+        return
+
     def close(self) -> None:
         """Flush; idempotent."""
         return

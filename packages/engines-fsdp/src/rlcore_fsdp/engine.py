@@ -30,6 +30,7 @@ from rlcore.engines.schedule import learning_rate
 from rlcore.engines.train import FileRecord, Part
 from rlcore.errors import CheckpointError, EngineError
 from rlcore.metrics import Metrics
+from rlcore.progress import report
 from rlcore_fsdp import checkpoint, lora, saved_state, sharding
 from rlcore_fsdp.attention import Packing, choose_kernel
 from rlcore_fsdp.checkpoint import Frozen, Lora, Manifest
@@ -199,10 +200,12 @@ class FSDPTrainEngine(TrainEngine):
         batch = batch.select(*(name for name in ("tokens", "loss_mask") if name in batch))
         order: list[int] = []
         parts: list[dict[str, torch.Tensor]] = []
-        for members in self._micro_batches(batch):
+        divided = self._micro_batches(batch)
+        for index, members in enumerate(divided):
             outputs = self._outputs(batch.take(members), request)
             order += members
             parts.append({name: value.float().cpu() for name, value in outputs.items()})
+            report(f"micro-batches computed ({', '.join(request.outputs)})", index + 1, len(divided))
         if self._sharded and not self._lent:
             sharding.reshard(self.root)
         lengths = batch.lengths[order]
@@ -234,6 +237,7 @@ class FSDPTrainEngine(TrainEngine):
                         loss = torch.stack([output.sum() for output in outputs.values()]).sum() * 0.0
                     # FSDP averages gradients over ranks, the objective wants their sum
                     (loss * self._world).backward()
+                report("micro-batches trained on", index + 1, len(divided))
         except BaseException:
             self._optimizer.zero_grad()
             self._broken = self._sharded  # FSDP2 holds unreduced gradients where nobody can drop them

@@ -12,6 +12,7 @@ from rlcore.batch import Batch
 from rlcore.config import Choice
 from rlcore.controller import Pending
 from rlcore.engines import SamplingParams
+from rlcore.progress import report
 from rlcore_recipes.data.prompts import PromptSample
 from rlcore_recipes.reward_model import model_values, with_model_scores
 from rlcore_recipes.rollouts import (
@@ -101,6 +102,7 @@ def sampled_and_scored(
         places += answered
         parts.append(part)
         if executor.overlaps:
+            report("prompts answered", len(places), len(jobs))
             with timed.label("reward"):
                 scores.append(executor.one(roles.reward, Scorer.score, part))
     order = torch.tensor(places, dtype=torch.int64).argsort()
@@ -114,7 +116,11 @@ def sampled_and_scored(
     with timed("reward"):
         if not executor.overlaps:
             scores = [executor.one(roles.reward, Scorer.score, part) for part in parts]
-        scored = [score.result() for score in scores]
+        scored = []
+        for number, score in enumerate(scores, 1):
+            scored.append(score.result())
+            if executor.overlaps:
+                report("prompts scored", number, len(scores))
     batch = with_columns_of(batch, type(scored[0]).concat(scored).take(rows))
     return batch if values is None else with_model_scores(session, batch, values)
 

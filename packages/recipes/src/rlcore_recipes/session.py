@@ -18,6 +18,7 @@ from rlcore.checkpoint.json_file import Finite, JsonFile
 from rlcore.controller import Executor
 from rlcore.errors import ConfigError, RlcoreWarning
 from rlcore_recipes.asynchronous import Producer, open_producer
+from rlcore_recipes.banner import model_rows
 from rlcore_recipes.collect import release, sampled_and_scored
 from rlcore_recipes.data.end_tokens import missing_ends, model_tokens, save_tokenizer
 from rlcore_recipes.data.loader import PromptLoader
@@ -49,6 +50,7 @@ class Session(Generic[C]):
         val_prompts: None where nothing is validated.
         kl: holds the coefficient of the KL penalty in the reward; None without one.
         dynamic: which groups are worth training on; None: all.
+        end_tokens: end a completion; the model's and ``stop_tokens``.
         stop_tokens: end a completion besides the model's end tokens.
         version: of the policy in the rollout processes: how many steps it has behind it.
         micro_batches: the models' token budgets.
@@ -68,6 +70,7 @@ class Session(Generic[C]):
     total_steps: int
     timed: Timings
     dynamic: DynamicSamplingSettings | None = None
+    end_tokens: frozenset[int] = frozenset()
     stop_tokens: tuple[int, ...] = ()
     version: int = 0
     producer: Producer | None = None
@@ -111,6 +114,7 @@ def open_session(
     check_other_models(config, critic, tokenizer)
     dataset, val_prompts, ends = read_prompts(config, tokenizer)
     stop_tokens = missing_ends(config.model, tokenizer, ends)
+    end_tokens = ends | model_tokens(config.model)[1]
     loader = partial(PromptLoader, dataset, seed=config.seed, shuffle=data.shuffle, weights=data.weights)
     batches = loader(data.train_batch_size)  # checks sizes and counts steps even where others are drawn
     total_steps = trainer.total_steps or trainer.total_epochs * batches.steps_per_epoch
@@ -119,7 +123,7 @@ def open_session(
     penalty = config.algorithm.kl_in_reward
     with ExitStack() as stack:
         executor = open_executor(config.controller, config.roles, trainer.out_dir, stack)
-        roles = build_roles(config, executor, critic, total_steps, ends | model_tokens(config.model)[1], stack)
+        roles = build_roles(config, executor, critic, total_steps, end_tokens, stack)
         session = Session(
             config=config,
             executor=executor,
@@ -133,6 +137,7 @@ def open_session(
             timed=Timings(executor, open_trace(trainer.out_dir, stack) if config.trace else None),
             dynamic=dynamic,
             validate=validate,
+            end_tokens=end_tokens,
             stop_tokens=stop_tokens,
         )
         follow_replacements(session)
@@ -210,6 +215,7 @@ def train_rl(session: Session[C], recipe: str, step: Callable[[Session[C], int],
             save_tokenizer=partial(save_tokenizer, session.tokenizer, session.stop_tokens),
             timed=session.timed,
             apply=session.executor.apply,
+            about=lambda: about(session),
             max_error_ratio=session.config.reward.max_error_ratio,
         )
     )
@@ -218,6 +224,17 @@ def train_rl(session: Session[C], recipe: str, step: Callable[[Session[C], int],
 def _validated(session: Session[Any]) -> Validation:
     assert session.validate is not None
     return session.validate(session)
+
+
+def about(session: Session[Any]) -> list[tuple[str, str]]:
+    """What the run consists of, for its start banner."""
+    config, size = session.config, session.config.data.train_batch_size
+    prompts = f"{session.prompts.samples:,} prompts; {size} × {config.rollout.n} completions in a step"
+    if session.val_prompts is not None:
+        prompts += f"; {len(session.val_prompts):,} prompts for validation"
+    actor, budgets = session.roles.actor, session.micro_batches
+    models = model_rows(session.executor, actor, config.model, budgets, session.tokenizer, session.end_tokens)
+    return [*models, ("data", prompts)]
 
 
 def validate_completions(session: Session[Any]) -> Validation:

@@ -14,6 +14,7 @@ from rlcore.batch import Batch
 from rlcore.cli import run_recipe_module
 from rlcore.config import Config
 from rlcore.engines import ForwardRequest, ModelSettings, OptimSettings, TrainEngine
+from rlcore_recipes.banner import model_rows
 from rlcore_recipes.data.end_tokens import missing_ends, model_tokens, save_tokenizer
 from rlcore_recipes.data.loader import BatchLoader
 from rlcore_recipes.data.settings import SFTDataSettings
@@ -74,7 +75,7 @@ def run(config: SFTConfig) -> None:
     data, trainer = config.data, config.trainer
     check_sources(config, [*data.train_files, *data.val_files])
     tokenizer = load_tokenizer(config.model)
-    size, _ = model_tokens(config.model)
+    size, ends = model_tokens(config.model)
     dataset = load_sft(data, data.train_files, tokenizer, vocabulary=size)
     stop_tokens = missing_ends(config.model, tokenizer, dataset.ends)
     batches = BatchLoader(
@@ -113,6 +114,10 @@ def run(config: SFTConfig) -> None:
                 save_tokenizer=partial(save_tokenizer, tokenizer, stop_tokens),
                 timed=Timings(executor),
                 apply=executor.apply,
+                about=lambda: [
+                    *model_rows(executor, actor, config.model, budgets, tokenizer, ends | dataset.ends),
+                    ("data", f"{batches.samples:,} samples; {data.train_batch_size} in a step"),
+                ],
             )
         )
 

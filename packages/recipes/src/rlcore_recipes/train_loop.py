@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -17,7 +17,9 @@ from rlcore.checkpoint.json_file import JsonFile
 from rlcore.config import Config
 from rlcore.engines import TrainEngine
 from rlcore.errors import ConfigError, RlcoreWarning
+from rlcore.progress import listening
 from rlcore.tracking import RunInfo, Tracker
+from rlcore_recipes.banner import print_end, print_start
 from rlcore_recipes.checkpoint import CheckpointManager, RunState
 from rlcore_recipes.health import Health
 from rlcore_recipes.processes import all_gather, executor, is_main, on_rank_zero
@@ -54,6 +56,7 @@ class Run:
         resumed: called after a checkpoint was loaded, with the number of steps done.
         save_tokenizer: writes the tokenizer into a folder, beside an exported model.
         apply: runs a function in all processes of an engine (an executor's ``apply``).
+        about: what the run consists of, for the start banner; called in every process, after a checkpoint was loaded.
         max_error_ratio: share of samples whose reward may fail over some steps (see `Health`).
     """
 
@@ -70,6 +73,7 @@ class Run:
     save_tokenizer: Callable[[Path], Any]
     timed: Timings = field(default_factory=Timings)
     apply: Callable[..., list[Any]] = executor.apply
+    about: Callable[[], Sequence[tuple[str, str]]] = tuple
     max_error_ratio: float = 1.0
 
 
@@ -83,6 +87,9 @@ def train(run: Run) -> None:
     """
     trainer = run.trainer
     checkpoints, done, run_id = resumed(run)
+    complete = done >= run.total_steps
+    if not complete:
+        print_start(run.recipe, run.about(), trainer, done, run.total_steps)
     health = Health(trainer, run.max_error_ratio)
     with (
         tracking(run, run_id, done) as tracker,
@@ -93,7 +100,7 @@ def train(run: Run) -> None:
             tracker.log(validated(run, tracker, 0), 0)
         while done < run.total_steps:
             done += 1
-            metrics = timed_step(run, done)
+            metrics = timed_step(run, tracker, done)
             last, stop = done == run.total_steps, stop_asked_for(received)
             if run.validate is not None and due(trainer.test_freq, done, last):
                 metrics |= validated(run, tracker, done)
@@ -113,11 +120,13 @@ def train(run: Run) -> None:
                 raise SystemExit(exit_code(stop, trainer, done, run.total_steps))
         if trainer.save_hf:
             export(run, trainer.out_dir / MODEL)
+    if trainer.save_hf or not complete:
+        print_end(trainer, run.total_steps)
 
 
-def timed_step(run: Run, number: int) -> dict[str, float]:
+def timed_step(run: Run, tracker: Tracker, number: int) -> dict[str, float]:
     seed_generators(run.seed, number)
-    with run.timed("step"):
+    with run.timed("step"), showing(tracker, number):
         metrics = run.step(number)
     seconds = run.timed.seconds("step")
     metrics |= {"training/global_step": number, "perf/time_per_step": seconds, **memory()}
@@ -139,7 +148,7 @@ def timings(run: Run, metrics: Mapping[str, float]) -> dict[str, float]:
 
 def validated(run: Run, tracker: Tracker, step: int) -> dict[str, float]:
     assert run.validate is not None
-    with run.timed("testing"):
+    with run.timed("testing"), showing(tracker, step):
         outcome = run.validate()
     best = run.trainer.best_metric
     if best is not None and best.startswith("val") and best not in outcome.metrics:
@@ -148,6 +157,13 @@ def validated(run: Run, tracker: Tracker, step: int) -> dict[str, float]:
     if outcome.rows:
         tracker.log_table("val/generations", outcome.columns, outcome.rows, step)
     return outcome.metrics
+
+
+@contextmanager
+def showing(tracker: Tracker, step: int) -> Iterator[None]:
+    """Show how far the step has come."""
+    with listening(lambda what, done, total: tracker.progress(what, done, total, step)):
+        yield
 
 
 def due(every: int, step: int, last: bool) -> bool:

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rlcore.progress import report
+
 REWARD_INTERFACE = 1
 
 
@@ -87,11 +89,15 @@ class Reward(ABC):
         """All results, in the order of the samples; at most ``concurrency`` calls of `score` are outstanding."""
 
         async def gather() -> list[RewardResult]:
-            slots = asyncio.Semaphore(concurrency)
+            slots, done = asyncio.Semaphore(concurrency), 0
 
             async def one(sample: RewardSample) -> RewardResult:
+                nonlocal done
                 async with slots:
-                    return await self.score(sample)
+                    result = await self.score(sample)
+                done += 1
+                report("completions scored", done, len(samples))
+                return result
 
             return await asyncio.gather(*map(one, samples))
 

@@ -10,6 +10,7 @@ from typing import Literal
 
 from rlcore.controller.dispatch import Dispatch, dispatch
 from rlcore.engines.weight_sync import WeightBucket
+from rlcore.progress import report
 
 ROLLOUT_ENGINE_INTERFACE = 1
 
@@ -138,8 +139,17 @@ class RolloutEngine(ABC):
     def generate_batch(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
         """All completions, in the order of the requests."""
 
+        done = 0
+
+        async def one(request: GenerationRequest) -> Completion:
+            nonlocal done
+            completion = await self.generate(request)
+            done += 1
+            report("completions generated", done, len(requests))
+            return completion
+
         async def gather() -> list[Completion]:
-            return await asyncio.gather(*(self.generate(request) for request in requests))
+            return await asyncio.gather(*map(one, requests))
 
         return asyncio.run(gather())
 

@@ -23,6 +23,7 @@ from rlcore.engines.rollout import Completion, GenerationRequest, RolloutEngine
 from rlcore.engines.settings import ModelSettings, RolloutSpec
 from rlcore.engines.weight_sync import WeightBucket
 from rlcore.errors import EngineError
+from rlcore.progress import report
 from rlcore_fsdp.inline import direct
 from rlcore_fsdp.inline.config import InlineSettings
 from rlcore_fsdp.inline.direct import DirectDecoder
@@ -162,12 +163,16 @@ class InlineRollout(RolloutEngine):
                 self._wake()
                 for index, request in enumerate(requests):
                     submitted.append(self._submit(request, partial(outcomes.__setitem__, index)))
+            finished = 0
             while len(outcomes) < len(requests):
                 if not self._advance():
                     time.sleep(POLL_S)
                     if time.monotonic() > patience:
                         patience = math.inf
                         logger.warning("generate_batch waits: the engine is paused or asleep; call resume() or wake()")
+                if len(outcomes) > finished:
+                    finished = len(outcomes)
+                    report("completions generated", finished, len(requests))
         finally:
             with self._between_steps():
                 if len(outcomes) < len(submitted):

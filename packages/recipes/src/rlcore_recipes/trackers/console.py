@@ -16,10 +16,12 @@ from rlcore_recipes.trackers.settings import ConsoleSettings
 
 WIDTH = 9
 HEADER_EVERY = 25
+QUIET_S = 30.0
+"""Seconds without a line after which the progress of a step is one, without a terminal."""
 
 
 class ConsoleTracker(Tracker):
-    """One line of a table per step, above a progress bar; without a terminal the lines alone."""
+    """One line of a table per step, above a progress bar; without a terminal lines alone, of long steps too."""
 
     def __init__(self, options: ConsoleSettings, run: RunInfo, console: Console | None = None) -> None:
         self._columns = options.columns | options.faults
@@ -29,6 +31,7 @@ class ConsoleTracker(Tracker):
         self._started = time.monotonic()
         self._shown: list[str] = []
         self._rows = 0
+        self._said = self._started
         self._progress: Progress | None = None
         self._task = TaskID(0)
         if self._console.is_terminal:
@@ -38,15 +41,19 @@ class ConsoleTracker(Tracker):
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TextColumn("{task.fields[eta]}"),
+                TextColumn("{task.fields[now]}"),
                 console=self._console,
             )
-            self._task = self._progress.add_task(run.name, total=run.total_steps, completed=run.start_step, eta="")
+            self._task = self._progress.add_task(
+                run.name, total=run.total_steps, completed=run.start_step, eta="", now=""
+            )
             self._progress.start()
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         eta = self._eta(step)
         if self._progress is not None:
-            self._progress.update(self._task, completed=step, eta=f"eta {eta}")
+            self._progress.update(self._task, completed=step, eta=f"eta {eta}", now="")
+        self._said = time.monotonic()
         present = [heading for heading, name in self._columns.items() if self._is_shown(heading, metrics.get(name))]
         if present:
             if not set(present) <= set(self._shown):
@@ -62,6 +69,13 @@ class ConsoleTracker(Tracker):
         for name, value in metrics.items():
             if name.startswith(("val-core/", "val/")):
                 self._console.print(Text(f"step {step}  {name} = {_short(value)}", style="green"), soft_wrap=True)
+
+    def progress(self, what: str, done: int, total: int, step: int) -> None:
+        if self._progress is not None:
+            self._progress.update(self._task, now=f"{done}/{total} {what}")
+        elif time.monotonic() - self._said >= QUIET_S:
+            self._said = time.monotonic()
+            self._console.print(Text(f"step {step}/{self._run.total_steps}: {done} of {total} {what}"), soft_wrap=True)
 
     def _is_shown(self, heading: str, value: float | None) -> bool:
         return value is not None and (value != 0 or heading not in self._faults)

@@ -28,6 +28,9 @@ class Trackers(Tracker):
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
         self._each(lambda tracker: tracker.log_table(name, columns, rows, step))
 
+    def progress(self, what: str, done: int, total: int, step: int) -> None:
+        self._each(lambda tracker: tracker.progress(what, done, total, step))
+
     def close(self) -> None:
         self._each(lambda tracker: tracker.close())
 

@@ -169,6 +169,9 @@ def test_merged_weights_compute_what_adapters_do(model_path: Path, tmp_path: Pat
     torch.testing.assert_close(weights[f"{name}.weight"], frozen[f"{name}.weight"] + up @ down, atol=1e-6, rtol=0)
     engine.save_pretrained(tmp_path / "merged")  # over what stands there
     assert (tmp_path / "merged" / "adapter" / "adapter_model.safetensors").is_file()
+    targets = json.loads((tmp_path / "merged" / "adapter" / "adapter_config.json").read_text())["target_modules"]
+    assert targets == sorted(targets), "the file is the same in every run"
+    assert len(targets) == 7
     plain.save_pretrained(tmp_path / "merged")
     assert not (tmp_path / "merged" / "adapter").exists(), "they do not belong to these weights"
 

@@ -35,7 +35,8 @@ def verify_packing(
     rows = _rows(root, device)
     together = _packed(root, kernel, device, rows, _last_position(root, max_length))
     alone = torch.cat([_packed(root, kernel, device, [row]) for row in rows])
-    _compare(root, dtype, together, alone, "those of the sequences alone")
+    # In 16 bits company alone moves log-probs of unlikely tokens by some hundredths; what is wrong moves them by nats.
+    _compare(root, together, alone, 1e-4 if dtype == torch.float32 else 0.15, "those of the sequences alone")
 
 
 @torch.no_grad()
@@ -46,7 +47,8 @@ def verify_values(root: PackedModel, kernel: Kernel, device: torch.device) -> No
     logits = [model(input_ids=row[None], use_cache=False).logits[0, :-1].float().log_softmax(-1) for row in rows]
     model.set_attn_implementation(IMPLEMENTATION)
     plain = torch.cat([part.gather(-1, row[1:, None]).squeeze(-1) for part, row in zip(logits, rows)])
-    _compare(root, model.dtype, _packed(root, kernel, device, rows), plain, "those of transformers")
+    allowed = 1e-4 if model.dtype == torch.float32 else 5e-2
+    _compare(root, _packed(root, kernel, device, rows), plain, allowed, "those of transformers")
 
 
 def _rows(root: PackedModel, device: torch.device) -> list[torch.Tensor]:
@@ -80,9 +82,11 @@ def _packed(
     return root(torch.cat(rows), packing, positions.to(device), request)[request.outputs[0]]
 
 
-def _compare(root: PackedModel, dtype: torch.dtype, ours: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+def _compare(root: PackedModel, ours: torch.Tensor, expected: torch.Tensor, allowed: float, what: str) -> None:
     difference = float((ours - expected).abs().mean())
-    if not difference < (1e-4 if dtype == torch.float32 else 5e-2):
+    if root.head != "policy":  # values have any scale
+        allowed *= max(1.0, float(expected.abs().mean()))
+    if not difference < allowed:
         raise EngineError(
             f"{type(root.model).__name__} is not supported: packed outputs differ from {what} by {difference:.2g} on "
             "average"

@@ -53,7 +53,7 @@ def unit_ids(name: str, column: Any) -> list[int]:
         BatchError: the column is not one integer per sample.
     """
     if isinstance(column, torch.Tensor) and column.dim() == 1 and not column.is_floating_point():
-        return column.tolist()  # type: ignore[no-any-return]
+        return column.tolist()
     kind = f"{dtype_name(column.dtype)} of shape {list(column.shape)}" if isinstance(column, torch.Tensor) else ""
     raise BatchError(
         f"column {name!r} cannot say which samples belong together: it must be dense, with one integer per sample"

@@ -190,7 +190,9 @@ class PolicyLossConformance(_AlgorithmConformance):
         watched = Choice(replace(entry, function=spied), self.choice.params)
         objective = PolicyObjective(PolicyObjectiveSettings(policy_loss=watched, aggregation=self.aggregation))
         names = {"tokens", "loss_mask", "advantages", "old_logprobs", *entry.needs} - {"entropy"}
-        outputs = {name: batch.flat(f"model/{name}").clone().requires_grad_() for name in objective.request.outputs}
+        outputs: dict[str, torch.Tensor] = {
+            name: batch.flat(f"model/{name}").clone().requires_grad_() for name in objective.request.outputs
+        }
         mine = batch.select(*(name for name in batch.names if name in names))
         sums = objective.denominators(mine) if denominators is None else denominators
         loss, metrics = objective.loss(outputs, mine, sums)

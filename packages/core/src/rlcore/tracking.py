@@ -32,7 +32,7 @@ class RunInfo:
 
 
 class Tracker(ABC):
-    """Receives numbers and tables; called on rank zero only.
+    """Receives numbers and tables; called on rank zero only, by the thread that trains, one call at a time.
 
     A tracker must never end the run: it warns once instead.
     """

@@ -79,7 +79,7 @@ def result_problem(result: RewardResult) -> str | None:
 
 
 class Reward(ABC):
-    """Scores samples. Implementations run many calls at once, from successive event loops."""
+    """Scores samples. Many calls are outstanding at a time, from successive event loops of several threads."""
 
     @abstractmethod
     async def score(self, sample: RewardSample) -> RewardResult:

@@ -102,7 +102,11 @@ class Completion:
 
 
 class RolloutEngine(ABC):
-    """Generates under weights of a known version."""
+    """Generates under weights of a known version.
+
+    `generate` is awaited in event loops of several threads at the same time. The other methods are called from further
+    threads, while requests are unfinished.
+    """
 
     @property
     @abstractmethod

@@ -91,6 +91,8 @@ class TrainEngine(ABC):
     Batches hold ``tokens`` (jagged int64) and ``loss_mask`` (jagged, 1 where the model's own token is trained on).
     Under data parallelism every rank is called with its own part; the declared dispatch divides and gathers. A part is
     an empty batch if there are fewer samples than ranks: the rank still takes part in the engine's collectives.
+
+    Methods are called one at a time, from one thread (not always the main one), on all ranks in the same order.
     """
 
     @property

@@ -7,6 +7,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -71,6 +72,12 @@ class RewardConformance(ABC):
         sample, score = self.cases()[0]
         for _ in range(3):
             assert reward.score_batch([sample])[0].score == pytest.approx(score)
+
+    def test_works_in_event_loops_of_several_threads(self, reward: Reward) -> None:
+        cases = [*self.cases()] * 4
+        with ThreadPoolExecutor(len(cases)) as threads:
+            results = list(threads.map(lambda case: reward.score_batch([case[0]])[0], cases))
+        assert [result.score for result in results] == pytest.approx([score for _, score in cases])
 
     @pytest.mark.parametrize("name", STRANGE_COMPLETIONS)
     def test_a_strange_completion_costs_only_itself(self, reward: Reward, name: str) -> None:

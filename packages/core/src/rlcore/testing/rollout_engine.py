@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -364,6 +365,14 @@ class RolloutEngineConformance:
         first = self._run(engine.generate(_request(10, seed=6)))
         second = self._run(engine.generate(_request(10, seed=6)))
         assert first.tokens == second.tokens == engine.generate_batch([_request(10, seed=6)])[0].tokens
+
+    def test_event_loops_of_several_threads(self, engine: RolloutEngine) -> None:
+        requests = [[_request(20, prompt=[40 + thread, 9], seed=thread) for _ in range(2)] for thread in range(3)]
+        alone = [engine.generate_batch(own) for own in requests]
+        with ThreadPoolExecutor(len(requests)) as threads:
+            together = list(threads.map(engine.generate_batch, requests))
+        for found, expected in zip(together, alone, strict=True):
+            assert [completion.tokens for completion in found] == [completion.tokens for completion in expected]
 
     def test_cancelled_requests_are_forgotten(self, engine: RolloutEngine) -> None:
         async def scenario() -> Completion:

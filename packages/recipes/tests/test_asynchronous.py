@@ -31,7 +31,7 @@ from rlcore_recipes.data.loader import PromptLoader
 from rlcore_recipes.data.prompts import PromptSample
 from rlcore_recipes.grpo import GRPOConfig
 from rlcore_recipes.rollouts import SamplingJob
-from rlcore_recipes.settings import AlgorithmSettings, DynamicSamplingSettings, RolloutSettings
+from rlcore_recipes.settings import DynamicSamplingSettings, RolloutSettings
 
 TIMEOUT_S = 20.0
 
@@ -535,7 +535,7 @@ def test_a_baseline_is_sampled_greedily_and_scored_for_every_sample() -> None:
         rollout=RolloutSettings(n=3),
         data=SimpleNamespace(max_response_length=8),
         seed=0,
-        algorithm=AlgorithmSettings(advantage="remax"),  # type: ignore[arg-type]
+        needed_columns=frozenset({"baseline_score"}),
     )
     prompt = PromptSample(prompt_tokens=[1, 2], messages=[], position=4)
     asked = group_job(config, prompt)  # type: ignore[arg-type]
@@ -550,7 +550,7 @@ def test_a_baseline_is_sampled_greedily_and_scored_for_every_sample() -> None:
     assert scores["score"].tolist() == [1, 0, 1]
     assert scores["baseline_score"].tolist() == [1, 1, 1]
 
-    grpo = SimpleNamespace(**{**vars(config), "algorithm": AlgorithmSettings()})
+    grpo = SimpleNamespace(**{**vars(config), "needed_columns": frozenset()})
     assert group_job(grpo, prompt).baseline is None  # type: ignore[arg-type]
 
 

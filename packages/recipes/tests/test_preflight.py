@@ -57,10 +57,13 @@ def test_without_network_only_the_cache_is_read(hub: HTTPServer, tmp_path: Path)
     assert not constants.HF_HUB_OFFLINE
     hub.shutdown()
     hub.server_close()
-    check_sources(RunConfig(model=ModelSettings(path=str(tmp_path))), ["data.jsonl"])  # nothing to look for there
+    check_sources(RunConfig(model=ModelSettings(path=str(tmp_path))), [])  # nothing to look for there
     assert not constants.HF_HUB_OFFLINE
-    with pytest.warns(RlcoreWarning, match=r"cannot be reached .*; hub:org/data, org/name-that-is-nowhere can only"):
-        check_sources(config, ["data.jsonl", "hub:org/data"])
+    with pytest.raises(DataError, match=r"data file .*rows\.jsonl does not exist"):
+        check_sources(config, ["hub:org/data", f"{tmp_path}/rows.jsonl"])
+    assert not constants.HF_HUB_OFFLINE  # files are looked for first
+    with pytest.warns(RlcoreWarning, match=r"cannot be reached .*; org/name-that-is-nowhere, hub:org/data can only"):
+        check_sources(config, ["hub:org/data"])
     assert constants.HF_HUB_OFFLINE
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     with pytest.raises(DataError, match=r"model\.path=org/name-that-is-nowhere is no folder here and cannot be loaded"):

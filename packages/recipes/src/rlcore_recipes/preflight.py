@@ -1,4 +1,4 @@
-"""Cheap checks before anything is loaded: folders of models, and whether the Hugging Face Hub can be reached."""
+"""Cheap checks before anything is loaded: folders of models, files of data, and whether the Hub can be reached."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rlcore.engines import ModelSettings
 from rlcore.engines.settings import names_a_folder
 from rlcore.errors import DataError, RlcoreWarning
 from rlcore.suggestions import similar_paths
-from rlcore_recipes.data.files import HUB
+from rlcore_recipes.data.files import HUB, existing_file
 from rlcore_recipes.processes import is_main
 
 CONNECT_S = 5.0
@@ -23,15 +23,15 @@ CONNECT_S = 5.0
 
 
 def check_sources(config: Config, files: Iterable[str]) -> None:
-    """Look for the folders of all models in ``config``; where a model or one of ``files`` is on the Hub, for that.
+    """Look for the folders of all models in ``config`` and for ``files``; where one is on the Hub, for that.
 
     Libraries retry for a minute before they say that there is no network. If one attempt to connect fails, they are
     told to use their local cache alone, so that what is not there fails immediately.
 
     Raises:
-        DataError: a folder does not exist.
+        DataError: a folder or file does not exist.
     """
-    remote = [file for file in files if HUB.fullmatch(file)]
+    remote = []
     for key, source in model_sources(config):
         with boundary(f"{key}={source[:200]} cannot be read"):
             if Path(source).expanduser().is_dir():
@@ -39,6 +39,11 @@ def check_sources(config: Config, files: Iterable[str]) -> None:
             if names_a_folder(source):
                 raise DataError(f"{key}={source}: there is no such folder{similar_paths(Path(source).expanduser())}")
         remote.append(source)
+    for file in files:
+        if HUB.fullmatch(file):
+            remote.append(file)
+        else:
+            existing_file(file)
     if remote:
         _go_offline_without_network(remote)
 

@@ -109,7 +109,7 @@ def open_session(
     check_validated(config, validate)
     if launched_as_main():
         config.warn_of_doubts()
-    check_sources(config, [*data.train_files, *data.val_files])
+    check_sources(config, [*data.train_files, *(data.val_files if trainer.test_freq > 0 else ())])
     tokenizer = load_tokenizer(config.model)
     check_other_models(config, critic, tokenizer)
     dataset, val_prompts, ends = read_prompts(config, tokenizer)

@@ -73,7 +73,7 @@ class SFTConfig(Config):
 def run(config: SFTConfig) -> None:
     """Train, from the beginning or from the last checkpoint, to the last step."""
     data, trainer = config.data, config.trainer
-    check_sources(config, [*data.train_files, *data.val_files])
+    check_sources(config, [*data.train_files, *(data.val_files if trainer.test_freq > 0 else ())])
     tokenizer = load_tokenizer(config.model)
     size, ends = model_tokens(config.model)
     dataset = load_sft(data, data.train_files, tokenizer, vocabulary=size)

@@ -75,7 +75,7 @@ def _read(file: str, columns: Columns, limit: int | None, default_split: str) ->
     if hub := HUB.fullmatch(file):
         rows = _checked(read_hub(hub["name"], hub["config"], hub["split"] or default_split)[:limit], columns, file)
     else:
-        path = _existing(file)
+        path = existing_file(file)
         if path.suffix == ".parquet":
             rows = read_parquet(path, columns, limit)
         elif path.suffix in (".jsonl", ".ndjson"):
@@ -96,8 +96,12 @@ def _checked(rows: list[Row], columns: Columns, file: str) -> list[Row]:
     return rows if columns.others else [{name: row[name] for name in columns.chosen(row)} for row in rows]
 
 
-def _existing(file: str) -> Path:
-    """The path of a regular file: a pipe or a device may never end."""
+def existing_file(file: str) -> Path:
+    """The path of a data file; it is a regular one, because a pipe or a device may never end.
+
+    Raises:
+        DataError: it is not there, or is something else.
+    """
     with boundary(f"data file {file[:200]} cannot be read"):
         path = Path(file).expanduser()
         if path.is_file():

@@ -54,6 +54,9 @@ COMMANDS = {
     "validate": ["config", "validate", "grpo", "--config", "grpo.yaml"],
 }
 
+# What is there is not what it says it is.
+DAMAGED = "a folder|a FIFO|endless|a link|a dangling|empty|a pi|only|brackets|braces|cut"
+
 
 @dataclass(frozen=True)
 class Target:
@@ -111,13 +114,15 @@ TARGETS = [
         "train",
         "json",
         needed=False,
-        refused=r"a folder|a FIFO|endless|a link|empty|a pic|only|brackets|braces|cut|as UTF-16|\$ is (?!object)"
+        refused=rf"{DAMAGED}|as UTF-16|\$ is (?!object)"
         r"|\$\.eos_token_id is (negative|huge|infinite|nan|fraction|.*text|list|object|nested)",
     ),
     Target("model/model.safetensors", "train", "safetensors"),
     Target("model/tokenizer.json", "train", "json"),
-    Target("model/tokenizer_config.json", "train", "json", needed=False),
-    Target("model/chat_template.jinja", "train", "text", needed=False),
+    Target(
+        "model/tokenizer_config.json", "train", "json", needed=False, refused=rf"{DAMAGED}|as UTF-16|\$ is (?!object)"
+    ),
+    Target("model/chat_template.jinja", "train", "text", needed=False, refused=r"a f|endless|a link|a dangling"),
     Target("train.jsonl", "train", "jsonl"),
     Target("test.jsonl", "train", "jsonl"),
     Target("train.parquet", "train on Parquet", "parquet"),

@@ -330,10 +330,11 @@ def test_damaged_tokenizer_folders(
     assert "\n" not in str(caught.value)
 
 
-def test_tokenizer_folders_that_cannot_be_read(good_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("nowhere")])
+def test_tokenizer_folders_that_cannot_be_read(good_folder: Path, tmp_path: Path, make: Callable[[Path], None]) -> None:
     with pytest.raises(DataError, match="File name too long"):
         load_tokenizer(ModelSettings(path="x" * 5000))
     (tmp_path / "tokenizer.json").write_text((good_folder / "tokenizer.json").read_text())
-    os.mkfifo(tmp_path / "tokenizer_config.json")
+    make(tmp_path / "tokenizer_config.json")
     with pytest.raises(DataError, match=r"tokenizer_config\.json is no regular file"):
         load_tokenizer(ModelSettings(path=str(tmp_path)))

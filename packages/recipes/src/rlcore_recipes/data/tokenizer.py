@@ -11,6 +11,7 @@ from rlcore.engines.settings import ModelSettings, names_a_folder
 from rlcore.errors import DataError
 from rlcore.suggestions import similar_paths
 
+READ_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
@@ -62,8 +63,10 @@ def _blame(folder: Path, name: str, trust_remote_code: bool) -> None:
 def _check_files(folder: Path, name: str) -> None:
     """Make sure that ``folder`` has a tokenizer, in regular files: a pipe or a device may never end."""
     for file in folder.iterdir():
-        if file.exists() and not (file.is_file() or file.is_dir()):
-            raise DataError(f"{name}: {file.name} is no regular file")
+        # libraries pass in silence over a folder, or a link to nothing, of a name that they would read
+        expected = file.suffix in READ_SUFFIXES or (file.exists() and not file.is_dir())
+        if expected and not file.is_file():
+            raise DataError(f"{name}: {file.name} is no regular file, or a link to one that is not there")
     if not any((folder / file).is_file() for file in TOKENIZER_FILES):
         raise DataError(
             f"{name} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy the model's tokenizer files there "

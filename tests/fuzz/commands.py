@@ -12,7 +12,7 @@ from pathlib import Path
 
 WALL_S = 120
 CPU_S = 60
-MEMORY_BYTES = 3 << 29
+MEMORY_BYTES = 6 << 30  # of address space, of which threads reserve much without using it
 LONGEST_ERROR = 3000
 _PRELOAD = [
     "torch",

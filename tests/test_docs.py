@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
@@ -146,6 +147,35 @@ def test_python_runs_from_top_to_bottom(page: str, folder: Path, stand_ins: None
     for block in blocks(page):
         if block.language == "python":
             exec(compile("\n" * block.line + block.text, page, "exec"), names)  # errors point at the page's lines
+
+
+def public_modules() -> set[str]:
+    """Those that ``docs/api.md`` names in its table (where `its` parts follow a package) or documents."""
+    text = PAGES["docs/api.md"]
+    found = set(re.findall(r"^\.\. automodule:: (\S+)", text, re.MULTILINE))
+    members = re.findall(r"^\.\. auto(?:class|function):: (\S+)", text, re.MULTILINE)
+    found |= {name.rpartition(".")[0] for name in members}
+    for row in re.findall(r"^\|.*\|$", text, re.MULTILINE):
+        package = ""
+        for name in re.findall(r"`([\w.]+)`", row):
+            package = name if name.startswith("rlcore") else package
+            found.add(name if name is package else f"{package}.{name}")
+    return found
+
+
+def test_pages_for_plugin_authors_import_public_modules_alone() -> None:
+    public = public_modules() | {"rlcore_recipes.settings"}
+    pages = ["docs/algorithms.md", "docs/writing-a-recipe.md", "docs/writing-a-training-engine.md"]
+    imported = {
+        name
+        for page in pages
+        for block in blocks(page)
+        if block.language == "python"
+        for name in re.findall(r"^from (rlcore[\w.]*) import", block.text, re.MULTILINE)
+    }
+    assert len(imported) > 15
+    assert imported <= public
+    assert {name for name in public if find_spec(name) is None} == set()
 
 
 @pytest.mark.parametrize("page", pages_with("yaml"))

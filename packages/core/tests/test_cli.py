@@ -66,7 +66,7 @@ def site(distribution):
     points = {
         "rlcore.recipes": {"attempt": "acme_recipe:attempt", "broken": "acme_gone:x"},
         "rlcore.commands": {"polish": "acme_command:polish", "dull": "acme_gone:x"},
-        "rlcore.train_engines": {"acme": "acme_gone:x"},
+        "rlcore.trackers": {"acme": "acme_gone:x"},
     }
     site = distribution("acme-things", points, {"acme_recipe": RECIPE, "acme_command": COMMAND})
     (site / "acme_configs").mkdir()
@@ -278,15 +278,15 @@ def test_config_schema():
 
 
 def test_plugins_table_and_exit_code(monkeypatch):
-    groups = {"rlcore.recipes": ("recipe", 1), "rlcore.train_engines": ("training engine", 1)}
-    monkeypatch.setattr("rlcore.plugins.GROUPS", groups)  # not the rollout engines installed here
+    groups = {"rlcore.recipes": ("recipe", 1), "rlcore.trackers": ("tracker", 1)}
+    monkeypatch.setattr("rlcore.plugins.GROUPS", groups)  # not the engines installed here
     result = rlcore_command("plugins")
     assert result.exit_code == 0
     rows = {tuple(line.split()[:2]): line for line in result.output.splitlines()}
     assert "acme-things 1.5" in rows["recipes", "attempt"]
     assert " ok " in rows["recipes", "attempt"]
     assert "Try something." in rows["recipes", "attempt"]
-    assert " broken " in rows["train_engines", "acme"]
+    assert " broken " in rows["trackers", "acme"]
     assert " ok " in rows["commands", "polish"]
     assert " broken " in rows["commands", "dull"]
     assert rlcore_command("plugins", "--check").exit_code == 1

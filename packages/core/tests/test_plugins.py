@@ -114,7 +114,9 @@ def listed(group: str) -> dict[str, plugins.Installed]:
 
 
 def test_listing_imports_what_plugins_name_and_one_broken_plugin_costs_only_itself(distribution, monkeypatch):
-    monkeypatch.setattr(plugins, "GROUPS", {ENGINES: ("training engine", 1)})  # not the backends installed here
+    group = "rlcore.test_engines"  # not the backends and commands installed here
+    monkeypatch.setattr(plugins, "GROUPS", {group: ("training engine", 1)})
+    monkeypatch.setattr(plugins, "COMMANDS", "rlcore.test_commands")
     template = source("acme_plugin")
     needy = "    def packages(self):\n        yield '', Package('no_such_package', 'some[thing]')\n"
     modules = {
@@ -135,11 +137,11 @@ def test_listing_imports_what_plugins_name_and_one_broken_plugin_costs_only_itse
         .replace("    depth: int = 1", needy),
     }
     points = {
-        ENGINES: {name.removeprefix("acme_"): f"{name}:engine" for name in modules},
+        group: {name.removeprefix("acme_"): f"{name}:engine" for name in modules},
         "rlcore.algorithms": {"acme": "acme_bad"},
     }
     distribution("acme-engines", points, modules)
-    found = listed(ENGINES)
+    found = listed(group)
     assert (found["plugin"].problem, found["plugin"].missing) == ("", ())
     assert found["plugin"].distribution == "acme-engines 1.5"
     for name, words in {

@@ -44,8 +44,13 @@ def logprobs_and_entropy(
     if chunk is None:
         columns = torch.tensor(len(weight), device=weight.device)
         dist.all_reduce(columns, op=dist.ReduceOp.MAX, group=group)
-        chunk = max(1, _CHUNK_ELEMENTS.get(hidden.device.type, 1 << 25) // max(1, int(columns)))
+        chunk = chunk_size(None, hidden.device, int(columns))
     return _Head.apply(hidden, weight, targets - first, group, temperature, chunk, with_entropy)  # type: ignore[no-any-return]
+
+
+def chunk_size(configured: int | None, device: torch.device, columns: int) -> int:
+    """Tokens whose logits exist at a time, where a process holds ``columns`` of the vocabulary."""
+    return configured or max(1, _CHUNK_ELEMENTS.get(device.type, 1 << 25) // max(1, columns))
 
 
 def _chosen(targets: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor]:

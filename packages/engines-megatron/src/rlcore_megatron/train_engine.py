@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from rlcore.engines import (
     model_checks,
     model_files,
 )
+from rlcore.engines.memory import StepMemory
 from rlcore.engines.model_length import check_sequences
 from rlcore.engines.schedule import learning_rate
 from rlcore.engines.train import FileRecord, Part
@@ -39,6 +41,7 @@ from rlcore_megatron.modules import build_modules
 from rlcore_megatron.optimizer import Optimization
 from rlcore_megatron.saving import Saving
 from rlcore_megatron.schedule import Pipeline
+from rlcore_megatron.step_memory import step_memory
 from rlcore_megatron.writing import write_model
 
 _PARTS: tuple[Part, ...] = ("params", "optimizer")
@@ -110,6 +113,21 @@ class MegatronEngine(TrainEngine):
     @property
     def device(self) -> torch.device:
         return self._device
+
+    def step_memory(self) -> StepMemory:
+        return step_memory(
+            self.hf_config,
+            self.settings,
+            self._device,
+            self.dtype.itemsize,
+            parameters=sum(parameter.numel() for module in self.modules for parameter in module.parameters()),
+            data_parallel=self.parallel.dp,
+            trained=self._optimization is not None,
+            stepped=self.step_count > 0,
+        )
+
+    def set_token_budget(self, tokens: int) -> None:
+        self.spec = replace(self.spec, max_tokens=tokens)
 
     # --- computing -----------------------------------------------------------------------------------------------
 

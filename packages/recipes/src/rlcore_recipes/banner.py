@@ -30,7 +30,8 @@ def model_rows(
 ) -> list[Row]:
     """The model under training, where it is, its end tokens, and the token budgets of micro-batches."""
     memory = budgets.memory["actor"]
-    size = "" if memory is None else f", {memory.parameters:,} parameters"
+    parameters = None if memory is None else memory.parameters
+    size = "" if parameters is None else f", {parameters:,} parameters"
     names = ", ".join(f"{token} {tokenizer.convert_ids_to_tokens(token)!r}" for token in sorted(ends))
     return [
         ("model", f"{model.path}{size}"),

@@ -36,14 +36,14 @@ class StepMemory:
 
     Attributes:
         free: on the engine's device, for this process.
-        parameters: numbers in the model, of all processes together.
+        parameters: numbers in the model, of all processes together; None if this process cannot tell.
     """
 
     free: int
     later: int
     fixed: int
     per_token: int
-    parameters: int
+    parameters: int | None
 
     def needed(self, tokens: int) -> int:
         """Bytes that a step with micro-batches of ``tokens`` takes, beyond ``later``."""
@@ -62,10 +62,11 @@ def activation_bytes(
         tensor_parallel: processes that share a layer's heads and MLP.
     """
     text = config.get_text_config()
-    layers, hidden = text.num_hidden_layers, text.hidden_size
-    width = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
-    queries = text.num_attention_heads * width // tensor_parallel
-    keys = (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * width // tensor_parallel
+    layers, hidden = int(text.num_hidden_layers), int(text.hidden_size)
+    heads = int(text.num_attention_heads)
+    width = int(getattr(text, "head_dim", None) or hidden // heads)
+    queries = heads * width // tensor_parallel
+    keys = int(getattr(text, "num_key_value_heads", None) or heads) * width // tensor_parallel
     inner, copies = _mlp(text)
     rows = 4 * hidden + 2 * copies * hidden + 4 * queries + 3 * keys + 4 * inner // tensor_parallel
     layer = itemsize * rows + 4 * (2 * hidden + queries + keys)
@@ -87,7 +88,8 @@ def _mlp(text: Any) -> tuple[int, int]:
 def logits_bytes(config: Any, chunk: int, *, trained: bool) -> int:
     """Memory of the vocabulary projection: four fp32 copies of ``chunk`` rows of logits, and the head's gradient."""
     text = config.get_text_config()
-    return 16 * chunk * text.vocab_size + (8 * text.vocab_size * text.hidden_size if trained else 0)
+    vocabulary, hidden = int(text.vocab_size), int(text.hidden_size)
+    return 16 * chunk * vocabulary + (8 * vocabulary * hidden if trained else 0)
 
 
 def free_memory(device: torch.device) -> int:

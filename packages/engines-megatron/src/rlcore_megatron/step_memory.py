@@ -1,0 +1,51 @@
+"""What a training step takes in memory; imports no megatron-core."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from rlcore.engines.memory import StepMemory, activation_bytes, logits_bytes, share_of_process
+from rlcore_megatron.config import MegatronSettings
+from rlcore_megatron.logprobs import chunk_size
+
+
+def step_memory(
+    config: Any,
+    settings: MegatronSettings,
+    device: torch.device,
+    itemsize: int,
+    *,
+    parameters: int,
+    data_parallel: int,
+    trained: bool,
+    stepped: bool,
+) -> StepMemory:
+    """See `rlcore.engines.memory`.
+
+    Gradients have their buffers from the start. A stage of the pipeline holds a part of the layers, but as many
+    micro-batches as there are stages, so that its activations are those of all layers of one.
+
+    Args:
+        config: of transformers.
+        itemsize: bytes per number in forward and backward.
+        parameters: numbers that this process holds.
+        stepped: the optimizer has made a step, so that its states exist.
+    """
+    tensor, stages, chunks = settings.tensor_parallel, settings.pipeline_parallel, settings.virtual_pipeline
+    columns = -(-config.get_text_config().vocab_size // tensor)
+    logits = logits_bytes(config, chunk_size(settings.logits_chunk, device, columns), trained=trained) // tensor
+    per_token = activation_bytes(
+        config, itemsize, trained=trained, recompute=settings.recompute == "full", tensor_parallel=tensor
+    )
+    if chunks > 1:  # the interleaved schedule holds some chunks of later micro-batches too
+        per_token += per_token * (stages - 1) // (stages * chunks)
+    moments = 8 * parameters // (data_parallel if settings.distributed_optimizer else 1)
+    return StepMemory(
+        free=share_of_process(device),
+        later=0 if not trained or stepped or settings.offload_optimizer else moments,
+        fixed=logits,
+        per_token=-(-per_token // settings.context_parallel),
+        parameters=parameters if settings.model_parallel * settings.expert_parallel == 1 else None,
+    )

@@ -1,0 +1,57 @@
+"""The estimate of a step's memory: what each way of dividing a model leaves to a process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import Qwen2Config
+
+from rlcore.engines.memory import StepMemory
+from rlcore_megatron.config import MegatronSettings
+from rlcore_megatron.step_memory import step_memory
+
+CONFIG = Qwen2Config(
+    vocab_size=1000,
+    hidden_size=64,
+    intermediate_size=256,
+    num_hidden_layers=8,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+
+
+def memory(trained: bool = True, stepped: bool = False, data_parallel: int = 1, **settings: Any) -> StepMemory:
+    return step_memory(
+        CONFIG,
+        MegatronSettings(logits_chunk=10, **settings),
+        torch.device("cpu"),
+        2,
+        parameters=10_000,
+        data_parallel=data_parallel,
+        trained=trained,
+        stepped=stepped,
+    )
+
+
+def test_what_each_kind_of_parallelism_saves() -> None:
+    whole = memory()
+    layer = 2 * (4 * 64 + 4 * 64 + 3 * 32 + 4 * 256) + 4 * (2 * 64 + 64 + 32)
+    assert whole.per_token == 9 * layer
+    assert (whole.later, whole.parameters) == (8 * 10_000, 10_000)
+    assert whole.fixed == 16 * 10 * 1000 + 8 * 1000 * 64
+    tensor = memory(tensor_parallel=2)
+    assert tensor.per_token == 9 * (2 * (4 * 64 + (4 * 64 + 3 * 32 + 4 * 256) // 2) + 4 * (2 * 64 + 48))
+    assert tensor.fixed == whole.fixed // 2
+    assert memory(context_parallel=2).per_token == -(-whole.per_token // 2)
+    assert memory(pipeline_parallel=2).per_token == whole.per_token
+    assert memory(pipeline_parallel=2, virtual_pipeline=2).per_token == whole.per_token * 5 // 4
+    assert memory(recompute="full").per_token == 2 * layer + 8 * 2 * 64
+    assert memory(trained=False).per_token == layer
+
+
+def test_optimizer_states_are_counted_until_they_exist() -> None:
+    assert memory(data_parallel=4).later == 20_000
+    assert memory(data_parallel=4, distributed_optimizer=False).later == 80_000
+    assert memory(stepped=True).later == memory(trained=False).later == memory(offload_optimizer=True).later == 0
+    assert memory(tensor_parallel=2).parameters is None

@@ -119,7 +119,7 @@ def test_run_help_is_an_overview():
     result = rlcore_command("run", "attempt", "--help")
     assert result.exit_code == 0
     assert "Usage: rlcore run attempt [OPTIONS] [KEY=VALUE]..." in result.output
-    for text in ("Try something.", "--config FILE", "Ready-made configurations:\n  --config base\n", "optim  1 keys"):
+    for text in ("Try something.", "--config FILE", "Ready-made configurations:\n  --config base\n", "optim  1 key"):
         assert text in result.output, text
     assert "optim.lr" not in result.output
 

@@ -152,7 +152,7 @@ class KeyHelp:
         table.add_column()
         for child in self._children(path):
             count = sum(len(section.keys) for section in self._sections if _within(section.path, child.path))
-            table.add_row(f"  {child.path}", f"{count} keys" if count else "broken", Text(child.description))
+            table.add_row(f"  {child.path}", _counted(count) if count else "broken", Text(child.description))
         self._console.print(table)
 
 
@@ -184,7 +184,11 @@ def _same(section: Section, first: Section) -> str:
         for key, other in zip(section.keys, first.keys)
         if key.default != other.default and key.default is not None
     ]
-    return f"as {first.path} ({len(section.keys)} keys)" + (f", with {', '.join(others)}" if others else "")
+    return f"as {first.path} ({_counted(len(section.keys))})" + (f", with {', '.join(others)}" if others else "")
+
+
+def _counted(keys: int) -> str:
+    return f"{keys} key{'s' * (keys > 1)}"
 
 
 def _join(path: str, name: str) -> str:

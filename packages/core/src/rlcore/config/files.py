@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +13,11 @@ from pydantic_core import PydanticCustomError
 from rlcore.config import yaml_format
 from rlcore.config.values import expanded
 from rlcore.errors import ConfigError
+from rlcore.regular_file import read_regular
 
 DEFAULTS_KEY = "defaults"
 LARGEST_FILE = 1 << 20
-"""Bytes of a configuration file."""
+"""The most bytes of a configuration file."""
 MOST_FILES = 64
 """Files that one configuration may be made of, each counted as often as it is named."""
 
@@ -66,17 +66,13 @@ def _add(layers: list[Layer], path: Path, including: tuple[Path, ...]) -> None:
 
 def _read(path: Path, by: str) -> str:
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            what = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or device"
-            raise ConfigError(f"{path}: cannot be read{by}: it is {what}, not a regular file")
-        if status.st_size > LARGEST_FILE:
-            raise ConfigError(f"{path}: has {status.st_size} bytes{by}; a configuration has {LARGEST_FILE} at most")
-        return path.read_text(encoding="utf-8")
+        return read_regular(path, LARGEST_FILE).decode()
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file{by}") from None
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or no possible name of a file
-        raise ConfigError(f"{yaml_format.shortened(str(path), 200)}: cannot be read{by}: {error}"[:400]) from None
+    except OSError as error:
+        raise ConfigError(f"{yaml_format.shortened(str(path), 200)}: cannot be read{by}: {error.strerror}") from None
+    except ValueError as error:  # not UTF-8
+        raise ConfigError(f"{path}: cannot be read{by}: {error}") from None
 
 
 def _expanded(name: str, where: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from rlcore.boundary import reason
 from rlcore.errors import ConfigError
 
 KeyPath = tuple[str | int, ...]
@@ -123,7 +124,7 @@ def parse(text: str, where: str) -> tuple[Any, dict[KeyPath, int]]:
         line = text.count("\n", 0, error.position) + 1
         raise ConfigError(f"{where}:{line}: not valid YAML: {error.reason} (#x{error.character:04x})") from None
     except Exception as error:  # the constructors of tags raise whatever their conversion raises
-        raise ConfigError(f"{where}: not valid YAML: {shortened(str(error) or type(error).__name__, 200)}") from None
+        raise ConfigError(f"{where}: not valid YAML: {reason(error)}") from None
 
 
 def dump(value: Any) -> str:

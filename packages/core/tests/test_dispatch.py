@@ -10,8 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlcore import Batch, Jagged, RolloutEngine, TrainEngine
-from rlcore.controller.dispatch import Dispatch, dispatch, dispatch_of, first_argument, gather, partition, take
+from rlcore.controller.dispatch import (
+    Dispatch,
+    dispatch,
+    dispatch_of,
+    first_argument,
+    gather,
+    partition,
+    partition_of_call,
+    take,
+)
 from rlcore.metrics import Metrics
+from rlcore.testing.train_engine import PairMargin, WeightedLogprobs, make_pairs
 
 
 def batch_of(lengths: list[int]) -> Batch:
@@ -142,3 +152,14 @@ def public_methods(interface: type) -> Iterator[str]:
 def test_every_method_of_an_engine_says_how_it_is_spread(interface: type) -> None:
     undeclared = {name for name in public_methods(interface) if dispatch_of(interface, name) is None}
     assert undeclared <= {"generate"}  # one request: the caller chooses the worker
+
+
+def test_units_that_a_call_names_stay_on_one_rank() -> None:
+    batch = make_pairs()
+    whole = [{0, 5}, {1, 6}, {2, 7}, {3, 4}]
+    for args, kwargs in (((batch, PairMargin()), {}), ((), {"objective": PairMargin(), "batch": batch})):
+        parts = partition_of_call(TrainEngine, "train", args, kwargs, batch, 3)
+        assert sorted(index for part in parts for index in part) == list(range(8))
+        assert all(any(unit <= set(part) for part in parts) for unit in whole)
+    apart = partition_of_call(TrainEngine, "train", (batch, WeightedLogprobs()), {}, batch, 8)
+    assert all(len(part) == 1 for part in apart)

@@ -138,10 +138,12 @@ class TrainEngine(ABC):
                 earlier step and left gradients that the backend cannot drop.
         """
 
+    @dispatch(Dispatch.BROADCAST)
     def step_memory(self) -> StepMemory | None:
         """What a step takes in this process's memory, and what is free; None if the engine cannot tell."""
         return None
 
+    @dispatch(Dispatch.BROADCAST)
     def set_token_budget(self, tokens: int) -> None:
         """Change the token budget of micro-batches; every process of the engine is given the same.
 

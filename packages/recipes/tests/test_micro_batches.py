@@ -30,8 +30,8 @@ class Ranks:
         return list(engine.memories)
 
 
-def memory(free: int, later: int = 0, fixed: int = 0, per_token: int = 1) -> StepMemory:
-    return StepMemory(free=free, later=later, fixed=fixed, per_token=per_token, parameters=1)
+def memory(free: int, later: int = 0, fixed: int = 0, per_token: int = 1, place: str = "here") -> StepMemory:
+    return StepMemory(place=place, free=free, later=later, fixed=fixed, per_token=per_token, parameters=1)
 
 
 def budgets(longest: int = 10, largest: int = 10**6, **models: tuple[Engine, Any]) -> MicroBatches:
@@ -43,7 +43,7 @@ def budgets(longest: int = 10, largest: int = 10**6, **models: tuple[Engine, Any
 
 
 def test_budgets_fit_into_what_all_models_leave() -> None:
-    actor = Engine(memory(10_000, later=1000, fixed=500, per_token=2), memory(20_000, later=1000, per_token=2))
+    actor = Engine(memory(10_000, later=1000, fixed=500, per_token=2), memory(20_000, later=1000, place="b"))
     critic = Engine(memory(10_000, later=2000, per_token=1))
     ref, unknown = Engine(memory(10**9)), Engine(None)
     found = budgets(actor=(actor, "auto"), critic=(critic, 1234), ref=(ref, "auto"), reward_model=(unknown, "auto"))
@@ -52,6 +52,11 @@ def test_budgets_fit_into_what_all_models_leave() -> None:
     assert (actor.budget, critic.budget, ref.budget, unknown.budget) == (2048, None, 16384, None)
     assert found.lines()[3] == "reward_model up to 16384 tokens"
     assert re.fullmatch(r"actor up to 2048 tokens \(about .* of .* GiB free\)", found.lines()[0])
+
+
+def test_ranks_share_the_memory_of_a_place() -> None:
+    shared = Engine(memory(10_000, place="a"), memory(10_000, place="a"), memory(9_000, place="b"))
+    assert budgets(actor=(shared, "auto")).tokens == {"actor": 3840}  # 0.8 · 5,000
 
 
 @pytest.mark.parametrize(

@@ -391,6 +391,7 @@ def faulty(tmp_path: Path, metrics: Mapping[str, list[float]], *keys: str, steps
         ({"train/skipped_steps": [1.0]}, [], 2, 2, "skipped in each of the last 2 steps"),
         ({"critic/skipped_steps": [1.0, 0.0] * 9}, ["max_skipped_steps=2"], 6, None, "norm is not finite (critic)"),
         ({"actor/skipped_steps": [1.0]}, ["max_skipped_steps=null"], 6, None, None),
+        ({"val-aux/reward_error_ratio": [1.0]}, [], 2, None, "failed on 100% of the samples of a validation"),
         ({}, ["grace_s=1e-9"], 2, None, "longer than trainer.grace_s=1e-09"),
     ],
 )

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from rlcore.engines.memory import StepMemory, activation_bytes, logits_bytes, share_of_process
+from rlcore.engines.memory import StepMemory, activation_bytes, free_memory, logits_bytes, place_of
 from rlcore.engines.settings import Head
 from rlcore_fsdp import sharding
 from rlcore_fsdp.config import FSDPSettings
@@ -47,7 +47,8 @@ def step_memory(
         if not settings.reduce_every_micro_batch:  # gradients stay whole between micro-batches
             fixed += 4 * sum(parameter.numel() for parameter in parameters)
     return StepMemory(
-        free=share_of_process(device),
+        place=place_of(device),
+        free=free_memory(device),
         later=0 if elsewhere or settings.offload_optimizer else _moments(parameters, optimizer),
         fixed=fixed,
         per_token=activation_bytes(config, dtype.itemsize, trained=trained, recompute=settings.gradient_checkpointing),

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from rlcore.engines.memory import StepMemory, activation_bytes, logits_bytes, share_of_process
+from rlcore.engines.memory import StepMemory, activation_bytes, free_memory, logits_bytes, place_of
 from rlcore_megatron.config import MegatronSettings
 from rlcore_megatron.logprobs import chunk_size
 
@@ -43,7 +43,8 @@ def step_memory(
         per_token += per_token * (stages - 1) // (stages * chunks)
     moments = 8 * parameters // (data_parallel if settings.distributed_optimizer else 1)
     return StepMemory(
-        free=share_of_process(device),
+        place=place_of(device),
+        free=free_memory(device),
         later=0 if not trained or stepped or settings.offload_optimizer else moments,
         fixed=logits,
         per_token=-(-per_token // settings.context_parallel),

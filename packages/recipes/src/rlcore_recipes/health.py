@@ -40,9 +40,16 @@ class Health:
             TrainingError: rewards failed, or updates were skipped, for too long.
         """
         self._steps += 1
+        self.check_validation(metrics)
         self._check_rewards(metrics, last)
         self._check_updates(metrics, last)
         self._check_duration(metrics)
+
+    def check_validation(self, metrics: Mapping[str, float]) -> None:
+        """Warn if the reward failed on too many samples of a validation."""
+        ratio = metrics.get("val-aux/reward_error_ratio", 0.0)
+        if ratio > self._max_error_ratio:
+            self._warn("validation", f"the reward failed on {ratio:.0%} of the samples of a validation")
 
     def _check_rewards(self, metrics: Mapping[str, float], last: bool) -> None:
         if "reward/error_ratio" not in metrics:

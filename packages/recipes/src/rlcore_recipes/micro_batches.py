@@ -6,6 +6,7 @@ of the weights do. A run therefore keeps the budgets that it began with: they ar
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, cast
@@ -143,13 +144,14 @@ def set_token_budget(engine: TrainEngine, tokens: int) -> None:
 
 
 def _of_ranks(memories: list[StepMemory | None]) -> StepMemory | None:
-    """The least that is free on any rank, and the most that is needed."""
+    """The least that is free for any rank, where ranks share a memory alike, and the most that is needed."""
     known = [memory for memory in memories if memory is not None]
     if len(known) < len(memories):
         return None
+    together = Counter(memory.place for memory in known)
     return replace(
         known[0],
-        free=min(memory.free for memory in known),
+        free=min(memory.free // together[memory.place] for memory in known),
         later=max(memory.later for memory in known),
         fixed=max(memory.fixed for memory in known),
         per_token=max(memory.per_token for memory in known),

@@ -97,7 +97,9 @@ def train(run: Run) -> None:
         completing(checkpoints, alone=len(all_gather(None)) == 1),
     ):
         if done == 0 and run.validate is not None and trainer.val_before_train:
-            tracker.log(validated(run, tracker, 0), 0)
+            metrics = validated(run, tracker, 0)
+            tracker.log(metrics, 0)
+            health.check_validation(metrics)
         while done < run.total_steps:
             done += 1
             metrics = timed_step(run, tracker, done)

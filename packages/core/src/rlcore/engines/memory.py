@@ -17,8 +17,8 @@ only those of one.
 
 from __future__ import annotations
 
-import os
 import re
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,10 +35,12 @@ class StepMemory:
     """What a step of one engine takes in one process, in bytes; see the module for the terms.
 
     Attributes:
-        free: on the engine's device, for this process.
+        place: where the memory is (`place_of`).
+        free: at that place, for all processes that share it.
         parameters: numbers in the model, of all processes together; None if this process cannot tell.
     """
 
+    place: str
     free: int
     later: int
     fixed: int
@@ -105,10 +107,10 @@ def free_memory(device: torch.device) -> int:
     return min([int(available[1]) * 1024, *_left_in_groups(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))])
 
 
-def share_of_process(device: torch.device) -> int:
-    """`free_memory` of this process where the processes of one machine share its memory alike (``torchrun``)."""
-    together = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else 1
-    return free_memory(device) // max(together, 1)
+def place_of(device: torch.device) -> str:
+    """A name for the memory behind ``device``; processes that share it get the same one."""
+    host = socket.gethostname()
+    return host if device.type == "cpu" else f"{host}/{torch.cuda.get_device_properties(device).uuid}"
 
 
 def _left_in_groups(root: Path, membership: Path) -> Iterator[int]:

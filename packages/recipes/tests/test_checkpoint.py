@@ -20,6 +20,7 @@ from rlcore.controller import LocalExecutor
 from rlcore.engines import TrainEngine
 from rlcore.errors import CheckpointError
 from rlcore_recipes.checkpoint import MANIFEST, CheckpointManager, RunState, folder, verify
+from rlcore_recipes.checkpoint.storage import open_storage
 
 
 class Position(JsonFile):
@@ -362,8 +363,10 @@ def test_a_place_that_is_taken_is_seen_before_training(tmp_path: Path, make: Cal
     with pytest.raises(CheckpointError, match="step-000005 exists but is not a checkpoint"):
         manager.check_room(3, 9)
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match=r"cannot write to .*file"):
-        CheckpointManager(tmp_path / "file" / "folder").check_room(0, 1)
+    with pytest.raises(CheckpointError, match=r"cannot write checkpoints to .*file"):
+        open_storage(tmp_path / "file" / "folder").check_writable()
+    open_storage(tmp_path / "new" / "folder").check_writable()
+    assert not (tmp_path / "new").exists()
 
 
 def test_which_checkpoint_a_run_goes_on_from(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def test_a_process_that_is_killed_while_it_uploads(root: str, at: str) -> None:
     manager = CheckpointManager(root)
     manager.save(1, group(Value(1)), state(1))
     child = os.fork()
-    if child == 0:  # a client of its own, which is killed when it is to send that file
+    if child == 0:  # its own client is killed when it is to send that file
         try:
             kill_when_sending(at)
             CheckpointManager(root).save(2, group(Value(2)), state(2))

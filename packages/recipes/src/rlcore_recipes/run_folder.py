@@ -120,8 +120,8 @@ class Replaced:
 def write_config(folder: Path, config: Config, step: int) -> Replaced:
     """Write the resolved configuration, and keep one that differs.
 
-    It stays beside the new one under the step at which it ended. If the run starts from its beginning, and has metrics,
-    they go to a folder ``attempt-1`` (2, 3 …) together.
+    It is renamed after the step at which it ended. If the run starts from its beginning and has metrics, these and the
+    configuration go to a folder ``attempt-1`` (2, 3 …).
 
     Raises:
         ConfigError: the folder cannot be written to.

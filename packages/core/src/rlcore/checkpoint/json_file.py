@@ -64,7 +64,7 @@ def parse(content: bytes | str, kind: type[M], where: str) -> M:
         problems = {problem["loc"]: problem for problem in error.errors(include_url=False)}
         # another engine or format explains whatever else does not fit
         for key, says in (
-            ("engine", "was written by the engine {}, not {}"),
+            ("engine", "was written by the engine {}, not {}; continue with that one, or start in another folder"),
             ("format", "has format {}, this rlcore reads {}"),
         ):
             if (problem := problems.get((key,))) is not None and problem["type"] == "literal_error":

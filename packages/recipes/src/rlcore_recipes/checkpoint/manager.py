@@ -362,7 +362,7 @@ class CheckpointManager:
                 value = self._storage.manifest(name).metrics.get(self._best_metric or "")
             except CheckpointError:
                 continue
-            if value is not None and not math.isnan(value) and name not in self._damaged:
+            if value is not None and math.isfinite(value) and name not in self._damaged:
                 found[step_of(name)] = self._sign * value
         return found
 

@@ -145,7 +145,7 @@ class RemoteStorage:
     ) -> None:
         self._write(name, STATE, state)
         self._write(name, MANIFEST, encode(step, metrics, {**files, STATE: record(state)}))
-        with suppress(Exception):  # beside a manifest it means nothing
+        with suppress(Exception):  # where there is a manifest, it means nothing
             self._system.rm_file(self._inside(name, MARK))
 
     def abandon(self, name: str) -> None:

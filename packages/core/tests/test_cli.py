@@ -237,6 +237,10 @@ def test_a_broken_pipe_in_a_recipe_is_not_silent():
         (["quikstart"], "no such command 'quikstart'; did you mean quickstart?"),
         (["--what"], "No such option"),
         (["run", "attempt", "--what"], "No such option"),
+        (["run", "attempt", "--optim.lr=3"], "keys are written without dashes: optim.lr=3"),
+        (["config", "validate", "attempt", "--optim.lr", "3"], "keys are written without dashes: optim.lr=3"),
+        (["config", "show", "attempt", "-c", "base", "--outcome=bad"], "without dashes: outcome=bad"),
+        (["plan", "attempt", "--confg", "base"], "Did you mean '--config'?"),
         (["config", "show"], "Missing argument 'RECIPE'"),
         (["completions", "tcsh"], "Invalid value"),
     ],
@@ -270,6 +274,15 @@ def test_config_show_validates_and_fills_in_defaults():
 
 def test_config_validate():
     assert rlcore_command("config", "validate", "attempt").output == "valid\n"
+
+
+def test_packages_that_are_missing_stop_run_and_validate_and_not_show(monkeypatch):
+    monkeypatch.setattr("rlcore.cli.recipes.missing_packages", lambda config: [("optim", "needs the package x")])
+    for arguments in (["run", "attempt"], ["config", "validate", "attempt"]):
+        result = rlcore_command(*arguments)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert "1 package cannot be found:\n  optim: needs the package x\n" in result.stderr
+    assert rlcore_command("config", "show", "attempt").exit_code == 0
 
 
 def test_config_schema():

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from rlcore.algorithms import advantages
+from rlcore.algorithms import advantages, policy_losses
 from rlcore.algorithms.objectives import PolicyObjective, PolicyObjectiveSettings
 from rlcore.algorithms.sequences import sequence_sums, trained_mask
 from rlcore.batch import Batch, Jagged
 from rlcore_recipes.credit import NON_FINITE, contained_advantages
 from rlcore_recipes.non_finite import containment, described
 from rlcore_recipes.settings import AlgorithmSettings
+from rlcore_recipes.updates import mini_batches
 
 LENGTHS = torch.tensor([5, 4, 6, 5, 7, 3])
 BAD = 4  # the second of the group 9
@@ -89,6 +90,24 @@ def test_where_no_sample_is_left_the_step_is_skipped() -> None:
     assert replaced == {}
     assert len(found) == 6
     assert "all others of its batch: none can be left out" in described(nan, found)
+
+
+def test_it_is_not_computed_in_the_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that gives NaN for a sample has NaN gradients even if all of the sample is masked."""
+    changed, *_ = contained_advantages(batch_of(values=math.nan), AlgorithmSettings(), None, 10)
+    batch = batch_of().with_columns(**{name: changed[name] for name in changed.names}, row=torch.arange(6))
+    monkeypatch.setattr(policy_losses, "_entries", dict(policy_losses._entries))
+    policy_losses.register("rows", needs={"row"})(lambda inputs, params: None)
+    policy_losses.register("groups", needs={"row"}, together="group")(lambda inputs, params: None)
+
+    def rows(size: int, loss: str) -> list[list[int]]:
+        return [part["row"].tolist() for part in mini_batches(batch, size, policy_losses.get(loss))]
+
+    assert rows(3, "rows") == [[0, 1, 2], [3, 5]]
+    assert rows(1, "rows") == [[0], [1], [2], [3], [4], [5]], "a mini-batch is never empty"
+    assert rows(3, "groups") == [[0, 1, 2], [3, 4, 5]], "a unit stays whole"
+    assert [len(part) for part in mini_batches(batch, 6)] == [5]
+    assert [len(part) for part in mini_batches(batch_of(), 3)] == [3, 3]
 
 
 def test_advantages_of_an_estimator_are_contained_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from rlcore.algorithms.sequences import trained_counts, trained_mask
 from rlcore.algorithms.shaping import overlong_punishment, terminal_rewards
 from rlcore.batch import Batch
 from rlcore.metrics import Metrics
-from rlcore_recipes.non_finite import containment, described
+from rlcore_recipes.non_finite import IN_LOSS, containment, described
 from rlcore_recipes.settings import AlgorithmSettings
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ def contained_advantages(
     batch: Batch, algorithm: AlgorithmSettings, kl: KLController | None, max_response_length: int
 ) -> tuple[Batch, Metrics, dict[str, Any], str]:
     """What `advantages` gives after samples with numbers that are not finite were taken out of the loss
-    (`rlcore_recipes.non_finite`), with the columns that this replaces; and where the first such number is, in words.
+    (`rlcore_recipes.non_finite`), with the columns that this replaces, and ``in_loss`` if there were any; and where the
+    first such number is, in words.
 
     ``rollout/non_finite_samples`` counts those samples. Advantages that are not finite are contained too.
     """
@@ -52,7 +53,11 @@ def contained_advantages(
     again, further = containment(batch)
     found = further | found
     metrics.sum(NON_FINITE, len(found))
+    if len(found) == len(batch):
+        again = {}
     changed = batch.with_columns(**again).select(*dict.fromkeys([*replaced, *columns.names, *again]))
+    if replaced or again:
+        changed = changed.with_columns(**{IN_LOSS: torch.tensor([row not in found for row in range(len(batch))])})
     return changed, metrics, state, described(batch, found) if found else ""
 
 

@@ -9,6 +9,9 @@ import torch
 from rlcore.algorithms.sequences import per_token, trained_counts, trained_mask
 from rlcore.batch import Batch, Jagged
 
+IN_LOSS = "in_loss"
+"""A dense column of bools: false for samples that were taken out. A batch of which all samples train has none."""
+
 
 def containment(batch: Batch) -> tuple[dict[str, Jagged | torch.Tensor], dict[int, str]]:
     """How samples with a number that is not finite are taken out of the loss.

@@ -14,6 +14,7 @@ from rlcore.engines import ForwardRequest, Objective, TrainEngine
 from rlcore.metrics import Metrics
 from rlcore.registry import Entry
 from rlcore_recipes.credit import without_advantage
+from rlcore_recipes.non_finite import IN_LOSS
 from rlcore_recipes.settings import CriticSettings, RLConfig
 
 if TYPE_CHECKING:
@@ -29,10 +30,9 @@ def update_actor(session: Session[Any], batch: Batch) -> Metrics:
     objective = PolicyObjective(
         settings.objective, config.rollout.temperature, old_from_rollout=settings.old_logprobs == "rollout"
     )
-    columns = training_columns(batch, settings.objective.policy_loss.entry)
     size = config.mini_batch_size * config.rollout.n
     parts: list[tuple[Batch, Objective]] = [
-        (part, objective) for part in columns.split(size, objective.request.together)
+        (part, objective) for part in mini_batches(batch, size, settings.objective.policy_loss.entry)
     ]
     if settings.drops_zero_advantage:
         keep = actor.dp_size
@@ -59,7 +59,7 @@ def update_critic(critic: TrainEngine, batch: Batch, settings: CriticSettings, c
     """Train the critic on ``batch``; metrics under ``critic/``."""
     objective = ValueObjective(settings.objective)
     size = (settings.mini_batch_size or config.mini_batch_size) * config.rollout.n
-    parts = [(part, objective) for part in training_columns(batch).split(size)]
+    parts = [(part, objective) for part in mini_batches(batch, size)]
     metrics = train_epochs(critic, parts, settings.epochs or config.actor.epochs).prefixed("critic/")
     if settings.offload:
         critic.offload()
@@ -69,6 +69,27 @@ def update_critic(critic: TrainEngine, batch: Batch, settings: CriticSettings, c
 def train_epochs(engine: TrainEngine, parts: Sequence[tuple[Batch, Objective]], epochs: int) -> Metrics:
     """One optimizer step for each mini-batch with its objective, ``epochs`` times over."""
     return Metrics.merge(engine.train(part, objective) for _ in range(epochs) for part, objective in parts)
+
+
+def mini_batches(batch: Batch, size: int, loss: Entry[Any] | None = None) -> list[Batch]:
+    """The `training_columns` of each ``size`` consecutive samples, without samples that were taken out of the loss.
+
+    These have no trained token, so that nothing changes; but a model that computes NaN for one of them would have NaN
+    gradients. They stay where a unit of ``loss`` or a whole mini-batch would be torn.
+
+    Raises:
+        BatchError: a mini-batch would divide a unit of ``loss``, or a column is missing.
+    """
+    together = None if loss is None else loss.together
+    parts = training_columns(batch, loss).split(size, together)
+    if IN_LOSS not in batch:
+        return parts
+    stays = [part.clone() for part in batch[IN_LOSS].split(size)]
+    for part, kept in zip(parts, stays):
+        if together is not None:
+            kept |= torch.isin(part[together], part[together][kept])
+        kept |= ~kept.any()
+    return [part.filter(kept) for part, kept in zip(parts, stays)]
 
 
 def training_columns(batch: Batch, loss: Entry[Any] | None = None) -> Batch:

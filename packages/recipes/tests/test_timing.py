@@ -1,5 +1,7 @@
 """Seconds of the parts of a step, with other processes at work."""
 
+import json
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -10,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlcore.controller import Event, Executor
+from rlcore.errors import ConfigError
 from rlcore_recipes import timing
 from rlcore_recipes.timing import Timings, covered
 
@@ -144,6 +147,29 @@ def test_everything_is_recorded_once_and_nothing_is_kept(clock: Clock, tmp_path:
     timed.take()
     assert [(event.name, event.worker) for event in recorded] == [("gen", "controller"), ("work", "train[0]")] * 2
     assert timed._events == []
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (Path.mkdir, "is a folder"),
+        (os.mkfifo, "is not a regular file"),
+        (lambda path: path.write_text('{"mine": 1}'), "is there already and is no trace"),
+    ],
+)
+def test_something_else_than_a_trace_stays(tmp_path: Path, make: Any, reason: str) -> None:
+    make(tmp_path / "trace.json")
+    with ExitStack() as stack, pytest.raises(ConfigError, match=f"move away what is there: .*{reason}"):
+        timing.open_trace(tmp_path, stack)
+    if (tmp_path / "trace.json").is_file():
+        assert (tmp_path / "trace.json").read_text() == '{"mine": 1}'
+
+
+def test_a_damaged_trace_is_cut(tmp_path: Path) -> None:
+    (tmp_path / "trace.json").write_text("[\n" + "[" * 50_000)
+    with ExitStack() as stack:
+        timing.open_trace(tmp_path, stack)
+    assert json.loads((tmp_path / "trace.json").read_text()) == []
 
 
 def test_the_trace_of_a_run_is_complete_when_it_ends(clock: Clock, tmp_path: Path) -> None:

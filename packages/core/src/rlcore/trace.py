@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlcore.controller.executor import Event
+from rlcore.regular_file import open_regular
 
 CONTROLLER = "controller"
 _TAIL_BYTES = 1 << 16
@@ -104,8 +106,11 @@ class TraceFile:
 def _open_end(path: Path) -> bool:
     """Cut off the bracket at the end of an existing file, and a record that was not written whole; whether nothing is
     left."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return True
+    with open_regular(path) as file:  # before it is opened for writing, which waits where it is a pipe
+        if file.read(1) not in (b"", b"["):
+            raise OSError(errno.EEXIST, "is there already and is no trace", str(path))
     with path.open("r+b") as file:
         size = file.seek(0, os.SEEK_END)
         start = max(size - _TAIL_BYTES, 0)
@@ -125,5 +130,5 @@ def _open_end(path: Path) -> bool:
 def _whole(line: bytes) -> bool:
     try:
         return isinstance(json.loads(line), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False

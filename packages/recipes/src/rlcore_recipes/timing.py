@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from rlcore.boundary import boundary
 from rlcore.controller import Event, Executor
+from rlcore.errors import ConfigError
 from rlcore.trace import CONTROLLER, TraceFile
 from rlcore_recipes.processes import is_main
 from rlcore_recipes.run_folder import TRACE
@@ -77,9 +79,14 @@ def covered(events: Iterable[Event]) -> float:
 
 
 def open_trace(out_dir: Path, stack: ExitStack) -> Callable[[list[Event]], None] | None:
-    """What writes events to the run's trace, until ``stack`` completes it; None on other ranks than the main one."""
+    """What writes events to the run's trace, until ``stack`` completes it; None on other ranks than the main one.
+
+    Raises:
+        ConfigError: something else than a trace has its name.
+    """
     if not is_main():
         return None
-    trace = TraceFile(out_dir / TRACE)
+    with boundary(f"the trace {out_dir / TRACE} cannot be written; move away what is there", ConfigError):
+        trace = TraceFile(out_dir / TRACE)
     stack.callback(trace.close)
     return trace.append

@@ -86,8 +86,12 @@ def test_files_that_are_no_json_object(model: Path, tmp_path: Path, name: str, c
 
 def test_only_regular_files_are_read(model: Path, tmp_path: Path) -> None:
     path = edited(model, tmp_path / "model")
-    (path / "generation_config.json").unlink()
-    os.mkfifo(path / "generation_config.json")  # would wait for a writer
+    file = path / "generation_config.json"
+    file.unlink()
+    os.mkfifo(file)  # would wait for a writer
+    assert "generation_config.json is not a regular file" in refused(path)
+    file.unlink()
+    file.symlink_to("nowhere")
     assert "generation_config.json is not a regular file" in refused(path)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +104,7 @@ def optional_file(settings: ModelSettings, name: str) -> Path | None:
     """The file ``name`` of the model's folder, fetched from the Hub if need be; None if the model has none."""
     folder = Path(settings.path).expanduser()
     if folder.is_dir():
-        return folder / name if (folder / name).exists() else None
+        return folder / name if os.path.lexists(folder / name) else None  # a broken link is a damaged file
     from transformers.utils.hub import cached_file
 
     with boundary(f"{name} of the model {settings.path!r} cannot be fetched", EngineError):

@@ -114,6 +114,10 @@ def test_a_short_form_of_a_later_source_wins_over_what_it_is_short_for(tmp_path:
 def test_one_source_that_contradicts_its_short_form(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"grader\.path means grader\.name=function, but grader\.name=exact is given"):
         read("grader.path=a.py:f", "grader.name=exact")
+    with pytest.raises(
+        ConfigError, match=r"grader: path is short for function\.path, but function is no mapping of keys"
+    ):
+        read("grader={path: a.py, function: 3}")
     (tmp_path / "run.yaml").write_text("grader: {path: a.py:f, name: exact}\n")
     with pytest.raises(ConfigError, match=r"grader: path is short for function\.path with name=function, but name is"):
         load_config(Run, tmp_path / "run.yaml")

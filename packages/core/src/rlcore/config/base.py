@@ -87,7 +87,7 @@ class Config(BaseModel):
         """``given`` without short forms.
 
         Raises:
-            ValueError: a key that a short form sets has another value here.
+            ValueError: a key that a short form sets has another value here, or is in something that has no keys.
         """
         values = dict(given)
         for name, form in cls.short_forms.items():
@@ -101,9 +101,12 @@ class Config(BaseModel):
             place = values
             for parent in parents:
                 inner = place.get(parent) or {}
-                inner = inner.model_dump(mode="json") if isinstance(inner, Config) else dict(inner)
-                place[parent] = inner
-                place = inner
+                if isinstance(inner, Config):
+                    inner = inner.model_dump(mode="json")
+                if not isinstance(inner, Mapping):
+                    raise ValueError(f"{name} is short for {form.key}, but {parent} is no mapping of keys")
+                place[parent] = dict(inner)
+                place = place[parent]
             place[last] = value
         return values
 

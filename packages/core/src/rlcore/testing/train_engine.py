@@ -30,6 +30,7 @@ from rlcore.config import Config
 from rlcore.engines import ForwardRequest, ModelSettings, OptimSettings, TrainEngine, TrainEngineSpec, WeightBucket
 from rlcore.errors import CheckpointError, EngineError
 from rlcore.metrics import Metrics
+from rlcore.progress import listening
 from rlcore.testing.model_folders import ONE_LAYER, WRONG_FILES, edited, half_precision, precisions, two_labels
 from rlcore.testing.tiny_model import tiny_model
 
@@ -230,6 +231,20 @@ class TrainEngineConformance:
         batch = make_batch()
         wide, narrow = (self.engine(model_path, max_tokens=size).forward(batch, ForwardRequest()) for size in (1000, 1))
         torch.testing.assert_close(wide.flat("logprobs"), narrow.flat("logprobs"), atol=self.logprob_atol, rtol=0)
+
+    def test_an_engine_that_knows_its_memory_takes_a_token_budget(self, model_path: Path) -> None:
+        engine, batch, heard = self.engine(model_path, max_tokens=1000), make_batch(), []
+        memory = engine.step_memory()
+        if memory is None:
+            return
+        assert memory.free > 0
+        assert memory.per_token > 0
+        before = engine.forward(batch, ForwardRequest())
+        engine.set_token_budget(1)
+        with listening(lambda what, done, total: heard.append(total)):
+            after = engine.forward(batch, ForwardRequest())
+        torch.testing.assert_close(before.flat("logprobs"), after.flat("logprobs"), atol=self.logprob_atol, rtol=0)
+        assert set(heard) <= {len(batch)}  # of engines that report their micro-batches: one for each sequence
 
     def test_forward_of_nothing_is_nothing(self, model_path: Path) -> None:
         out = self.engine(model_path).forward(make_batch().take([]), ForwardRequest())

@@ -15,6 +15,7 @@ from pydantic import Field
 from rlcore.config import Config
 from rlcore.engines import ModelSettings
 from rlcore.errors import DataError, RlcoreWarning
+from rlcore_recipes.data.files import read_rows
 from rlcore_recipes.data.tokenizer import load_tokenizer
 from rlcore_recipes.preflight import check_sources, model_sources
 
@@ -68,6 +69,14 @@ def test_without_network_only_the_cache_is_read(hub: HTTPServer, tmp_path: Path)
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     with pytest.raises(DataError, match=r"model\.path=org/name-that-is-nowhere is no folder here and cannot be loaded"):
         load_tokenizer(config.model)
+
+
+def test_data_sets_of_the_hub_need_it_too(hub: HTTPServer) -> None:
+    hub.shutdown()
+    hub.server_close()
+    with pytest.warns(RlcoreWarning, match="cannot be reached .*; org/data can only"), pytest.raises(DataError):
+        read_rows("hub:org/data")
+    assert constants.HF_HUB_OFFLINE
 
 
 def test_folders_of_all_models_are_looked_for(tmp_path: Path) -> None:

@@ -61,7 +61,8 @@ class Health:
             raise TrainingError(
                 f"the reward failed on {mean:.0%} of the samples of the last {len(self._error_ratios)} steps, more "
                 f"than reward.max_error_ratio={limit:g}: they got reward.error_score, from which nothing can be "
-                "learned. The warnings above say why it failed; correct the reward, or raise the limit (1: never)"
+                "learned. The first failure of each kind was logged with its reason (over Ray in out_dir/logs); "
+                "correct the reward, or raise the limit (1: never)"
             )
         if ratio > limit:
             self._warn(

@@ -20,6 +20,7 @@ from rlcore.errors import DataError, RlcoreWarning
 from rlcore.suggestions import similar_paths
 from rlcore_recipes.data.columns import Columns, Row, names_in
 from rlcore_recipes.data.parquet import read_parquet
+from rlcore_recipes.hub import go_offline_without_network
 
 HUB = re.compile(r"hub:(?P<name>[^:@]+)(:(?P<config>[^:@]+))?(@(?P<split>.+))?")
 
@@ -165,6 +166,7 @@ def _integer(digits: str) -> int | str:
 
 def read_hub(name: str, config: str | None, split: str) -> list[Row]:
     """The rows of a Hub data set (needs the extra ``hub``)."""
+    go_offline_without_network([name])  # before the import, by which the library reads whether it is offline
     try:
         from datasets import load_dataset  # type: ignore[import-not-found, unused-ignore]
     except ImportError as error:

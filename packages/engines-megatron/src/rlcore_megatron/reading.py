@@ -21,7 +21,6 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
         self._open: dict[Path, Any] = {}
         self._headers = model_files.tensors(folder)
 

@@ -82,8 +82,7 @@ class MegatronEngine(TrainEngine):
             device=device,
             dtype=self.dtype,
             head=spec.head,
-            head_bias=spec.head == "value"
-            or (spec.head == "score" and "score.bias" in model_files.tensors(self.folder)),
+            head_bias=spec.head == "value" or (spec.head == "score" and "score.bias" in tensors),
             seed=spec.seed,
         )
         weights.load_pretrained(

@@ -115,6 +115,8 @@ def test_what_configurations_say_about_length() -> None:
     assert longest_position(config_of(max_position_embeddings=2048, rope_parameters=yarn)) == 2048
     layers = {"full_attention": longrope(), "sliding_attention": {"rope_type": "default"}}
     assert rope_boundary(config_of(max_position_embeddings=99, rope_parameters=layers)) == ("longrope", BOUNDARY)
+    older = config_of(max_position_embeddings=99, rope_scaling={**longrope(), "rope_type": "su"})
+    assert rope_boundary(older) == ("longrope", BOUNDARY)
     old = config_of(max_position_embeddings=99, rope_scaling={"type": "dynamic", "factor": 2.0})
     assert rope_boundary(old) == ("dynamic", 99)
     assert longest_position(config_of(rope_parameters=None)) is None

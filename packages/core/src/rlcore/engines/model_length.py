@@ -22,7 +22,7 @@ def rope_boundary(config: Any) -> tuple[str, int] | None:
     config = config.get_text_config()
     found: list[tuple[str, int]] = []
     for rope in _rope_parameters(config):
-        if _kind(rope) == "longrope":
+        if _kind(rope) == "longrope" or "long_factor" in rope:  # "su" in older configurations
             found.append(("longrope", _original(config, rope)))
         elif _kind(rope) == "dynamic":
             found.append(("dynamic", int(config.max_position_embeddings)))
@@ -47,7 +47,7 @@ def check_rope(settings: ModelSettings, config: Any, longest: int, what: str) ->
     """Raise `EngineError` if a sequence of ``longest`` tokens changes how the model computes shorter ones.
 
     Args:
-        what: has so many tokens: "the longest sequence of the run".
+        what: the subject of the error, such as "the longest sequence of the run".
     """
     boundary = rope_boundary(config)
     if boundary is not None and longest > boundary[1]:

@@ -257,6 +257,14 @@ def test_dropout_is_for_training_only(model_path: Path) -> None:
     assert norms[1] == pytest.approx(norms[2], rel=1e-5)
 
 
+def test_experts_that_are_no_layers_are_named(tmp_path: Path) -> None:
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    options = {**experts, "moe_intermediate_size": 16, "head_dim": 8, "first_k_dense_replace": 1}
+    path = tiny_model(tmp_path, architecture="Glm4Moe", **options)
+    with pytest.raises(EngineError, match=r"layers\.1\.mlp\.experts of Glm4MoeForCausalLM is no linear layer"):
+        make_engine(path)
+
+
 def test_mistakes_are_named(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EngineError, match=r"target_modules names lm_head, wait, but .* are down_proj, gate_proj, "):
         make_engine(model_path, LoRASettings(target_modules=("q_proj", "wait", "lm_head")))

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from rlcore.boundary import boundary
 from rlcore.engines import LoRASettings
 from rlcore.engines.model_writing import ADAPTERS
 from rlcore.engines.settings import Head
@@ -42,8 +43,14 @@ def add_adapters(model: PreTrainedModel, settings: LoRASettings, head: Head, dty
     config = _peft_config(settings, _targets(model, settings))
     from peft import inject_adapter_in_model
 
-    with torch.random.fork_rng(devices=[]):
+    with boundary(f"{type(model).__name__} cannot have adapters", EngineError), torch.random.fork_rng(devices=[]):
         inject_adapter_in_model(config, model, adapter_name=ADAPTER, low_cpu_mem_usage=True)
+    for name, layer in adapted_layers(model):
+        if not isinstance(layer.base_layer, nn.Linear):  # PEFT adapts the experts of some models, which are no layers
+            raise EngineError(
+                f"{name} of {type(model).__name__} is no linear layer and cannot have adapters; name the layers that "
+                "get some in lora.target_modules (q_proj, k_proj, v_proj, o_proj …)"
+            )
     generator = torch.Generator().manual_seed(seed)
     for _, layer in adapted_layers(model):
         device = layer.base_layer.weight.device

@@ -145,7 +145,7 @@ def test_finished_run_does_nothing_more(tmp_path: Path, capsys: pytest.CaptureFi
     assert lines(tmp_path) == before
     assert model.value == before[-1]["loss"]
     printed = capsys.readouterr().err
-    assert f"the run in {tmp_path} is complete: it has made its 4 steps; raise trainer.total_epochs to train" in printed
+    assert f"the run in {tmp_path} is complete: step 4 was its last; raise trainer.total_epochs to train" in printed
     assert "continuing" not in printed
 
 

@@ -59,7 +59,7 @@ def _how(run: Run, found: Checkpoint) -> str:
         return f"continuing after step {found.state.step} from {found.location}"
     key = "total_epochs" if run.trainer.total_steps is None else "total_steps"
     return (
-        f"the run in {run.trainer.out_dir} is complete: it has made its {run.total_steps} steps; raise trainer.{key} "
+        f"the run in {run.trainer.out_dir} is complete: step {run.total_steps} was its last; raise trainer.{key} "
         "to train longer"
     )
 

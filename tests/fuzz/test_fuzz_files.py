@@ -29,7 +29,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, commands: Commands) -> Path:
 
 
 @pytest.mark.timeout(0 if ALL else 900)
-@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.path)
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target.path}, {target.command}")
 def test_a_mutated_file_ends_in_success_or_one_error(
     commands: Commands, base: Path, tmp_path: Path, target: Target
 ) -> None:

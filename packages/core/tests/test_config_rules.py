@@ -144,6 +144,7 @@ HUGE = "x" * 100_000
         ({"label": b"bytes"}, "label: must not be bytes"),
         ({"names": [b"bytes"]}, "names: must not be bytes"),
         ({"words": {"a": b"bytes"}}, "words: must not be bytes"),
+        ({"anything": {"a": ["\ud800"]}}, "anything: must be Unicode text, without halves of surrogate pairs"),
         ({"anything": {"a": {1: 2}}}, "anything: has the key 1, which is not text; put it in quotes"),
         ({"out": "a\0b"}, "out: must be a path, not a NUL byte"),
         ({HUGE: 1}, "xx…: unknown key; known here: "),

@@ -24,6 +24,7 @@ DEEPEST = 64
 """Levels of lists and mappings in one value."""
 
 _NUMBER = re.compile(r"\s*[-+]?[0-9._]+([eE][-+]?[0-9]+)?\s*")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
 
 
@@ -164,11 +165,13 @@ def _elements(value: Sequence[Any], annotation: Any) -> Iterator[tuple[Any, Any]
 def unusable(value: Any, depth: int = 0) -> str | None:
     """What is wrong with a validated value although its type allows it; None if nothing is.
 
-    That is, outside of inner models: keys that are not text, numbers in a list or mapping that are not finite or have
-    more than 64 bits, and nesting without end.
+    That is, outside of inner models: keys that are not text, text that is not Unicode, numbers in a list or mapping
+    that are not finite or have more than 64 bits, and nesting without end.
     """
     if depth > DEEPEST:
         return f"must not have more than {DEEPEST} levels"
+    if isinstance(value, (str, Path)) and _SURROGATE.search(str(value)):
+        return "must be Unicode text, without halves of surrogate pairs"
     if depth > 0 and isinstance(value, float) and not math.isfinite(value):
         return "must hold finite numbers only"
     if depth > 0 and isinstance(value, int) and not -(2**63) <= value < 2**63:

@@ -131,7 +131,9 @@ def typecheck(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """Build the documentation; a warning is an error."""
-    sync(session, "--package", "rlcore", "--group", "docs")
+    sync(
+        session, "--package", "rlcore-recipes", "--group", "docs", "--group", "test"
+    )  # the API pages import what they show
     session.run("sphinx-build", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html")
 
 

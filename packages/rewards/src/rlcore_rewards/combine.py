@@ -35,7 +35,7 @@ class CombineOptions(Config):
     def _labels_differ(cls, rewards: tuple[Part, ...]) -> tuple[Part, ...]:
         twice = [label for label, count in Counter(map(label_of, rewards)).items() if count > 1]
         if twice:
-            raise ValueError(f"several rewards are called {', '.join(map(repr, twice))}; give each a label of its own")
+            raise ValueError(f"several rewards are called {', '.join(map(repr, twice))}; give each another label")
         return rewards
 
 

@@ -27,7 +27,7 @@ from rlcore_rewards.worker_process import WorkerProcess
 class PooledReward(Reward):
     """Scores with a function in worker processes.
 
-    The first worker starts at once and shows whether the function loads; others start as calls overlap.
+    The first worker starts immediately and shows whether the function loads; others start as calls overlap.
 
     Args:
         name: for log messages.

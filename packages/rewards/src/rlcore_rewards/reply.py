@@ -75,7 +75,7 @@ def encode_failure(kind: str, message: str) -> bytes:
 
 
 def decode(reply: bytes) -> RewardResult:
-    """The result in a reply, checked anew: the worker may hold code that writes to the pipe itself.
+    """The result in a reply, checked again: the worker may hold code that writes to the pipe itself.
 
     Raises:
         WorkerFailure: the reply reports one, or is malformed (kind "protocol").

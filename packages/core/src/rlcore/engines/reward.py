@@ -67,7 +67,7 @@ def result_problem(result: RewardResult) -> str | None:
     if not abs(result.score) <= LARGEST_SCORE:  # NaN too
         return f"the score {result.score:g}, which is not finite as a 32-bit float"
     if len(result.extras) > MAX_EXTRAS:
-        return f"{len(result.extras)} numbers besides the score, more than {MAX_EXTRAS}; each is a metric of its name"
+        return f"{len(result.extras)} numbers in addition to the score, more than {MAX_EXTRAS}; each is a metric"
     for name, value in result.extras.items():
         if name in RESERVED_EXTRAS:
             return f"a number under the key {name!r}, which is the name of a metric of rlcore; choose another key"

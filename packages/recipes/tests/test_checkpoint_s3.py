@@ -17,18 +17,36 @@ import pytest
 from moto.server import ThreadedMotoServer
 from pydantic import Field
 
+from rlcore.config import Config, load_config
+from rlcore.controller import LocalExecutor
+from rlcore.engines import TrainEngine
 from rlcore.errors import CheckpointError
-from rlcore_recipes.checkpoint import MANIFEST, CheckpointManager, node_folder
+from rlcore_recipes.checkpoint import MANIFEST, CheckpointManager, RunState, node_folder
 from rlcore_recipes.checkpoint.manifest import MARK
 from rlcore_recipes.checkpoint.storage import open_storage
 from rlcore_recipes.restarts import restarting
+from rlcore_recipes.settings import ControllerSettings
 from rlcore_recipes.train_loop import train
 
 sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode does not
-from rlcore.config import Config, load_config
-from rlcore_recipes.settings import ControllerSettings
-from test_checkpoint_remote import Value, group, state
-from test_train_loop import RunConfig, lines, make
+from test_train_loop import Number, RunConfig, lines, make
+
+
+class Value(Number):
+    """A model of two files."""
+
+    def save(self, path: Path) -> None:
+        super().save(path)
+        (path / "more").mkdir()
+        (path / "more" / "data").write_bytes(bytes(1000))
+
+
+def group(engine: Value) -> dict[str, Any]:
+    return {"actor": LocalExecutor().group(TrainEngine, engine, "actor")}  # type: ignore[type-abstract]
+
+
+def state(step: int) -> RunState:
+    return RunState(recipe="test", step=step, run_id="id", parts={})
 
 
 @pytest.fixture(scope="module")
@@ -81,22 +99,22 @@ def test_a_run_goes_on_from_a_bucket(root: str, tmp_path: Path) -> None:
     assert not (tmp_path / "parts" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("at", ["actor/more/data", "state.json", MANIFEST])
+@pytest.mark.parametrize("at", ["actor/value", "state.json", MANIFEST])
 def test_a_process_that_is_killed_while_it_uploads(root: str, at: str) -> None:
     manager = CheckpointManager(root)
-    manager.save(1, group(Value(1)), state(1))
+    manager.save(1, group(Value(value=1)), state(1))
     child = os.fork()
     if child == 0:  # its own client is killed when it is to send that file
         try:
             kill_when_sending(at)
-            CheckpointManager(root).save(2, group(Value(2)), state(2))
+            CheckpointManager(root).save(2, group(Value(value=2)), state(2))
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     left = {name for name in found_at(root) if name.startswith("step-000002")}
     assert f"step-000002/{MARK}" in left
     assert f"step-000002/{MANIFEST}" not in left
-    engine = Value()
+    engine = Value(value=0)
     manager = CheckpointManager(root)
     found = manager.resume_from("auto", group(engine))
     assert found is not None
@@ -145,7 +163,7 @@ def test_a_bucket_that_is_not_there_is_noticed_before_the_work_and_not_made(root
 def test_wrong_credentials_are_noticed_before_the_work(
     root: str, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    CheckpointManager(root).save(1, group(Value(1)), state(1))
+    CheckpointManager(root).save(1, group(Value(value=1)), state(1))
     set_free_requests(server, "0")
     try:
         s3()

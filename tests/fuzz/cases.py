@@ -51,10 +51,11 @@ COMMANDS = {
     "resume": ["run", "sft", "--config", "sft.yaml", "trainer.total_steps=2"],
     "train": ["run", "grpo", "--config", "grpo.yaml"],
     "train on Parquet": ["run", "grpo", "--config", "grpo.yaml", "data.train_files=[train.parquet]"],
-    # what bounds the work is not mutated
+    # what bounds the work, and what says where metrics are, is not mutated
     "train as configured": [
         *["run", "grpo", "--config", "grpo.yaml", "trainer.total_steps=1", "data.train_batch_size=2"],
         *["data.max_response_length=4", "data.max_prompt_length=48", "rollout.n=2", "reward.workers=1"],
+        *["trainer.out_dir=new", "trainer.trackers=[jsonl]"],
     ],
     "validate": ["config", "validate", "grpo", "--config", "grpo.yaml"],
 }

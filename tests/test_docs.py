@@ -99,7 +99,7 @@ def configuration_of(recipe: str) -> Any:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("model") / "my-model")
+    return tiny_model(tmp_path_factory.mktemp("model") / "my-model", max_position_embeddings=4096)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,14 @@ def step(number):
 run.step = step
 train(run)
 """
+
+
+@pytest.fixture(autouse=True, scope="module")
+def terminable() -> Iterator[None]:
+    """Under ``nohup`` SIGHUP is ignored, here and in the processes that tests start, and a run leaves it so."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize(

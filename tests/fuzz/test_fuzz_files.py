@@ -10,7 +10,7 @@ import pytest
 
 from fuzz import ALL, chosen
 from fuzz.cases import COMMANDS, TARGETS, Target, copy_of, make_base, trained
-from fuzz.commands import Commands
+from fuzz.commands import Commands, Ended
 
 PER_FILE = 8
 """Cases per file in the default run."""
@@ -26,6 +26,33 @@ def base(tmp_path_factory: pytest.TempPathFactory, commands: Commands) -> Path:
     folder = tmp_path_factory.mktemp("base")
     make_base(folder, commands)
     return folder
+
+
+@pytest.mark.parametrize(
+    ("ended", "must_fail"),
+    [
+        (Ended(None, ""), False),
+        (Ended(-9, ""), False),
+        (Ended(2, "error: no"), False),
+        (Ended(1, "Aborted"), False),
+        (Ended(1, f"error: {'x' * 10_000}"), False),
+        (Ended(0, "Traceback (most recent call last):"), False),
+        (Ended(0, ""), True),
+    ],
+)
+def test_a_bad_end_is_a_fault(ended: Ended, must_fail: bool) -> None:
+    assert ended.fault(must_fail=must_fail) is not None
+    assert Ended(1, "warning: b\nerror: c").fault(must_fail=must_fail) is None
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_end_well_on_files_that_are_as_they_were(
+    commands: Commands, base: Path, tmp_path: Path, command: str
+) -> None:
+    folder = copy_of(base, tmp_path / "copy")
+    ended = commands.run(COMMANDS[command], folder)
+    assert ended.code == 0, ended.output
+    assert trained(folder, command) is None
 
 
 @pytest.mark.timeout(0 if ALL else 900)

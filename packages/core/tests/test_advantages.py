@@ -175,16 +175,24 @@ def test_gpg_by_hand() -> None:
 
 @pytest.mark.parametrize("name", [entry.name for entry in advantages if "compares_group" in entry.traits])
 def test_a_sample_alone_in_its_group_has_no_advantage(name: str) -> None:
-    """Its score would be an advantage without a baseline. The other groups get what they get without it."""
+    """Its score would be an advantage without a baseline, and changes nothing. The other groups get what they get
+    without it."""
     batch = ragged(0, min_group=2)
     others = batch.select("loss_mask", "token_rewards", "group")
-    tokens = torch.tensor([0.0, 0.3, 0.4], dtype=torch.float64)
-    one = torch.tensor([3])
-    columns = {"loss_mask": Jagged(torch.ones_like(tokens), one), "token_rewards": Jagged(tokens, one)}
-    joined = Batch.concat([Batch({**columns, "group": torch.tensor([99])}), others])
-    actual = joined.jagged(compute(name, joined)).to_list()
+
+    def with_one_alone(score: float) -> list[torch.Tensor]:
+        tokens, one = torch.tensor([0.0, 0.3, score], dtype=torch.float64), torch.tensor([3])
+        columns = {"loss_mask": Jagged(torch.ones_like(tokens), one), "token_rewards": Jagged(tokens, one)}
+        joined = Batch.concat([Batch({**columns, "group": torch.tensor([99])}), others])
+        return joined.jagged(compute(name, joined)).to_list()
+
+    actual = with_one_alone(0.4)
+    torch.testing.assert_close(actual, with_one_alone(40.0), rtol=0, atol=0)
+    if name == "reinforce_plus_plus_baseline":  # which subtracts the mean over the batch's tokens from the 0 too
+        assert actual[0][1:].unique().numel() == 1  # no token predicts the first
+        return
     assert actual[0].abs().max() == 0
-    if name not in ("gpg", "reinforce_plus_plus_baseline"):  # which are normalised over the batch
+    if name != "gpg":  # which is scaled by the share of groups with a signal
         torch.testing.assert_close(torch.cat(actual[1:]), compute(name, others), rtol=1e-12, atol=1e-12)
 
 

@@ -2,7 +2,8 @@
 
 s is a sample's score, the sum of its token rewards; μ and σ (unbiased) are taken over its group, n samples of one
 prompt. Every trained token gets its sample's advantage. Groups of equal scores get exactly 0, whatever the rounding; so
-does a sample that is alone in its group, as its own score is no baseline.
+does a sample that is alone in its group, as its own score is no baseline. Where advantages are normalised over the
+batch afterwards, they get what that makes of 0.
 """
 
 from __future__ import annotations

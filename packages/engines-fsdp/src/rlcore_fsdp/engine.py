@@ -98,21 +98,7 @@ class FSDPTrainEngine(TrainEngine):
         config = read_config(spec.model, spec.head)
         if spec.max_length is not None:
             check_rope(spec.model, config, spec.max_length, "the longest sequence of the run")
-        frozen_dtype = self.param_dtype if settings.lora else self.master_dtype
-        if needs_sharding(settings, self._device, self._world, self.master_dtype != self.param_dtype):
-            mesh = make_mesh(self._device, settings.replicate)
-            source = self._load_on_first_rank(config)
-            model = self._with_adapters(empty_model(spec.model, config, spec.head, frozen_dtype))
-            self.root = PackedModel(model, spec.head, settings.logits_chunk)
-            sharding.shard(self.root, mesh, settings, self.param_dtype, getattr(torch, settings.reduce_dtype))
-            home = torch.device("cpu") if settings.offload_params else self._device
-            sharding.fill(self.root, source, mesh, self._device, home)
-        else:
-            if settings.replicate > 1:
-                raise EngineError(f"replicate {settings.replicate} needs that many processes; this is the only one")
-            model = load_model(spec.model, config, spec.head, self.param_dtype, spec.seed)
-            model = self._with_adapters(model).to(self._device)
-            self.root = PackedModel(model, spec.head, settings.logits_chunk)
+        self.root = self._load(config)
         self.root.eval().requires_grad_(False)
         trained = [parameter for _, parameter in self._trained_parameters()]
         for parameter in trained:
@@ -133,6 +119,24 @@ class FSDPTrainEngine(TrainEngine):
         self._broken = False
         self._origin = self._gather(model_files.Origin.of(spec.model, spec.head) if self.dp_rank == 0 else None)[0]
         self._verify(config)
+
+    def _load(self, config: Any) -> PackedModel:
+        """The model with its weights: shards of it, or all of it where this is the only process."""
+        spec, settings = self.spec, self.settings
+        if not needs_sharding(settings, self._device, self._world, self.master_dtype != self.param_dtype):
+            if settings.replicate > 1:
+                raise EngineError(f"replicate {settings.replicate} needs that many processes; this is the only one")
+            model = load_model(spec.model, config, spec.head, self.param_dtype, spec.seed)
+            return PackedModel(self._with_adapters(model).to(self._device), spec.head, settings.logits_chunk)
+        mesh = make_mesh(self._device, settings.replicate)
+        source = self._load_on_first_rank(config)
+        frozen_dtype = self.param_dtype if settings.lora else self.master_dtype
+        model = self._with_adapters(empty_model(spec.model, config, spec.head, frozen_dtype))
+        root = PackedModel(model, spec.head, settings.logits_chunk)
+        sharding.shard(root, mesh, settings, self.param_dtype, getattr(torch, settings.reduce_dtype))
+        home = torch.device("cpu") if settings.offload_params else self._device
+        sharding.fill(root, source, mesh, self._device, home)
+        return root
 
     def _verify(self, config: Any) -> None:
         with boundary(f"the packed forward pass of {type(self.model).__name__} fails", EngineError):

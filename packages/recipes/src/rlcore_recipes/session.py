@@ -115,11 +115,7 @@ def open_session(
     dataset, val_prompts, ends = read_prompts(config, tokenizer)
     stop_tokens = missing_ends(config.model, tokenizer, ends)
     end_tokens = ends | model_tokens(config.model)[1]
-    loader = partial(PromptLoader, dataset, seed=config.seed, shuffle=data.shuffle, weights=data.weights)
-    batches = loader(data.train_batch_size)  # checks sizes and counts steps even where others are drawn
-    total_steps = trainer.total_steps or trainer.total_epochs * batches.steps_per_epoch
-    # with dynamic sampling, how many prompts a step takes is known only while it samples
-    prompts = batches if dynamic is None else loader(1)
+    prompts, total_steps = prompts_of_steps(config, dataset, dynamic)
     penalty = config.algorithm.kl_in_reward
     with ExitStack() as stack:
         executor = open_executor(config.controller, config.roles, trainer.out_dir, stack)
@@ -145,6 +141,18 @@ def open_session(
             session.producer = open_producer(session)
             stack.callback(session.producer.close)
         yield session
+
+
+def prompts_of_steps(
+    config: RLConfig, dataset: PromptDataset, dynamic: DynamicSamplingSettings | None
+) -> tuple[PromptLoader, int]:
+    """Where the steps of a run take their prompts from, and the number of steps."""
+    data, trainer = config.data, config.trainer
+    loader = partial(PromptLoader, dataset, seed=config.seed, shuffle=data.shuffle, weights=data.weights)
+    batches = loader(data.train_batch_size)  # checks sizes and counts steps even where others are drawn
+    total_steps = trainer.total_steps or trainer.total_epochs * batches.steps_per_epoch
+    # with dynamic sampling, how many prompts a step takes is known only while it samples
+    return batches if dynamic is None else loader(1), total_steps
 
 
 def check_validated(config: RLConfig, validate: Validate | None) -> None:

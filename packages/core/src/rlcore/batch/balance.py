@@ -33,6 +33,10 @@ def balanced_partitions(lengths: Sequence[int], parts: int, units: Sequence[Hash
         return _whole_units(lengths, units, lambda sums: balanced_partitions(sums, parts))
     if parts == 1 or not lengths:
         return [list(range(len(lengths))), *([] for _ in range(parts - 1))]
+    return _largest_differencing(lengths, parts)
+
+
+def _largest_differencing(lengths: Sequence[int], parts: int) -> list[list[int]]:
     # a part: (tokens, number of sequences, first and last of them, between which `following` leads)
     following = [-1] * len(lengths)
     # a division: (-(heaviest - lightest), age, its parts from light to heavy, without the empty ones)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -174,7 +175,8 @@ def due(every: int, step: int, last: bool) -> bool:
 
 def memory() -> dict[str, float]:
     """Peak memory of this process in GiB: its resident size, and what torch had of the GPU."""
-    found = {"perf/max_cpu_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    per_gib = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux KiB
+    found = {"perf/max_cpu_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / per_gib}
     if torch.cuda.is_available():
         found["perf/max_memory_allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
         found["perf/max_memory_reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30

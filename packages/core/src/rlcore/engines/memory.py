@@ -17,6 +17,7 @@ only those of one.
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 from collections.abc import Iterator
@@ -97,12 +98,16 @@ def logits_bytes(config: Any, chunk: int, *, trained: bool) -> int:
 def free_memory(device: torch.device) -> int:
     """Bytes that could be allocated on ``device``, the allocator's own reserve included.
 
-    On the CPU the least of what the machine and the control groups of this process have left.
+    On the CPU the least of what the machine and the control groups of this process have left; half of the machine's
+    memory where the system has no ``/proc``.
     """
     if device.type == "cuda":
         reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserve
-    available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    try:
+        available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    except FileNotFoundError:  # not Linux: half of what there is
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     assert available is not None
     return min([int(available[1]) * 1024, *_left_in_groups(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))])
 

@@ -97,3 +97,16 @@ def test_every_extra_is_documented() -> None:
     table = (ROOT / "packages/core/README.md").read_text().partition("| extra |")[2].partition("\n\n")[0]
     rows = [line.split("|")[1] for line in table.splitlines()[2:]]
     assert sorted(extra for row in rows for extra in re.findall(r"`(\w+)`", row)) == sorted(EXTRAS["rlcore"])
+
+
+def test_contributing_installs_what_every_packages_tests_need() -> None:
+    """The packages' own groups "test" too, which hold more than the workspace's group of that name."""
+    command = next(line for line in (ROOT / "CONTRIBUTING.md").read_text().splitlines() if "uv sync" in line)
+    assert "--all-packages" in command
+    chosen = set(re.findall(r"--group ([\w-]+)", command))
+    projects = [
+        tomllib.loads(path.read_text()) for path in [ROOT / "pyproject.toml", *ROOT.glob("packages/*/pyproject.toml")]
+    ]
+    groups = [project["dependency-groups"] for project in projects]
+    assert chosen <= {name for group in groups for name in group}
+    assert {name for group in groups[1:] for name in group} - {"sglang"} <= chosen

@@ -182,7 +182,7 @@ def test_run_with_a_ready_made_configuration():
     [
         (
             ["run", "attempt", "-c", "bgi"],
-            "bgi: neither a file nor a ready-made configuration of this recipe (base, big)",
+            "bgi: neither a file nor a ready-made configuration of this recipe (base, big); did you mean big?",
         ),
         (["run", "attempt", "outcome=data"], "error: train.parquet: no column 'prompt'\n"),
         (["run", "attempt", "optim.lrr=2"], "optim.lrr: unknown key; did you mean optim.lr?"),
@@ -240,6 +240,9 @@ def test_a_broken_pipe_in_a_recipe_is_not_silent():
         (["run", "attempt", "--optim.lr=3"], "keys are written without dashes: optim.lr=3"),
         (["config", "validate", "attempt", "--optim.lr", "3"], "keys are written without dashes: optim.lr=3"),
         (["config", "show", "attempt", "-c", "base", "--outcome=bad"], "without dashes: outcome=bad"),
+        (["run", "attempt", "-lr=3"], "no such option -lr; keys are written without dashes: lr=3"),
+        (["run", "attempt", "-optim.lr", "3"], "keys are written without dashes: optim.lr=3"),
+        (["run", "attempt", "-x"], "No such option '-x'"),
         (["plan", "attempt", "--confg", "base"], "Did you mean '--config'?"),
         (["config", "show"], "Missing argument 'RECIPE'"),
         (["completions", "tcsh"], "Invalid value"),

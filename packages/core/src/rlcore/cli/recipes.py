@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from pathlib import Path
 
 import click
@@ -40,7 +41,10 @@ class ConfiguredCommand(click.Command):
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
-            given = next(arg for arg in given_all if arg.split("=")[0] == error.option_name)
+            name = error.option_name  # of an argument with one dash, click names the first letter alone
+            given = next((arg for arg in given_all if arg.split("=")[0] == name or arg[:2] == name), None)
+            if given is None:
+                raise
             key, _, value = given.lstrip("-").partition("=")
             following = given_all[given_all.index(given) + 1 :]
             if "=" not in given and following and not following[0].startswith("-") and "=" not in following[0]:
@@ -48,7 +52,7 @@ class ConfiguredCommand(click.Command):
             if "." not in key and "=" not in given:
                 raise
             raise click.UsageError(
-                f"no such option {error.option_name}; keys are written without dashes: {key}={value}", ctx
+                f"no such option {given.split('=')[0]}; keys are written without dashes: {key}={value}", ctx
             ) from None
 
 
@@ -63,7 +67,9 @@ def load(plugin: Plugin, file: str | None, overrides: tuple[str, ...]) -> Config
         ready_made = plugin.ready_made()
         if path.name not in ready_made:
             names = ", ".join(ready_made) or "none"
-            raise ConfigError(f"{file}: neither a file nor a ready-made configuration of this recipe ({names})")
+            close = get_close_matches(path.name, ready_made, n=3)
+            hint = f"; did you mean {' or '.join(close)}?" if close else ""
+            raise ConfigError(f"{file}: neither a file nor a ready-made configuration of this recipe ({names}){hint}")
         path = ready_made[path.name]
     if path is not None:
         file_layers(path)  # what is wrong with the file itself is said before the recipe, and torch, is imported

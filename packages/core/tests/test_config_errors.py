@@ -71,13 +71,15 @@ class Settings(Config):
     inner: Inner = Inner()
 
 acme = Plugin(interface=1, config="acme_plugin:Settings", factory="acme_plugin:Settings")
+half = Plugin(interface=1, config="acme_none:Settings", factory="acme_plugin:Settings")
 old = Plugin(interface=9, config="acme_plugin:Settings", factory="acme_plugin:Settings")
 """
 
 
 @pytest.fixture(autouse=True)
 def engines(distribution):
-    points = {"rlcore.train_engines": {"acme": "acme_plugin:acme", "old": "acme_plugin:old"}}
+    names = {name: f"acme_plugin:{name}" for name in ("acme", "old", "half")} | {"gone": "acme_gone:x"}
+    points = {"rlcore.train_engines": names}
     distribution("acme-engines", points, {"acme_plugin": SETTINGS})
 
 
@@ -135,6 +137,22 @@ def test_one_problem(overrides, line):
 def test_plugin_of_another_interface_version():
     (line,) = problems(GOOD, "actor.engine=old")
     assert line.startswith("actor.engine: training engine 'old' (acme-engines 1.5) was written for interface 9")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        (
+            "half",
+            "configuration acme_none:Settings cannot be imported: ModuleNotFoundError: No module named 'acme_none'",
+        ),
+        ("gone", "training engine 'gone' (acme-engines 1.5) cannot be imported: ModuleNotFoundError: No module named"),
+    ],
+)
+def test_plugin_that_is_named_and_broken(name, reason):
+    (line,) = problems(GOOD, f"actor.engine={name}")
+    assert line.startswith(f"actor.engine: {reason}")
+    assert "did you mean" not in line
 
 
 def test_section_of_one_of_ours_that_is_not_installed(monkeypatch):

@@ -67,6 +67,8 @@ class Hints:
         """What the unknown name ``value`` might have been: a name for other keys, or a similar one for this key."""
         dotted = ".".join(map(str, path))
         own = self._keys.get(dotted)
+        if own is not None and value in own.options:  # an installed plugin that does not work
+            return None
         elsewhere = [key for key, known in self._keys.items() if known and value in known.options and key != dotted]
         if elsewhere:
             return f"{value} is a value of {', '.join(elsewhere[:_MOST])}"

@@ -105,7 +105,7 @@ class PluginSections(Config):
         if info.field_name == cls.plugin_field:
             for name in _names(value):
                 try:
-                    plugins.get(cls.plugin_group, name)
+                    cls.section_model(name)
                 except PluginError as error:
                     raise PydanticCustomError("plugin", "{reason}", {"reason": str(error)}) from None
         return value

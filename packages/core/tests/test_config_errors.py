@@ -291,6 +291,9 @@ def test_folder_and_binary_file(tmp_path):
         ("--batch=3", "must look like"),
         ("files=[1", r"override files:1:3: not valid YAML: .*; put text with special .* in quotes: 'files=\"…\"'"),
         ("files=*.parquet", r"override files:1:2: not valid YAML: .*quotes"),
+        ("fruit=apple #3", r"override fruit: YAML reads 'apple #3' as apple; put text .* in quotes: 'fruit=\"…\"'"),
+        ("batch=#3", "override batch: YAML reads '#3' as null; put text"),
+        ("x=a\n b", r"override x: YAML reads 'a\\n b' as a b; put text"),
     ],
 )
 def test_malformed_overrides(override, message):

@@ -21,7 +21,8 @@ from rlcore_rewards.reply import WorkerFailure
 _LATEX = LatexExtractionConfig(boxed_match_priority=0)
 _EXPRESSION = ExprExtractionConfig()
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\[\\{}]|[{}]")
-_WORD = re.compile(r"\s*(?:\\(?:text|textbf|textit|mathrm)\s*\{\s*([A-Za-z]{2,})\s*\}|([A-Za-z]{2,}))\s*\.?\s*")
+_WORDS = re.compile(r"[A-Za-z]+(?:\s+[A-Za-z]+)*")
+_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|emph|operatorname)\s*\{([^{}]*)\}\s*\.?")
 
 
 def load(options: Mapping[str, Any]) -> Callable[[RewardSample], RewardResult]:
@@ -40,10 +41,10 @@ def score(sample: RewardSample, extraction: str, max_chars: int, format_score: f
         answer = _parse(text, _LATEX, _EXPRESSION)
     else:
         answer = []
-    word = _word(boxed or "")
-    correct = bool(answer) and any(_equal(gold, answer, word) for gold in golds)
+    words = _words(boxed or "")
+    correct = bool(answer) and any(_equal(gold, answer, words) for gold in golds)
     extras = {"correct": float(correct), "answered": float(bool(answer))}
-    vote = (word or str(answer[0])) if answer else None
+    vote = (words or str(answer[0])) if answer else None
     return RewardResult(1.0 if correct else format_score if answer else 0.0, extras, vote)
 
 
@@ -53,17 +54,17 @@ class Gold:
 
     Attributes:
         expressions: what math-verify reads in it.
-        word: the answer in lower case if it is one word ("no"); None for anything else.
+        words: the answer in lower case if it is words ("no", "no solution"); None for anything else.
     """
 
     expressions: list[Any]
-    word: str | None
+    words: str | None
 
 
 def read_ground_truth(ground_truth: Any) -> list[Gold]:
     r"""The right answers: a number, a boolean, a text, or a list of such, any of which is right.
 
-    A text is plain LaTeX ("\frac{1}{2}"), a word, or a solution with \boxed{} or "#### answer".
+    A text is plain LaTeX ("\frac{1}{2}"), words, or a solution with \boxed{} or "#### answer".
 
     Raises:
         WorkerFailure: it is something else, or nothing can be read from it.
@@ -88,20 +89,28 @@ def _read_answer(answer: Any) -> Gold:
     gold = _parse(f"\\boxed{{{boxed}}}", _LATEX)
     if not gold:
         raise WorkerFailure("ground_truth", f"no expression can be read from the ground truth {text[:100]!r}")
-    return Gold(gold, _word(boxed))
+    return Gold(gold, _words(boxed))
 
 
-def _equal(gold: Gold, answer: list[Any], word: str | None) -> bool:
-    # math-verify reads a word as the product of its letters, so that "on" would equal "No"
-    if gold.word is not None and word is not None:
-        return gold.word == word
+def _equal(gold: Gold, answer: list[Any], words: str | None) -> bool:
+    # math-verify reads words as the product of their letters, so that "on" would equal "No"
+    if gold.words is not None and words is not None:
+        return gold.words == words
     return bool(verify(gold.expressions, answer, timeout_seconds=None))
 
 
-def _word(text: str) -> str | None:
-    r"""The word in lower case if ``text`` is one of at least two letters, in \text{} or not; None otherwise."""
-    found = _WORD.fullmatch(text)
-    return (found[1] or found[2]).lower() if found else None
+def _words(text: str) -> str | None:
+    r"""``text``, or what \text{} holds in it, in lower case if it is words; None otherwise.
+
+    A word of its own has at least two letters, and one of several at least three: "a b" and "ab c" are products.
+    """
+    text = text.strip().strip("$").strip()
+    found = _TEXT.fullmatch(text)
+    text = (found[1] if found else text).strip().removesuffix(".").rstrip()
+    words = text.lower().split()
+    if not _WORDS.fullmatch(text) or max(map(len, words)) < min(len(words) + 1, 3):
+        return None
+    return " ".join(words)
 
 
 def last_boxed(text: str) -> str | None:

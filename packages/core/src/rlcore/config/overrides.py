@@ -12,8 +12,8 @@ from rlcore.config.base import LONGEST_NAME, Config
 from rlcore.config.choice import Chosen
 from rlcore.config.files import Layer
 from rlcore.config.overlay import content, content_of_type
-from rlcore.config.values import is_text, plain_types
-from rlcore.config.yaml_format import shortened
+from rlcore.config.values import is_list_of_text, is_text, plain_types
+from rlcore.config.yaml_format import inline, shortened
 from rlcore.errors import ConfigError
 
 COMMAND_LINE = "command line"
@@ -44,16 +44,28 @@ def override_layers(model: type[Config], overrides: Sequence[str]) -> list[Layer
 
 
 def _value(model: type[Config], path: tuple[str, ...], text: str) -> Any:
-    """The words after ``=``: as they are for a key that takes text (``null`` alone is null where the key may be null),
-    read as YAML otherwise."""
+    """The words after ``=``: as they are for a key that takes text (``null`` alone is null where the key may be null) or
+    a list of texts (unless they begin with ``[``), read as YAML otherwise."""
     kind = type_at(model, path)
     if is_text(kind):
         return None if text == "null" and NoneType in plain_types(kind) else text
+    if is_list_of_text(kind) and text != "null" and not text.lstrip().startswith("["):
+        return text
     key = shortened(".".join(path), LONGEST_NAME)
     try:
-        return yaml_format.parse(text, f"override {key}")[0]
+        value = yaml_format.parse(text, f"override {key}")[0]
+        if _lost(text.strip(), value):
+            raise ConfigError(f"override {key}: YAML reads {shortened(text)!r} as {inline(value)}")
     except ConfigError as error:
         raise ConfigError(f"{error}; put text with special characters in quotes: '{key}=\"…\"'") from None
+    return value
+
+
+def _lost(text: str, value: Any) -> bool:
+    """Whether ``value`` is only a part of the words: of unquoted text YAML drops what it takes for a comment or anchor."""
+    if value is None:
+        return text not in ("", "~", "null", "Null", "NULL")
+    return isinstance(value, str) and text[0] not in "'\"" and value != text
 
 
 def type_at(model: type[Config], path: Sequence[str]) -> Any:

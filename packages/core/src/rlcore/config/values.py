@@ -113,6 +113,12 @@ def is_list(annotation: Any) -> bool:
     )
 
 
+def is_list_of_text(annotation: Any) -> bool:
+    """Whether a value is a list of any length (or null) whose elements are text or paths."""
+    lists = [kind for kind in _alternatives(annotation) if kind is not NoneType]
+    return is_list(annotation) and all(get_args(kind) and is_text(get_args(kind)[0]) for kind in lists)
+
+
 def plain_types(annotation: Any) -> list[Any]:
     """What ``annotation`` is made of: the alternatives of a union, generic types without their arguments."""
     return [get_origin(kind) or kind for kind in _alternatives(annotation)]

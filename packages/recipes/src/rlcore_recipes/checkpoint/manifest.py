@@ -23,7 +23,6 @@ from rlcore_recipes.checkpoint.naming import is_name, step_of
 MANIFEST = "manifest.json"
 STATE = "state.json"
 MARK = "unfinished"  # says, where there is no manifest, that rlcore began what lies there
-MARK = "unfinished"  # a file that says that what lies here was begun by rlcore, while there is no manifest
 FORMAT = 1
 
 

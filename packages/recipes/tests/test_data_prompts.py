@@ -133,7 +133,11 @@ def test_overlong_prompts_are_filtered_and_counted(tmp_path: Path) -> None:
         ([row(" ")], {}, "row 0: the prompt is empty"),
         ([row([])], {}, "row 0: the list of messages is empty"),
         ([row([{"role": "user"}])], {}, "row 0, message 0: a message needs 'role' and 'content'"),
-        ([row(5)], {}, "row 0: a prompt is text or a list of messages, not int"),
+        ([row(5)], {}, r"row 0: a prompt is text or a list of messages, not 5 \(int\)"),
+        ([row("x", data_source="")], {}, "row 0: column 'data_source' must name the data set, not be ''"),
+        ([row("x", data_source="a\ud800")], {}, r"must name the data set, not be 'a\\ud800'"),
+        ([row("x", data_source="a\nb")], {}, r"must name the data set, not be 'a\\nb'"),
+        ([row(["a"])], {}, r"row 0: a prompt is text or a list of messages, not \['a'\] \(list\)"),
         ([], {}, "has no rows"),
         (
             [{"question": "x", "ground_truth": "1", "data_source": "s"}],

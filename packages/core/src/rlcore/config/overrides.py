@@ -44,8 +44,11 @@ def override_layers(model: type[Config], overrides: Sequence[str]) -> list[Layer
 
 
 def _value(model: type[Config], path: tuple[str, ...], text: str) -> Any:
-    """The words after ``=``: as they are for a key that takes text (``null`` alone is null where the key may be null) or
-    a list of texts (unless they begin with ``[``), read as YAML otherwise."""
+    """The words after ``=``.
+
+    They are taken as they are for a key that takes text (``null`` alone is null where the key may be null) or a list of
+    texts (unless they begin with ``[``), and read as YAML otherwise.
+    """
     kind = type_at(model, path)
     if is_text(kind):
         return None if text == "null" and NoneType in plain_types(kind) else text
@@ -62,7 +65,7 @@ def _value(model: type[Config], path: tuple[str, ...], text: str) -> Any:
 
 
 def _lost(text: str, value: Any) -> bool:
-    """Whether ``value`` is only a part of the words: of unquoted text YAML drops what it takes for a comment or anchor."""
+    """Whether YAML dropped a part of unquoted ``text``, as it does with what it takes for a comment or an anchor."""
     if value is None:
         return text not in ("", "~", "null", "Null", "NULL")
     return isinstance(value, str) and text[0] not in "'\"" and value != text

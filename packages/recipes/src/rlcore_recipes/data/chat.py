@@ -52,7 +52,7 @@ def as_prompt(value: Any, where: str, padded: bool = False) -> str | list[Messag
             raise DataError(f"{where}: the prompt is empty")
         return as_text(value, f"{where}: the prompt")
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        raise DataError(f"{where}: a prompt is text or a list of messages, not {type(value).__name__}")
+        raise DataError(f"{where}: a prompt is text or a list of messages, not {_shown(value)}")
     if not value:
         raise DataError(f"{where}: the list of messages is empty")
     messages = _without_nulls(value) if padded else value

@@ -69,10 +69,11 @@ def data_source(row: Row, key: str | None, file: str, default: str) -> str:
     if key is None:
         return default
     value = column(row, key)
-    if isinstance(value, bool) or not isinstance(value, str | int):
+    is_name = isinstance(value, str | int) and not isinstance(value, bool)
+    if not is_name or not str(value) or not str(value).isprintable():  # metrics are named after it
         raise DataError(
-            f"{file}: column {key!r} must name the data set, not be {value!r}; fill it in, or set data.data_source_key "
-            "to another column or to null (the file's name)"
+            f"{file}: column {key!r} must name the data set, not be {value!r:.100}; fill it in, or set "
+            "data.data_source_key to another column or to null (the file's name)"
         )
     return str(value)
 

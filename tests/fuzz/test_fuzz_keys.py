@@ -22,8 +22,6 @@ from rlcore.errors import ConfigError
 PER_RECIPE = 1000
 """Cases per recipe in the default run."""
 LARGEST_INTEGER = 2**63 - 1
-# Infinity is a value with a meaning only where a key says so.
-MAY_BE_INFINITE: set[str] = set()
 
 REQUIRED: Mapping[str, Mapping[str, Any]] = {
     recipe: {
@@ -124,13 +122,23 @@ def fault(model: type[Config], load: Callable[[], Config]) -> str | None:
     for key, value in _flat(values):
         if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
             return f"{key} became {value}"
-        if isinstance(value, float) and not math.isfinite(value) and key not in MAY_BE_INFINITE:
+        if isinstance(value, float) and not math.isfinite(value) and not says_infinity(config, key):
             return f"{key} became {value}"
     try:
         same = validate_config(model, values) == config
     except ConfigError as error:
         return f"cannot be loaded from what it is dumped as: {error!s:.300}"
     return None if same else "it changes when it is dumped and loaded"
+
+
+def says_infinity(config: Config, key: str) -> bool:
+    """Whether the description of a key says what infinity means there."""
+    *parents, leaf = key.split(".")
+    place: Any = config
+    for parent in parents:
+        place = place[parent] if isinstance(place, Mapping) else getattr(place, parent)
+        place = getattr(place, "params", place)  # of a choice
+    return isinstance(place, Config) and ".inf" in (type(place).model_fields[leaf].description or "")
 
 
 def _flat(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:

@@ -14,6 +14,7 @@ from rlcore.config import (
     Package,
     ShortForm,
     Unlimited,
+    dump_config,
     load_config,
     missing_packages,
     validate_config,
@@ -161,7 +162,9 @@ def test_values_that_no_key_takes(values: dict[Any, Any], message: str) -> None:
 
 
 def test_infinity_is_a_value_where_it_switches_a_limit_off() -> None:
-    assert read("cap=.inf").cap == float("inf")
+    config = read("cap=.inf")
+    assert config.cap == float("inf")
+    assert validate_config(Run, parse(dump_config(config), "dump")[0]) == config
 
 
 def test_an_override_that_is_very_long_is_not_repeated() -> None:

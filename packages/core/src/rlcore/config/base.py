@@ -52,7 +52,13 @@ class Config(BaseModel):
         short_forms: keys that are replaced, in every source by itself, before sources are laid over each other.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        ser_json_inf_nan="constants",  # what is off stays off when it is written and read again
+    )
     short_forms: ClassVar[Mapping[str, ShortForm]] = {}
 
     def problems(self) -> Iterator[tuple[str, str]]:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from rlcore.engines import ModelSettings
-from rlcore.engines.model_checks import not_ignored
-from rlcore.engines.model_files import EndTokens, end_tokens
+from rlcore.engines.model_checks import check_tensors, not_ignored
+from rlcore.engines.model_files import EndTokens, Tensor, end_tokens
 from rlcore.errors import EngineError
 
 
@@ -49,3 +49,12 @@ def test_patterns_of_ignored_weights() -> None:
     names = {"model.layers.1.a", "model.layers.10.a", "vision.b"}
     assert not_ignored(names, ("model.layers.1.*",)) == ["model.layers.10.a", "vision.b"]
     assert not_ignored(names, ("*",)) == []
+
+
+@pytest.mark.parametrize("name", ["a.weight", "a.bias"])
+def test_parameters_are_no_integers(tmp_path: Path, name: str) -> None:
+    found = {each: Tensor(tmp_path / "model.safetensors", "I32", (1,)) for each in ("a.position_ids", name)}
+    with pytest.raises(EngineError, match=rf"weights of 'm': {name} holds integers \(I32\)"):
+        check_tensors(ModelSettings(path="m"), found, "policy")
+    del found[name]  # what is left is a buffer
+    check_tensors(ModelSettings(path="m"), found, "policy")

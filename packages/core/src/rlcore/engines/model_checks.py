@@ -99,7 +99,8 @@ def check_tensors(settings: ModelSettings, found: dict[str, Tensor], head: Head)
         head: "policy", "value" or "score". A score head must be in the files; a value head may start with new weights.
     """
     where = f"weights of {settings.path!r}"
-    integers = [name for name, tensor in found.items() if name.endswith(".weight") and tensor.dtype in _INTEGER_TYPES]
+    floats = (".weight", ".bias")  # buffers may hold integers
+    integers = [name for name, tensor in found.items() if name.endswith(floats) and tensor.dtype in _INTEGER_TYPES]
     if integers:
         raise EngineError(
             f"{where}: {integers[0]} holds integers ({found[integers[0]].dtype}) where floating-point numbers are "

@@ -354,13 +354,14 @@ def test_a_deletion_that_was_interrupted_goes_on(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, Path.touch])
-def test_a_place_that_is_taken_is_seen_before_training(tmp_path: Path, make: Callable[[Path], None]) -> None:
+@pytest.mark.parametrize("name", ["step-000005", "step-000005.tmp", "step-000005.old"])
+def test_a_place_that_is_taken_is_seen_before_training(tmp_path: Path, make: Callable[[Path], None], name: str) -> None:
     manager = saved(tmp_path, 3)
-    make(tmp_path / "step-000005")
-    (tmp_path / "step-000005" / "mine").touch() if make is Path.mkdir else None
+    make(tmp_path / name)
+    (tmp_path / name / "mine").touch() if make is Path.mkdir else None
     manager.check_room(5, 9)
     manager.check_room(3, 4)
-    with pytest.raises(CheckpointError, match="step-000005 exists but is not a checkpoint"):
+    with pytest.raises(CheckpointError, match=f"{name} exists but is not a checkpoint"):
         manager.check_room(3, 9)
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=r"cannot write checkpoints to .*file"):

@@ -42,6 +42,10 @@ class FolderStorage:
     def names(self) -> list[str]:
         return sorted((path.name for path in self._entries() if is_name(path.name)), key=step_of)
 
+    def taken(self) -> list[str]:
+        leftovers = {path.stem for path in self._entries() if is_leftover(path.name)}
+        return sorted(leftovers.union(self.names()), key=step_of)
+
     def _entries(self) -> list[Path]:
         with _reported(f"{self.root} cannot be read"):
             return list(self.root.iterdir()) if self.root.exists() else []

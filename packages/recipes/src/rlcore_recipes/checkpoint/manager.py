@@ -238,7 +238,7 @@ class CheckpointManager:
         """
 
         def check() -> None:
-            for name in self._storage.names():
+            for name in self._storage.taken():
                 if done < step_of(name) <= last:
                     self._storage.check_replaceable(name)
 

@@ -92,6 +92,9 @@ class RemoteStorage:
             names = {entry.rstrip("/").rpartition("/")[2] for entry in entries}
             return sorted((name for name in names if is_name(name)), key=step_of)
 
+    def taken(self) -> list[str]:
+        return self.names()
+
     def manifest(self, name: str) -> Manifest:
         location = f"{self.root}/{name}"
         with reported(f"cannot read {location}/{MANIFEST}"):

@@ -29,6 +29,10 @@ class Storage(Protocol):
         """Raise unless the checkpoint is whole, as far as that can be seen without fetching it from elsewhere."""
         ...
 
+    def taken(self) -> list[str]:
+        """The names of checkpoints at which something stands already, be it only what would be in the way of one."""
+        ...
+
     def check_writable(self) -> None:
         """Raise unless something can be written below the root; nothing of that stays."""
         ...

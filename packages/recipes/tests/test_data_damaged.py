@@ -16,7 +16,7 @@ from rlcore.engines import ModelSettings
 from rlcore.errors import DataError, RlcoreWarning
 from rlcore.testing.tiny_model import tiny_tokenizer
 from rlcore_recipes.data import chat, files, limits, parquet
-from rlcore_recipes.data.files import fingerprint, read_rows
+from rlcore_recipes.data.files import existing_file, fingerprint, read_rows
 from rlcore_recipes.data.prompts import PromptDataset, load_prompts
 from rlcore_recipes.data.settings import DataSettings
 from rlcore_recipes.data.tokenizer import load_tokenizer
@@ -269,6 +269,8 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
             load(tmp_path / name)
     with pytest.raises(DataError, match=r"cannot be read: OSError: .*File name too long"):
         load(tmp_path / ("x" * 300 + ".jsonl"))
+    with pytest.raises(DataError, match=r"^data file s3://bucket/a\.parquet is a URL; copy it"):
+        existing_file("s3://bucket/a.parquet")
 
 
 def test_fingerprints_tell_contents_apart(tmp_path: Path) -> None:

@@ -184,6 +184,7 @@ def test_finds_functions_by_import_path(tmp_path: Path, monkeypatch: pytest.Monk
     ("source", "path", "message"),
     [
         ("", "missing.py:f", "there is no file"),
+        ("", "{file}/../folder.py:f", r"folder\.py is no regular file$"),
         ("", "no_such_package.module:f", "there is no module 'no_such_package'"),
         ("", "json.nothing:f", "there is no module 'json.nothing'"),
         ("def g(sample): ...", "{file}:f", "has no 'f'; it has g"),
@@ -207,6 +208,7 @@ def test_a_function_that_cannot_be_used_is_one_clear_error(
 ) -> None:
     file = tmp_path / "reward.py"
     file.write_text(source)
+    (tmp_path / "folder.py").mkdir()
     with pytest.raises(ConfigError, match=message) as caught:
         build_from(path.format(file=file), startup_timeout_s=1)
     assert "\n" not in str(caught.value)

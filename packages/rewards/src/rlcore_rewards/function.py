@@ -42,7 +42,8 @@ def function_reward(options: FunctionOptions, settings: RewardSettings) -> Poole
     if home.endswith(".py"):
         file = Path(home).expanduser().resolve()
         if not file.is_file():
-            raise ConfigError(f"reward function {options.path!r}: there is no file {file}{similar_paths(file)}")
+            found = f"{file} is no regular file" if file.exists() else f"there is no file {file}{similar_paths(file)}"
+            raise ConfigError(f"reward function {options.path!r}: {found}")
         home = str(file)
     spec: dict[str, Any] = {"home": home, "name": name, "kwargs": options.kwargs}
     try:

@@ -16,6 +16,7 @@ from uuid import UUID
 from warnings import warn
 
 from rlcore.boundary import boundary
+from rlcore.config.values import is_url
 from rlcore.errors import DataError, RlcoreWarning
 from rlcore.suggestions import similar_paths
 from rlcore_recipes.data.columns import Columns, Row, names_in
@@ -107,6 +108,10 @@ def existing_file(file: str) -> Path:
         path = Path(file).expanduser()
         if path.is_file():
             return path
+        if is_url(file):
+            raise DataError(
+                f"data file {file} is a URL; copy it to this machine, or name a data set of the Hub as hub:name"
+            )
         if path.is_dir():
             what = "is a folder; name the files in it"
         else:

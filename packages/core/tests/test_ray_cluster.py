@@ -242,7 +242,7 @@ def make(engines) -> Maker:
     return Maker()
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:1", "auto"])
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "auto"])
 def test_an_address_without_a_cluster_is_an_error(monkeypatch, address):
     """Ray itself would try for minutes, or without end."""
     monkeypatch.setattr("rlcore.controller.ray.cluster.ray.is_initialized", lambda: False)

@@ -207,6 +207,7 @@ def pipe(name: str) -> Callable[[Path], None]:
         (more_than_listed, "holds actor/rank-00001.safetensors, which its manifest.json does not list"),
         (manifest(step=-2), "step: Input should be greater than or equal to 0"),
         (manifest(metrics=[1]), "metrics: Input should be an object"),
+        (manifest(metrics={"score": float("nan")}), "metrics.score: Input should be a finite number"),
         (manifest(files={}), "lists no state.json"),
         (manifest(surprise=1), "surprise: Extra inputs are not permitted"),
         (files(lambda listed: listed.update({"../x": listed["state.json"]})), "names a file outside the checkpoint"),

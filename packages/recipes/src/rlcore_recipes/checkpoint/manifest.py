@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field, ValidationError
 
 from rlcore.boundary import boundary
 from rlcore.checkpoint import json_file
-from rlcore.checkpoint.json_file import Count, FileName, JsonFile
+from rlcore.checkpoint.json_file import Count, FileName, Finite, JsonFile
 from rlcore.checkpoint.rank_files import file_record
 from rlcore.engines.train import FileRecord
 from rlcore.errors import CheckpointError
@@ -37,7 +37,7 @@ class Manifest(JsonFile):
 
     format: Literal[1] = FORMAT
     step: Count = Field(description="Steps done.")
-    metrics: dict[str, float] = Field(description="Of the step's metrics the one that chooses the best.")
+    metrics: dict[str, Finite] = Field(description="Of the step's metrics the one that chooses the best.")
     files: Annotated[dict[FileName, FileRecord], AfterValidator(_with_state)] = Field(
         description="All other files by their paths in the checkpoint."
     )

@@ -60,11 +60,12 @@ def connect(address: str | None, pools: Mapping[str, ResourcePool]) -> bool:
 
 
 def _check_answers(address: str) -> None:
-    """Raise OSError if nothing listens at ``address`` (host:port).
+    """Raise OSError if nothing listens at ``address`` (host:port, or ray://host:port).
 
     Ray itself would try for minutes. What ``auto`` finds needs the check as much: Ray keeps the address of the cluster
     that was started last, whether that still runs or not.
     """
+    address = address.removeprefix("ray://")
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or "/" in host:
         return

@@ -1,5 +1,6 @@
 """Rules that hold for every key of a configuration, and what a configuration may be read from."""
 
+import importlib
 import os
 from pathlib import Path
 from typing import Any
@@ -244,3 +245,12 @@ def test_packages_that_are_missing_are_named_with_their_keys() -> None:
     found = missing_packages(Whole(parts=[{}], named={"a": {}}))
     assert [key for key, _ in found] == ["part", "part.x", "parts.0", "parts.0.x", "named.a", "named.a.x"]
     assert found[0] == ("part", advice)
+
+
+def test_a_folder_of_the_name_of_a_package_is_not_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "no_such_package" / "run-1").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not Package("no_such_package", "some[thing]").installed
+    (tmp_path / "no_such_package" / "__init__.py").touch()
+    importlib.invalidate_caches()
+    assert Package("no_such_package", "some[thing]").installed

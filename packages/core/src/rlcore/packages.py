@@ -20,11 +20,16 @@ class Package:
 
     @property
     def installed(self) -> bool:
-        """Whether the module can be found; it is not imported."""
+        """Whether the module can be found; it is not imported.
+
+        A folder without code is no module, although Python would import it: runs leave one named ``wandb`` in the
+        working folder, and a checkout of ``sglang`` is one.
+        """
         try:
-            return find_spec(self.module) is not None
+            spec = find_spec(self.module)
         except (ImportError, ValueError):  # its parent is missing or broken, or it is half imported
             return False
+        return spec is not None and spec.origin is not None
 
     @property
     def advice(self) -> str:

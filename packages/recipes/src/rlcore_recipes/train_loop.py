@@ -110,6 +110,8 @@ def train(run: Run) -> None:
             # logged first: a run killed while it saves repeats the step, one killed after it does not log it again
             metrics |= timings(run, metrics)
             tracker.log(metrics, done)
+            # before the checkpoint: after that of the last step, the same command would call the run complete
+            health.check(metrics, last)
             if trainer.save_freq > 0:
                 with run.timed("save_checkpoint"):  # reported with the next step
                     checkpoints.poll()
@@ -118,7 +120,6 @@ def train(run: Run) -> None:
                         checkpoints.start(done, run.engines, saved, metrics, background=trainer.async_save)
                     if last or stop is not None or not trainer.async_save:
                         checkpoints.finish()
-            health.check(metrics, last)
             if stop is not None and not last:
                 raise SystemExit(exit_code(stop, trainer, done, run.total_steps))
         if trainer.save_hf:

@@ -113,6 +113,26 @@ def test_a_short_form_of_a_later_source_wins_over_what_it_is_short_for(tmp_path:
     assert load_config(Run, tmp_path / "run.yaml", ["grader.name=exact"]).grader.name == "exact"
 
 
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("grader.path=", "grader.function.path: must be a path, not empty  (command line)"),
+        ("grader={path: 3}", "grader.function.path: must be text, not 3; in quotes it would be text  (command line)"),
+        ("grader={function: {sizes: 3}}", "grader.function.sizes: unknown key; did you mean grader.function.size?"),
+        ("grader.function.size=x", "grader.function.size: must be a valid integer, not x  (command line)"),
+        ("size=2", "grader.function.path: must be text, not 7; in quotes it would be text  ({file}:2)"),
+    ],
+)
+def test_a_problem_is_placed_in_the_source_that_won(tmp_path: Path, override: str, problem: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"grader:\n  path: {7 if override == 'size=2' else 'a.py:f'}\n")
+    with pytest.raises(ConfigError) as raised:
+        load_config(Run, file, [override])
+    (line,) = str(raised.value).splitlines()[1:]
+    assert line.strip().startswith(problem.format(file=file))
+    assert line.endswith("(command line)") or override == "size=2"
+
+
 def test_one_source_that_contradicts_its_short_form(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"grader\.path means grader\.name=function, but grader\.name=exact is given"):
         read("grader.path=a.py:f", "grader.name=exact")

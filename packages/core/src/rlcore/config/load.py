@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ from rlcore.config.base import Config
 from rlcore.config.files import Layer, file_layers
 from rlcore.config.hints import Hints
 from rlcore.config.overlay import open_missing, overlay
-from rlcore.config.overrides import COMMAND_LINE, override_layers
+from rlcore.config.overrides import COMMAND_LINE, content_at, override_layers
 from rlcore.config.report import problem_lines
 from rlcore.errors import ConfigError
 
@@ -62,10 +63,22 @@ def _validated(model: type[C], layers: Sequence[Layer]) -> C:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        lines = problem_lines(error, values, partial(_place, layers), Hints(model))
+        placed = [replace(layer, places=_spelled_out(model, layer.places)) for layer in layers]
+        lines = problem_lines(error, values, partial(_place, placed), Hints(model))
         sources = "".join(dict.fromkeys(f"; {layer.source}" for layer in layers))
         title = f"invalid configuration ({len(lines)} problem{'s' * (len(lines) > 1)}{sources}):"
         raise ConfigError("\n  ".join([title, *lines])) from error
+
+
+def _spelled_out(model: type[Config], places: Mapping[yaml_format.KeyPath, str]) -> dict[yaml_format.KeyPath, str]:
+    """``places``, and that of each short form also for the keys that it is written in place of."""
+    found = dict(places)
+    for path, place in places.items():
+        parent = content_at(model, [str(key) for key in path[:-1]])
+        form = parent.short_forms.get(str(path[-1])) if parent is not None else None
+        for key in (form.key, *form.sets) if form is not None else ():
+            found.setdefault((*path[:-1], *key.split(".")), place)
+    return found
 
 
 def _place(layers: Sequence[Layer], path: yaml_format.KeyPath) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import NoneType
 from typing import Any, get_args, get_origin
 
@@ -37,10 +37,18 @@ def override_layers(model: type[Config], overrides: Sequence[str]) -> list[Layer
         values: Any = value
         for key in reversed(path):
             values = {key: values}
-        layer = Layer(COMMAND_LINE, values, {path[:length]: COMMAND_LINE for length in range(1, len(path) + 1)})
+        layer = Layer(COMMAND_LINE, values, dict.fromkeys(_key_paths(values), COMMAND_LINE))
         layers.append(((len(path), path[-1] != "name"), layer))
     _check_short_forms(model, given)
     return [layer for _, layer in sorted(layers, key=lambda item: item[0])]
+
+
+def _key_paths(values: Any, parents: yaml_format.KeyPath = ()) -> Iterator[yaml_format.KeyPath]:
+    """Every key of nested mappings and lists."""
+    inner = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    for key, value in inner:
+        yield (*parents, key)
+        yield from _key_paths(value, (*parents, key))
 
 
 def _value(model: type[Config], path: tuple[str, ...], text: str) -> Any:

@@ -91,6 +91,20 @@ def test_sft_exports_the_end_token_that_it_taught_and_notices_other_data(
     assert "train file 1 (of data.train_files) has as many samples as before but holds others" in result.output
 
 
+def test_a_run_in_which_nothing_ends_a_completion_says_so(task: Any, tmp_path: Path) -> None:
+    """Neither the model nor its tokenizer names an end token that the model knows."""
+    model = tiny_model(tmp_path / "model", eos_token_id=None)
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        values = json.loads((model / name).read_text())
+        values.pop("eos_token", None)
+        (model / name).write_text(json.dumps(values))
+    changes = {"model.path": model, "trainer.total_steps": 1, "data.apply_chat_template": "never"}
+    with pytest.warns(RlcoreWarning, match="nothing ends a completion before its longest length"):
+        result = task.run("grpo", tmp_path / "out", changes)
+    assert result.exit_code == 0
+    assert "none: completions end at their longest length" in result.output
+
+
 def test_tokens_beyond_the_models_vocabulary_are_found_before_it_is_built(task: Any, tmp_path: Path) -> None:
     small = tiny_model(tmp_path / "small", vocab_size=240)
     val = task.write("odd.jsonl", 3)

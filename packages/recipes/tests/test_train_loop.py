@@ -9,6 +9,7 @@ import re
 import signal
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from rlcore.checkpoint.json_file import JsonFile
 from rlcore.checkpoint.rank_files import file_record
 from rlcore.config import Config, FileName, dump_config, load_config
 from rlcore.engines import ModelSettings, TrainEngine
-from rlcore.errors import CheckpointError, ConfigError, RlcoreWarning, TrainingError
+from rlcore.errors import CheckpointError, ConfigError, DataError, RlcoreWarning, TrainingError
 from rlcore.progress import report
 from rlcore_recipes.processes import executor
 from rlcore_recipes.run_folder import Replaced, check_free, write_config
@@ -118,6 +119,18 @@ def test_validation_and_checkpoints_come_when_due(tmp_path: Path) -> None:
     assert last["perf/throughput"] > 0
     assert last["timing_s/step"] > 0
     assert last["timing_s/testing"] >= 0
+
+
+def test_a_tokenizer_that_cannot_be_written_is_one_sentence_about_the_model(tmp_path: Path) -> None:
+    run, _ = make(tmp_path, "save_hf=true", steps=1)
+
+    def fail(folder: Path) -> None:
+        raise ValueError("several\nlines")
+
+    run = replace(run, save_tokenizer=fail)
+    with pytest.raises(DataError, match=r"^the model is in .*/model, but its tokenizer .* ValueError: lines$"):
+        train(run)
+    assert (tmp_path / "model" / "weights").exists()
 
 
 @pytest.mark.parametrize(("every", "expected"), [(-1, []), (1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (9, [5])])

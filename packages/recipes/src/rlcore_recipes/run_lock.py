@@ -58,7 +58,7 @@ def _made(folder: Path) -> list[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        if folder.exists():
+        if os.path.exists(folder):
             raise ConfigError(f"trainer.out_dir={folder} is a file; name a folder") from error
         raise ConfigError(f"trainer.out_dir={folder} cannot be made: {reason(error)}") from error
     return missing

@@ -114,7 +114,7 @@ def open_session(
     check_other_models(config, critic, tokenizer)
     dataset, val_prompts, ends = read_prompts(config, tokenizer)
     stop_tokens = missing_ends(config.model, tokenizer, ends)
-    end_tokens = ends | model_tokens(config.model)[1]
+    end_tokens = model_tokens(config.model)[1].union(stop_tokens)
     prompts, total_steps = prompts_of_steps(config, dataset, dynamic)
     penalty = config.algorithm.kl_in_reward
     with ExitStack() as stack:

@@ -14,6 +14,7 @@ from warnings import warn
 
 import torch
 
+from rlcore.boundary import boundary
 from rlcore.checkpoint.json_file import JsonFile
 from rlcore.config import Config
 from rlcore.engines import TrainEngine
@@ -213,7 +214,12 @@ def completing(checkpoints: CheckpointManager, alone: bool) -> Iterator[None]:
 
 def export(run: Run, folder: Path) -> None:
     run.engines["actor"].save_pretrained(folder)
-    on_rank_zero(lambda: run.save_tokenizer(folder))
+
+    def save_tokenizer() -> None:
+        with boundary(f"the model is in {folder}, but its tokenizer (copy that of model.path) cannot be written there"):
+            run.save_tokenizer(folder)
+
+    on_rank_zero(save_tokenizer)
 
 
 # --- tracking -------------------------------------------------------------------------------------------------------

@@ -52,9 +52,19 @@ def end_of_turn(renderer: Renderer) -> int | None:
 
 
 def missing_ends(model: ModelSettings, tokenizer: Any, written: frozenset[int]) -> tuple[int, ...]:
-    """Those of the tokens ``written`` after answers that are no end tokens of ``model``; warns if there are any."""
+    """Those of the tokens ``written`` after answers that are no end tokens of ``model``.
+
+    Warns if there are any, and if nothing ends a completion: neither one of these nor an end token of the model.
+    """
     size, ends = model_tokens(model)
     missing = tuple(sorted(token for token in written - ends if token < size))
+    if not ends and not missing and launched_as_main():
+        warn(
+            "nothing ends a completion before its longest length: neither the model's files nor its tokenizer and chat "
+            "template name an end token that the model knows; name one as eos_token_id in config.json",
+            RlcoreWarning,
+            stacklevel=2,
+        )
     if missing and launched_as_main():
         warn(
             f"answers end with {_named(tokenizer, missing)}, which is not among the model's end tokens "

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
 
+from rlcore.cli.main import cli
 from rlcore.errors import ConfigError, DataError
 from rlcore_recipes.data.command import data
 from rlcore_recipes.data.prepare import write_splits
@@ -242,6 +243,27 @@ def bare(options):
     assert "has no function 'none'" in str(run(f"{file}:none", "--out", tmp_path).exception)
     assert "does not exist" in str(run(f"{tmp_path / 'no.py'}:none", "--out", tmp_path).exception)
     assert "No such command" in run("gsm9k", "--out", tmp_path).output
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("s3://bucket/a", "must be a file or folder on this machine, not a URL"),
+        ("~nobody-here/a", "there is no home folder ~nobody-here"),
+        (__file__, "is a file; name a folder"),
+    ],
+)
+@pytest.mark.parametrize("command", ["data arithmetic", "model new --train-files a.parquet", "quickstart"])
+def test_a_folder_to_write_to_is_on_this_machine(command: str, out: str, message: str) -> None:
+    result = CliRunner().invoke(cli, [*command.split(), "--out", out])
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_home_folders_are_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run("arithmetic", "--train", 2, "--test", 2, "--out", "~/data").exit_code == 0
+    assert (tmp_path / "data" / "train.parquet").exists()
 
 
 def test_help_lists_data_sets() -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 import click
 
+from rlcore.cli.folder import Folder
+
 
 @click.group()
 def model() -> None:
@@ -13,7 +15,7 @@ def model() -> None:
 
 
 @model.command()
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write; must not hold anything.")
+@click.option("--out", type=Folder(), required=True, help="Folder to write; must not hold anything.")
 @click.option("--train-files", multiple=True, required=True, help="Parquet file to train the tokenizer on; repeatable.")
 @click.argument("overrides", nargs=-1, metavar="[key=value]...")
 def new(out: Path, train_files: tuple[str, ...], overrides: tuple[str, ...]) -> None:

@@ -14,6 +14,9 @@ from rlcore_recipes.run_folder import write_config
 if TYPE_CHECKING:
     from rlcore_recipes.train_loop import Run
 
+NAMED_KEYS = 10
+"""Changed keys that are named."""
+
 
 def resumed(run: Run) -> tuple[CheckpointManager, int, str]:
     """Load what the configuration says, and say how the run goes on.
@@ -50,8 +53,13 @@ def resumed(run: Run) -> tuple[CheckpointManager, int, str]:
         if replaced.changed:
             how = "continuing" if done else "starting from the beginning"
             kept = f"; the metrics of the run before are in {replaced.kept}" if replaced.kept else ""
-            print(f"{how} with other settings than before: {', '.join(replaced.changed)}{kept}", file=sys.stderr)
+            print(f"{how} with other settings than before: {_listed(replaced.changed)}{kept}", file=sys.stderr)
     return checkpoints, done, run_id
+
+
+def _listed(keys: list[str]) -> str:
+    more = f" and {len(keys) - NAMED_KEYS} more" if len(keys) > NAMED_KEYS else ""
+    return ", ".join(keys[:NAMED_KEYS]) + more
 
 
 def _how(run: Run, found: Checkpoint) -> str:

@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 
 import click
 
+from rlcore.cli.folder import Folder
 from rlcore.config import Config
 from rlcore.errors import DataError, PluginError
 from rlcore.suggestions import functions_of, similar_paths
@@ -74,7 +75,7 @@ def _command(name: str, prepare: Preparation) -> click.Command:
         # text: the options' model reads it, and reports everything that is wrong at once
         params.append(click.Option([flag, field], type=str, help=info.description, **default))
     params += [
-        click.Option(["--out"], type=click.Path(path_type=Path), required=True, help="Folder to write to."),
+        click.Option(["--out"], type=Folder(), required=True, help="Folder to write to."),
         click.Option(["--overwrite"], is_flag=True, help="Replace files that are there."),
     ]
     return click.Command(name, params=params, callback=run, help=prepare.__doc__)

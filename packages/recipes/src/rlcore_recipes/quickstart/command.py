@@ -4,11 +4,13 @@ from pathlib import Path
 
 import click
 
+from rlcore.cli.folder import Folder
+
 
 @click.command()
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=Folder(),
     default=Path("rlcore-quickstart"),
     show_default=True,
     help="Folder to write; must be empty or new.",

@@ -289,6 +289,14 @@ def test_a_damaged_configuration_of_before_does_not_stop_the_run(tmp_path: Path,
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["lr"] == 0.1
 
 
+def test_of_many_changed_keys_the_first_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(make(tmp_path, "save_freq=1", steps=1)[0])
+    (tmp_path / "config.yaml").write_text("a: 1\n")
+    train(make(tmp_path, "save_freq=1", steps=2)[0])
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "other settings" in line]
+    assert re.search(r"than before: a, (\S+, ){8}\S+ and \d+ more$", line)
+
+
 @pytest.mark.parametrize("make_other", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
 def test_something_else_than_a_configuration_of_before(tmp_path: Path, make_other: Any) -> None:
     train(make(tmp_path, "save_freq=1", steps=1)[0])

@@ -101,8 +101,9 @@ def test_only_regular_files_are_read(model: Path, tmp_path: Path) -> None:
         ({}, "is no index of weights"),
         ({"weight_map": ["a"]}, "is no index of weights"),
         ({"weight_map": {"a": 3}}, "is no index of weights"),
-        ({"weight_map": {"a": "../model.safetensors"}}, "not a file of its folder"),
-        ({"weight_map": {"a": "b.safetensors"}}, "has no b.safetensors, which its"),
+        ({"weight_map": {"a": "model.safetensors"}}, 'index.json has no "metadata"'),
+        ({"weight_map": {"a": "../model.safetensors"}, "metadata": {}}, "not a file of its folder"),
+        ({"weight_map": {"a": "b.safetensors"}, "metadata": {}}, "has no b.safetensors, which its"),
     ],
 )
 def test_an_index_that_leads_nowhere(model: Path, tmp_path: Path, index: dict[str, Any], words: str) -> None:

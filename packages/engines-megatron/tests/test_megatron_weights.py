@@ -362,7 +362,7 @@ def test_damaged_files_are_named(models: dict[str, Model], ranks: RankPool, tmp_
         (tmp_path / "model.safetensors.index.json").write_text("{")
         words = "model.safetensors.index.json is damaged"
     else:
-        index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+        index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}, "metadata": {}}
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
         words = "has no model-00001-of-00002.safetensors, which its model.safetensors.index.json names"
     for message in ranks.run(load_error, tmp_path, LAYOUTS["tp2"], timeout=PATIENCE_S):

@@ -174,9 +174,12 @@ def weight_files(folder: Path) -> list[str]:
     if (folder / SINGLE).is_file():
         return [SINGLE]
     index = folder / INDEX
-    names = read_json(index).get("weight_map")
+    content = read_json(index)
+    names = content.get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise EngineError(f"{index} is no index of weights: weight_map must give the file of every tensor")
+    if not isinstance(content.get("metadata"), dict):
+        raise EngineError(f'{index} has no "metadata", without which transformers cannot read it; add "metadata": {{}}')
     files = sorted(set(names.values()))
     for name in files:
         if Path(name).name != name:

@@ -250,7 +250,7 @@ def bare(options):
     [
         ("s3://bucket/a", "must be a file or folder on this machine, not a URL"),
         ("~nobody-here/a", "there is no home folder ~nobody-here"),
-        (__file__, "is a file; name a folder"),
+        (__file__, "is a file"),
     ],
 )
 @pytest.mark.parametrize("command", ["data arithmetic", "model new --train-files a.parquet", "quickstart"])

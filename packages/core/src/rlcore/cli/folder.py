@@ -11,16 +11,15 @@ from rlcore.config import FilePath
 _ADAPTER: TypeAdapter[Path] = TypeAdapter(FilePath)
 
 
-class Folder(click.ParamType):
+class Folder(click.Path):
     """A folder on this machine, there or not, under the rules of configuration keys: no URL, ``~`` is expanded."""
 
-    name = "folder"
+    def __init__(self) -> None:
+        super().__init__(file_okay=False, path_type=Path)
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         try:
             path = _ADAPTER.validate_python(value)
         except ValidationError as error:
             self.fail(f"{value}: {error.errors()[0]['msg']}", param, ctx)
-        if path.exists() and not path.is_dir():
-            self.fail(f"{value} is a file; name a folder", param, ctx)
-        return path
+        return super().convert(path, param, ctx)

@@ -47,6 +47,7 @@ class Run(Config):
     model: FileName | None = None
     files: list[FileName] = Field([])
     names: tuple[str, ...] = ()
+    some: tuple[str, ...] = Field(("a",), min_length=1)
     pair: tuple[float, float] = (0.0, 1.0)
     flag: bool = False
     anything: dict[str, Any] = Field({})
@@ -153,6 +154,7 @@ HUGE = "x" * 100_000
     [
         ({"rate": float("nan")}, "rate: must be a finite number, not .nan"),
         ({"rate": float("inf")}, "rate: must be a finite number, not .inf"),
+        ({"some": []}, "some: must have at least 1 item, not []"),
         ({"cap": float("nan")}, "cap: must be greater than 0, not .nan"),
         ({"anything": {"a": [float("inf")]}}, "anything: must hold finite numbers only"),
         ({"size": 2**31}, "size: must be at most 2147483647"),

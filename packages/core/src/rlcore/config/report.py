@@ -71,7 +71,7 @@ def _plain_message(kind: str, value: Any, detail: Any) -> tuple[str, str]:
         return ("must be text" if kind == "string_type" else "must be a path"), _given(value) + quotes
     if kind in ("value_error", "assertion_error"):
         return str(detail["ctx"]["error"]) if "ctx" in detail else detail["msg"].partition(", ")[2], ""
-    message = detail["msg"].partition(", unable to")[0].partition(", got ")[0]
+    message = detail["msg"].partition(", unable to")[0].partition(", got ")[0].partition(" after validation")[0]
     subject, should, rest = message.partition(" should ")
     if should and " " not in subject:  # Input, String, List …
         return f"must {rest}", _given(value)

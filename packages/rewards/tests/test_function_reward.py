@@ -184,6 +184,7 @@ def test_finds_functions_by_import_path(tmp_path: Path, monkeypatch: pytest.Monk
     ("source", "path", "message"),
     [
         ("", "missing.py:f", "there is no file"),
+        ("", "s3://bucket/reward.py:f", "must be in a file on this machine, not at a URL$"),
         ("", "{file}/../folder.py:f", r"folder\.py is no regular file$"),
         ("", "no_such_package.module:f", "there is no module 'no_such_package'"),
         ("", "json.nothing:f", "there is no module 'json.nothing'"),

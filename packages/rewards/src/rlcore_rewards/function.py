@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import Field, JsonValue, field_validator
 
 from rlcore.config import Config, FileName
+from rlcore.config.values import is_url
 from rlcore.engines.settings import RewardSettings
 from rlcore.errors import ConfigError
 from rlcore.suggestions import similar_paths
@@ -39,6 +40,8 @@ def function_reward(options: FunctionOptions, settings: RewardSettings) -> Poole
         ConfigError: there is no such file, module or function, or it cannot be called with a sample.
     """
     home, _, name = options.path.rpartition(":")
+    if is_url(home):
+        raise ConfigError(f"reward function {options.path!r}: must be in a file on this machine, not at a URL")
     if home.endswith(".py"):
         file = Path(home).expanduser().resolve()
         if not file.is_file():

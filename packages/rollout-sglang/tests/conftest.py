@@ -58,7 +58,11 @@ class _Handler(BaseHTTPRequestHandler):
         self._route("POST")
 
     def _route(self, method: str) -> None:
-        content = self.rfile.read(int(self.headers.get("content-length", 0)))
+        length = int(self.headers.get("content-length", 0))
+        content = self.rfile.read(length)
+        if len(content) < length:  # the client cancelled the request while it sent it
+            self.close_connection = True
+            return
         proxy = self.server
         proxy.asked.append((self.path, json.loads(content) if content else {}))
         fault = proxy.faults.get(self.path, "")

@@ -1,100 +1,120 @@
-"""Arrows point one way: backends → core ← recipes. Found by reading the sources, without importing anything."""
+"""The rules of the sources: imports against the arrows, cycles, sizes of functions, words, docstrings.
+
+``source_checks.py`` finds the offences without importing anything; here they are compared with the numbers that are
+still allowed (``source_checks.toml``, which may shrink and not grow), and the checks themselves are tested.
+"""
 
 from __future__ import annotations
 
 import ast
 import tomllib
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-PACKAGES = Path(__file__).parents[1] / "packages"
-CORE = "rlcore"
-RECIPES = "rlcore_recipes"
-SHAPELESS = {"utils", "util", "helpers", "helper", "common", "misc"}
-
-# import name -> folder below packages/
-MODULES = {source.name: source.parents[1].name for source in PACKAGES.glob("*/src/*") if (source / "py.typed").exists()}
-BACKENDS = sorted(set(MODULES) - {CORE, RECIPES})
+import source_checks
+from source_checks import CORE, MAY_IMPORT, MODULES, PACKAGES, SHAPELESS
 
 
-def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Line and top-level module of every absolute import: statements, and calls that import a constant name."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name.split(".")[0]) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            yield node.lineno, node.module.split(".")[0]
-        elif isinstance(node, ast.Call):
-            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            first = node.args[0] if node.args else None
-            if called in ("import_module", "__import__", "importorskip") and isinstance(first, ast.Constant):
-                yield node.lineno, str(first.value).split(".")[0]
+@pytest.mark.parametrize("check", source_checks.CHECKS)
+def test_rules_are_kept(check: str) -> None:
+    allowed = source_checks.limits().get(check, {})
+    found = source_checks.counts(check)
+    for part in sorted({*allowed, *found}):
+        number = found.get(part, 0)
+        listed = "\n".join(str(offence) for offence in source_checks.offences(check) if offence.part == part)
+        assert number <= allowed.get(part, 0), (
+            f"{check}, {part}: {number}, allowed are {allowed.get(part, 0)}\n{listed}"
+        )
+    assert found == allowed, "fewer than allowed: run python tests/source_checks.py --lower"
 
 
-def crossings(module: str, folder: str, forbidden: set[str]) -> list[str]:
-    """Where files below ``folder`` of a package import ``forbidden`` modules."""
-    root = PACKAGES / MODULES[module]
-    return [
-        f"{file.relative_to(PACKAGES)}:{line} imports {name}"
-        for file in sorted((root / folder).rglob("*.py"))
-        for line, name in imports(ast.parse(file.read_text(), str(file)))
-        if name in forbidden
-    ]
-
-
-def test_all_seven_packages_are_looked_at() -> None:
-    assert MODULES == {
-        "rlcore": "core",
-        "rlcore_fsdp": "engines-fsdp",
-        "rlcore_megatron": "engines-megatron",
-        "rlcore_vllm": "rollout-vllm",
-        "rlcore_sglang": "rollout-sglang",
-        "rlcore_rewards": "rewards",
-        "rlcore_recipes": "recipes",
-    }
+def test_every_package_has_its_arrows() -> None:
+    assert set(MODULES) <= set(MAY_IMPORT)
 
 
 def test_imports_are_found_however_they_are_written() -> None:
     source = """
 import rlcore_a.x, numpy as np
 from rlcore_b.y import z
-from . import rlcore_no
-from .rlcore_no import z
+from . import near
+from ..far import z
 def late():
     if TYPE_CHECKING:
         import rlcore_c
     importlib.import_module("rlcore_d.x"); import_module("rlcore_e"); __import__("rlcore_f")
     import_module(name)
 """
-    names = [name for _, name in imports(ast.parse(source))]
-    assert sorted(names) == ["numpy", *(f"rlcore_{letter}" for letter in "abcdef")]
+    names = [name for _, name in source_checks.imports(ast.parse(source), "package.inner")]
+    assert sorted(names) == [
+        "numpy",
+        "package.far.z",
+        "package.inner.near",
+        "rlcore_a.x",
+        "rlcore_b.y.z",
+        "rlcore_c",
+        "rlcore_d.x",
+        "rlcore_e",
+        "rlcore_f",
+    ]
 
 
-@pytest.mark.parametrize("folder", ["src", "tests"])
-def test_core_imports_no_other_package(folder: str) -> None:
-    assert crossings(CORE, folder, set(MODULES) - {CORE}) == []
+def test_cycles_are_found() -> None:
+    graph = {"a": ["b"], "b": ["c"], "c": ["a", "d"], "d": ["e"], "e": [], "f": ["a", "g"], "g": ["f"]}
+    assert source_checks.components(graph) == [["a", "b", "c"], ["f", "g"]]
 
 
-@pytest.mark.parametrize("folder", ["src", "tests"])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_backends_import_only_core(backend: str, folder: str) -> None:
-    assert crossings(backend, folder, set(MODULES) - {CORE, backend}) == []
+def test_lines_of_a_function_are_counted_without_decorators_and_docstring() -> None:
+    source = '''
+@decorated(
+    by=this
+)
+def function(
+    argument,
+):
+    """Does
+
+    something."""
+    # a comment
+
+    def inner():
+        """Counts."""
+        return argument
+    return inner
+'''
+    function = ast.parse(source).body[0]
+    assert isinstance(function, ast.FunctionDef)
+    assert source_checks.lines_of(function) == 3 + 6
 
 
-@pytest.mark.parametrize("folder", ["src", "tests"])
-def test_recipes_name_backends_but_do_not_import_them(folder: str) -> None:
-    assert crossings(RECIPES, folder, set(BACKENDS)) == []
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("all at once, or not", 1),
+        ('"starts at "\n    f"once"', 1),
+        ("    # starts at\n    # once", 1),
+        ("def test_all_start_at_once(): ...", 1),
+        ("Nobody, WHOEVER is told of it", 3),
+        ("besides, recommend, a renewed anewly, on demand, patient_id2", 1),
+        ('description="Most tokens of a batch"', 1),
+        ("Most tokens are short", 0),
+    ],
+)
+def test_banned_words_are_found_over_lines_and_in_names(text: str, found: int) -> None:
+    assert len(source_checks.BANNED_WORDS.findall(text)) == found
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_declared_dependencies_point_the_same_way(module: str) -> None:
     """What a package always pulls in; extras and dependency groups may name any other."""
+    distributions = {
+        tomllib.loads((PACKAGES / folder / "pyproject.toml").read_text())["project"]["name"]: name
+        for name, folder in MODULES.items()
+    }
     project = tomllib.loads((PACKAGES / MODULES[module] / "pyproject.toml").read_text())["project"]
     required = {name for name in project.get("dependencies", []) if name.startswith("rlcore")}
     names = {name.split("[")[0].split("=")[0].split(">")[0].split("<")[0].split("~")[0].strip() for name in required}
-    assert names == (set() if module == CORE else {"rlcore"})
+    assert {distributions[name] for name in names} <= MAY_IMPORT[module]
+    assert (CORE in {distributions[name] for name in names}) == (module != CORE)
 
 
 def test_modules_are_named_after_their_subject() -> None:

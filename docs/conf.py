@@ -1,6 +1,13 @@
 """Sphinx configuration; built with warnings as errors (``nox -s docs``)."""
 
+import sys
 from importlib.metadata import version as distribution_version
+from pathlib import Path
+
+from sphinx.application import Sphinx
+
+sys.path.insert(0, str(Path(__file__).parent))
+import configuration_keys
 
 project = "rlcore"
 author = "The rlcore authors"
@@ -16,3 +23,8 @@ autodoc_typehints = "description"
 default_role = "code"
 nitpicky = False
 suppress_warnings = ["ref.python"]  # the same name re-exported by a package and defined in its module
+
+
+def setup(app: Sphinx) -> None:
+    """Generate the page of configuration keys before the sources are read."""
+    app.connect("builder-inited", lambda app: configuration_keys.write(Path(app.srcdir, "generated", "keys.md")))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import runpy
 import shlex
 import textwrap
 import tomllib
@@ -30,6 +31,7 @@ from rlcore import plugins
 from rlcore.cli import recipes
 from rlcore.cli.main import cli
 from rlcore.config import validate_config
+from rlcore.config.keys import sections
 from rlcore.engines import RolloutEngine, RolloutSpec
 from rlcore.errors import ConfigError, RlcoreError
 from rlcore.testing.tiny_model import tiny_model
@@ -279,3 +281,15 @@ def flat(values: Mapping[str, Any], path: str = "") -> Iterator[str]:
             yield from flat(value, f"{path}{key}.")
         else:
             yield f"{path}{key}={value if isinstance(value, str) else json.dumps(value)}"
+
+
+def test_page_of_configuration_keys_has_every_key() -> None:
+    page = runpy.run_path(str(ROOT / "docs" / "configuration_keys.py"))["page"]()
+    for recipe in RECIPES:
+        for section in sections(configuration_of(recipe)):
+            assert section.model is not None, f"{section.path}: {section.description}"
+            for key in section.keys:
+                name = f"{section.path}.{key.name}".lstrip(".")
+                assert f"\n| `{name}` | " in page
+    for name in ("actor.fsdp.", "actor.megatron.", "rollout.inline.", "rollout.vllm.", "rollout.sglang."):
+        assert f"| `{name}" in page

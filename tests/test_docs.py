@@ -6,6 +6,7 @@ Blocks of a page run in the page's order, in one folder that has the files they 
 
 from __future__ import annotations
 
+import ast
 import itertools
 import json
 import re
@@ -35,6 +36,7 @@ from rlcore.config.keys import sections
 from rlcore.engines import RolloutEngine, RolloutSpec
 from rlcore.errors import ConfigError, RlcoreError
 from rlcore.testing.tiny_model import tiny_model
+from source_checks import module_name, sources
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
@@ -293,3 +295,47 @@ def test_page_of_configuration_keys_has_every_key() -> None:
                 assert f"\n| `{name}` | " in page
     for name in ("actor.fsdp.", "actor.megatron.", "rollout.inline.", "rollout.vllm.", "rollout.sglang."):
         assert f"| `{name}" in page
+
+
+def resolves(name: str) -> bool:
+    """Whether a dotted name is a module of ours, or a name in one; found by reading the sources."""
+    parts = name.split(".")
+    files = {module_name(path): tree for path, tree in sources().items()}
+    known = [count for count in range(1, len(parts) + 1) if ".".join(parts[:count]) in files]
+    if not known:
+        return False
+    scope: list[ast.stmt] = files[".".join(parts[: known[-1]])].body
+    for part in parts[known[-1] :]:
+        found = next((node for node in scope if part in names_of(node)), None)
+        if found is None:
+            return False
+        scope = found.body if isinstance(found, ast.ClassDef) else []
+    return True
+
+
+def names_of(node: ast.stmt) -> set[str]:
+    """What a statement of a module or class defines or imports."""
+    match node:
+        case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+            return {name}
+        case ast.Assign(targets=targets):
+            return {target.id for target in targets if isinstance(target, ast.Name)}
+        case ast.AnnAssign(target=ast.Name(id=name)):
+            return {name}
+        case ast.ImportFrom(names=names):
+            return {alias.asname or alias.name for alias in names}
+        case ast.If(body=body):
+            return {name for inner in body for name in names_of(inner)}
+    return set()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_names_on_pages_exist(page: str) -> None:
+    names = set(re.findall(r"`(rlcore(?:_\w+)?(?:\.\w+)+)(?:\(\))?`", PAGES[page])) - ENTRY_POINT_GROUPS
+    assert [name for name in sorted(names) if not resolves(name)] == []
+
+
+def test_pictures_are_what_their_script_draws() -> None:
+    folder = ROOT / "docs" / "images"
+    for name, draw in runpy.run_path(str(folder / "diagrams.py"))["DRAWINGS"].items():
+        assert (folder / name).read_text() == draw(), f"run python docs/images/diagrams.py: {name} is out of date"

@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from rlcore.batch import Batch, Jagged, predicted_positions
+from rlcore.batch import Batch, Jagged, to_column, token_positions
 from rlcore.boundary import boundary
 from rlcore.checkpoint import random_states, rank_files
 from rlcore.checkpoint.background_save import BackgroundSave
@@ -47,7 +47,7 @@ from rlcore_fsdp.host_copy import HostCopy
 from rlcore_fsdp.loading import empty_model, load_model, read_config
 from rlcore_fsdp.memory import step_memory
 from rlcore_fsdp.optimizer import make_optimizer
-from rlcore_fsdp.packed_model import PackedModel, check_request, full_columns
+from rlcore_fsdp.packed_model import PackedModel, check_request
 from rlcore_fsdp.saved_state import MOMENTS
 from rlcore_fsdp.verification import TESTED, verify_packing, verify_values
 from rlcore_fsdp.weights import buckets, full_weights
@@ -269,17 +269,14 @@ class FSDPTrainEngine(TrainEngine):
         """The requested columns ``[T]`` of a micro-batch that is on the CPU."""
         lengths = micro.lengths
         mask = micro.flat("loss_mask") if "loss_mask" in micro else None
-        if self.spec.head == "score" and mask is not None:
-            positions = mask.nonzero().squeeze(-1)
-        else:
-            positions = predicted_positions(lengths, mask)
+        positions = token_positions(lengths, mask, head=self.spec.head)
         tokens, total = micro.flat("tokens"), micro.total_tokens
         if total == 0:
             tokens, lengths = tokens.new_zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
         packing = Packing(tuple(length for length in lengths.tolist() if length), self._kernel, self._device)
         positions = positions.to(self._device)
         outputs = self.root(tokens.to(self._device), packing, positions, request)
-        return full_columns(outputs, positions, total)
+        return {name: to_column(value, positions, total) for name, value in outputs.items()}
 
     @contextmanager
     def _in_training(self) -> Iterator[None]:

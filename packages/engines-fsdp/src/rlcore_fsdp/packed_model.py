@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from rlcore.batch import state_positions
 from rlcore.engines.settings import Head
 from rlcore.engines.train import ForwardRequest
 from rlcore.errors import EngineError
@@ -38,15 +38,16 @@ class PackedModel(nn.Module):
 
         Args:
             tokens: ``[T]`` int64.
-            positions: ``[P]`` int64, the tokens that the outputs speak of (not the states they are computed from).
+            positions: ``[P]`` int64, positions of the tokens that the outputs describe (`rlcore.batch.alignment`).
         """
         hidden = self.model.base_model(
             input_ids=tokens[None], position_ids=packing.position_ids, use_cache=False, packing=packing
         ).last_hidden_state[0]
+        states = hidden.index_select(0, state_positions(positions, head=self.head))
         if self.head == "policy":
             head = self.model.get_output_embeddings()
             logprobs, entropy = logprobs_and_entropy(
-                hidden.index_select(0, positions - 1),
+                states,
                 head.weight,
                 head.bias,
                 tokens[positions],
@@ -57,9 +58,8 @@ class PackedModel(nn.Module):
             )
             outputs = {"logprobs": logprobs, "entropy": entropy}
         else:
-            rows = positions if self.head == "score" else positions - 1
             score = self.model.score
-            values = hidden.index_select(0, rows).float() @ score.weight[0].float()
+            values = states.float() @ score.weight[0].float()
             outputs = {"values": values if score.bias is None else values + score.bias.float()}
         return {name: outputs[name] for name in request.outputs}
 
@@ -82,8 +82,3 @@ def logits_rule(config: Any) -> LogitsRule:
     elif (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
         scale = 1 / float(divisor)
     return LogitsRule(scale, getattr(config, "final_logit_softcapping", None))  # Gemma 2 and later
-
-
-def full_columns(outputs: Mapping[str, torch.Tensor], positions: torch.Tensor, total: int) -> dict[str, torch.Tensor]:
-    """Outputs ``[P]`` at ``positions`` as columns ``[total]`` that are 0 elsewhere."""
-    return {name: value.new_zeros(total).index_put((positions,), value) for name, value in outputs.items()}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from rlcore.batch import state_positions, token_positions
 from rlcore.engines import ForwardRequest
 from rlcore.engines.model_length import longest_position, rope_boundary
 from rlcore.errors import EngineError
@@ -44,11 +45,14 @@ def verify_values(root: PackedModel, kernel: Kernel, device: torch.device) -> No
     """Raise EngineError if a policy's log-probs are not those of transformers; parameters are whole, on ``device``."""
     model, rows = root.model, _rows(root, device)
     model.set_attn_implementation("eager")
-    logits = [model(input_ids=row[None], use_cache=False).logits[0, :-1].float().log_softmax(-1) for row in rows]
+    plain = []
+    for row in rows:
+        positions = token_positions(torch.tensor([len(row)])).to(device)
+        states = model(input_ids=row[None], use_cache=False).logits[0].index_select(0, state_positions(positions))
+        plain.append(states.float().log_softmax(-1).gather(-1, row[positions, None]).squeeze(-1))
     model.set_attn_implementation(IMPLEMENTATION)
-    plain = torch.cat([part.gather(-1, row[1:, None]).squeeze(-1) for part, row in zip(logits, rows)])
     allowed = 1e-4 if model.dtype == torch.float32 else 5e-2
-    _compare(root, _packed(root, kernel, device, rows), plain, allowed, "those of transformers")
+    _compare(root, _packed(root, kernel, device, rows), torch.cat(plain), allowed, "those of transformers")
 
 
 def _rows(root: PackedModel, device: torch.device) -> list[torch.Tensor]:
@@ -70,13 +74,11 @@ def _packed(
     root: PackedModel, kernel: Kernel, device: torch.device, rows: list[torch.Tensor], last_position: int | None = None
 ) -> torch.Tensor:
     """Outputs of ``rows``, computed together and, if ``last_position`` is given, with a sequence that ends there."""
-    lengths = [len(row) for row in rows]
-    starts = [sum(lengths[:index]) for index in range(len(lengths))]
-    positions = torch.cat([torch.arange(1, length) + start for length, start in zip(lengths, starts)])
+    positions = token_positions(torch.tensor([len(row) for row in rows]), head=root.head)
     first = None
     if last_position is not None:
+        first = (*(0 for _ in rows), max(last_position - _FAR_LENGTH, 0))
         rows = [*rows, rows[0][:_FAR_LENGTH]]
-        first = (*(0 for _ in lengths), max(last_position - _FAR_LENGTH, 0))
     packing = Packing(tuple(map(len, rows)), kernel, device, first)
     request = ForwardRequest(("logprobs",) if root.head == "policy" else ("values",))
     return root(torch.cat(rows), packing, positions.to(device), request)[request.outputs[0]]

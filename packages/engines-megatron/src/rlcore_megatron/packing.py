@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rlcore.batch import Batch, predicted_positions
+from rlcore.batch import Batch, state_positions, token_positions
 from rlcore.engines.settings import Head
 from rlcore_megatron.parallel import Parallel
 
@@ -49,10 +49,7 @@ def pack(micro: Batch, head: Head, parallel: Parallel, sequence_parallel: bool, 
 
     mask = micro.flat("loss_mask") if "loss_mask" in micro else None
     tokens, total = micro.flat("tokens"), micro.total_tokens
-    if head == "score" and mask is not None:
-        columns = mask.nonzero().squeeze(-1)
-    else:
-        columns = predicted_positions(micro.lengths, mask)
+    columns = token_positions(micro.lengths, mask, head=head)
     lengths = [length for length in micro.lengths.tolist() if length]
     padded = _padded_lengths(lengths, parallel, sequence_parallel)
     starts = torch.tensor([0, *padded]).cumsum(0)
@@ -62,7 +59,7 @@ def pack(micro: Batch, head: Head, parallel: Parallel, sequence_parallel: bool, 
     place = torch.arange(total) - first[sequence] + starts[sequence]
     row = torch.zeros(int(starts[-1]), dtype=torch.int64)
     row[place] = tokens
-    states = place[columns] if head == "score" else place[columns] - 1
+    states = place[state_positions(columns, head=head)]
     if parallel.cp > 1:
         local = _chunks_of_rank(padded, parallel.cp, parallel.cp_rank)
         index = torch.full((len(row),), -1)

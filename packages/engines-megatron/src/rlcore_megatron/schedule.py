@@ -10,7 +10,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 
-from rlcore.batch import Batch
+from rlcore.batch import Batch, to_column
 from rlcore.engines import ForwardRequest, Objective
 from rlcore.engines.settings import Head
 from rlcore.metrics import Metrics
@@ -105,7 +105,7 @@ class Pipeline:
 
     def _columns(self, row: PackedRow, outputs: torch.Tensor, request: ForwardRequest) -> Columns:
         """Outputs ``[outputs, P]`` at the row's columns as columns ``[T]`` that are 0 elsewhere."""
-        full = outputs.new_zeros(len(outputs), row.total).index_copy(1, row.columns, outputs)
+        full = to_column(outputs, row.columns, row.total)
         if self._parallel.cp > 1:  # every rank knows those of its own tokens
             full = reduce_from_tensor_model_parallel_region(full, group=self._parallel.cp_group)
         return dict(zip(request.outputs, full.unbind(0)))

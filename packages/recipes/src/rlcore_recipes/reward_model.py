@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlcore.batch import Batch
+from rlcore.batch.alignment import last_entries
 from rlcore.engines import ForwardRequest
 
 if TYPE_CHECKING:
@@ -76,5 +77,4 @@ def mark_failed(batch: Batch, failed: frozenset[int]) -> Batch:
 
 def last_values(batch: Batch) -> torch.Tensor:
     """``values`` at the last token of each sequence: ``[B]`` fp32."""
-    values: torch.Tensor = batch.flat("values")
-    return values[batch.lengths.cumsum(0) - 1]
+    return last_entries(batch.flat("values"), batch.lengths)

@@ -13,6 +13,7 @@ from pydantic import Field
 from rlcore.algorithms.registries import Advantages, advantages
 from rlcore.algorithms.sequences import per_token, trained_counts, trained_mask, whiten
 from rlcore.batch import Batch
+from rlcore.batch.alignment import next_entries
 from rlcore.config import Config
 from rlcore.registry import NoParams
 
@@ -37,9 +38,8 @@ def gae(batch: Batch, params: GAEParams) -> Advantages:
     """
     mask, rewards, lengths = _actions(batch)
     values = batch.flat("values")[mask]
-    next_values = torch.cat([values[1:], values.new_zeros(1)])[: len(values)]
-    next_values[lengths.cumsum(0)[lengths > 0].to(values.device) - 1] = 0
-    result = discounted_suffix_sums(rewards + params.gamma * next_values - values, lengths, params.gamma * params.lam)
+    errors = rewards + params.gamma * next_entries(values, lengths) - values
+    result = discounted_suffix_sums(errors, lengths, params.gamma * params.lam)
     returns = result + values
     return Advantages(_at(mask, whiten(result) if params.whiten else result), _at(mask, returns))
 

@@ -8,16 +8,13 @@ from __future__ import annotations
 import torch
 
 from rlcore.batch import Batch
+from rlcore.batch.alignment import predicted_mask
 from rlcore.metrics import Metrics
 
 
 def trained_mask(batch: Batch) -> torch.Tensor:
-    """``[T]`` bool: ``loss_mask`` without the first token of each sequence, which nothing predicts."""
-    mask: torch.Tensor = batch.flat("loss_mask").bool().clone()
-    lengths = batch.lengths
-    starts = (lengths.cumsum(0) - lengths)[lengths > 0]
-    mask[starts.to(mask.device)] = False
-    return mask
+    """Return ``loss_mask`` without the first token of each sequence, which no state predicts: ``[T]`` bool."""
+    return predicted_mask(batch.flat("loss_mask").bool(), batch.lengths)
 
 
 def trained_counts(mask: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """The batch protocol: what flows between rollout, reward, algorithms and engines."""
 
-from rlcore.batch.alignment import predicted_positions, predicting_states, scatter_predictions
+from rlcore.batch.alignment import state_positions, to_column, token_positions
 from rlcore.batch.balance import balanced_partitions, micro_batches
 from rlcore.batch.batch import Batch
 from rlcore.batch.jagged import Jagged
@@ -10,7 +10,7 @@ __all__ = [
     "Jagged",
     "balanced_partitions",
     "micro_batches",
-    "predicted_positions",
-    "predicting_states",
-    "scatter_predictions",
+    "state_positions",
+    "to_column",
+    "token_positions",
 ]

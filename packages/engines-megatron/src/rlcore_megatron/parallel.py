@@ -70,7 +70,7 @@ class Parallel:
 
 
 # Megatron keeps one layout per process; it lives as long as an engine that was built on it.
-_layout: tuple[int, ...] | None = None
+_layout: tuple[int, tuple[int, ...]] | None = None
 _users: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
@@ -117,8 +117,7 @@ def initialize(settings: MegatronSettings) -> Parallel:
     global _layout
     from megatron.core import parallel_state, tensor_parallel
 
-    wanted = (
-        dist.get_world_size(),
+    sizes = (
         settings.tensor_parallel,
         settings.pipeline_parallel,
         settings.virtual_pipeline,
@@ -126,16 +125,17 @@ def initialize(settings: MegatronSettings) -> Parallel:
         settings.expert_parallel,
         settings.expert_tensor_parallel or settings.tensor_parallel,
     )
+    wanted = dist.get_world_size(), sizes
     if parallel_state.model_parallel_is_initialized() and _layout != wanted:
         if _users:
             raise EngineError(
                 "engines of one process must be divided alike: another megatron engine here has tensor, pipeline, "
-                f"virtual-pipeline, context, expert and expert-tensor sizes {_layout and _layout[1:]}, this one "
-                f"{wanted[1:]}"
+                f"virtual-pipeline, context, expert and expert-tensor sizes {_layout and _layout[1]}, this one "
+                f"{sizes}"
             )
         _undo_layout(parallel_state)
     if not parallel_state.model_parallel_is_initialized():
-        _, tp, pp, vpp, cp, ep, etp = wanted
+        tp, pp, vpp, cp, ep, etp = sizes
         parallel_state.initialize_model_parallel(
             tp,
             pp,

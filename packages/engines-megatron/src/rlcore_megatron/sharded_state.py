@@ -110,7 +110,7 @@ def local_parameters(
             start, stop, main, owner = shards.get(parameter, (0, parameter.numel(), None, None))
             copies = parallel.dp_cp_group if getattr(parameter, "allreduce", True) else parallel.expert_dp_group
             replica = description.replica_id
-            first = not any(replica[:-1]) if isinstance(replica, tuple) else True
+            first = not any(replica[:-1]) if isinstance(replica, tuple) else True  # shift allowed: ranks
             divided = hasattr(owner, "model_param_group_index_map")  # the distributed optimizer
             found.append(Local(parameter, description, start, stop, main, owner, divided, copies, first))
         assert not parameters, "Megatron describes every parameter"

@@ -203,5 +203,6 @@ def completion_texts(completions: Sequence[Sequence[int]], tokenizer: Any, ends:
     """
     if ends is None:
         return tokenizer.batch_decode(completions, skip_special_tokens=True)  # type: ignore[no-any-return]
+    # shift allowed: without the end token
     bare = [tokens[:-1] if tokens and tokens[-1] in ends else tokens for tokens in completions]
     return tokenizer.batch_decode(bare, skip_special_tokens=False)  # type: ignore[no-any-return]

@@ -125,7 +125,7 @@ def filtered(probs: torch.Tensor, top_ks: torch.Tensor, top_ps: torch.Tensor, mi
 
 def uniform(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """``[B]`` float64 numbers in [0, 1) from ``[B]`` int64 seeds and positions (SplitMix64: Steele et al., 2014)."""
-    mixed = _mixed(_mixed(seeds + _GOLDEN) + (positions.long() + 1) * _GOLDEN)
+    mixed = _mixed(_mixed(seeds + _GOLDEN) + (positions.long() + 1) * _GOLDEN)  # shift allowed: a counter
     return _shifted(mixed, 11).double() * 2.0**-53
 
 

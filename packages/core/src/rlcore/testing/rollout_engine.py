@@ -204,7 +204,7 @@ class RolloutEngineConformance:
         assert {completion.finish_reason for completion in completions} == {"stop", "length"}
         for completion in completions:
             ended = completion.finish_reason == "stop"
-            assert END not in completion.tokens[:-1]
+            assert END not in completion.tokens[:-1]  # shift allowed: all but the end token
             assert (completion.tokens[-1] == END) == ended
             assert ended or len(completion.tokens) == 300
         ignoring = [replace(request, sampling=replace(request.sampling, ignore_eos=True)) for request in requests]
@@ -233,7 +233,7 @@ class RolloutEngineConformance:
             if (first + second).isascii() and (first + second).isprintable()
         ]
         assert pairs, "the fixed seed gave no printable text"
-        stop = texts[pairs[-1]] + texts[pairs[-1] + 1]
+        stop = texts[pairs[-1]] + texts[pairs[-1] + 1]  # shift allowed: texts of two tokens
         (stopped,) = engine.generate_batch([_request(60, seed=4, stop=("no such text", stop))])
         ends = next(end for end in range(1, len(texts) + 1) if stop in tokenizer.decode(whole.tokens[:end]))
         assert stopped.finish_reason == "stop"

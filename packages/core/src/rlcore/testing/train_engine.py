@@ -148,9 +148,9 @@ def make_batch(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> Batch:
 
 def reference_outputs(model: Any, tokens: torch.Tensor, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs and entropies ``[L]`` of one sequence by a plain transformers forward pass; 0 for the first token."""
-    logits = model(tokens[None], use_cache=False).logits[0, :-1].float() / temperature
+    logits = model(tokens[None], use_cache=False).logits[0, :-1].float() / temperature  # shift allowed: reference
     logprobs = logits.log_softmax(-1)
-    chosen = logprobs.gather(-1, tokens[1:, None]).squeeze(-1)
+    chosen = logprobs.gather(-1, tokens[1:, None]).squeeze(-1)  # shift allowed: reference
     entropy = -(logprobs.exp() * logprobs).sum(-1)
     first = logits.new_zeros(1)
     return torch.cat([first, chosen]), torch.cat([first, entropy])
@@ -403,7 +403,7 @@ class TrainEngineConformance:
         assert not differs[:sees].any()
         assert differs[sees:].all()
         assert first[0] == 0
-        assert (first[1:] != 0).all()
+        assert (first[1:] != 0).all()  # shift allowed: all but the first token
 
     def test_new_heads_come_from_the_seed(self, model_path: Path) -> None:
         batch, request = make_batch(), ForwardRequest(("values",))

@@ -221,7 +221,7 @@ def _attend(
     scores = (scores + mask).float()
     if sinks is not None:
         column = sinks.view(1, *query.shape[1:3], 1, 1).expand(*scores.shape[:-1], 1).float()
-        weights = torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
+        weights = torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]  # shift allowed: without the sinks
     else:
         weights = scores.softmax(-1)
     return weights.to(query.dtype) @ values

@@ -164,7 +164,7 @@ class Scheduler:
         """Cache the histories of the admitted: each different one is computed once, known prompts are copied."""
         first = admitted[0].row
         owners = {
-            sequence.prompt[:-1]: sequence.row
+            sequence.prompt[:-1]: sequence.row  # shift allowed: the part that is cached
             for sequence in self.running[:first]
             if not self.invariant or sequence.prefilled == len(sequence.prompt) - 1
         }

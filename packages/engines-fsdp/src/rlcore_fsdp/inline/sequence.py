@@ -51,7 +51,7 @@ class Sequence:
 
     def history(self) -> tuple[int, ...]:
         """The tokens whose keys and values must be cached before the next step: all but the last."""
-        return (self.prompt + tuple(self.tokens))[:-1]
+        return (self.prompt + tuple(self.tokens))[:-1]  # shift allowed: the part that is cached
 
     def append(self, token: int, logprob: float) -> FinishReason | None:
         """Take the next token; the reason if it was the last one."""

@@ -177,6 +177,7 @@ class Renderer:
         texts, places = [text for text, _ in rows], [where for _, where in rows]
         # some tokenizers append the end token, after which a model has nothing more to say
         return [
+            # shift allowed: without the end token
             ids[:-1] if ids and ids[-1] == end and not text.endswith(self.tokenizer.eos_token) else ids
             for text, ids in zip(texts, self._call(texts, places, add_special_tokens=True))
         ]

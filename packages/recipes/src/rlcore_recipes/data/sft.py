@@ -214,7 +214,7 @@ def _turns(renderer: Renderer, messages: list[Message], where: str) -> list[Segm
 
 def _turn(renderer: Renderer, messages: list[Message], where: str) -> tuple[str, str]:
     """The text before the last message, generation prompt included, and that message's text."""
-    before = renderer.chat_text(messages[:-1], where, add_generation_prompt=True)
+    before = renderer.chat_text(messages[:-1], where, add_generation_prompt=True)  # shift allowed: messages
     whole = renderer.chat_text(messages, where, add_generation_prompt=False)
     if not whole.startswith(before):
         raise DataError(

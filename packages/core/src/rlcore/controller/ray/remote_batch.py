@@ -52,7 +52,7 @@ class Source:
             return Source(self.pieces[:1], rows)
         used, place = np.unique(owner, return_inverse=True)
         pieces = tuple(self.pieces[number] for number in used)
-        starts = np.cumsum([0, *(piece.size for piece in pieces[:-1])])
+        starts = np.cumsum([0, *(piece.size for piece in pieces[:-1])])  # shift allowed: rows of pieces
         return Source(pieces, rows + starts[place])
 
     def runs(self) -> list[tuple[int, int, int]]:
@@ -61,12 +61,13 @@ class Source:
         if not len(rows):
             return []
         starts = np.flatnonzero(np.r_[True, (np.diff(owner) != 0) | (np.diff(rows) != 1)])
-        ends = rows[np.r_[starts[1:], len(rows)] - 1] + 1
+        ends = rows[np.r_[starts[1:], len(rows)] - 1] + 1  # shift allowed: ends of runs of rows
         return list(zip(owner[starts].tolist(), rows[starts].tolist(), ends.tolist()))
 
     @staticmethod
     def concat(sources: Sequence[Source]) -> Source:
         sources = [source for source in sources if len(source.rows)] or sources[:1]
+        # shift allowed: rows of sources
         starts = np.cumsum([0, *(sum(piece.size for piece in source.pieces) for source in sources[:-1])])
         rows = np.concatenate([source.rows + start for source, start in zip(sources, starts)])
         return Source(tuple(piece for source in sources for piece in source.pieces), rows)

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 from rlcore.batch import Batch, Jagged
 from rlcore.engines import ForwardRequest, ModelSettings, OptimSettings, TrainEngineSpec
 from rlcore.testing.train_engine import WeightedLogprobs, reference_outputs
-from rlcore_megatron.config import MegatronSettings
 from rlcore_megatron.engine import build
+from rlcore_megatron.settings import MegatronSettings
 
 LENGTHS = (5, 300, 17, 2, 120, 64, 1, 9)
 

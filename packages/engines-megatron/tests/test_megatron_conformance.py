@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from rlcore.engines import TrainEngine, TrainEngineSpec
 from rlcore.testing.train_engine import TrainEngineConformance
-from rlcore_megatron.config import MegatronSettings
 from rlcore_megatron.engine import build
+from rlcore_megatron.settings import MegatronSettings
 
 
 class TestDistributedOptimizer(TrainEngineConformance):

@@ -14,7 +14,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from rlcore.errors import EngineError
 from rlcore.testing.tiny_model import tiny_model
-from rlcore_megatron import cpu
+from rlcore_megatron import cpu_emulation
 from rlcore_megatron.families import FAMILIES, Family, Weight, family_of
 from rlcore_megatron.families.family import LM_HEAD
 from rlcore_megatron.families.weight import Heads, share_shape, view
@@ -171,7 +171,7 @@ def module_of(parameters: dict[str, torch.Tensor], layers: int) -> nn.Module:
 
 def test_layers_of_transformer_engine_have_other_names(tmp_path: Path) -> None:
     """Norms within the matrices after them, and all experts in one module; the router's norm stands alone."""
-    cpu.install()  # before anything imports megatron-core in this process
+    cpu_emulation.install()  # before anything imports megatron-core in this process
     overrides = {**ARCHITECTURES["Qwen3Moe"], "head_dim": 8, "tie_word_embeddings": False}
     tiny_model(tmp_path, architecture="Qwen3Moe", **overrides)
     config = transformers.AutoConfig.from_pretrained(tmp_path)
@@ -211,7 +211,7 @@ def test_layers_of_transformer_engine_have_other_names(tmp_path: Path) -> None:
 
 def test_a_new_family_is_a_small_declaration(tmp_path: Path) -> None:
     """A model whose matrices have names of their own, declared and converted in one process."""
-    cpu.install()
+    cpu_emulation.install()
     family = Family(
         "custom",
         layer=(

@@ -8,7 +8,7 @@ import torch
 from transformers import Qwen2Config
 
 from rlcore.engines.memory import StepMemory
-from rlcore_megatron.config import MegatronSettings
+from rlcore_megatron.settings import MegatronSettings
 from rlcore_megatron.step_memory import step_memory
 
 CONFIG = Qwen2Config(

@@ -24,8 +24,8 @@ from rlcore.errors import CheckpointError, EngineError
 from rlcore.testing.processes import RankPool
 from rlcore.testing.tiny_model import tiny_model
 from rlcore.testing.train_engine import SquaredError, WeightedLogprobs, exported, make_batch
-from rlcore_megatron.config import MegatronSettings
 from rlcore_megatron.engine import build
+from rlcore_megatron.settings import MegatronSettings
 
 ATOL = 3e-6
 OPTIM = OptimSettings(lr=0.5, eps=1.0, clip_grad=1.0, weight_decay=0.01)

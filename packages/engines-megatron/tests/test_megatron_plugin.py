@@ -13,9 +13,9 @@ from rlcore import plugins
 from rlcore.config import Config
 from rlcore.engines import ModelSettings, TrainEngineSpec
 from rlcore.errors import EngineError
-from rlcore_megatron.config import MegatronSettings
 from rlcore_megatron.engine import build
 from rlcore_megatron.layout import check_layout
+from rlcore_megatron.settings import MegatronSettings
 
 FIELDS = {"num_attention_heads": 12, "num_query_groups": 4, "num_layers": 12, "ffn_hidden_size": 48}
 
@@ -26,7 +26,7 @@ def test_is_found_by_its_name():
 
 def test_settings_import_neither_torch_nor_megatron():
     code = (
-        "import sys; from rlcore_megatron.config import MegatronSettings\n"
+        "import sys; from rlcore_megatron.settings import MegatronSettings\n"
         "MegatronSettings(transformer={'attention_backend': 'auto'}, ddp={'overlap_grad_reduce': True})\n"
         "print([name for name in sys.modules if name.split('.')[0] in ('torch', 'megatron')])"
     )

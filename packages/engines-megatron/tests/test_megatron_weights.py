@@ -28,9 +28,9 @@ from rlcore.engines.model_files import Origin
 from rlcore.errors import EngineError
 from rlcore.testing.processes import RankPool
 from rlcore.testing.tiny_model import tiny_model
-from rlcore_megatron import cpu, parallel
-from rlcore_megatron.config import MegatronSettings
+from rlcore_megatron import cpu_emulation, parallel
 from rlcore_megatron.families import family_of
+from rlcore_megatron.settings import MegatronSettings
 from rlcore_megatron.weights import export, load_pretrained
 
 ATOL = 5e-6
@@ -129,7 +129,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
 
 def build(folder: Path, layout: dict[str, Any], head: str = "policy", dtype: str = "float32") -> tuple[Any, ...]:
     """Empty modules, and what load and export want to know."""
-    cpu.install()
+    cpu_emulation.install()
     from rlcore_megatron.modules import build_modules
 
     device = torch.device("cpu")
@@ -150,7 +150,7 @@ def build(folder: Path, layout: dict[str, Any], head: str = "policy", dtype: str
 def there_and_back(folder: Path, layout: dict[str, Any], tokens: torch.Tensor) -> dict[str, Any]:
     """Load, compute and export; the exported stream is compared with the file on every rank."""
     modules, family, config, here = build(folder, layout)
-    from rlcore_megatron.schedule import Pipeline
+    from rlcore_megatron.pipeline_schedule import Pipeline
 
     load_pretrained(modules, family, config, folder, here)
     result: dict[str, Any] = {"unloaded": unloaded(modules)}

@@ -22,7 +22,7 @@ from rlcore.checkpoint.rank_files import MANIFEST, RankManifest
 from rlcore.errors import CheckpointError
 from rlcore_megatron import torch_dist
 from rlcore_megatron.blocks import overlap
-from rlcore_megatron.config import CheckpointFormat
+from rlcore_megatron.settings import CheckpointFormat
 
 FORMAT = 2
 

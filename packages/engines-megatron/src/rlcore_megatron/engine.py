@@ -1,21 +1,61 @@
-"""Building the engine: megatron-core must not be imported before it is known whether it computes on the CPU."""
+"""`MegatronEngine`: megatron-core behind the contract of `TrainEngine`.
+
+Importing this module does not import megatron-core, which must wait until `build` knows the device: on the CPU
+`rlcore_megatron.cpu_emulation` must be installed first.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from rlcore.engines import TrainEngineSpec
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from rlcore.batch import Batch, Jagged
+from rlcore.boundary import boundary
+from rlcore.engines import (
+    ForwardRequest,
+    Objective,
+    TrainEngine,
+    TrainEngineSpec,
+    WeightBucket,
+    model_checks,
+    model_files,
+)
 from rlcore.engines.device import choose_device
+from rlcore.engines.memory import StepMemory
+from rlcore.engines.model_length import check_sequences
+from rlcore.engines.schedule import learning_rate
+from rlcore.engines.train import FileRecord, Part
 from rlcore.errors import EngineError
-from rlcore_megatron import cpu
-from rlcore_megatron.config import MegatronSettings
+from rlcore.metrics import Metrics
+from rlcore_megatron import parallel as layouts
+from rlcore_megatron import weights
+from rlcore_megatron.families import family_of
+from rlcore_megatron.layout import check_layout
+from rlcore_megatron.memory import Offloaded
+from rlcore_megatron.model_folder import find_model
+from rlcore_megatron.settings import MegatronSettings
+from rlcore_megatron.step_memory import step_memory
+from rlcore_megatron.writing import write_model
 
 if TYPE_CHECKING:
-    from rlcore_megatron.train_engine import MegatronEngine
+    from rlcore_megatron.modules import PackedGPT
+    from rlcore_megatron.optimizer import Optimization
+
+_PARTS: tuple[Part, ...] = ("params", "optimizer")
+_EMULATION = "rlcore_megatron.cpu_emulation"
 
 
 def build(spec: TrainEngineSpec) -> MegatronEngine:
-    """The engine of this process; under ``torchrun``'s environment every process calls it.
+    """Build the engine of this process; in the environment of ``torchrun`` every process calls it.
 
     Raises:
         EngineError: the model cannot be loaded or divided, or the settings do not fit this machine.
@@ -24,9 +64,303 @@ def build(spec: TrainEngineSpec) -> MegatronEngine:
         raise EngineError(f"options of the megatron engine are MegatronSettings, not {type(spec.options).__name__}")
     device = choose_device(spec.options.device)
     if device.type == "cpu":
-        cpu.install()
-    elif cpu.installed():
-        raise EngineError("this process has used megatron-core on the CPU and cannot use it on CUDA any more")
-    from rlcore_megatron.train_engine import MegatronEngine
+        from rlcore_megatron import cpu_emulation
 
+        cpu_emulation.install()
+    elif _EMULATION in sys.modules and sys.modules[_EMULATION].installed():
+        raise EngineError("this process has used megatron-core on the CPU and cannot use it on CUDA; start another one")
     return MegatronEngine(spec, spec.options, device)
+
+
+class MegatronEngine(TrainEngine):
+    """See `TrainEngine` for the contract.
+
+    Data-parallel ranks are copies of the model: all tensor-, pipeline- and context-parallel ranks of a copy are called
+    with the same samples, and return the same.
+
+    Attributes:
+        modules: this process's chunks of the model.
+        step_count: grows by one whenever weights change.
+    """
+
+    def __init__(self, spec: TrainEngineSpec, settings: MegatronSettings, device: torch.device) -> None:
+        self.spec = spec
+        self.settings = settings
+        self._device = device
+        self.folder, self.hf_config = find_model(spec.model, spec.head)
+        self._origin = model_files.Origin.of(spec.model, spec.head)
+        with boundary(f"the configuration of the model {spec.model.path!r} cannot be used", EngineError):
+            self.family = family_of(self.hf_config)
+            fields = self.family.transformer_config(self.hf_config)
+        world = layouts.join_processes(device)
+        check_layout(settings, fields, world, spec.model.path)
+        self.parallel = layouts.initialize(settings)
+        layouts.hold(self)
+        default = "bfloat16" if device.type == "cuda" else "float32"
+        self.dtype: torch.dtype = getattr(torch, settings.dtype or default)
+        self.modules = self._load()
+        self._build_training()
+        self._offloaded: dict[Part, list[Offloaded]] = {}
+        self._schedule_step = 0
+        self.step_count = 0
+
+    def _load(self) -> list[PackedGPT]:
+        """Build this process's chunks of the model and read their weights."""
+        from rlcore_megatron.modules import build_modules
+
+        head, tensors = self.spec.head, model_files.tensors(self.folder)
+        modules = build_modules(
+            self.hf_config,
+            self.family,
+            self.settings,
+            self.parallel,
+            device=self._device,
+            dtype=self.dtype,
+            head=head,
+            head_bias=head == "value" or (head == "score" and "score.bias" in tensors),
+            seed=self.spec.seed,
+        )
+        ignored = self.spec.model.ignored_weights
+        weights.load_pretrained(modules, self.family, self.hf_config, self.folder, self.parallel, ignored)
+        if head == "value" and "score.weight" not in tensors and self.parallel.rank == 0:
+            model_checks.warn_of_new_head(self.spec.model)
+        return modules
+
+    def _build_training(self) -> None:
+        """Build the optimizer (unless the model is frozen), the pipeline schedule and the writer of checkpoints."""
+        from rlcore_megatron.optimizer import Optimization
+        from rlcore_megatron.pipeline_schedule import Pipeline
+        from rlcore_megatron.saving import Saving
+
+        spec, settings = self.spec, self.settings
+        self._optimization: Optimization | None = (
+            Optimization(self.modules, settings, spec.optim) if spec.optim else None
+        )
+        chunks: list[nn.Module] = self._optimization.chunks if self._optimization else list(self.modules)
+        if self._optimization is None:
+            for chunk in chunks:
+                chunk.requires_grad_(False)
+        self._pipeline = Pipeline(chunks, spec.head, self.parallel, settings.sequence_parallel, self._device)
+        self._saving = Saving(self.modules, self._optimization, self.parallel, settings.checkpoint_format)
+
+    @property
+    def dp_rank(self) -> int:
+        return self.parallel.dp_rank
+
+    @property
+    def dp_size(self) -> int:
+        return self.parallel.dp
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def step_memory(self) -> StepMemory:
+        return step_memory(
+            self.hf_config,
+            self.settings,
+            self._device,
+            self.dtype.itemsize,
+            parameters=sum(parameter.numel() for module in self.modules for parameter in module.parameters()),
+            data_parallel=self.parallel.dp,
+            trained=self._optimization is not None,
+            stepped=self.step_count > 0,
+        )
+
+    def set_token_budget(self, tokens: int) -> None:
+        self.spec = replace(self.spec, max_tokens=tokens)
+
+    # --- computing -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def forward(self, batch: Batch, request: ForwardRequest) -> Batch:
+        self._check(batch, request)
+        self.onload("params")
+        batch = batch.select(*(name for name in ("tokens", "loss_mask") if name in batch))
+        divided = self._micro_batches(batch)
+        results = self._pipeline.outputs([batch.take(members) for members in divided], request)
+        order = [index for members in divided for index in members]
+        lengths = batch.lengths[order]
+        names = request.outputs
+        if self.parallel.last_stage:
+            together = torch.stack([torch.cat([columns[name] for columns in results]) for name in names]).float()
+        else:
+            together = torch.empty(len(names), int(lengths.sum()), device=self._device)
+        if self.parallel.pp > 1:
+            dist.broadcast(together, self.parallel.last_stage_rank, group=self.parallel.pp_group)
+        values = together.cpu().unbind(0)
+        columns = Batch({str(name): Jagged(column, lengths) for name, column in zip(names, values)})
+        return columns.take(torch.tensor(order, dtype=torch.int64).argsort())
+
+    def train(self, batch: Batch, objective: Objective) -> Metrics:
+        optimization = self._optimization
+        if optimization is None or self.spec.optim is None:
+            raise EngineError("this engine was built without an optimizer (a frozen model) and cannot train")
+        self._check(batch, objective.request)
+        self.onload("params")
+        denominators = self._summed(objective.denominators(batch))
+        divided = [batch.take(members) for members in self._micro_batches(batch, objective.request.together)]
+        try:
+            with _training(self.modules, self.settings.recompute != "none"):
+                metrics, error = self._pipeline.gradients(divided, objective, denominators)
+            metrics = self._agree(metrics, error)
+            self._step(optimization, metrics)
+        except BaseException:
+            optimization.clear_gradients()
+            raise
+        return metrics
+
+    def _check(self, batch: Batch, request: ForwardRequest) -> None:
+        head = self.spec.head
+        known = {"logprobs", "entropy"} if head == "policy" else {"values"}
+        for name in request.outputs:
+            if name not in known:
+                raise EngineError(f"a {head} head gives {' and '.join(sorted(known))}, not {name}")
+        if request.temperature <= 0:
+            raise EngineError(f"temperature must be positive, not {request.temperature}")
+        check_sequences(self.spec.model, self.hf_config, batch.lengths)
+        tokens, size = batch.flat("tokens"), self.modules[0].vocabulary
+        if len(tokens) and (int(tokens.min()) < 0 or int(tokens.max()) >= size):
+            raise EngineError(
+                f"tokens from {int(tokens.min())} to {int(tokens.max())} do not fit the vocabulary of {size} of "
+                f"{self.spec.model.path!r}; does the tokenizer belong to the model?"
+            )
+
+    def _micro_batches(self, batch: Batch, together: str | None = None) -> list[list[int]]:
+        """Indices per micro-batch; as many micro-batches on every rank, empty ones where there is less to do."""
+        divided = batch.micro_batches(self.spec.max_tokens, together)
+        most = torch.tensor(max(1, len(divided)), device=self._device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.parallel.dp_group)
+        count = int(most)
+        if self.parallel.vpp > 1:  # the interleaved schedule goes round the stages
+            count = -(-count // self.parallel.pp) * self.parallel.pp
+        return divided + [[] for _ in range(count - len(divided))]
+
+    def _summed(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Each value summed over data-parallel ranks; every rank gives the same keys."""
+        names = sorted(values)
+        total = torch.tensor([float(values[name]) for name in names], dtype=torch.float64, device=self._device)
+        dist.all_reduce(total, group=self.parallel.dp_group)
+        return dict(zip(names, total.tolist()))
+
+    def _agree(self, metrics: Metrics, error: Exception | None) -> Metrics:
+        """The last stage's metrics on all stages, or on all ranks the error of any."""
+        if self.parallel.pp > 1:
+            box: list[Any] = [(metrics, error and f"{type(error).__name__}: {error}")]
+            dist.broadcast_object_list(
+                box, self.parallel.last_stage_rank, group=self.parallel.pp_group, device=self._device
+            )
+            metrics, message = box[0]
+        else:
+            message = error and f"{type(error).__name__}: {error}"
+        failed = torch.tensor(float(message is not None), device=self._device)
+        dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+        if error is not None:
+            raise error
+        if float(failed):
+            raise EngineError(f"the objective failed on another rank: {message or 'see its traceback'}")
+        return metrics
+
+    def _step(self, optimization: Optimization, metrics: Metrics) -> None:
+        assert self.spec.optim is not None
+        norm = optimization.gradient_norm()
+        finite = math.isfinite(norm)
+        lr = learning_rate(self._schedule_step, self.spec.optim)
+        if finite:
+            self.onload("optimizer")
+            optimization.step(norm, lr)
+            if self.settings.offload_optimizer:
+                self.offload("optimizer")
+            self.step_count += 1
+        optimization.clear_gradients()
+        self._schedule_step += 1
+        # The same on every rank, whose metrics are merged.
+        metrics.max("grad_norm", norm)
+        metrics.max("lr", lr)
+        metrics.max("skipped_steps", float(not finite))
+
+    # --- weights -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def export_weights(self, bucket_bytes: int = 512 << 20) -> Iterator[WeightBucket]:
+        """See `TrainEngine`; tensors have compute precision and exist on every rank."""
+        self.onload("params")
+        yield from weights.export(self.modules, self.family, self.hf_config, self.parallel, bucket_bytes)
+
+    @torch.no_grad()
+    def save_pretrained(self, path: Path) -> None:
+        """See `TrainEngine`; weights stream to rank 0's files.
+
+        They have the precision of the files that the model came from, or ``export_dtype``; values are those of compute
+        precision.
+        """
+        write_model(self.export_weights(), self.hf_config, self._origin, Path(path))
+
+    @torch.no_grad()
+    def save(self, path: Path) -> None:
+        """See `TrainEngine`; the layout is that of `rlcore_megatron.checkpoint`."""
+        self.onload()
+        self._saving.save(Path(path), self._schedule_step)
+
+    @torch.no_grad()
+    def start_save(self, path: Path) -> None:
+        """See `TrainEngine`. Until it is written, takes as much host memory as this rank's share of the checkpoint."""
+        self.onload()
+        self._saving.start(Path(path), self._schedule_step)
+
+    def save_done(self) -> bool:
+        return self._saving.done()
+
+    def finish_save(self) -> dict[str, FileRecord]:
+        return self._saving.finish()
+
+    @torch.no_grad()
+    def load(self, path: Path) -> None:
+        """See `TrainEngine`. A frozen engine takes the weights of a training one's checkpoint.
+
+        In the layout that saved it, training continues bit for bit; in another, all but the random states of the ranks
+        does.
+        """
+        self.onload()
+        step = self._saving.load(Path(path))
+        if step is not None:
+            self._schedule_step = step
+        self.step_count += 1
+
+    # --- memory --------------------------------------------------------------------------------------------------
+
+    def offload(self, *parts: Part) -> None:
+        """See `TrainEngine`. On the CPU, host memory is the device: nothing moves."""
+        if self._device.type == "cpu":
+            return
+        for part in parts or _PARTS:
+            if part in self._offloaded:
+                continue
+            if part == "params":
+                self._offloaded[part] = [Offloaded(p.data for module in self.modules for p in module.parameters())]
+                if self._optimization is not None:
+                    self._offloaded[part].append(Offloaded(self._optimization.gradient_buffers(), keep=False))
+            else:
+                self._offloaded[part] = [Offloaded(self._optimization.states())] if self._optimization else []
+        torch.cuda.empty_cache()  # others on this GPU (rollout engines) need the memory
+
+    def onload(self, *parts: Part) -> None:
+        for part in parts or _PARTS:
+            for offloaded in self._offloaded.pop(part, []):
+                offloaded.restore()
+
+    def close(self) -> None:
+        """See `TrainEngine`; another engine of this process may then divide the processes in another way."""
+        layouts.release(self)
+
+
+@contextmanager
+def _training(modules: Sequence[nn.Module], recompute: bool) -> Iterator[None]:
+    """Let layers recompute activations, which they do in training mode only; there is no dropout to fear."""
+    for module in modules if recompute else ():
+        module.train()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.eval()

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rlcore.errors import EngineError
-from rlcore_megatron.config import MegatronSettings
+from rlcore_megatron.settings import MegatronSettings
 
 
 def check_layout(settings: MegatronSettings, fields: Mapping[str, Any], world: int, model: str) -> None:

@@ -1,4 +1,4 @@
-"""Moving tensors out of device memory and back, without anybody who holds them noticing."""
+"""Moving tensors out of device memory and back, while all references to them stay valid."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import torch
 
 
-class Parked:
-    """The contents of some storages in host memory, while the storages themselves are empty.
+class Offloaded:
+    """Contents of storages that are kept in host memory while the storages themselves are empty.
 
     Megatron's parameters, gradients and optimizer states are views into shared buffers; emptying the storages beneath
     them keeps all these views as they are.
@@ -30,7 +30,7 @@ class Parked:
             storage.resize_(0)
 
     def restore(self) -> None:
-        """Put everything back where it was."""
+        """Fill the storages with their contents again."""
         for storage, size, copy in self._storages.values():
             storage.resize_(size)
             _bytes(storage).copy_(copy) if copy is not None else _bytes(storage).zero_()

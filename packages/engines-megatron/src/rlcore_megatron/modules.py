@@ -6,7 +6,7 @@ multiple of the tensor-parallel size; the padding's rows of the embedding and of
 A value or score head is ``output_layer.weight`` ``[1, hidden]`` and, where it has one, ``output_layer.bias`` ``[1]``,
 whole on every tensor-parallel rank of the last stage.
 
-Importing this module imports megatron-core: on the CPU `rlcore_megatron.cpu.install` must come first.
+Importing this module imports megatron-core: on the CPU `rlcore_megatron.cpu_emulation.install` must come first.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from torch import nn
 from rlcore.engines import ForwardRequest
 from rlcore.engines.settings import Head
 from rlcore.errors import EngineError
-from rlcore_megatron.config import MegatronSettings
 from rlcore_megatron.logprobs import logprobs_and_entropy
 from rlcore_megatron.packing import PackedRow
 from rlcore_megatron.parallel import Parallel
+from rlcore_megatron.settings import MegatronSettings
 from rlcore_megatron.spec import block_spec
 
 

@@ -16,8 +16,8 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from rlcore.engines import OptimSettings
 from rlcore.errors import EngineError
-from rlcore_megatron.config import MegatronSettings
 from rlcore_megatron.modules import PackedGPT
+from rlcore_megatron.settings import MegatronSettings
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from rlcore.errors import EngineError
-from rlcore_megatron.config import MegatronSettings
+from rlcore_megatron.settings import MegatronSettings
 
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -54,10 +54,6 @@ class Parallel:
     dp_group: dist.ProcessGroup
     dp_cp_group: dist.ProcessGroup
     expert_dp_group: dist.ProcessGroup
-
-    @property
-    def first_stage(self) -> bool:
-        return self.pp_rank == 0
 
     @property
     def last_stage(self) -> bool:

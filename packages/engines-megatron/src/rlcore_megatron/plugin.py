@@ -4,7 +4,7 @@ from rlcore.plugins import Plugin
 
 train_engine = Plugin(
     interface=1,
-    config="rlcore_megatron.config:MegatronSettings",
+    config="rlcore_megatron.settings:MegatronSettings",
     factory="rlcore_megatron.engine:build",
     summary="Megatron-core: tensor, pipeline, context, expert and data parallelism, on CUDA (or slowly on the CPU)",
 )

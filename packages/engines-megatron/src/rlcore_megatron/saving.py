@@ -16,10 +16,10 @@ from rlcore.checkpoint.rank_files import RankPart, rank_file
 from rlcore.errors import CheckpointError
 from rlcore_megatron import torch_dist
 from rlcore_megatron.checkpoint import Manifest, Reader, gather_objects
-from rlcore_megatron.config import CheckpointFormat
 from rlcore_megatron.modules import PackedGPT
 from rlcore_megatron.optimizer import MOMENTS, Optimization
 from rlcore_megatron.parallel import Parallel
+from rlcore_megatron.settings import CheckpointFormat
 from rlcore_megatron.sharded_state import Local, adam_step, local_parameters, other_states, restore_moments
 from rlcore_megatron.torch_dist import TorchDistPart
 

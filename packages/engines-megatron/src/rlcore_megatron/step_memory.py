@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from rlcore.engines.memory import StepMemory, activation_bytes, free_memory, logits_bytes, place_of
-from rlcore_megatron.config import MegatronSettings
 from rlcore_megatron.logprobs import chunk_size
+from rlcore_megatron.settings import MegatronSettings
 
 
 def step_memory(

@@ -1,4 +1,4 @@
-"""Mixtures of experts of megatron-core 0.16.1 where TransformerEngine, or CUDA, is missing."""
+"""Mixtures of experts of megatron-core 0.16.1 on the CPU: how tokens travel between experts."""
 
 from __future__ import annotations
 
@@ -8,28 +8,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from rlcore_megatron import cpu
-
 Collective = Callable[..., torch.Tensor]
 
 
-def mend() -> None:
-    """Let routers compute in fp32 without TransformerEngine, and tokens travel between experts on the CPU; idempotent.
+def patch_moe() -> None:
+    """Let tokens travel between experts without CUDA; called once per process.
 
-    The router's gating asks whether ``te_general_gemm`` is None, a name that ``moe_utils`` imports from
-    TransformerEngine and forgets to define without it. The dispatcher turns the numbers of tokens into numpy arrays, as
-    ``all_to_all_single`` wants them, only on their way from a CUDA device; and it gathers and scatters different
-    numbers of tokens over the ranks that share an expert's matrices, which gloo refuses.
+    Only on their way from a CUDA device does the dispatcher turn the numbers of tokens into numpy arrays, which
+    ``all_to_all_single`` requires. It also gathers and scatters different numbers of tokens over the ranks that
+    share an expert's matrices, which gloo refuses.
     """
     from megatron.core.tensor_parallel import mappings
-    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+    from megatron.core.transformer.moe import token_dispatcher
 
-    utils: Any = moe_utils
-    if not hasattr(utils, "te_general_gemm"):
-        utils.te_general_gemm = None
     dispatcher: Any = token_dispatcher
-    if not cpu.installed() or dispatcher.maybe_move_tensor_to_cpu is _as_numpy:
-        return
     dispatcher.maybe_move_tensor_to_cpu = _as_numpy
     collectives: Any = mappings
     collectives._gather_along_first_dim = _gathering(collectives._gather_along_first_dim)
@@ -57,11 +49,14 @@ def _gathering(equal: Collective) -> Collective:
 
 def _scattering(equal: Collective) -> Collective:
     def scatter(
-        whole: torch.Tensor, group: dist.ProcessGroup, sizes: list[int] | None = None, use_global_buffer: bool = False
+        terms: torch.Tensor,
+        group: dist.ProcessGroup,
+        sizes: list[int] | None = None,
+        use_global_buffer: bool = False,
     ) -> torch.Tensor:
         if sizes is None or group.size() == 1:
-            return equal(whole, group, sizes, use_global_buffer)
-        summed = whole.clone(memory_format=torch.contiguous_format)
+            return equal(terms, group, sizes, use_global_buffer)
+        summed = terms.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(summed, group=group)
         start = sum(sizes[: group.rank()])
         return summed[start : start + sizes[group.rank()]]

@@ -1,0 +1,158 @@
+"""Which slices of a model folder's tensors this process holds, and in which Megatron parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from rlcore.errors import EngineError
+from rlcore_megatron.families.family import EMBEDDING, LM_HEAD, SCORE, Family, Named
+from rlcore_megatron.families.weight import Weight, share_shape
+from rlcore_megatron.parallel import Parallel
+
+# Names of TransformerEngine's layers, which take norms into the matrix after them and keep all experts in one module.
+_IN_TRANSFORMER_ENGINE = (
+    (".input_layernorm.weight", ".self_attention.linear_qkv.layer_norm_weight"),
+    (".pre_mlp_layernorm.weight", ".mlp.linear_fc1.layer_norm_weight"),
+    (".local_experts.{expert}.linear_fc1.weight", ".linear_fc1.weight{expert}"),
+    (".local_experts.{expert}.linear_fc2.weight", ".linear_fc2.weight{expert}"),
+)
+
+
+@dataclass(frozen=True)
+class TensorSlice:
+    """Where a tensor of the checkpoint lies in this pipeline stage.
+
+    Attributes:
+        shape: of the whole tensor, without padding.
+        parameter: this process's share of the Megatron parameter; None for an expert of another process.
+        exported: False for a second copy of tied embeddings.
+    """
+
+    named: Named
+    shape: torch.Size
+    dtype: torch.dtype
+    parameter: torch.Tensor | None
+    exported: bool = True
+
+    @property
+    def weight(self) -> Weight:
+        return self.named.weight
+
+
+def slices_of_stage(
+    modules: Sequence[nn.Module], family: Family, hf_config: Any, parallel: Parallel
+) -> list[TensorSlice]:
+    """The tensors of this pipeline stage, in the order of transformers' model within each chunk.
+
+    Experts of other expert-parallel ranks are among them, without a parameter.
+    """
+    slices = []
+    body = list(family.body(hf_config))
+    for module in modules:
+        module = unwrapped(module)
+        parameters = dict(module.named_parameters())
+        numbers = {layer.layer_number - 1: index for index, layer in enumerate(module.decoder.layers)}
+        for named in body:
+            if named.layer is not None and named.layer not in numbers:
+                continue
+            local = None if named.layer is None else numbers[named.layer]
+            if (piece := _slice_of(named, local, parameters, family, hf_config, parallel)) is not None:
+                slices.append(piece)
+        slices += _head_slices(module, parameters, family, hf_config, parallel)
+    return slices
+
+
+def _slice_of(
+    named: Named,
+    layer: int | None,
+    parameters: dict[str, nn.Parameter],
+    family: Family,
+    hf_config: Any,
+    parallel: Parallel,
+) -> TensorSlice | None:
+    """None if the tensor is in another chunk.
+
+    Raises:
+        EngineError: this chunk should have the tensor, but has not; or its share is not a slice of the whole.
+    """
+    heads, weight = family.heads(hf_config), named.weight
+    expert, elsewhere = None, False
+    if named.expert is not None:
+        each = family.experts(hf_config) // parallel.ep
+        elsewhere = named.expert // each != parallel.ep_rank
+        expert = 0 if elsewhere else named.expert % each  # all experts have the same shape
+    parameter = _parameter(weight.megatron, layer, expert, parameters)
+    if parameter is None:
+        if layer is None:
+            return None
+        raise EngineError(f"Megatron's layer {named.layer} has no {weight.megatron.format(layer=layer, expert=expert)}")
+    if weight.part in ("query", "key", "value") and parameter.shape[0] % ((heads.per_group + 2) * heads.width):
+        raise EngineError(
+            f"tensor_parallel {parallel.tp} does not divide the {hf_config.num_key_value_heads} key-value heads of "
+            f"this {family.name} model"
+        )
+    shape = list(share_shape(parameter.shape, weight.part, heads))
+    if weight.split is not None:
+        shape[weight.split] *= parallel.etp if named.expert is not None else parallel.tp
+    if weight.vocabulary:
+        shape[0] = hf_config.vocab_size
+    return TensorSlice(named, torch.Size(shape), parameter.dtype, None if elsewhere else parameter)
+
+
+def _head_slices(
+    module: Any, parameters: dict[str, nn.Parameter], family: Family, hf_config: Any, parallel: Parallel
+) -> list[TensorSlice]:
+    output = parameters.get(LM_HEAD.megatron)
+    if output is None:
+        return []
+    if module.head != "policy":
+        return [
+            TensorSlice(Named(weight.hf, weight), parameter.shape, parameter.dtype, parameter)
+            for weight in SCORE
+            if (parameter := parameters.get(weight.megatron)) is not None
+        ]
+    tied = module.share_embeddings_and_output_weights  # on the last of several stages, which has its own copy
+    named = Named(EMBEDDING.hf if tied else LM_HEAD.hf, LM_HEAD)
+    piece = _slice_of(named, None, parameters, family, hf_config, parallel)
+    assert piece is not None
+    return [TensorSlice(named, piece.shape, piece.dtype, piece.parameter, exported=not tied)]
+
+
+def _parameter(
+    name: str, layer: int | None, expert: int | None, parameters: dict[str, nn.Parameter]
+) -> nn.Parameter | None:
+    """The parameter under its name in Megatron's own layers, or in TransformerEngine's."""
+    for own, theirs in (("", ""), *_IN_TRANSFORMER_ENGINE):
+        if (
+            own in name
+            and (found := parameters.get(name.replace(own, theirs).format(layer=layer, expert=expert))) is not None
+        ):
+            return found
+    return None
+
+
+def unwrapped(module: Any) -> Any:
+    """The ``GPTModel`` within the wrappers for data parallelism and precision."""
+    while hasattr(module, "module"):
+        module = module.module
+    return module
+
+
+def tensor_parallel(piece: TensorSlice, parallel: Parallel) -> tuple[int, int, dist.ProcessGroup]:
+    """Size, rank and group of the processes that share a tensor."""
+    if piece.named.expert is not None:
+        return parallel.etp, parallel.etp_rank, parallel.etp_group
+    return parallel.tp, parallel.tp_rank, parallel.tp_group
+
+
+def divided_range(piece: TensorSlice, share: torch.Size, rank: int) -> tuple[int, int]:
+    """What a tensor-parallel rank has of the divided dimension; padding is not counted."""
+    assert piece.weight.split is not None
+    length, end = share[piece.weight.split], piece.shape[piece.weight.split]
+    return min(rank * length, end), min((rank + 1) * length, end)

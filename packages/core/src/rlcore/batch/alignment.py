@@ -92,7 +92,7 @@ def predicted_mask(mask: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
 def next_entries(entries: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """Return the entry of the following token of the same sequence: ``[T]`` → ``[T]``, 0 at the last token.
 
-    This is a step in time (V(s_{t+1}) beside V(s_t)), not the shift between states and tokens.
+    This is a step in time (V(s_{t+1}) for V(s_t)), not the shift between states and tokens.
     """
     following = torch.cat([entries[1:], entries.new_zeros(1)])[: len(entries)]
     following[_last_positions(lengths[lengths > 0]).to(entries.device)] = 0

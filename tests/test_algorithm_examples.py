@@ -14,7 +14,7 @@ from rlcore.testing import algorithms
 
 ROOT = Path(__file__).parent.parent
 ESTIMATORS = ("mine", "careful", "rank")
-LOSS = "best_against_worst"
+LOSSES = ("best_against_worst", "topr")
 
 
 class Advantage(algorithms.AdvantageConformance):
@@ -27,13 +27,14 @@ class Advantage(algorithms.AdvantageConformance):
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Register them for one test, also where a test of another module has done so in this process."""
     for registry in (advantages, policy_losses):
-        others = {name: entry for name, entry in registry._entries.items() if name not in (*ESTIMATORS, LOSS)}
+        others = {name: entry for name, entry in registry._entries.items() if name not in (*ESTIMATORS, *LOSSES)}
         monkeypatch.setattr(registry, "_entries", others)
     for code in re.findall(
         r"^```python\n(.*?)^```", (ROOT / "docs" / "algorithms.md").read_text(), re.MULTILINE | re.DOTALL
     ):
         exec(code, {"__name__": "page"})
-    runpy.run_path(str(ROOT / "examples" / "custom_advantage.py"))
+    for name in ("custom_advantage", "custom_loss"):
+        runpy.run_path(str(ROOT / "examples" / f"{name}.py"))
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -47,11 +48,13 @@ def test_estimators(registered: None, name: str) -> None:
     suite.test_leaves_the_batch_as_it_is()
 
 
-def test_a_loss_over_units(registered: None) -> None:
+@pytest.mark.parametrize("name", LOSSES)
+def test_policy_losses(registered: None, name: str) -> None:
     suite = algorithms.PolicyLossConformance()
-    suite.name = LOSS
+    suite.name = name
     suite.test_one_number_per_token_and_a_gradient_where_trained(0)
     suite.test_the_order_of_samples_does_not_matter(0)
     suite.test_the_division_into_micro_batches_does_not_matter(1)
     suite.test_masked_values_are_never_read(float("nan"))
     suite.test_samples_without_trained_tokens_have_no_loss()
+    suite.test_vanishes_with_the_advantage()

@@ -1,6 +1,7 @@
 """Everything in ``examples/``: each command of its README runs, and the code does what it says."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -73,6 +74,7 @@ def test_every_section_has_its_test() -> None:
         "Examples",
         "A reward function",
         "An advantage estimator",
+        "A policy loss",
         "A reward in a package",
         "Two processes",
         "Worker processes by Ray",
@@ -131,6 +133,24 @@ def test_custom_advantage_is_found_by_entry_point(tmp_path: Path) -> None:
         environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "200"}
         done = subprocess.run([*command, choice], env=environment, capture_output=True, text=True, timeout=120)
         assert problem in done.stdout + done.stderr
+
+
+def test_custom_loss_runs(folder: Path) -> None:
+    run("A policy loss", folder)
+    assert last_step(folder, "topr")["actor/topr_capped"] >= 0
+
+
+def test_custom_loss_caps_the_weight_of_negative_advantages() -> None:
+    example = load(EXAMPLES / "custom_loss.py")
+    logprobs = torch.tensor([-1.0, -1.0, -1.0, -1.0], requires_grad=True)
+    old = logprobs.detach() - torch.tensor([0.5, -0.5, 0.5, -0.5])
+    advantages = torch.tensor([2.0, 2.0, -2.0, -2.0])
+    inputs = example.PolicyLossInputs(logprobs, old, advantages, torch.ones(4), torch.tensor([4]))
+    losses, metrics = example.topr(inputs, example.ToprParams(cap=1.25))
+    losses.sum().backward()
+    assert logprobs.grad is not None
+    assert logprobs.grad.tolist() == pytest.approx([-2, -2, 2 * 1.25, 2 * math.exp(-0.5)])
+    assert metrics.to_dict() == {"topr_capped": 0.25}
 
 
 def test_third_party_reward_is_found_scores_and_conforms(folder: Path, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ class TestShardedOverOne(TrainEngineConformance):
 
     @pytest.fixture(autouse=True)
     def force_sharding(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("rlcore_fsdp.engine.needs_sharding", lambda *_: True)
+        monkeypatch.setattr("rlcore_fsdp.model_building.needs_sharding", lambda *_: True)
 
     def make_engine(self, spec: TrainEngineSpec) -> TrainEngine:
         engine = build(replace(spec, options=FSDPSettings(device="cpu")))

@@ -48,7 +48,7 @@ class Frozen(JsonFile):
     """Weights that are not in the checkpoint."""
 
     dtype: str = Field(description="In which they were counted.")
-    number: str = Field(pattern="^[0-9a-f]{16}$", description="See `saved_state.frozen_number`.")
+    number: str = Field(pattern="^[0-9a-f]{16}$", description="See `saving.base_model_fingerprint`.")
 
 
 class Manifest(RankManifest):
@@ -74,7 +74,7 @@ class Manifest(RankManifest):
 
 
 @dataclass(frozen=True)
-class Piece:
+class RowRange:
     """The rows ``[start, stop)`` of a tensor of ``shape`` that this rank owns, as a live view.
 
     ``writes`` is False where another rank holds the same rows and writes them.
@@ -87,11 +87,11 @@ class Piece:
     writes: bool
 
 
-def piece(tensor: torch.Tensor, rank: int) -> Piece:
+def row_range(tensor: torch.Tensor, rank: int) -> RowRange:
     """How ``tensor``, a plain one or a shard by rows, lies on this rank."""
     shape = tuple(tensor.shape)
     if not isinstance(tensor, DTensor):
-        return Piece(tensor, 0, shape[0] if shape else 1, shape, rank == 0)
+        return RowRange(tensor, 0, shape[0] if shape else 1, shape, rank == 0)
     mesh = tensor.device_mesh["shard"]
     height = -(-shape[0] // mesh.size())
     start = min(mesh.get_local_rank() * height, shape[0])
@@ -99,15 +99,15 @@ def piece(tensor: torch.Tensor, rank: int) -> Piece:
     local = tensor.to_local()
     assert len(local) == stop - start, "FSDP2 shards by rows, in equal chunks"
     first_replica = tensor.device_mesh.ndim == 1 or tensor.device_mesh.get_local_rank("replicate") == 0
-    return Piece(local, start, stop, shape, first_replica)
+    return RowRange(local, start, stop, shape, first_replica)
 
 
-def part(tensors: Mapping[str, torch.Tensor], rank: int) -> RankPart:
+def rank_part(tensors: Mapping[str, torch.Tensor], rank: int) -> RankPart:
     """This rank's part of ``tensors`` (live views), with its present random states."""
     held: dict[str, torch.Tensor] = {}
     rows: dict[str, tuple[int, int]] = {}
     for name, tensor in tensors.items():
-        own = piece(tensor, rank)
+        own = row_range(tensor, rank)
         if own.writes and own.stop > own.start:
             held[name] = own.local.detach()
             rows[name] = (own.start, own.stop)
@@ -126,7 +126,7 @@ def check_shapes(path: Path, manifest: Manifest, weights: Mapping[str, torch.Ten
     check_same_shapes(path, saved, {name.removeprefix(prefix): w.shape for name, w in weights.items()})
 
 
-def read(path: Path, manifest: Manifest, wanted: Mapping[str, Piece]) -> dict[str, torch.Tensor]:
+def read(path: Path, manifest: Manifest, wanted: Mapping[str, RowRange]) -> dict[str, torch.Tensor]:
     """The rows of every wanted piece, in new CPU tensors.
 
     Raises:

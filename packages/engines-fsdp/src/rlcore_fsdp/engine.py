@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
@@ -18,9 +18,6 @@ from transformers import PreTrainedModel
 
 from rlcore.batch import Batch, Jagged, to_column, token_positions
 from rlcore.boundary import boundary
-from rlcore.checkpoint import random_states, rank_files
-from rlcore.checkpoint.background_save import BackgroundSave
-from rlcore.checkpoint.rank_files import RankPart
 from rlcore.engines import ForwardRequest, Objective, TrainEngine, TrainEngineSpec, WeightBucket, model_files
 from rlcore.engines.device import choose_device
 from rlcore.engines.memory import StepMemory
@@ -28,27 +25,25 @@ from rlcore.engines.model_length import check_rope, check_sequences
 from rlcore.engines.model_writing import write_model_folder
 from rlcore.engines.schedule import learning_rate
 from rlcore.engines.train import FileRecord, Part
-from rlcore.errors import CheckpointError, EngineError
+from rlcore.errors import EngineError
 from rlcore.metrics import Metrics
 from rlcore.progress import report
-from rlcore_fsdp import checkpoint, lora, saved_state, sharding
+from rlcore_fsdp import lora, sharding
 from rlcore_fsdp.attention import Packing, choose_kernel
-from rlcore_fsdp.checkpoint import Frozen, Lora, Manifest
 from rlcore_fsdp.config import FSDPSettings
 from rlcore_fsdp.distributed import (
     gather_objects,
     join_processes,
-    make_mesh,
     max_over_ranks,
     sum_over_ranks,
 )
 from rlcore_fsdp.file_names import in_files
-from rlcore_fsdp.host_copy import HostCopy
-from rlcore_fsdp.loading import empty_model, load_model, read_config
+from rlcore_fsdp.loading import read_config
 from rlcore_fsdp.memory import step_memory
+from rlcore_fsdp.model_building import build_model
 from rlcore_fsdp.optimizer import make_optimizer
-from rlcore_fsdp.packed_model import PackedModel, check_request
-from rlcore_fsdp.saved_state import MOMENTS
+from rlcore_fsdp.packed_model import check_request
+from rlcore_fsdp.saving import MOMENTS, Saving
 from rlcore_fsdp.verification import TESTED, verify_packing, verify_values
 from rlcore_fsdp.weights import buckets, full_weights
 from rlcore_fsdp.writing import write_configuration
@@ -63,11 +58,6 @@ def build(spec: TrainEngineSpec) -> FSDPTrainEngine:
         EngineError: the model cannot be loaded or the settings do not fit this machine.
     """
     return FSDPTrainEngine(spec)
-
-
-def needs_sharding(settings: FSDPSettings, device: torch.device, world: int, mixed_precision: bool) -> bool:
-    """Whether FSDP2 has anything to do; if not, the plain module is faster."""
-    return world > 1 or mixed_precision or (settings.offload_params and device.type == "cuda")
 
 
 class FSDPTrainEngine(TrainEngine):
@@ -98,45 +88,48 @@ class FSDPTrainEngine(TrainEngine):
         config = read_config(spec.model, spec.head)
         if spec.max_length is not None:
             check_rope(spec.model, config, spec.max_length, "the longest sequence of the run")
-        self.root = self._load(config)
+        self.root = build_model(
+            spec,
+            settings,
+            config,
+            device=self._device,
+            world=self._world,
+            param_dtype=self.param_dtype,
+            master_dtype=self.master_dtype,
+            gather=self._gather,
+        )
+        self._optimizer = self._prepare_training()
+        self._saving = Saving(
+            self.model,
+            self._optimizer,
+            head=spec.head,
+            lora=settings.lora,
+            dtype=self.param_dtype,
+            rank=self.dp_rank,
+            world=self._world,
+            gather=self._gather,
+        )
+        self._schedule_step = 0
+        self._where: dict[Part, torch.device] = dict.fromkeys(_PARTS, self._device)
+        self.step_count = 0
+        self._in_use_for_generation = False
+        self._broken = False
+        self._origin = self._gather(model_files.Origin.of(spec.model, spec.head) if self.dp_rank == 0 else None)[0]
+        self._verify(config)
+
+    def _prepare_training(self) -> torch.optim.Optimizer | None:
+        """Select the trained parameters and build their optimizer; None if the model is frozen."""
         self.root.eval().requires_grad_(False)
-        trained = [parameter for _, parameter in self._trained_parameters()]
+        trained = [parameter for _, parameter in lora.trained_parameters(self.model)]
         for parameter in trained:
-            parameter.requires_grad_(spec.optim is not None)
-        if settings.gradient_checkpointing:
+            parameter.requires_grad_(self.spec.optim is not None)
+        if self.settings.gradient_checkpointing:
             if not self.model.supports_gradient_checkpointing:
                 raise EngineError(
                     f"{type(self.model).__name__} does not support gradient_checkpointing in transformers"
                 )
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self._optimizer = make_optimizer(trained, spec.optim) if spec.optim else None
-        self._schedule_step = 0
-        self._where: dict[Part, torch.device] = dict.fromkeys(_PARTS, self._device)
-        self.step_count = 0
-        self._saving = BackgroundSave(self.dp_rank, self._gather)
-        self._host_copy = HostCopy()
-        self._lent = False  # somebody generates with the whole weights
-        self._broken = False
-        self._origin = self._gather(model_files.Origin.of(spec.model, spec.head) if self.dp_rank == 0 else None)[0]
-        self._verify(config)
-
-    def _load(self, config: Any) -> PackedModel:
-        """The model with its weights: shards of it, or all of it where this is the only process."""
-        spec, settings = self.spec, self.settings
-        if not needs_sharding(settings, self._device, self._world, self.master_dtype != self.param_dtype):
-            if settings.replicate > 1:
-                raise EngineError(f"replicate {settings.replicate} needs that many processes; this is the only one")
-            model = load_model(spec.model, config, spec.head, self.param_dtype, spec.seed)
-            return PackedModel(self._with_adapters(model).to(self._device), spec.head, settings.logits_chunk)
-        mesh = make_mesh(self._device, settings.replicate)
-        source = self._load_on_first_rank(config)
-        frozen_dtype = self.param_dtype if settings.lora else self.master_dtype
-        model = self._with_adapters(empty_model(spec.model, config, spec.head, frozen_dtype))
-        root = PackedModel(model, spec.head, settings.logits_chunk)
-        sharding.shard(root, mesh, settings, self.param_dtype, getattr(torch, settings.reduce_dtype))
-        home = torch.device("cpu") if settings.offload_params else self._device
-        sharding.fill(root, source, mesh, self._device, home)
-        return root
+        return make_optimizer(trained, self.spec.optim) if self.spec.optim else None
 
     def _verify(self, config: Any) -> None:
         with boundary(f"the packed forward pass of {type(self.model).__name__} fails", EngineError):
@@ -146,26 +139,6 @@ class FSDPTrainEngine(TrainEngine):
             verify_packing(self.root, self._kernel, self._device, self.param_dtype, self.spec.max_length)
         if self._sharded:
             sharding.reshard(self.root)
-
-    def _load_on_first_rank(self, config: Any) -> PreTrainedModel | None:
-        """The whole model on rank 0, None on the others; an error there is everyone's."""
-        spec, source, error = self.spec, None, None
-        if dist.get_rank() == 0:
-            try:
-                source = self._with_adapters(load_model(spec.model, config, spec.head, "auto", spec.seed))
-            except EngineError as problem:
-                error = str(problem)
-        if error := self._gather(error)[0]:
-            raise EngineError(error)
-        return source
-
-    def _with_adapters(self, model: PreTrainedModel) -> PreTrainedModel:
-        if self.settings.lora is not None:
-            lora.add_adapters(model, self.settings.lora, self.spec.head, self.master_dtype, self.spec.seed)
-        return model
-
-    def _trained_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
-        return self.model.named_parameters() if self.settings.lora is None else lora.trained_parameters(self.model)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -210,7 +183,7 @@ class FSDPTrainEngine(TrainEngine):
             order += members
             parts.append({name: value.float().cpu() for name, value in outputs.items()})
             report(f"micro-batches computed ({', '.join(request.outputs)})", index + 1, len(divided))
-        if self._sharded and not self._lent:
+        if self._sharded and not self._in_use_for_generation:
             sharding.reshard(self.root)
         lengths = batch.lengths[order]
         columns = {name: torch.cat([part[name] for part in parts]) for name in request.outputs}
@@ -335,11 +308,11 @@ class FSDPTrainEngine(TrainEngine):
         """
         self.onload("params")
         with sharding.gathered(self.root, self.settings) if self._sharded else nullcontext():
-            self._lent = True
+            self._in_use_for_generation = True
             try:
                 yield self.model
             finally:
-                self._lent = False
+                self._in_use_for_generation = False
 
     @contextmanager
     def _as_shards(self) -> Iterator[None]:
@@ -349,7 +322,7 @@ class FSDPTrainEngine(TrainEngine):
         try:
             yield
         finally:
-            if self._sharded and self._lent:
+            if self._sharded and self._in_use_for_generation:
                 sharding.unshard(self.root)
 
     @torch.no_grad()
@@ -405,15 +378,13 @@ class FSDPTrainEngine(TrainEngine):
     def save(self, path: Path) -> None:
         """See `TrainEngine`; the layout is that of `rlcore_fsdp.checkpoint`."""
         with self._as_shards():
-            self._saving.save(Path(path), *self._saved_state())
+            self._saving.save(Path(path), self._schedule_step)
 
     @torch.no_grad()
     def start_save(self, path: Path) -> None:
         """See `TrainEngine`. Takes as much host memory as this rank's weights and optimizer states, and keeps it."""
-        self._saving.check_idle(Path(path))
         with self._as_shards():
-            part, manifest = self._saved_state()
-            self._saving.start(Path(path), replace(part, tensors=self._host_copy.of(part.tensors)), manifest)
+            self._saving.start(Path(path), self._schedule_step)
 
     def save_done(self) -> bool:
         return self._saving.done()
@@ -428,52 +399,11 @@ class FSDPTrainEngine(TrainEngine):
         With the number of ranks that saved it, training continues bit for bit; otherwise all but the random states
         of the ranks does.
         """
-        path, rank = Path(path), self.dp_rank
-        weights = {f"weight/{name}": tensor for name, tensor in saved_state.kept_weights(self.model)}
-        base = self._base
-        error: Exception | None = None
-        try:
-            manifest = rank_files.read_manifest(path, Manifest)
-            saved_state.check_base(path, manifest, **base)
-            checkpoint.check_shapes(path, manifest, weights)
-            if self._optimizer is not None and not manifest.optimizer:
-                raise CheckpointError(f"{path} was saved by a frozen engine: it has no optimizer states to go on with")
-            wanted = {name: checkpoint.piece(tensor, rank) for name, tensor in weights.items()}
-            trained = {name for name, _ in self._trained_parameters()} if self._optimizer is not None else set()
-            adam = {name: step for name, step in manifest.adam_steps.items() if name in trained}
-            for name in adam:
-                for moment in MOMENTS:
-                    wanted[f"{moment}/{name}"] = wanted[f"weight/{name}"]
-            rank_files.check_files(path, manifest, rank, self._world)
-            values = checkpoint.read(path, manifest, wanted)
-            states = rank_files.read_random_states(path, manifest, rank)
-        except CheckpointError as problem:
-            error = problem
-        rank_files.agree(error, path, self._gather)  # from here on nothing fails
         self.onload()
-        for name, tensor in weights.items():
-            sharding.local(tensor).copy_(values[name])
-        if self._optimizer is not None:
-            saved_state.restore_adam_states(self.model, self._optimizer, adam, values)
-            self._schedule_step = manifest.schedule_step
-            random_states.restore(states)
+        step = self._saving.load(Path(path))
+        if step is not None:
+            self._schedule_step = step
         self.step_count += 1
-
-    def _saved_state(self) -> tuple[RankPart, Callable[..., Manifest]]:
-        part, facts = saved_state.collect(self.model, self._optimizer, self.dp_rank)
-        return part, partial(Manifest, head=self.spec.head, schedule_step=self._schedule_step, **self._base, **facts)
-
-    @cached_property
-    def _base(self) -> dict[str, Any]:
-        """What a checkpoint says of weights that it does not hold; collective."""
-        settings = self.settings.lora
-        if settings is None:
-            return {"lora": None, "frozen": None}
-        number = saved_state.frozen_number(self.model, self.dp_rank, self._gather)
-        return {
-            "lora": Lora(rank=settings.rank, alpha=settings.alpha),
-            "frozen": Frozen(dtype=str(self.param_dtype), number=number),
-        }
 
     # --- memory --------------------------------------------------------------------------------------------------
 

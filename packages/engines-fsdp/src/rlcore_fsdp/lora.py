@@ -71,9 +71,10 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """What is trained of a model with adapters: these, and a scalar head."""
+    """Yield the parameters that are trained: all, or the adapters of a model that has some and its scalar head."""
+    adapted = any(True for _ in adapted_layers(model))
     for name, parameter in model.named_parameters():
-        if is_adapter(name) or name.startswith(f"{SCORE}."):
+        if not adapted or is_adapter(name) or name.startswith(f"{SCORE}."):
             yield name, parameter
 
 

@@ -1,0 +1,75 @@
+"""Building an engine's model: the plain module, or shards that rank 0 fills."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel
+
+from rlcore.checkpoint.rank_files import Gather
+from rlcore.engines import TrainEngineSpec
+from rlcore.errors import EngineError
+from rlcore_fsdp import lora, sharding
+from rlcore_fsdp.config import FSDPSettings
+from rlcore_fsdp.distributed import make_mesh
+from rlcore_fsdp.loading import empty_model, load_model
+from rlcore_fsdp.packed_model import PackedModel
+
+
+def needs_sharding(settings: FSDPSettings, device: torch.device, world: int, mixed_precision: bool) -> bool:
+    """Return whether FSDP2 has anything to do; if not, the plain module is faster."""
+    return world > 1 or mixed_precision or (settings.offload_params and device.type == "cuda")
+
+
+def build_model(
+    spec: TrainEngineSpec,
+    settings: FSDPSettings,
+    config: Any,
+    *,
+    device: torch.device,
+    world: int,
+    param_dtype: torch.dtype,
+    master_dtype: torch.dtype,
+    gather: Gather,
+) -> PackedModel:
+    """Build the model with its weights on ``device``: sharded over ``world`` ranks, or the plain module; collective.
+
+    Args:
+        config: configuration of transformers.
+        param_dtype: precision of forward and backward.
+        master_dtype: precision of the weights that the optimizer updates.
+        gather: gives every rank the values of all.
+
+    Raises:
+        EngineError: on all ranks, if the model cannot be loaded or divided.
+    """
+    lora_settings = settings.lora
+
+    def with_adapters(model: PreTrainedModel) -> PreTrainedModel:
+        if lora_settings is not None:
+            lora.add_adapters(model, lora_settings, spec.head, master_dtype, spec.seed)
+        return model
+
+    if not needs_sharding(settings, device, world, master_dtype != param_dtype):
+        if settings.replicate > 1:
+            raise EngineError(f"replicate {settings.replicate} needs that many processes; this is the only one")
+        model = with_adapters(load_model(spec.model, config, spec.head, param_dtype, spec.seed))
+        return PackedModel(model.to(device), spec.head, settings.logits_chunk)
+    mesh = make_mesh(device, settings.replicate)
+    source, error = None, None
+    if dist.get_rank() == 0:
+        try:
+            source = with_adapters(load_model(spec.model, config, spec.head, "auto", spec.seed))
+        except EngineError as problem:
+            error = str(problem)
+    if error := gather(error)[0]:
+        raise EngineError(error)
+    frozen_dtype = param_dtype if lora_settings else master_dtype
+    model = with_adapters(empty_model(spec.model, config, spec.head, frozen_dtype))
+    root = PackedModel(model, spec.head, settings.logits_chunk)
+    sharding.shard(root, mesh, settings, param_dtype, getattr(torch, settings.reduce_dtype))
+    home = torch.device("cpu") if settings.offload_params else device
+    sharding.fill(root, source, mesh, device, home)
+    return root

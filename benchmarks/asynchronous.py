@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def prepare(folder: Path, hidden: int) -> None:
-    from rlcore.testing.tiny_model import tiny_model
+    from rlcore_kit.testing.tiny_model import tiny_model
 
     sizes = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": 4, "head_dim": hidden // 4}
     tiny_model(folder / "model", num_attention_heads=4, num_key_value_heads=2, **sizes)
@@ -77,7 +77,7 @@ def force_lengths() -> None:
 
 def report(arguments: argparse.Namespace, folder: Path, stack: ExitStack) -> None:
     from rlcore.controller.placement import ResourcePool
-    from rlcore.controller.ray import cluster
+    from rlcore_ray import cluster
 
     cluster.connect(None, {"all": ResourcePool(processes=3 * len(arguments.staleness))})
     stack.callback(cluster.disconnect)

@@ -160,7 +160,7 @@ def main() -> None:
 
     import ray
 
-    from rlcore.controller.ray import RayExecutor, RemoteBatch
+    from rlcore_ray import RayExecutor, RemoteBatch
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 

@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def prepare(folder: Path) -> None:
-    from rlcore.testing.tiny_model import tiny_model
+    from rlcore_kit.testing.tiny_model import tiny_model
 
     sizes = {"hidden_size": 640, "intermediate_size": 1728, "num_hidden_layers": 13, "head_dim": 80}
     tiny_model(folder / "model", num_attention_heads=8, num_key_value_heads=4, **sizes)
@@ -86,9 +86,9 @@ def work(arguments: argparse.Namespace) -> None:
     import torch
 
     from rlcore.engines import ModelSettings, OptimSettings, TrainEngine, TrainEngineSpec
-    from rlcore.testing.train_engine import WeightedLogprobs, make_batch
     from rlcore_fsdp.config import FSDPSettings
     from rlcore_fsdp.engine import build
+    from rlcore_kit.testing.train_engine import WeightedLogprobs, make_batch
     from rlcore_recipes.checkpoint import CheckpointManager, RunState
     from rlcore_recipes.processes import executor
 

@@ -23,8 +23,8 @@ import torch
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 from rlcore.engines import GenerationRequest, ModelSettings, RolloutSpec, SamplingParams
-from rlcore_fsdp.inline.config import InlineSettings
-from rlcore_fsdp.inline.engine import build
+from rlcore_inline.engine import build
+from rlcore_inline.settings import InlineSettings
 
 
 @dataclass(frozen=True)

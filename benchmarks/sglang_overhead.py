@@ -133,7 +133,7 @@ def start(folder: Path, model: Path) -> Any:
 
 
 def make_model(folder: Path, hidden: int) -> Path:
-    from rlcore.testing.tiny_model import tiny_model
+    from rlcore_kit.testing.tiny_model import tiny_model
 
     return tiny_model(
         folder,

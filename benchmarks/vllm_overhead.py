@@ -84,7 +84,7 @@ def report(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def make_model(folder: Path, hidden: int) -> None:
-    from rlcore.testing.tiny_model import tiny_model
+    from rlcore_kit.testing.tiny_model import tiny_model
 
     tiny_model(
         folder,

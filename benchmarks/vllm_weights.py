@@ -81,7 +81,7 @@ class Trainer:
         import torch
         from transformers import AutoModelForCausalLM
 
-        from rlcore.testing.tiny_model import tiny_model
+        from rlcore_kit.testing.tiny_model import tiny_model
 
         tiny_model(
             folder,
@@ -137,7 +137,7 @@ class Link:
     """Weights by gloo, as to a rollout process of another machine."""
 
     def __init__(self, trainer: Trainer, delta: bool) -> None:
-        from rlcore.weight_transfer import open_receiver, open_sender
+        from rlcore_kit.weight_transfer import open_receiver, open_sender
 
         self._trainer = trainer
         self._sender, address = open_sender("gloo", receivers=1, bucket_bytes=BUCKET_BYTES, delta=delta, timeout_s=300)

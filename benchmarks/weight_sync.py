@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from rlcore.engines import WeightBucket
-from rlcore.weight_transfer import Address, TransferStats, open_receiver, open_sender
+from rlcore_kit.weight_transfer import Address, TransferStats, open_receiver, open_sender
 
 WEIGHTS = dict[str, torch.Tensor]
 

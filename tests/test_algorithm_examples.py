@@ -10,7 +10,7 @@ import pytest
 
 from rlcore.algorithms import advantages, policy_losses
 from rlcore.batch import Batch
-from rlcore.testing import algorithms
+from rlcore_kit.testing import algorithms
 
 ROOT = Path(__file__).parent.parent
 ESTIMATORS = ("mine", "careful", "rank")

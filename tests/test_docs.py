@@ -35,7 +35,7 @@ from rlcore.config import validate_config
 from rlcore.config.keys import sections
 from rlcore.engines import RolloutEngine, RolloutSpec
 from rlcore.errors import ConfigError, RlcoreError
-from rlcore.testing.tiny_model import tiny_model
+from rlcore_kit.testing.tiny_model import tiny_model
 from source_checks import module_name, sources
 
 ROOT = Path(__file__).parent.parent
@@ -126,8 +126,8 @@ def folder(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     """The inline engine in the place of inference servers; no algorithm stays registered."""
     from rlcore.algorithms.registries import advantages, policy_losses
-    from rlcore_fsdp.inline.config import InlineSettings
-    from rlcore_fsdp.inline.engine import build
+    from rlcore_inline.engine import build
+    from rlcore_inline.settings import InlineSettings
 
     one_by_one = Lock()  # threads cannot load models at the same time
 

@@ -216,9 +216,9 @@ def by_value() -> Iterator[None]:
 def everything(address: str | None, transport: Literal["gloo", "shm"]) -> Iterator[tuple[Any, Any, Any]]:
     """Pools that hold a trainer of two processes and a rollout, after weights went from one to the other."""
     from rlcore.controller.placement import ResourcePool
-    from rlcore.controller.ray import RayExecutor
     from rlcore.engines import RolloutEngine, TrainEngine
     from rlcore.engines.settings import WeightSyncSettings
+    from rlcore_ray import RayExecutor
 
     pools = {"train": ResourcePool(processes=2, cpus_per_process=0.5), "gen": ResourcePool(cpus_per_process=0.5)}
     placement = {"actor": "train", "rollout": "gen", "compute": "gen"}
@@ -284,7 +284,7 @@ def test_an_address_has_an_interface() -> None:
     pytest.importorskip("ray")
     import psutil
 
-    from rlcore.controller.ray.worker import interface_of
+    from rlcore_ray.worker import interface_of
 
     for name, addresses in psutil.net_if_addrs().items():
         for address in addresses:

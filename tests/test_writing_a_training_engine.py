@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from rlcore.engines import TrainEngine, TrainEngineSpec, WeightBucket
-from rlcore.testing.tiny_model import tiny_model
-from rlcore.testing.train_engine import TrainEngineConformance
+from rlcore_kit.testing.tiny_model import tiny_model
+from rlcore_kit.testing.train_engine import TrainEngineConformance
 
 PAGE = Path(__file__).parent.parent / "docs" / "writing-a-training-engine.md"
 COMPUTING = (

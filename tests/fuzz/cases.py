@@ -15,7 +15,7 @@ import yaml
 from fuzz import mutations
 from fuzz.commands import Commands
 from fuzz.mutations import Mutation
-from rlcore.testing.tiny_model import tiny_model
+from rlcore_kit.testing.tiny_model import tiny_model
 
 STEP = "run/checkpoints/step-000001"
 REWARD = """

@@ -20,7 +20,7 @@ _PRELOAD = [
     "transformers.models.qwen2.modeling_qwen2",
     "transformers.models.qwen2.tokenization_qwen2",
     "rlcore_fsdp.engine",
-    "rlcore_fsdp.inline.engine",
+    "rlcore_inline.engine",
     "rlcore_rewards.pool",
     "rlcore_recipes.grpo",
     "rlcore_recipes.sft",

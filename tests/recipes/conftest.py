@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from rlcore.cli.main import cli
-from rlcore.testing.tiny_model import tiny_model
+from rlcore_kit.testing.tiny_model import tiny_model
 
 REWARD = """
 def compute_score(data_source, solution_str, ground_truth, extra_info=None):
@@ -112,7 +112,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
 def cluster() -> Iterator[None]:
     """One Ray cluster for all runs of a module."""
     from rlcore.controller.placement import ResourcePool
-    from rlcore.controller.ray import cluster
+    from rlcore_ray import cluster
 
     started = cluster.connect(None, {"all": ResourcePool(processes=6)})
     yield

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rlcore.testing.tiny_model import tiny_model
+from rlcore_kit.testing.tiny_model import tiny_model
 
 
 def fails(task: Any, out_dir: Path, changes: dict[str, Any], *texts: str, recipe: str = "grpo") -> None:

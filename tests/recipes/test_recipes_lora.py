@@ -22,8 +22,8 @@ from rlcore.engines import (
     TrainEngineSpec,
     sync_weights,
 )
-from rlcore.testing.tiny_model import tiny_model
-from rlcore.testing.train_engine import WeightedLogprobs, make_batch
+from rlcore_kit.testing.tiny_model import tiny_model
+from rlcore_kit.testing.train_engine import WeightedLogprobs, make_batch
 
 Metrics = Callable[[Path], list[dict[str, float]]]
 LORA = {"actor.fsdp": {"device": "cpu", "lora": {"rank": 8, "alpha": 16}}, "trainer.val_before_train": False}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from rlcore.testing.tiny_model import tiny_tokenizer
+from rlcore_kit.testing.tiny_model import tiny_tokenizer
 
 # Far from the sign-like steps that Adam makes at the start, which would blow differences in the last bit up.
 ADAM = {"lr": 1e-3, "eps": 1e-4}
@@ -82,8 +82,8 @@ def ray_with_gpu() -> Iterator[None]:
     """A cluster whose one GPU exists for the scheduler only: two halves of it are two processes."""
     import ray
 
-    import rlcore.controller.ray  # noqa: F401 (sets how Ray is used)
-    from rlcore.controller.ray.cluster import _on_loopback
+    import rlcore_ray  # noqa: F401 (sets how Ray is used)
+    from rlcore_ray.cluster import _on_loopback
 
     with _on_loopback():
         ray.init(address="local", num_cpus=6, num_gpus=1, include_dashboard=False, log_to_driver=False)

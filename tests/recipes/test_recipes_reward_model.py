@@ -11,7 +11,7 @@ import torch
 
 from rlcore import plugins
 from rlcore.config import load_config
-from rlcore.testing.tiny_model import tiny_model
+from rlcore_kit.testing.tiny_model import tiny_model
 from rlcore_recipes.collect import generate_and_score
 from rlcore_recipes.session import open_session, validate_completions
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rlcore.errors import RlcoreWarning
-from rlcore.testing.tiny_model import tiny_model, tiny_tokenizer
+from rlcore_kit.testing.tiny_model import tiny_model, tiny_tokenizer
 
 END, OTHER_END = 1, 100
 SFT_KEYS = ("data.train_files", "data.train_batch_size", "trainer.trackers", "trainer.total_steps")

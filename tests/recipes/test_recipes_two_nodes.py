@@ -24,9 +24,9 @@ WAIT_S = 400.0
 NODES = """
 import contextlib, sys
 import psutil
-import rlcore.controller.ray
+import rlcore_ray
 from ray.cluster_utils import Cluster
-from rlcore.controller.ray.cluster import _on_loopback
+from rlcore_ray.cluster import _on_loopback
 
 # a lost node is noticed within seconds
 noticing = {"health_check_initial_delay_ms": 5000, "health_check_period_ms": 1000, "health_check_failure_threshold": 10}

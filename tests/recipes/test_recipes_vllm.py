@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rlcore.testing.tiny_model import tiny_model
+from rlcore_kit.testing.tiny_model import tiny_model
 
 pytest.importorskip("vllm")
 

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from rlcore.testing.tiny_model import tiny_model
+from rlcore_kit.testing.tiny_model import tiny_model
 
 pytest.importorskip("vllm")
 pytest.importorskip("ray")

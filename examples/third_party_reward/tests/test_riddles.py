@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from rlcore.engines.reward import Reward, RewardSample
 from rlcore.engines.settings import RewardSettings
-from rlcore.testing.reward import RewardConformance
+from rlcore_kit.testing.reward import RewardConformance
 from rlcore_riddles.riddles import RiddlesOptions, RiddlesReward
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rlcore.algorithms import advantages, policy_losses
-from rlcore.testing.algorithms import AdvantageConformance, PolicyLossConformance
+from rlcore_kit.testing.algorithms import AdvantageConformance, PolicyLossConformance
 
 for _suite, _registry in ((AdvantageConformance, advantages), (PolicyLossConformance, policy_losses)):
     for _entry in _registry:

@@ -21,7 +21,7 @@ from rlcore.controller.dispatch import (
     take,
 )
 from rlcore.metrics import Metrics
-from rlcore.testing.train_engine import PairMargin, WeightedLogprobs, make_pairs
+from rlcore_kit.testing.train_engine import PairMargin, WeightedLogprobs, make_pairs
 
 
 def batch_of(lengths: list[int]) -> Batch:

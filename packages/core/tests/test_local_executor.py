@@ -17,7 +17,7 @@ from rlcore.controller import Dispatch, LocalExecutor, dispatch
 from rlcore.engines import GenerationRequest, SamplingParams
 from rlcore.errors import CheckpointError, EngineError, WorkerError
 from rlcore.metrics import Metrics
-from rlcore.testing.processes import RankPool
+from rlcore_kit.testing.processes import RankPool
 
 WORLD = 2
 

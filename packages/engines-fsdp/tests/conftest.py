@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from rlcore.testing.processes import RankPool
+from rlcore_kit.testing.processes import RankPool
 
 
 @pytest.fixture(scope="session")

@@ -17,15 +17,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
-from rlcore.checkpoint import tensor_file
-from rlcore.checkpoint.tensor_file import write_tensors
 from rlcore.engines import ModelSettings, OptimSettings, TrainEngineSpec
 from rlcore.errors import CheckpointError
-from rlcore.testing.processes import RankPool
-from rlcore.testing.tiny_model import tiny_model
-from rlcore.testing.train_engine import WeightedLogprobs, exported, make_batch
 from rlcore_fsdp.config import FSDPSettings
 from rlcore_fsdp.engine import FSDPTrainEngine, build
+from rlcore_kit.checkpoint import tensor_file
+from rlcore_kit.checkpoint.tensor_file import write_tensors
+from rlcore_kit.testing.processes import RankPool
+from rlcore_kit.testing.tiny_model import tiny_model
+from rlcore_kit.testing.train_engine import WeightedLogprobs, exported, make_batch
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from rlcore.engines import TrainEngine, TrainEngineSpec
-from rlcore.testing.train_engine import TrainEngineConformance
 from rlcore_fsdp import sharding
 from rlcore_fsdp.config import FSDPSettings
 from rlcore_fsdp.engine import build
+from rlcore_kit.testing.train_engine import TrainEngineConformance
 
 
 class TestPlain(TrainEngineConformance):

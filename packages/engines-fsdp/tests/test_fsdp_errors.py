@@ -14,15 +14,15 @@ from pydantic import ValidationError
 
 from rlcore import plugins
 from rlcore.engines import ModelSettings, OptimSettings, TrainEngineSpec
-from rlcore.engines.schedule import learning_rate
 from rlcore.engines.settings import names_a_folder
 from rlcore.errors import CheckpointError, EngineError
-from rlcore.testing.tiny_model import tiny_model
 from rlcore_fsdp.attention import choose_kernel
 from rlcore_fsdp.config import FSDPSettings
 from rlcore_fsdp.engine import FSDPTrainEngine, build
-from rlcore_fsdp.loading import load_model, read_config
 from rlcore_fsdp.logprobs import LogitsRule
+from rlcore_kit.model_folder.loading import load_model, read_config
+from rlcore_kit.testing.tiny_model import tiny_model
+from rlcore_kit.training.lr_schedule import learning_rate
 
 
 def make_engine(path: Path | str, options: dict[str, Any] | None = None, **overrides: Any) -> FSDPTrainEngine:
@@ -203,7 +203,7 @@ def test_building_disturbs_no_random_state(tiny_model_path: Path) -> None:
 
 def test_loading_is_silent(tiny_model_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     settings = ModelSettings(path=str(tiny_model_path))
-    load_model(settings, read_config(settings), "value", torch.float32, 0)
+    load_model(settings, read_config(settings), "value", torch.float32, 0, "sdpa")
     assert capfd.readouterr() == ("", "")
 
 

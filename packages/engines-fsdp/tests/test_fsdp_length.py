@@ -12,14 +12,14 @@ from transformers import AutoModelForCausalLM
 
 from rlcore.batch import Batch, Jagged
 from rlcore.engines import ForwardRequest, ModelSettings, RolloutSpec, TrainEngineSpec
-from rlcore.engines.model_length import longest_position, rope_boundary
 from rlcore.errors import EngineError, RlcoreWarning
-from rlcore.testing.tiny_model import tiny_model
-from rlcore.testing.train_engine import reference_outputs
 from rlcore_fsdp.config import FSDPSettings
 from rlcore_fsdp.engine import FSDPTrainEngine, build
-from rlcore_fsdp.inline.config import InlineSettings
-from rlcore_fsdp.inline.engine import build as build_inline
+from rlcore_inline.engine import build as build_inline
+from rlcore_inline.settings import InlineSettings
+from rlcore_kit.model_folder.length import longest_position, rope_boundary
+from rlcore_kit.testing.tiny_model import tiny_model
+from rlcore_kit.testing.train_engine import reference_outputs
 
 BOUNDARY = 24
 

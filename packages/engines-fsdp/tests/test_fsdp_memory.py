@@ -11,9 +11,9 @@ import torch
 from rlcore.algorithms.objectives import SFTObjective, SFTObjectiveSettings
 from rlcore.batch import Batch, Jagged
 from rlcore.engines import ForwardRequest, ModelSettings, OptimSettings, TrainEngineSpec
-from rlcore.testing.tiny_model import tiny_model
 from rlcore_fsdp.config import FSDPSettings
 from rlcore_fsdp.engine import FSDPTrainEngine, build
+from rlcore_kit.testing.tiny_model import tiny_model
 
 TOKENS = 512
 

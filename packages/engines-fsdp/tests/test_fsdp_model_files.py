@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from rlcore.engines import ModelSettings, TrainEngineSpec
-from rlcore.engines.model_writing import write_model_folder
 from rlcore.errors import EngineError
-from rlcore.testing.model_folders import edited
-from rlcore.testing.tiny_model import tiny_model
 from rlcore_fsdp.config import FSDPSettings
 from rlcore_fsdp.engine import FSDPTrainEngine, build
+from rlcore_kit.model_folder.writing import write_model_folder
+from rlcore_kit.testing.model_folders import edited
+from rlcore_kit.testing.tiny_model import tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ import torch
 
 from rlcore.batch import Batch, Jagged
 from rlcore.engines import ForwardRequest, ModelSettings, OptimSettings, TrainEngineSpec
-from rlcore.testing.tiny_model import tiny_model
-from rlcore.testing.train_engine import TrainEngineConformance, WeightedLogprobs, make_batch, reference_outputs
 from rlcore_fsdp import attention
 from rlcore_fsdp.config import FSDPSettings
 from rlcore_fsdp.engine import FSDPTrainEngine, build
+from rlcore_kit.testing.tiny_model import tiny_model
+from rlcore_kit.testing.train_engine import TrainEngineConformance, WeightedLogprobs, make_batch, reference_outputs
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Qwen2": {},

@@ -18,11 +18,11 @@ from rlcore.engines import (
     TrainEngineSpec,
 )
 from rlcore.progress import listening
-from rlcore.testing.tiny_model import tiny_model
 from rlcore_fsdp.config import FSDPSettings
 from rlcore_fsdp.engine import build
-from rlcore_fsdp.inline.config import InlineSettings
-from rlcore_fsdp.inline.engine import build as build_rollout
+from rlcore_inline.engine import build as build_rollout
+from rlcore_inline.settings import InlineSettings
+from rlcore_kit.testing.tiny_model import tiny_model
 
 
 def test_micro_batches_and_completions_are_reported(tmp_path: Path) -> None:

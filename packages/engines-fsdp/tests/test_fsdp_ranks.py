@@ -19,9 +19,11 @@ from rlcore.batch import Batch
 from rlcore.controller.dispatch import gather, partition_of_call
 from rlcore.engines import ForwardRequest, ModelSettings, OptimSettings, TrainEngine, TrainEngineSpec
 from rlcore.errors import CheckpointError, EngineError
-from rlcore.testing.processes import RankPool
-from rlcore.testing.tiny_model import tiny_model
-from rlcore.testing.train_engine import (
+from rlcore_fsdp.config import FSDPSettings
+from rlcore_fsdp.engine import FSDPTrainEngine, build
+from rlcore_kit.testing.processes import RankPool
+from rlcore_kit.testing.tiny_model import tiny_model
+from rlcore_kit.testing.train_engine import (
     PairMargin,
     SquaredError,
     WeightedLogprobs,
@@ -29,8 +31,6 @@ from rlcore.testing.train_engine import (
     make_batch,
     make_pairs,
 )
-from rlcore_fsdp.config import FSDPSettings
-from rlcore_fsdp.engine import FSDPTrainEngine, build
 
 ATOL = 3e-6
 OPTIM = OptimSettings(lr=0.5, eps=1.0, clip_grad=1.0)

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from rlcore.batch import Batch, Jagged
 from rlcore.engines import ForwardRequest, ModelSettings, OptimSettings, TrainEngineSpec
-from rlcore.testing.train_engine import WeightedLogprobs, reference_outputs
+from rlcore_kit.testing.train_engine import WeightedLogprobs, reference_outputs
 from rlcore_megatron.engine import build
 from rlcore_megatron.settings import MegatronSettings
 

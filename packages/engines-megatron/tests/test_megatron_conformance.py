@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from rlcore.engines import TrainEngine, TrainEngineSpec
-from rlcore.testing.train_engine import TrainEngineConformance
+from rlcore_kit.testing.train_engine import TrainEngineConformance
 from rlcore_megatron.engine import build
 from rlcore_megatron.settings import MegatronSettings
 

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from rlcore.errors import EngineError
-from rlcore.testing.tiny_model import tiny_model
+from rlcore_kit.testing.tiny_model import tiny_model
 from rlcore_megatron import cpu_emulation
 from rlcore_megatron.families import FAMILIES, Family, Weight, family_of
 from rlcore_megatron.families.family import LM_HEAD

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from rlcore.testing.processes import RankPool
+from rlcore_kit.testing.processes import RankPool
 from rlcore_megatron.logprobs import logprobs_and_entropy
 
 VOCABULARY = 10

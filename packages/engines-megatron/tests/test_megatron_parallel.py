@@ -17,13 +17,13 @@ import torch
 import torch.distributed as dist
 
 from rlcore.batch import Batch
-from rlcore.checkpoint.rank_files import file_record
 from rlcore.controller.dispatch import gather
 from rlcore.engines import ForwardRequest, ModelSettings, OptimSettings, TrainEngine, TrainEngineSpec
 from rlcore.errors import CheckpointError, EngineError
-from rlcore.testing.processes import RankPool
-from rlcore.testing.tiny_model import tiny_model
-from rlcore.testing.train_engine import SquaredError, WeightedLogprobs, exported, make_batch
+from rlcore_kit.checkpoint.rank_files import file_record
+from rlcore_kit.testing.processes import RankPool
+from rlcore_kit.testing.tiny_model import tiny_model
+from rlcore_kit.testing.train_engine import SquaredError, WeightedLogprobs, exported, make_batch
 from rlcore_megatron.engine import build
 from rlcore_megatron.settings import MegatronSettings
 

@@ -24,10 +24,10 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from rlcore.batch import Batch, Jagged
 from rlcore.engines import ForwardRequest, ModelSettings, WeightBucket
-from rlcore.engines.model_files import Origin
 from rlcore.errors import EngineError
-from rlcore.testing.processes import RankPool
-from rlcore.testing.tiny_model import tiny_model
+from rlcore_kit.model_folder.files import Origin
+from rlcore_kit.testing.processes import RankPool
+from rlcore_kit.testing.tiny_model import tiny_model
 from rlcore_megatron import cpu_emulation, parallel
 from rlcore_megatron.families import family_of
 from rlcore_megatron.settings import MegatronSettings

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from rlcore.background import in_background
 from rlcore.controller import LocalExecutor
 from rlcore.engines import TrainEngine
 from rlcore.errors import CheckpointError
+from rlcore_kit.background import in_background
 from rlcore_recipes.checkpoint import CheckpointManager, RunState, verify
 
 

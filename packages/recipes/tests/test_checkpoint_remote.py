@@ -19,9 +19,9 @@ from rlcore import plugins
 from rlcore.controller import LocalExecutor
 from rlcore.engines import ModelSettings, OptimSettings, TrainEngine, TrainEngineSpec
 from rlcore.errors import CheckpointError
-from rlcore.testing.processes import RankPool
-from rlcore.testing.tiny_model import tiny_model
-from rlcore.testing.train_engine import WeightedLogprobs, exported, make_batch
+from rlcore_kit.testing.processes import RankPool
+from rlcore_kit.testing.tiny_model import tiny_model
+from rlcore_kit.testing.train_engine import WeightedLogprobs, exported, make_batch
 from rlcore_recipes.checkpoint import MANIFEST, CheckpointManager, RunState, node_folder
 from rlcore_recipes.checkpoint.manifest import MARK
 

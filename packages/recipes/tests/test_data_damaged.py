@@ -14,7 +14,7 @@ import pytest
 
 from rlcore.engines import ModelSettings
 from rlcore.errors import DataError, RlcoreWarning
-from rlcore.testing.tiny_model import tiny_tokenizer
+from rlcore_kit.testing.tiny_model import tiny_tokenizer
 from rlcore_recipes.data import chat, files, limits, parquet
 from rlcore_recipes.data.files import existing_file, fingerprint, read_rows
 from rlcore_recipes.data.prompts import PromptDataset, load_prompts

@@ -13,7 +13,7 @@ import pytest
 from rlcore.config.load import validate_config
 from rlcore.engines import ModelSettings
 from rlcore.errors import ConfigError, DataError
-from rlcore.testing.tiny_model import tiny_tokenizer
+from rlcore_kit.testing.tiny_model import tiny_tokenizer
 from rlcore_recipes.data.prompts import PromptDataset, load_prompts
 from rlcore_recipes.data.settings import DataSettings
 from rlcore_recipes.data.tokenizer import load_tokenizer

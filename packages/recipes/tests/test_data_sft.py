@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rlcore.errors import DataError, RlcoreWarning
-from rlcore.testing.tiny_model import tiny_tokenizer
+from rlcore_kit.testing.tiny_model import tiny_tokenizer
 from rlcore_recipes.data.settings import SFTDataSettings
 from rlcore_recipes.data.sft import SFTDataset, load_sft
 

@@ -11,7 +11,7 @@ import pytest
 
 from rlcore.engines import ModelSettings
 from rlcore.errors import DataError
-from rlcore.testing.tiny_model import tiny_model, tiny_tokenizer
+from rlcore_kit.testing.tiny_model import tiny_model, tiny_tokenizer
 from rlcore_recipes.other_models import check_other_models
 
 

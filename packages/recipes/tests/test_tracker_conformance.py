@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from rlcore import plugins
-from rlcore.testing.tracker import TrackerConformance
 from rlcore.tracking import RunInfo, Tracker
+from rlcore_kit.testing.tracker import TrackerConformance
 from rlcore_recipes.trackers.console import ConsoleTracker
 from rlcore_recipes.trackers.settings import ConsoleSettings, JsonlSettings, TensorboardSettings
 

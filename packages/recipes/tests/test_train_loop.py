@@ -19,12 +19,12 @@ import torch
 import yaml
 from pydantic import Field
 
-from rlcore.checkpoint.json_file import JsonFile
-from rlcore.checkpoint.rank_files import file_record
 from rlcore.config import Config, FileName, dump_config, load_config
 from rlcore.engines import ModelSettings, TrainEngine
 from rlcore.errors import CheckpointError, ConfigError, DataError, RlcoreWarning, TrainingError
+from rlcore.json_file import JsonFile
 from rlcore.progress import report
+from rlcore_kit.checkpoint.rank_files import file_record
 from rlcore_recipes.processes import executor
 from rlcore_recipes.run_folder import Replaced, check_free, write_config
 from rlcore_recipes.settings import TrainerSettings

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from rlcore import plugins
 from rlcore.engines.reward import Reward, RewardSample
 from rlcore.engines.settings import RewardSettings
-from rlcore.testing.reward import RewardConformance
+from rlcore_kit.testing.reward import RewardConformance
 from rlcore_rewards.combine import CombinedReward, CombineOptions
 
 PARTS = {

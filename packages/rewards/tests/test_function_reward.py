@@ -15,7 +15,7 @@ from rlcore import plugins
 from rlcore.engines.reward import Reward, RewardResult, RewardSample
 from rlcore.engines.settings import RewardSettings
 from rlcore.errors import ConfigError
-from rlcore.testing.reward import RewardConformance
+from rlcore_kit.testing.reward import RewardConformance
 from rlcore_rewards.function import FunctionOptions
 
 Build = Callable[..., Reward]

@@ -16,7 +16,7 @@ import pytest
 
 from rlcore.engines.reward import Reward, RewardSample
 from rlcore.engines.settings import RewardSettings
-from rlcore.testing.reward import RewardConformance
+from rlcore_kit.testing.reward import RewardConformance
 from rlcore_rewards.gsm8k import GSM8KOptions, GSM8KReward, read_answer, read_ground_truth
 
 

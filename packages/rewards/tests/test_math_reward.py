@@ -7,7 +7,7 @@ import pytest
 
 from rlcore.engines.reward import Reward, RewardSample
 from rlcore.engines.settings import RewardSettings
-from rlcore.testing.reward import RewardConformance
+from rlcore_kit.testing.reward import RewardConformance
 from rlcore_rewards.math import MathOptions, math_reward
 from rlcore_rewards.math_answers import last_boxed
 

@@ -29,7 +29,7 @@ BROKEN = {
 SUITE = """
 import asyncio
 from rlcore.engines.reward import Reward, RewardResult, RewardSample
-from rlcore.testing.reward import RewardConformance
+from rlcore_kit.testing.reward import RewardConformance
 
 class Broken(Reward):
     async def score(self, sample):

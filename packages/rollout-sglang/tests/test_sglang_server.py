@@ -19,12 +19,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlcore.engines import Completion, GenerationRequest, ModelSettings, Replicas, RolloutSpec, SamplingParams
-from rlcore.engines.weight_sync import WeightBucket
+from rlcore.engines import Completion, GenerationRequest, ModelSettings, RolloutSpec, SamplingParams
+from rlcore.engines.weight_bucket import WeightBucket
 from rlcore.errors import EngineError
-from rlcore.servers.versions import FRESH, UNKNOWN, Versions
-from rlcore.testing.rollout_engine import PROMPT, RolloutEngineConformance
-from rlcore.testing.tiny_model import tiny_model
+from rlcore_kit.serving.replicas import Replicas
+from rlcore_kit.serving.versions import FRESH, UNKNOWN, Versions
+from rlcore_kit.testing.rollout_engine import PROMPT, RolloutEngineConformance
+from rlcore_kit.testing.tiny_model import tiny_model
 from rlcore_sglang.config import SGLangSettings
 from rlcore_sglang.engine import build
 from rlcore_sglang.server import ServerRollout

@@ -22,8 +22,8 @@ from rlcore.engines import (
     WeightBucket,
 )
 from rlcore.errors import EngineError
-from rlcore.testing.rollout_engine import MAX_MODEL_LEN, RolloutEngineConformance
-from rlcore.testing.tiny_model import tiny_model
+from rlcore_kit.testing.rollout_engine import MAX_MODEL_LEN, RolloutEngineConformance
+from rlcore_kit.testing.tiny_model import tiny_model
 from rlcore_vllm.config import VLLMSettings
 from rlcore_vllm.engine import VLLMRollout, build
 

@@ -20,7 +20,7 @@ from rlcore.engines import (
     WeightBucket,
 )
 from rlcore.errors import EngineError
-from rlcore.testing.tiny_model import tiny_model
+from rlcore_kit.testing.tiny_model import tiny_model
 from rlcore_vllm.config import VLLMSettings
 from rlcore_vllm.engine import build
 

@@ -15,12 +15,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlcore.engines import GenerationRequest, ModelSettings, Replicas, RolloutEngine, RolloutSpec, SamplingParams
-from rlcore.engines.weight_sync import WeightBucket
+from rlcore.engines import GenerationRequest, ModelSettings, RolloutEngine, RolloutSpec, SamplingParams
+from rlcore.engines.weight_bucket import WeightBucket
 from rlcore.errors import EngineError
-from rlcore.servers.versions import UNKNOWN, Versions
-from rlcore.testing.rollout_engine import PROMPT, RolloutEngineConformance
-from rlcore.testing.tiny_model import tiny_model
+from rlcore_kit.serving.replicas import Replicas
+from rlcore_kit.serving.versions import UNKNOWN, Versions
+from rlcore_kit.testing.rollout_engine import PROMPT, RolloutEngineConformance
+from rlcore_kit.testing.tiny_model import tiny_model
 from rlcore_vllm.config import VLLMSettings
 from rlcore_vllm.server import build
 from rlcore_vllm.server.engine import ServerRollout

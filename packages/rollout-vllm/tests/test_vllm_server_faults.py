@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from rlcore.engines import GenerationRequest, ModelSettings, RolloutSpec, SamplingParams, WeightBucket
 from rlcore.errors import EngineError
-from rlcore.testing.tiny_model import tiny_model
+from rlcore_kit.testing.tiny_model import tiny_model
 from rlcore_vllm.config import VLLMSettings
 from rlcore_vllm.server import build
 from rlcore_vllm.server.settings import ServerSettings

@@ -22,7 +22,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 from rlcore.engines import GenerationRequest, ModelSettings, RolloutSpec, SamplingParams, WeightBucket
 from rlcore.errors import EngineError
-from rlcore.testing.tiny_model import tiny_model
+from rlcore_kit.testing.tiny_model import tiny_model
 from rlcore_vllm import arguments
 from rlcore_vllm.config import VLLMSettings
 from rlcore_vllm.engine import VLLMRollout

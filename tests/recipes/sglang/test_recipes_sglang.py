@@ -63,7 +63,7 @@ def running(task: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dic
 def cluster(running: dict[str, Any]) -> Iterator[None]:
     """One cluster for all runs of this module; its workers see the key."""
     from rlcore.controller.placement import ResourcePool
-    from rlcore.controller.ray import cluster
+    from rlcore_ray import cluster
 
     started = cluster.connect(None, {"all": ResourcePool(processes=4)})
     yield

@@ -46,7 +46,7 @@ OURS: dict[tuple[str, str], str] = {
     **{("rlcore.rewards", name): "rlcore-rewards" for name in ("gsm8k", "math", "function", "combine")},
     **{("rlcore.recipes", name): "rlcore[fsdp]" for name in ("sft", "grpo", "ppo", "dapo")},
     **{("rlcore.trackers", name): "rlcore-recipes" for name in ("console", "jsonl", "wandb", "tensorboard")},
-    **{(COMMANDS, name): "rlcore[fsdp]" for name in ("quickstart", "data", "model")},
+    **{(COMMANDS, name): "rlcore[fsdp]" for name in ("quickstart", "data", "model", "plan")},
 }
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints (`rlcore.checkpoint.rank_files`) of the rows of every weight and optimizer state that a rank owns.
+"""Checkpoints (`rlcore_kit.checkpoint.rank_files`) of the rows of every weight and optimizer state that a rank owns.
 
 The manifest names the rows of each rank. Any number of ranks can load it: each reads the rows that it needs from
 whichever files hold them.
@@ -17,12 +17,12 @@ from safetensors import safe_open
 from torch.distributed.tensor import DTensor
 
 from rlcore.boundary import boundary
-from rlcore.checkpoint import random_states
-from rlcore.checkpoint.json_file import Count, Finite, JsonFile
-from rlcore.checkpoint.rank_files import MANIFEST, RankManifest, RankPart, rank_file
-from rlcore.checkpoint.rank_files import check_shapes as check_same_shapes
 from rlcore.engines.settings import Head
 from rlcore.errors import CheckpointError
+from rlcore.json_file import Count, Finite, JsonFile
+from rlcore_kit.checkpoint import random_states
+from rlcore_kit.checkpoint.rank_files import MANIFEST, RankManifest, RankPart, rank_file
+from rlcore_kit.checkpoint.rank_files import check_shapes as check_same_shapes
 
 FORMAT = 2
 

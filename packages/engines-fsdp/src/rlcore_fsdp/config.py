@@ -9,8 +9,7 @@ from pydantic import Field, model_validator
 
 from rlcore.config import Config, Package
 from rlcore.engines import LoRASettings
-
-DType = Literal["float32", "bfloat16"]
+from rlcore.engines.settings import DType
 
 
 class FSDPSettings(Config):

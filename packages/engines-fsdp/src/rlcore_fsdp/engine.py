@@ -18,12 +18,8 @@ from transformers import PreTrainedModel
 
 from rlcore.batch import Batch, Jagged, to_column, token_positions
 from rlcore.boundary import boundary
-from rlcore.engines import ForwardRequest, Objective, TrainEngine, TrainEngineSpec, WeightBucket, model_files
-from rlcore.engines.device import choose_device
+from rlcore.engines import ForwardRequest, Objective, TrainEngine, TrainEngineSpec, WeightBucket
 from rlcore.engines.memory import StepMemory
-from rlcore.engines.model_length import check_rope, check_sequences
-from rlcore.engines.model_writing import write_model_folder
-from rlcore.engines.schedule import learning_rate
 from rlcore.engines.train import FileRecord, Part
 from rlcore.errors import EngineError
 from rlcore.metrics import Metrics
@@ -37,8 +33,6 @@ from rlcore_fsdp.distributed import (
     max_over_ranks,
     sum_over_ranks,
 )
-from rlcore_fsdp.file_names import in_files
-from rlcore_fsdp.loading import read_config
 from rlcore_fsdp.memory import step_memory
 from rlcore_fsdp.model_building import build_model
 from rlcore_fsdp.optimizer import make_optimizer
@@ -47,6 +41,13 @@ from rlcore_fsdp.saving import MOMENTS, Saving
 from rlcore_fsdp.verification import TESTED, verify_packing, verify_values
 from rlcore_fsdp.weights import buckets, full_weights
 from rlcore_fsdp.writing import write_configuration
+from rlcore_kit.model_folder import files
+from rlcore_kit.model_folder.file_names import in_files
+from rlcore_kit.model_folder.length import check_rope, check_sequences
+from rlcore_kit.model_folder.loading import read_config
+from rlcore_kit.model_folder.writing import write_model_folder
+from rlcore_kit.training.device import choose_device
+from rlcore_kit.training.lr_schedule import learning_rate
 
 _PARTS: tuple[Part, ...] = ("params", "optimizer")
 
@@ -114,7 +115,7 @@ class FSDPTrainEngine(TrainEngine):
         self.step_count = 0
         self._in_use_for_generation = False
         self._broken = False
-        self._origin = self._gather(model_files.Origin.of(spec.model, spec.head) if self.dp_rank == 0 else None)[0]
+        self._origin = self._gather(files.Origin.of(spec.model, spec.head) if self.dp_rank == 0 else None)[0]
         self._verify(config)
 
     def _prepare_training(self) -> torch.optim.Optimizer | None:

@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 
 from rlcore.boundary import boundary
 from rlcore.engines import LoRASettings
-from rlcore.engines.model_writing import ADAPTERS
 from rlcore.engines.settings import Head
 from rlcore.errors import EngineError
 from rlcore_fsdp import sharding
+from rlcore_kit.model_folder.writing import ADAPTERS
 
 ADAPTER = "default"
 """The name that PEFT knows the only adapter of every layer by."""

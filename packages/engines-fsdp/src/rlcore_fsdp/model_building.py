@@ -8,14 +8,15 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from rlcore.checkpoint.rank_files import Gather
 from rlcore.engines import TrainEngineSpec
 from rlcore.errors import EngineError
 from rlcore_fsdp import lora, sharding
+from rlcore_fsdp.attention import IMPLEMENTATION
 from rlcore_fsdp.config import FSDPSettings
 from rlcore_fsdp.distributed import make_mesh
-from rlcore_fsdp.loading import empty_model, load_model
 from rlcore_fsdp.packed_model import PackedModel
+from rlcore_kit.checkpoint.rank_files import Gather
+from rlcore_kit.model_folder.loading import empty_model, load_model
 
 
 def needs_sharding(settings: FSDPSettings, device: torch.device, world: int, mixed_precision: bool) -> bool:
@@ -55,19 +56,19 @@ def build_model(
     if not needs_sharding(settings, device, world, master_dtype != param_dtype):
         if settings.replicate > 1:
             raise EngineError(f"replicate {settings.replicate} needs that many processes; this is the only one")
-        model = with_adapters(load_model(spec.model, config, spec.head, param_dtype, spec.seed))
+        model = with_adapters(load_model(spec.model, config, spec.head, param_dtype, spec.seed, IMPLEMENTATION))
         return PackedModel(model.to(device), spec.head, settings.logits_chunk)
     mesh = make_mesh(device, settings.replicate)
     source, error = None, None
     if dist.get_rank() == 0:
         try:
-            source = with_adapters(load_model(spec.model, config, spec.head, "auto", spec.seed))
+            source = with_adapters(load_model(spec.model, config, spec.head, "auto", spec.seed, IMPLEMENTATION))
         except EngineError as problem:
             error = str(problem)
     if error := gather(error)[0]:
         raise EngineError(error)
     frozen_dtype = param_dtype if lora_settings else master_dtype
-    model = with_adapters(empty_model(spec.model, config, spec.head, frozen_dtype))
+    model = with_adapters(empty_model(spec.model, config, spec.head, frozen_dtype, IMPLEMENTATION))
     root = PackedModel(model, spec.head, settings.logits_chunk)
     sharding.shard(root, mesh, settings, param_dtype, getattr(torch, settings.reduce_dtype))
     home = torch.device("cpu") if settings.offload_params else device

@@ -8,10 +8,3 @@ train_engine = Plugin(
     factory="rlcore_fsdp.engine:build",
     summary="PyTorch FSDP2 over Hugging Face models, on one process or many, CPU or CUDA",
 )
-
-rollout_engine = Plugin(
-    interface=1,
-    config="rlcore_fsdp.inline.config:InlineSettings",
-    factory="rlcore_fsdp.inline.engine:build",
-    summary="generates with the training engine's own weights, in its process",
-)

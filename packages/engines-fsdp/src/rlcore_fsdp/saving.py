@@ -15,9 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlcore.checkpoint import random_states, rank_files
-from rlcore.checkpoint.background_save import BackgroundSave
-from rlcore.checkpoint.rank_files import Gather, RankPart
 from rlcore.engines import LoRASettings
 from rlcore.engines.settings import Head
 from rlcore.errors import CheckpointError
@@ -26,6 +23,9 @@ from rlcore_fsdp.checkpoint import Frozen, Lora, Manifest
 from rlcore_fsdp.host_copy import HostCopy
 from rlcore_fsdp.lora import adapted_layers, trained_parameters
 from rlcore_fsdp.weights import named_weights
+from rlcore_kit.checkpoint import random_states, rank_files
+from rlcore_kit.checkpoint.background_save import BackgroundSave
+from rlcore_kit.checkpoint.rank_files import Gather, RankPart
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -11,10 +11,10 @@ import torch
 
 from rlcore.batch import state_positions, token_positions
 from rlcore.engines import ForwardRequest
-from rlcore.engines.model_length import longest_position, rope_boundary
 from rlcore.errors import EngineError
 from rlcore_fsdp.attention import IMPLEMENTATION, Kernel, Packing
 from rlcore_fsdp.packed_model import PackedModel
+from rlcore_kit.model_folder.length import longest_position, rope_boundary
 
 TESTED = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Architectures whose forward pass the tests compare with transformers: only packing is tried."""

@@ -8,8 +8,8 @@ from pathlib import Path
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
-from rlcore.engines.model_files import CONFIG, GENERATION, Origin
-from rlcore_fsdp.loading import quiet
+from rlcore_kit.model_folder.files import CONFIG, GENERATION, Origin
+from rlcore_kit.model_folder.loading import quiet
 
 
 def write_configuration(model: PreTrainedModel, origin: Origin, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints (`rlcore.checkpoint.rank_files`) of blocks of the global tensors that `sharded_state` describes.
+"""Checkpoints (`rlcore_kit.checkpoint.rank_files`) of blocks of the global tensors that `sharded_state` describes.
 
 The manifest names each rank's blocks. Any layout can load it: each rank reads whatever overlaps with its own blocks.
 They lie in the ranks' own safetensors files, or in Megatron's (`rlcore_megatron.torch_dist`). Neither is read by
@@ -17,9 +17,9 @@ from pydantic import Field, model_validator
 from safetensors import safe_open
 
 from rlcore.boundary import boundary
-from rlcore.checkpoint.json_file import Count, FileName, Finite
-from rlcore.checkpoint.rank_files import MANIFEST, RankManifest
 from rlcore.errors import CheckpointError
+from rlcore.json_file import Count, FileName, Finite
+from rlcore_kit.checkpoint.rank_files import MANIFEST, RankManifest
 from rlcore_megatron import torch_dist
 from rlcore_megatron.blocks import overlap
 from rlcore_megatron.settings import CheckpointFormat

@@ -20,22 +20,15 @@ from torch import nn
 
 from rlcore.batch import Batch, Jagged
 from rlcore.boundary import boundary
-from rlcore.engines import (
-    ForwardRequest,
-    Objective,
-    TrainEngine,
-    TrainEngineSpec,
-    WeightBucket,
-    model_checks,
-    model_files,
-)
-from rlcore.engines.device import choose_device
+from rlcore.engines import ForwardRequest, Objective, TrainEngine, TrainEngineSpec, WeightBucket
 from rlcore.engines.memory import StepMemory
-from rlcore.engines.model_length import check_sequences
-from rlcore.engines.schedule import learning_rate
 from rlcore.engines.train import FileRecord, Part
 from rlcore.errors import EngineError
 from rlcore.metrics import Metrics
+from rlcore_kit.model_folder import checks, files
+from rlcore_kit.model_folder.length import check_sequences
+from rlcore_kit.training.device import choose_device
+from rlcore_kit.training.lr_schedule import learning_rate
 from rlcore_megatron import parallel as layouts
 from rlcore_megatron import weights
 from rlcore_megatron.families import family_of
@@ -88,7 +81,7 @@ class MegatronEngine(TrainEngine):
         self.settings = settings
         self._device = device
         self.folder, self.hf_config = find_model(spec.model, spec.head)
-        self._origin = model_files.Origin.of(spec.model, spec.head)
+        self._origin = files.Origin.of(spec.model, spec.head)
         with boundary(f"the configuration of the model {spec.model.path!r} cannot be used", EngineError):
             self.family = family_of(self.hf_config)
             fields = self.family.transformer_config(self.hf_config)
@@ -108,7 +101,7 @@ class MegatronEngine(TrainEngine):
         """Build this process's chunks of the model and read their weights."""
         from rlcore_megatron.modules import build_modules
 
-        head, tensors = self.spec.head, model_files.tensors(self.folder)
+        head, tensors = self.spec.head, files.tensors(self.folder)
         modules = build_modules(
             self.hf_config,
             self.family,
@@ -123,7 +116,7 @@ class MegatronEngine(TrainEngine):
         ignored = self.spec.model.ignored_weights
         weights.load_pretrained(modules, self.family, self.hf_config, self.folder, self.parallel, ignored)
         if head == "value" and "score.weight" not in tensors and self.parallel.rank == 0:
-            model_checks.warn_of_new_head(self.spec.model)
+            checks.warn_of_new_head(self.spec.model)
         return modules
 
     def _build_training(self) -> None:

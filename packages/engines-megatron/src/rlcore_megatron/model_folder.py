@@ -10,9 +10,10 @@ from safetensors import safe_open
 from transformers import AutoConfig
 
 from rlcore.boundary import boundary
-from rlcore.engines import ModelSettings, model_checks, model_files
+from rlcore.engines import ModelSettings
 from rlcore.engines.settings import Head
 from rlcore.errors import EngineError
+from rlcore_kit.model_folder import checks, files
 
 _FETCHED = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
 
@@ -23,11 +24,11 @@ def find_model(settings: ModelSettings, head: Head) -> tuple[Path, Any]:
     Raises:
         EngineError: the folder is missing or incomplete, or a file of it is damaged.
     """
-    path = model_files.model_folder(settings) or _fetch(settings)
-    model_checks.check_config_file(path)
+    path = files.model_folder(settings) or _fetch(settings)
+    checks.check_config_file(path)
     with boundary(f"model {settings.path!r} cannot be read", EngineError):
         config = AutoConfig.from_pretrained(path, local_files_only=True)
-        model_checks.check_files(settings, config, head, path)
+        checks.check_files(settings, config, head, path)
     return path, config
 
 
@@ -37,7 +38,7 @@ def _fetch(settings: ModelSettings) -> Path:
     name = settings.path
     with boundary(f"model {name!r} is no folder here and cannot be fetched from the Hub", EngineError):
         fetched = settings.model_copy(update={"path": snapshot_download(name, allow_patterns=_FETCHED)})
-    found = model_files.model_folder(fetched)
+    found = files.model_folder(fetched)
     assert found is not None
     return found
 
@@ -51,7 +52,7 @@ class ModelFolder:
 
     def __init__(self, folder: Path) -> None:
         self._open: dict[Path, Any] = {}
-        self._headers = model_files.tensors(folder)
+        self._headers = files.tensors(folder)
 
     def __contains__(self, name: str) -> bool:
         return name in self._headers

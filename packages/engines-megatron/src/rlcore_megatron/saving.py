@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedBase
 
-from rlcore.checkpoint import random_states, rank_files
-from rlcore.checkpoint.background_save import BackgroundSave
-from rlcore.checkpoint.rank_files import RankPart, rank_file
 from rlcore.errors import CheckpointError
+from rlcore_kit.checkpoint import random_states, rank_files
+from rlcore_kit.checkpoint.background_save import BackgroundSave
+from rlcore_kit.checkpoint.rank_files import RankPart, rank_file
 from rlcore_megatron import torch_dist
 from rlcore_megatron.checkpoint import Manifest, Reader, gather_objects
 from rlcore_megatron.modules import PackedGPT

@@ -1,7 +1,7 @@
 """Checkpoints in Megatron's own format ``torch_dist``, which Megatron's tools read: `megatron.core.dist_checkpointing`.
 
 Megatron plans them: what each rank writes, under which names, and that this is everything, once. A thread of ours
-writes. Beside Megatron's files stand those of `rlcore.checkpoint.rank_files`: the random states, and a manifest that
+writes. The files of `rlcore_kit.checkpoint.rank_files` are in the same folder: the random states, and a manifest that
 says where in Megatron's files each block lies. The engine reads by this manifest: whoever reads ``.metadata`` unpickles
 it, and with it whatever somebody may have put there.
 """
@@ -29,12 +29,12 @@ from torch.distributed.checkpoint import Metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.storage import WriteResult
 
-from rlcore.checkpoint import rank_files
-from rlcore.checkpoint.json_file import Count, FileName
-from rlcore.checkpoint.rank_files import Gather, RankManifest, RankPart, file_record
-from rlcore.checkpoint.tensor_file import flush
 from rlcore.engines.train import FileRecord
 from rlcore.errors import CheckpointError
+from rlcore.json_file import Count, FileName
+from rlcore_kit.checkpoint import rank_files
+from rlcore_kit.checkpoint.rank_files import Gather, RankManifest, RankPart, file_record
+from rlcore_kit.checkpoint.tensor_file import flush
 from rlcore_megatron.blocks import SavedBlock, overlap
 
 BACKEND, VERSION = "torch_dist", 1

@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from rlcore.engines import WeightBucket, model_checks
+from rlcore.engines import WeightBucket
 from rlcore.errors import EngineError
+from rlcore_kit.model_folder import checks
 from rlcore_megatron import quirks
 from rlcore_megatron.families.family import EMBEDDING, LM_HEAD, SCORE, Family
 from rlcore_megatron.families.weight import share_shape, view
@@ -92,7 +93,7 @@ def _problems(
     missing = [f"{name} is missing" for name in sorted(needed) if name not in files]
     heads = {LM_HEAD.hf} if head == "policy" else {LM_HEAD.hf} | scalar  # that of the language model may be tied
     unknown = (name for name in files.names if not name.endswith("rotary_emb.inv_freq"))
-    unexpected = [f"{name} is unknown" for name in model_checks.not_ignored(set(unknown) - known - heads, ignored)]
+    unexpected = [f"{name} is unknown" for name in checks.not_ignored(set(unknown) - known - heads, ignored)]
     misshapen = [
         f"{name} has shape {list(files.shape(name))}, not {list(piece.shape)}"
         for piece in slices

@@ -16,9 +16,9 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from rlcore.engines import WeightBucket
-from rlcore.engines.model_files import CONFIG, GENERATION, Origin
-from rlcore.engines.model_writing import MAX_FILE_BYTES, write_model_folder
 from rlcore.errors import EngineError
+from rlcore_kit.model_folder.files import CONFIG, GENERATION, Origin
+from rlcore_kit.model_folder.writing import MAX_FILE_BYTES, write_model_folder
 
 
 def write_model(

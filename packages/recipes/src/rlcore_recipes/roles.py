@@ -121,7 +121,7 @@ def open_executor(controller: ControllerSettings, roles: Sequence[str], out_dir:
         stack.callback(processes.executor.close)
         return processes.executor
     try:
-        from rlcore.controller.ray import RayExecutor
+        from rlcore_ray import RayExecutor
     except ModuleNotFoundError as error:
         raise ConfigError("controller.kind=ray needs Ray; run: pip install 'rlcore[ray]'") from error
     pools, placement = controller.mapping(roles)

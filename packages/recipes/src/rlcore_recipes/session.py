@@ -14,9 +14,9 @@ from pydantic import Field
 
 from rlcore.algorithms.kl import KLController, kl_controller
 from rlcore.batch import Batch
-from rlcore.checkpoint.json_file import Finite, JsonFile
 from rlcore.controller import Executor
 from rlcore.errors import ConfigError, RlcoreWarning
+from rlcore.json_file import Finite, JsonFile
 from rlcore_recipes.asynchronous import Producer, open_producer
 from rlcore_recipes.banner import model_rows
 from rlcore_recipes.collect import release, sampled_and_scored

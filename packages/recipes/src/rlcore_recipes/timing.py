@@ -11,9 +11,9 @@ from pathlib import Path
 from rlcore.boundary import boundary
 from rlcore.controller import Event, Executor
 from rlcore.errors import ConfigError
-from rlcore.trace import CONTROLLER, TraceFile
 from rlcore_recipes.processes import is_main
 from rlcore_recipes.run_folder import TRACE
+from rlcore_recipes.trace import CONTROLLER, TraceFile
 
 
 class Timings:

@@ -15,10 +15,10 @@ from warnings import warn
 import torch
 
 from rlcore.boundary import boundary
-from rlcore.checkpoint.json_file import JsonFile
 from rlcore.config import Config
 from rlcore.engines import TrainEngine
 from rlcore.errors import ConfigError, RlcoreWarning
+from rlcore.json_file import JsonFile
 from rlcore.progress import listening
 from rlcore.tracking import RunInfo, Tracker
 from rlcore_recipes.banner import print_end, print_start

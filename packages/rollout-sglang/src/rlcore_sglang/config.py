@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from rlcore.config import FilePath, Package, Seconds
-from rlcore.servers.settings import ServerClientSettings, url_problems
+from rlcore_kit.serving.settings import ServerClientSettings, url_problems
 
 
 class SGLangSettings(ServerClientSettings):

@@ -9,7 +9,7 @@ from typing import cast
 
 from rlcore.engines.rollout import RolloutEngine
 from rlcore.engines.settings import RolloutSpec
-from rlcore.servers.versions import Versions
+from rlcore_kit.serving.versions import Versions
 from rlcore_sglang import quirks
 from rlcore_sglang.arguments import server_arguments
 from rlcore_sglang.config import SGLangSettings

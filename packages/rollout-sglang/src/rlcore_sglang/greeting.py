@@ -8,9 +8,9 @@ from typing import Any
 
 from rlcore.engines.settings import RolloutSpec
 from rlcore.errors import EngineError
-from rlcore.servers.connection import Connection
-from rlcore.servers.model import check_same_model, vocabulary
-from rlcore.servers.versions import Versions
+from rlcore_kit.serving.connection import Connection
+from rlcore_kit.serving.model import check_same_model, vocabulary
+from rlcore_kit.serving.versions import Versions
 from rlcore_sglang.quirks import CONTEXT_SLACK
 from rlcore_sglang.sampler import NAME
 

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 import torch.distributed
 
-from rlcore.engines.threaded_calls import ThreadedCall
 from rlcore.errors import EngineError, WorkerError
-from rlcore.servers.connection import Connection
+from rlcore_kit.serving.connection import Connection
+from rlcore_kit.serving.threaded_calls import ThreadedCall
 
 # torch.distributed exports these without declaring it.
 c10d: Any = torch.distributed

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 import psutil
 
 from rlcore.errors import EngineError, WorkerDied, WorkerError
-from rlcore.servers.connection import Connection
+from rlcore_kit.serving.connection import Connection
 from rlcore_sglang.serve import REFUSED
 
 _LOOK_S = 0.25

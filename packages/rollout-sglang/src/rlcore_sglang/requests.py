@@ -7,7 +7,7 @@ from typing import Any
 
 from rlcore.engines.rollout import Completion, FinishReason, GenerationRequest
 from rlcore.errors import WorkerError
-from rlcore.servers.versions import Versions
+from rlcore_kit.serving.versions import Versions
 
 PATH = "/generate"
 SEEDS = 2**63

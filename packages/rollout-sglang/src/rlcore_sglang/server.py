@@ -10,12 +10,12 @@ from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any
 
 from rlcore.engines import Completion, GenerationRequest, RolloutEngine, RolloutSpec, WeightBucket
-from rlcore.engines.prompts import check_prompt
 from rlcore.errors import EngineError, WorkerDied, WorkerError
-from rlcore.servers.calls import Call, Calls
-from rlcore.servers.connection import Connection
-from rlcore.servers.standstill import Standstill
-from rlcore.servers.versions import Versions
+from rlcore_kit.serving.calls import Call, Calls
+from rlcore_kit.serving.connection import Connection
+from rlcore_kit.serving.prompts import check_prompt
+from rlcore_kit.serving.standstill import Standstill
+from rlcore_kit.serving.versions import Versions
 from rlcore_sglang import requests
 from rlcore_sglang.config import SGLangSettings
 from rlcore_sglang.greeting import Greeting, greet

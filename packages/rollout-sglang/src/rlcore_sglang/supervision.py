@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from rlcore.engines import Replicas, RolloutEngine, WeightBucket
+from rlcore.engines import RolloutEngine, WeightBucket
 from rlcore.errors import EngineError
+from rlcore_kit.serving.replicas import Replicas
 
 _LOOK_S = 0.2
 

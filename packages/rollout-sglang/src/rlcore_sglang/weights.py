@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from rlcore.engines.weight_sync import WeightBucket
+from rlcore.engines.weight_bucket import WeightBucket
 from rlcore.errors import EngineError, WorkerError
-from rlcore.servers.connection import Connection
+from rlcore_kit.serving.connection import Connection
 from rlcore_sglang import payload
 from rlcore_sglang.config import SGLangSettings
 from rlcore_sglang.group import UpdateGroup

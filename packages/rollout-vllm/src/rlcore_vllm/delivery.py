@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from rlcore.engines.weight_sync import WeightBucket
+from rlcore.engines.weight_bucket import WeightBucket
 from rlcore.errors import EngineError
-from rlcore.weight_transfer import TransferError, WeightSender, open_sender
+from rlcore_kit.weight_transfer import TransferError, WeightSender, open_sender
 from rlcore_vllm.backend import Backend
 
 STAGING_BYTES = 512 << 20

@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
-from rlcore.engines.prompts import check_prompt
-from rlcore.engines.replicas import Replicas
 from rlcore.engines.rollout import Completion, GenerationRequest, RolloutEngine
 from rlcore.engines.settings import RolloutSpec
-from rlcore.engines.weight_sync import WeightBucket
+from rlcore.engines.weight_bucket import WeightBucket
 from rlcore.errors import EngineError, WorkerError
+from rlcore_kit.serving.prompts import check_prompt
+from rlcore_kit.serving.replicas import Replicas
 from rlcore_vllm import quirks
 from rlcore_vllm.backend import Backend
 from rlcore_vllm.config import VLLMSettings

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from rlcore.engines.weight_sync import WeightBucket
+from rlcore.engines.weight_bucket import WeightBucket
 from rlcore.errors import EngineError, WorkerError
 from rlcore_vllm.backend import Backend
 from rlcore_vllm.quirks import CallableList

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from rlcore.weight_transfer import Address, WeightReceiver, open_receiver
+from rlcore_kit.weight_transfer import Address, WeightReceiver, open_receiver
 from rlcore_vllm import quirks, sampler
 from rlcore_vllm.adapters import AdapterReload, begin_with_none
 from rlcore_vllm.reload import Reload

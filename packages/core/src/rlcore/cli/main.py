@@ -17,13 +17,13 @@ from rlcore.errors import RlcoreError, RlcoreWarning, WorkerDied, WorkerError
 # name -> (module:attribute, help); help stands here so that listing commands imports none of them
 _OWN = {
     "run": ("rlcore.cli.run:run", "Run a recipe, or list recipes."),
-    "plan": ("rlcore.cli.plan:plan", "Print what a run would start, and where, before it does."),
     "config": ("rlcore.cli.config:config", "Show, check or describe the configuration of a recipe."),
     "plugins": ("rlcore.cli.plugins:list_plugins", "List installed plugins, and why one does not work."),
     "completions": ("rlcore.cli.completions:completions", "Print a shell's completion script."),
 }
 # commands that rlcore's other packages bring
 _OURS = {
+    "plan": "Print what a run would start, and where, before it does.",
     "quickstart": "Train a small model from scratch on this machine.",
     "data": "Prepare data sets.",
     "model": "Make and convert models.",

@@ -40,7 +40,7 @@ class Executor(Protocol):
     """Builds engines where they belong and runs functions beside them; a recipe does not know which one it has.
 
     Functions are importable by name (they may be sent to other processes). A batch that a function is given or returns
-    is a `Batch` inside of it; the caller may hold a `rlcore.controller.ray.RemoteBatch` instead.
+    is a `Batch` inside of it; the caller may hold a `rlcore_ray.RemoteBatch` instead.
     """
 
     @property
@@ -81,7 +81,7 @@ class Executor(Protocol):
         """Make ``rollout`` generate with the weights of ``trainer`` and call them ``version``.
 
         Returns:
-            what travelled between processes (`rlcore.weight_transfer.TransferStats.metrics`), if anything did.
+            what travelled between processes (`rlcore_kit.weight_transfer.TransferStats.metrics`), if anything did.
         """
         ...
 

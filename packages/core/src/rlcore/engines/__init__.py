@@ -7,7 +7,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlcore.engines.replicas import Replicas
     from rlcore.engines.reward import Reward, RewardResult, RewardSample
     from rlcore.engines.rollout import Completion, GenerationRequest, RolloutEngine, SamplingParams
     from rlcore.engines.settings import (
@@ -20,7 +19,8 @@ if TYPE_CHECKING:
         WeightSyncSettings,
     )
     from rlcore.engines.train import ForwardRequest, Objective, TrainEngine
-    from rlcore.engines.weight_sync import WeightBucket, sync_weights
+    from rlcore.engines.weight_bucket import WeightBucket
+    from rlcore.engines.weight_sync import sync_weights
 
 _HOMES = {
     "Completion": "rollout",
@@ -30,7 +30,6 @@ _HOMES = {
     "ModelSettings": "settings",
     "Objective": "train",
     "OptimSettings": "settings",
-    "Replicas": "replicas",
     "Reward": "reward",
     "RewardResult": "reward",
     "RewardSample": "reward",
@@ -40,7 +39,7 @@ _HOMES = {
     "SamplingParams": "rollout",
     "TrainEngine": "train",
     "TrainEngineSpec": "settings",
-    "WeightBucket": "weight_sync",
+    "WeightBucket": "weight_bucket",
     "WeightSyncSettings": "settings",
     "sync_weights": "weight_sync",
 }
@@ -53,7 +52,6 @@ __all__ = [
     "ModelSettings",
     "Objective",
     "OptimSettings",
-    "Replicas",
     "Reward",
     "RewardResult",
     "RewardSample",

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rlcore.controller.dispatch import Dispatch, dispatch
-from rlcore.engines.weight_sync import WeightBucket
+from rlcore.engines.weight_bucket import WeightBucket
 from rlcore.progress import report
 
 ROLLOUT_ENGINE_INTERFACE = 1

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rlcore.engines.train import TrainEngine
 
 Head = Literal["policy", "value", "score"]
+DType = Literal["float32", "bfloat16"]
 
 
 def names_a_folder(model: str) -> bool:

@@ -15,7 +15,7 @@ from typing_extensions import TypedDict  # which pydantic describes, unlike that
 from rlcore.batch import Batch
 from rlcore.controller.dispatch import Dispatch, dispatch
 from rlcore.engines.memory import StepMemory
-from rlcore.engines.weight_sync import WeightBucket
+from rlcore.engines.weight_bucket import WeightBucket
 from rlcore.errors import EngineError
 from rlcore.metrics import Metrics
 

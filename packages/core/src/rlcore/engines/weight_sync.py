@@ -3,25 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-import torch
-
-if TYPE_CHECKING:
-    from rlcore.engines.rollout import RolloutEngine
-    from rlcore.engines.train import TrainEngine
-
-
-@dataclass(frozen=True)
-class WeightBucket:
-    """Some full tensors under their Hugging Face names, on the sender's device."""
-
-    tensors: tuple[tuple[str, torch.Tensor], ...]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for _, tensor in self.tensors)
+from rlcore.engines.rollout import RolloutEngine
+from rlcore.engines.train import TrainEngine
+from rlcore.engines.weight_bucket import WeightBucket
 
 
 def sync_weights(trainer: TrainEngine, rollout: RolloutEngine, version: int, bucket_bytes: int = 512 << 20) -> None:

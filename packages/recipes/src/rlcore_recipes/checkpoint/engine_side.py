@@ -14,11 +14,11 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
 
-from rlcore.background import in_background
-from rlcore.checkpoint.rank_files import file_record
 from rlcore.engines import TrainEngine
 from rlcore.engines.train import FileRecord
 from rlcore.errors import CheckpointError
+from rlcore_kit.background import in_background
+from rlcore_kit.checkpoint.rank_files import file_record
 from rlcore_recipes.checkpoint.manifest import check_contents, check_size
 from rlcore_recipes.checkpoint.naming import Place
 from rlcore_recipes.checkpoint.node_folder import base, locked, outbox

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 from warnings import warn
 
-from rlcore.background import in_background
-from rlcore.checkpoint.json_file import JsonFile
 from rlcore.controller import LocalExecutor
 from rlcore.engines import TrainEngine
 from rlcore.engines.train import FileRecord
 from rlcore.errors import CheckpointError, RlcoreWarning
+from rlcore.json_file import JsonFile
+from rlcore_kit.background import in_background
 from rlcore_recipes.checkpoint import engine_side
 from rlcore_recipes.checkpoint.manifest import STATE, RunState, decode_state
 from rlcore_recipes.checkpoint.naming import Place, name_of, normal, step_of

@@ -11,9 +11,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from rlcore.checkpoint.json_file import LIMIT
 from rlcore.engines.train import FileRecord
 from rlcore.errors import CheckpointError
+from rlcore.json_file import LIMIT
 from rlcore_recipes.checkpoint.manifest import (
     MANIFEST,
     MARK,

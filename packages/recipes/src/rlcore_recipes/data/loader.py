@@ -12,8 +12,8 @@ from typing import Any, Generic, TypeVar
 from pydantic import Field
 
 from rlcore.batch import Batch
-from rlcore.checkpoint.json_file import Count, JsonFile
 from rlcore.errors import CheckpointError, DataError
+from rlcore.json_file import Count, JsonFile
 from rlcore_recipes.data.prompts import PromptDataset, PromptSample
 
 T = TypeVar("T")

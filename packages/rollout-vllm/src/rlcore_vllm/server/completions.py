@@ -6,7 +6,7 @@ from typing import Any
 
 from rlcore.engines.rollout import Completion, FinishReason, GenerationRequest
 from rlcore.errors import WorkerError
-from rlcore.servers.versions import Versions
+from rlcore_kit.serving.versions import Versions
 from rlcore_vllm.requests import SEEDS
 
 PATH = "/inference/v1/generate"

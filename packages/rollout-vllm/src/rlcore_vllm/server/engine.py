@@ -10,13 +10,14 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, cast
 
-from rlcore.engines import Completion, GenerationRequest, Replicas, RolloutEngine, RolloutSpec, WeightBucket
-from rlcore.engines.prompts import check_prompt
+from rlcore.engines import Completion, GenerationRequest, RolloutEngine, RolloutSpec, WeightBucket
 from rlcore.errors import EngineError, WorkerDied, WorkerError
-from rlcore.servers.calls import Call, Calls
-from rlcore.servers.connection import Connection
-from rlcore.servers.standstill import Standstill
-from rlcore.servers.versions import Versions
+from rlcore_kit.serving.calls import Call, Calls
+from rlcore_kit.serving.connection import Connection
+from rlcore_kit.serving.prompts import check_prompt
+from rlcore_kit.serving.replicas import Replicas
+from rlcore_kit.serving.standstill import Standstill
+from rlcore_kit.serving.versions import Versions
 from rlcore_vllm.config import VLLMSettings
 from rlcore_vllm.server import completions
 from rlcore_vllm.server.greeting import Greeting, greet

@@ -7,9 +7,9 @@ from typing import Any
 
 from rlcore.engines.settings import RolloutSpec
 from rlcore.errors import EngineError, WorkerError
-from rlcore.servers.connection import Connection
-from rlcore.servers.model import check_same_model, vocabulary
-from rlcore.servers.versions import Versions
+from rlcore_kit.serving.connection import Connection
+from rlcore_kit.serving.model import check_same_model, vocabulary
+from rlcore_kit.serving.versions import Versions
 from rlcore_vllm.server.settings import ServerSettings
 
 EXTENSION = "rlcore_vllm.server.worker.ServerWorkerExtension"

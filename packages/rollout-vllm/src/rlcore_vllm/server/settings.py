@@ -7,7 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from rlcore.config import FilePath
-from rlcore.servers.settings import ServerClientSettings, url_problems
+from rlcore_kit.serving.settings import ServerClientSettings, url_problems
 
 
 class ServerSettings(ServerClientSettings):

@@ -12,10 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rlcore.engines.weight_sync import WeightBucket
+from rlcore.engines.weight_bucket import WeightBucket
 from rlcore.errors import WorkerError
-from rlcore.servers.connection import Connection
-from rlcore.weight_transfer import TransferStats, WeightSender, open_sender
+from rlcore_kit.serving.connection import Connection
+from rlcore_kit.weight_transfer import TransferStats, WeightSender, open_sender
 from rlcore_vllm.server.settings import ServerSettings
 
 ANSWER_S = 10

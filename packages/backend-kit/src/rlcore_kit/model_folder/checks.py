@@ -1,0 +1,135 @@
+"""Checks of a model folder before anything is computed: do its files fit one another, and what the engine wants?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+from warnings import warn
+
+from rlcore.engines.settings import Head, ModelSettings
+from rlcore.errors import EngineError, RlcoreWarning
+from rlcore_kit.model_folder.files import CONFIG, Tensor, end_tokens, read_json, tensors
+
+MOST_LABELS = 100_000
+
+_INTEGER_TYPES = frozenset({"BOOL", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"})
+
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "num_hidden_layers",
+    "max_position_embeddings",
+)
+
+
+def check_config_file(folder: Path) -> None:
+    """Raise `EngineError` if ``config.json`` cannot be read, or would make transformers build lists without end."""
+    labels = read_json(folder / CONFIG).get("num_labels")
+    if isinstance(labels, int) and labels > MOST_LABELS:
+        raise EngineError(
+            f"{folder / CONFIG}: num_labels is {labels!r:.100}, more than the {MOST_LABELS} that are read"
+        )
+
+
+def check_files(settings: ModelSettings, config: Any, head: Head, folder: Path | None) -> None:
+    """Check what the model's files say against its configuration, and against ``head``.
+
+    Args:
+        config: of transformers.
+        folder: with the files; None if they are not here yet.
+
+    Raises:
+        EngineError: what contradicts what.
+    """
+    check_unquantised(settings, config)
+    found = tensors(folder) if folder else {}
+    check_sizes(settings, config, found)
+    if folder:
+        check_tensors(settings, found, head)
+    if head == "policy":
+        end_tokens(settings, int(config.get_text_config().vocab_size))
+
+
+def check_unquantised(settings: ModelSettings, config: Any) -> None:
+    """Raise `EngineError` if the configuration (of transformers) says that the weights are quantised."""
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is None:
+        return
+    named = quantised if isinstance(quantised, dict) else vars(quantised)
+    method = getattr(named.get("quant_method"), "value", named.get("quant_method")) or "an unnamed method"
+    raise EngineError(
+        f"model {settings.path!r} has quantised weights ({method}), with which no training engine computes; take the "
+        "model's unquantised weights"
+    )
+
+
+def check_sizes(settings: ModelSettings, config: Any, found: dict[str, Tensor]) -> None:
+    """Raise `EngineError` if a size of the configuration (of transformers) is none, or larger than any tensor.
+
+    Such a model could take any amount of memory before its weights are seen not to fit.
+
+    Args:
+        found: the tensors of the files; empty if they are not here yet.
+    """
+    widest = max((max(tensor.shape, default=0) for tensor in found.values()), default=0)
+    for name in _SIZES:
+        value = getattr(config.get_text_config(), name, None)
+        if value is None or isinstance(value, list | tuple):  # of every layer
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise EngineError(f"model {settings.path!r}: {name} in {CONFIG} is {value!r:.100}, which is no size")
+        most = len(found) if name == "num_hidden_layers" else widest
+        if found and value > most and name != "max_position_embeddings":
+            raise EngineError(
+                f"model {settings.path!r}: {name} in {CONFIG} is {value!r:.100}, but the weights have "
+                + (f"{most} tensors" if name == "num_hidden_layers" else f"no dimension larger than {most}")
+            )
+
+
+def check_tensors(settings: ModelSettings, found: dict[str, Tensor], head: Head) -> None:
+    """Raise `EngineError` if the files hold integers as weights, or a head that is not the scalar one of ``head``.
+
+    Args:
+        head: "policy", "value" or "score". A score head must be in the files; a value head may start with new weights.
+    """
+    where = f"weights of {settings.path!r}"
+    floats = (".weight", ".bias")  # buffers may hold integers
+    integers = [name for name, tensor in found.items() if name.endswith(floats) and tensor.dtype in _INTEGER_TYPES]
+    if integers:
+        raise EngineError(
+            f"{where}: {integers[0]} holds integers ({found[integers[0]].dtype}) where floating-point numbers are "
+            "expected; quantised weights cannot be trained"
+        )
+    if head == "policy":
+        return
+    score = found.get("score.weight")
+    if score is None and head == "score":
+        raise EngineError(
+            f"{where} have no scalar head (score.weight): a reward model needs trained weights for it, under the name "
+            "that transformers' sequence classification gives them"
+        )
+    if score is not None and score.shape[:1] != (1,):
+        raise EngineError(
+            f"{where}: the head score.weight has shape {list(score.shape)}, which gives {score.shape[0]} labels; a "
+            f"{'reward model' if head == 'score' else 'critic'} gives one number, so that the head must have one row"
+        )
+
+
+def warn_of_new_head(settings: ModelSettings) -> None:
+    """Say that a critic's head is not that of its files, which have none."""
+    warn(
+        f"the critic's head is new: the weights of {settings.path!r} have none (score.weight)",
+        RlcoreWarning,
+        stacklevel=2,
+    )
+
+
+def not_ignored(names: Iterable[str], ignored: Sequence[str]) -> list[str]:
+    """Those of ``names``, tensors that the model does not take, that none of ``ignored_weights`` allows; sorted."""
+    return sorted(name for name in names if not any(fnmatchcase(name, pattern) for pattern in ignored))

@@ -1,0 +1,191 @@
+"""Reading a Hugging Face model folder: the right class for a head, and one clear sentence when something is wrong."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from rlcore.boundary import boundary
+from rlcore.engines import ModelSettings
+from rlcore.engines.settings import Head
+from rlcore.errors import EngineError
+from rlcore_kit.model_folder import checks, files
+
+# What a layer may attend to; anything else (linear attention, convolutions, chunks) crosses sequences in a packed row.
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_SCORE = "score"
+"""The scalar head's module in transformers' classes."""
+
+
+def read_config(settings: ModelSettings, head: Head = "policy") -> Any:
+    """The model's configuration, and checks of the files that belong to it.
+
+    Raises:
+        EngineError: the folder is missing or incomplete, a file of it is damaged, or its architecture is unsupported.
+    """
+    folder = files.model_folder(settings)
+    where = "cannot be read" if folder else "is no folder here and cannot be fetched from the Hub"
+    if folder:
+        checks.check_config_file(folder)
+    with boundary(f"model {settings.path!r} {where}", EngineError), quiet():
+        config = AutoConfig.from_pretrained(**_source(settings))
+        layers = set(getattr(config.get_text_config(), "layer_types", None) or ())
+        checks.check_files(settings, config, head, folder)
+    if strange := sorted(layers - _LAYER_TYPES):
+        raise EngineError(
+            f"model {settings.path!r} ({config.model_type}) has {strange[0]} layers, which mix the sequences of a "
+            "packed row; only full and sliding-window attention is supported"
+        )
+    return config
+
+
+def load_model(
+    settings: ModelSettings,
+    config: Any,
+    head: Head,
+    dtype: torch.dtype | Literal["auto"],
+    seed: int,
+    attention: str,
+) -> PreTrainedModel:
+    """The model with its weights, on the CPU, in evaluation mode. New heads are initialised from ``seed``.
+
+    Args:
+        dtype: of the parameters; "auto" is that of the files.
+        attention: name in transformers' attention interface.
+    """
+    with boundary(f"weights of {settings.path!r} cannot be loaded", EngineError):
+        cls = _auto_class(settings, config, head)
+        with quiet(), torch.random.fork_rng(devices=[]):
+            model, info = cls.from_pretrained(
+                **_source(settings),
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                attn_implementation=attention,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are judged below
+            )
+    _check_loaded(settings, model, info, head)
+    new = {name for name in info["missing_keys"] if name.startswith(f"{_SCORE}.")}
+    if f"{_SCORE}.weight" in new:
+        # Small, so that a new critic starts near zero everywhere.
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.randn(model.score.weight.shape, generator=generator) / (model.score.in_features + 1)
+        model.score.weight.data.copy_(weight)
+        checks.warn_of_new_head(settings)
+    if f"{_SCORE}.bias" in new:
+        model.score.bias.data.zero_()
+    return _prepared(model)
+
+
+def _check_loaded(settings: ModelSettings, model: PreTrainedModel, info: dict[str, Any], head: Head) -> None:
+    """Raise `EngineError` unless files and model agree on every tensor; a value head may be new."""
+    where, cls = f"weights of {settings.path!r}", type(model).__name__
+    if getattr(model, "_hf_peft_config_loaded", False):  # a folder is refused before it is loaded
+        raise EngineError(f"model {settings.path!r} comes with an adapter, which was loaded on top of its weights")
+    if misshapen := sorted(info["mismatched_keys"]):
+        name, in_file, in_model = misshapen[0]
+        raise EngineError(
+            f"{where} do not fit {cls} of its {files.CONFIG}: {len(misshapen)} tensors have other shapes, first "
+            f"{name}, which has {list(in_file)} instead of {list(in_model)}"
+        )
+    missing = {name for name in info["missing_keys"] if head != "value" or not name.startswith(f"{_SCORE}.")}
+    if missing:
+        raise EngineError(f"{where} lack {len(missing)} tensors of {cls}, first {min(missing)}")
+    outputs = set() if head == "policy" else _output_names(model)
+    if unknown := checks.not_ignored(set(info["unexpected_keys"]) - outputs, settings.ignored_weights):
+        raise EngineError(
+            f"{where} hold {len(unknown)} tensors that {cls} of its {files.CONFIG} does not take, first "
+            f"{unknown[0]}; correct {files.CONFIG}, or name what may be left out in the model's ignored_weights"
+        )
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True)
+    if apart := sorted(set(tied) - set(model.all_tied_weights_keys)):
+        raise EngineError(
+            f"{where} hold {apart[0]} with other values than {tied[apart[0]]}, but tie_word_embeddings in its "
+            f"{files.CONFIG} makes them one tensor; set tie_word_embeddings to false there"
+        )
+
+
+def _output_names(model: PreTrainedModel) -> set[str]:
+    """The language-model head in the files of a model that is read with a scalar head."""
+    causal = transformers.AutoModelForCausalLM._model_mapping.get(type(model.config), None)
+    tied = getattr(causal, "_tied_weights_keys", None) or ()
+    return {"lm_head.weight", "lm_head.bias", *tied}
+
+
+def empty_model(
+    settings: ModelSettings, config: Any, head: Head, dtype: torch.dtype, attention: str
+) -> PreTrainedModel:
+    """The model's structure on the meta device; ``attention`` as in `load_model`."""
+    with boundary(f"model {settings.path!r} cannot be built", EngineError), quiet(), torch.device("meta"):
+        model = _auto_class(settings, config, head).from_config(
+            config, dtype=dtype, attn_implementation=attention, trust_remote_code=settings.trust_remote_code
+        )
+    return _prepared(model)
+
+
+def _prepared(model: PreTrainedModel) -> PreTrainedModel:
+    """In evaluation mode, and with a gradient for every token's embedding.
+
+    transformers gives the padding token's none. A packed row has no padding: where that token stands, the policy
+    sampled it or a prompt means it (often it is also the end of a text).
+    """
+    model.get_input_embeddings().padding_idx = None
+    return model.eval()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars and its reports on missing weights: `load_model` judges those itself."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _auto_class(settings: ModelSettings, config: Any, head: Head) -> Any:
+    """The auto class for ``head``; ``config`` is set up for one scalar per token where it has no vocabulary."""
+    if head == "policy":
+        cls = transformers.AutoModelForCausalLM
+    else:
+        biased = head == "value" or _has_bias(settings)
+        cls = (
+            transformers.AutoModelForTokenClassification if biased else transformers.AutoModelForSequenceClassification
+        )
+        config.num_labels = 1
+    remote = settings.trust_remote_code and cls.__name__ in getattr(config, "auto_map", {})
+    if type(config) not in cls._model_mapping and not remote:
+        raise EngineError(f"model {settings.path!r} ({config.model_type}) has no {cls.__name__} class in transformers")
+    model_class = None if remote else cls._model_mapping[type(config)]
+    model_class = model_class[0] if isinstance(model_class, tuple) else model_class
+    if model_class is not None and not model_class._supports_attention_backend:
+        raise EngineError(f"{model_class.__name__} does not support replaceable attention in transformers")
+    return cls
+
+
+def _has_bias(settings: ModelSettings) -> bool:
+    folder = files.model_folder(settings)
+    return folder is not None and f"{_SCORE}.bias" in files.tensors(folder)
+
+
+def _source(settings: ModelSettings) -> dict[str, Any]:
+    path = Path(settings.path).expanduser()
+    local = path.is_dir()
+    return {
+        "pretrained_model_name_or_path": str(path) if local else settings.path,
+        "local_files_only": local,
+        "trust_remote_code": settings.trust_remote_code,
+    }

@@ -1,0 +1,116 @@
+"""Writing a Hugging Face model folder: weights first, which no later failure loses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+
+from rlcore.boundary import reason
+from rlcore.errors import EngineError
+from rlcore_kit.model_folder.files import ADAPTER, CONFIG, INDEX, SINGLE
+
+MAX_FILE_BYTES = 4 << 30
+ADAPTERS = "adapter"
+"""The folder within a model folder that has the adapters merged into its weights, in PEFT's format."""
+
+
+def write_model_folder(
+    weights: Iterable[tuple[str, torch.Tensor]],
+    path: Path,
+    write_others: Callable[[Path, set[str]], None],
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> None:
+    """Write ``weights`` and what belongs to them to the folder ``path``, which may hold other files already.
+
+    Everything is written to a folder next to it first. A new folder appears in one piece; in an existing one
+    ``config.json`` is removed first and comes back last, so that a folder with a configuration is complete. One file's
+    tensors at a time are in host memory.
+
+    Args:
+        write_others: writes ``config.json`` and all else into the folder it is given; also gets the tensors' names.
+
+    Raises:
+        EngineError: there are no tensors, or files cannot be written. If only ``write_others`` failed, the weights are
+            in ``path`` and the message says so.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        try:
+            temporary.mkdir(parents=True)
+            names = _write_weights(weights, temporary, max_file_bytes)
+        except Exception as error:
+            raise EngineError(f"model folder {path} could not be written: {reason(error)}") from error
+        if not names:
+            raise EngineError(f"model folder {path} was not written: the model has no weights to write")
+        failure: Exception | None = None
+        try:
+            write_others(temporary, names)
+        except Exception as error:
+            failure = error
+            (temporary / CONFIG).unlink(missing_ok=True)  # the folder is not complete
+        try:
+            _put_in_place(temporary, path)
+        except Exception as error:
+            raise EngineError(f"model folder {path} could not be written: {reason(error)}") from error
+        if failure is not None:
+            raise EngineError(
+                f"the weights are in {path}, but the other files of the model could not be written: {reason(failure)}; "
+                f"copy {CONFIG} from the folder of the model that the run started from"
+            ) from failure
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_weights(weights: Iterable[tuple[str, torch.Tensor]], folder: Path, max_file_bytes: int) -> set[str]:
+    """Write the files and their index, under the names that transformers give them; the tensors' names."""
+    from safetensors.torch import save_file
+
+    files: list[dict[str, int]] = []  # bytes of the tensors in each
+    held: dict[str, torch.Tensor] = {}
+    size = 0
+
+    def write() -> None:
+        save_file(held, folder / f"{len(files)}.part", metadata={"format": "pt"})
+        files.append({name: tensor.nbytes for name, tensor in held.items()})
+        held.clear()
+
+    for name, tensor in weights:
+        if held and size + tensor.nbytes > max_file_bytes:
+            write()
+            size = 0
+        held[name] = tensor.cpu().contiguous()
+        size += tensor.nbytes
+    if held:
+        write()
+    final = [SINGLE] if len(files) == 1 else [_file_name(number, len(files)) for number in range(len(files))]
+    for number, name in enumerate(final):
+        (folder / f"{number}.part").rename(folder / name)
+    if len(files) > 1:
+        index = {
+            "metadata": {"total_size": sum(sum(sizes.values()) for sizes in files)},
+            "weight_map": {name: file for file, sizes in zip(final, files) for name in sizes},
+        }
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return {name for sizes in files for name in sizes}
+
+
+def _file_name(number: int, count: int) -> str:
+    return f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _put_in_place(temporary: Path, path: Path) -> None:
+    if not path.exists():
+        temporary.rename(path)
+        return
+    (path / CONFIG).unlink(missing_ok=True)
+    for stale in path.glob("model*.safetensors*"):
+        stale.unlink()
+    if (path / ADAPTERS / ADAPTER).is_file():  # of the weights before
+        shutil.rmtree(path / ADAPTERS)
+    for entry in sorted(temporary.iterdir(), key=lambda entry: entry.name == CONFIG):
+        entry.replace(path / entry.name)

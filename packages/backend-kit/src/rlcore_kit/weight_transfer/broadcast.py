@@ -1,0 +1,171 @@
+"""Transports ``gloo`` and ``nccl``: pieces of a bucket are broadcast in a process group of their own.
+
+The group is built from its own store and is not registered anywhere: the default group belongs to the trainer. The
+store listens on the sender's host alone, and each process of a gloo group on the address it connected from.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed
+
+from rlcore_kit.weight_transfer.channel import Channel, TransferError, wait_until
+from rlcore_kit.weight_transfer.flat import Payload, PieceReader
+from rlcore_kit.weight_transfer.transport import piece_ranges
+
+# torch.distributed exports these without declaring it.
+c10d: Any = torch.distributed
+
+# Our own watch over the peers ends a wait first and says whom it was for.
+_GRACE_S = 2.0
+# NCCL's watchdog ends the whole process when a collective exceeds the group's time: it must never be the first.
+_NCCL_PATIENCE = 10
+
+
+class BroadcastSender:
+    """Rank 0 of the group. Two staging buffers: one is filled while the other is on its way."""
+
+    def __init__(
+        self,
+        backend: str,
+        host: str,
+        channels: Sequence[Channel],
+        piece_bytes: int,
+        device: torch.device,
+        timeout_s: float,
+    ) -> None:
+        self._backend, self._host, self._channels = backend, host, channels
+        self._piece_bytes, self._device, self._timeout_s = piece_bytes, device, timeout_s
+        # TCPStore by itself listens on every interface.
+        with socket.create_server((host, 0)) as listener:
+            self._port = listener.getsockname()[1]
+            self._store: Any = c10d.TCPStore(
+                host,
+                self._port,
+                is_master=True,
+                wait_for_workers=False,
+                timeout=timedelta(seconds=timeout_s),
+                master_listen_fd=listener.detach(),
+            )
+        self._group: Any = None
+        self._slots: list[torch.Tensor] = []
+
+    def offer(self, rank: int) -> dict[str, Any]:
+        return {"port": self._port, "size": len(self._channels) + 1, "piece_bytes": self._piece_bytes}
+
+    def open(self) -> None:
+        assert self._store is not None
+        try:
+            self._group = _group(
+                self._backend, self._store, 0, len(self._channels) + 1, self._host, self._device, self._timeout_s
+            )
+        except RuntimeError as error:
+            raise _explained(error, self._channels, f"join the {self._backend} group") from error
+        self._slots = [torch.empty(self._piece_bytes, dtype=torch.uint8, device=self._device) for _ in range(2)]
+
+    def opened(self) -> None:
+        return
+
+    def send(self, payload: Payload, bucket: str) -> None:
+        reader = PieceReader(payload)
+        under_way: list[Any] = [None, None]
+        for index, (start, stop) in enumerate(piece_ranges(payload.nbytes, self._piece_bytes)):
+            slot = self._slots[index % 2]
+            _finish(under_way[index % 2], self._channels, self._timeout_s, f"take {bucket}")
+            reader.read_into(slot[: stop - start])
+            under_way[index % 2] = _broadcast(self._group, slot[: stop - start])
+        for work in under_way:
+            _finish(work, self._channels, self._timeout_s, f"take {bucket}")
+
+    def close(self) -> None:
+        _abort(self._group)
+        self._group, self._store, self._slots = None, None, []
+
+
+class BroadcastReceiver:
+    """Another rank of the group; pieces arrive where they are wanted, without staging."""
+
+    def __init__(
+        self,
+        backend: str,
+        host: str,
+        rank: int,
+        offer: dict[str, Any],
+        channel: Channel,
+        own_host: str,
+        device: torch.device,
+        timeout_s: float,
+    ) -> None:
+        self._channel, self._timeout_s = channel, timeout_s
+        self._piece_bytes = offer["piece_bytes"]
+        self.device = device if backend == "nccl" else torch.device("cpu")
+        try:
+            self._store: Any = c10d.TCPStore(
+                host, offer["port"], wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
+            )
+            self._group: Any = _group(backend, self._store, rank + 1, offer["size"], own_host, self.device, timeout_s)
+        except RuntimeError as error:
+            raise _explained(error, [channel], f"join the {backend} group") from error
+
+    def receive_into(self, flat: torch.Tensor, bucket: str) -> None:
+        for start, stop in piece_ranges(flat.numel(), self._piece_bytes):
+            _finish(_broadcast(self._group, flat[start:stop]), [self._channel], self._timeout_s, f"send {bucket}")
+
+    def close(self) -> None:
+        _abort(self._group)
+        self._group = self._store = None
+
+
+def _group(backend: str, store: Any, rank: int, size: int, host: str, device: torch.device, timeout_s: float) -> Any:
+    store = c10d.PrefixStore(f"weights-{backend}", store)
+    if backend == "nccl":
+        options = c10d.ProcessGroupNCCL.Options()
+        options._timeout = timedelta(seconds=timeout_s * _NCCL_PATIENCE)
+        with torch.cuda.device(device):
+            return c10d.ProcessGroupNCCL(store, rank, size, options)
+    # The device of its own spares GLOO_SOCKET_IFNAME, which would speak for the trainer's groups too.
+    gloo = c10d.ProcessGroupGloo
+    settings = gloo._Options()
+    settings._devices = [gloo.create_device(hostname=host)]
+    settings._timeout = timedelta(seconds=timeout_s + _GRACE_S)
+    return gloo(store, rank, size, settings)
+
+
+def _broadcast(group: Any, piece: torch.Tensor) -> Any:
+    options = c10d.BroadcastOptions()
+    options.rootRank = 0
+    options.rootTensor = 0
+    options.asyncOp = True
+    return group.broadcast([piece], options)
+
+
+def _finish(work: Any, channels: Sequence[Channel], timeout_s: float, awaited: str) -> None:
+    if work is None:
+        return
+    wait_until(work.is_completed, channels, timeout_s, awaited)
+    try:
+        work.wait()
+    except RuntimeError as error:
+        raise _explained(error, channels, awaited) from error
+
+
+def _explained(error: RuntimeError, channels: Sequence[Channel], awaited: str) -> TransferError:
+    """The error with the name of whoever caused it: its control connection closes at about the same moment."""
+    end = time.monotonic() + _GRACE_S
+    try:
+        wait_until(lambda: time.monotonic() > end, channels, 2 * _GRACE_S, awaited)
+    except TransferError as named:
+        return named
+    peers = " or ".join(channel.peer for channel in channels)
+    return TransferError(f"{peers} did not {awaited}: {error}")
+
+
+def _abort(group: Any) -> None:
+    if group is not None:
+        group.abort()

@@ -1,0 +1,203 @@
+"""``rlcore plan``: what a run would start, and where, before it does.
+
+Recipes describe themselves: see `Planned` for the attributes that a recipe's configuration may have.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import click
+from rich.table import Table
+from rich.text import Text
+
+from rlcore import plugins
+from rlcore.cli import recipes
+from rlcore.cli.console import out
+from rlcore.controller.placement import ResourcePool, replaceable
+from rlcore.errors import ConfigError, PlacementError
+
+if TYPE_CHECKING:
+    from rlcore_ray.capacity import Node
+
+TRAINED = ("actor", "critic")
+
+
+class Controller(Protocol):
+    """What runs the engines: ``kind`` is "local" or "ray", ``address`` that of a cluster, if there is one."""
+
+    kind: str
+    address: str | None
+
+    def mapping(self, roles: Sequence[str]) -> tuple[dict[str, ResourcePool], dict[str, str]]:
+        """The pools that ``roles`` use, and the pool of each role."""
+        ...
+
+
+@runtime_checkable
+class Planned(Protocol):
+    """A configuration that can be planned. Beside these two it may have ``arithmetic``, rows of what is counted, how,
+    and the number (samples per step, optimizer steps …), and ``weight_sync.transport``.
+
+    Attributes:
+        roles: what takes part in the run, in the order in which it is built.
+    """
+
+    controller: Any
+    roles: Sequence[str]
+
+
+@click.command(cls=recipes.ConfiguredCommand, params=[recipes.recipe_parameter(), *recipes.configuration_parameters()])
+def plan(recipe: str, file: str | None, overrides: tuple[str, ...]) -> None:
+    """Print what a run would start, and where, before it does.
+
+    Starts nothing. With controller.address it asks that cluster whether there is room now; the exit code is 1 if not.
+    """
+    config = recipes.load(plugins.get(recipes.GROUP, recipe), file, overrides)
+    if not isinstance(config, Planned):
+        raise ConfigError(f"the recipe {recipe} does not tell which roles it has; it cannot be planned")
+    if int(os.environ.get("RANK", "0")) > 0:
+        return
+    controller: Controller = config.controller
+    pools, placed = controller.mapping(config.roles)
+    if controller.kind == "local":
+        _print_local(config.roles)
+    else:
+        _print_pools(pools, placed)
+        out.print()
+        for line in [*_concurrency(placed), *_weights(config, pools, placed)]:
+            out.print(Text(line))
+    _print_arithmetic(config)
+    if controller.kind == "ray" and controller.address is not None:
+        _print_room(controller.address, pools)
+    elif controller.kind == "ray":
+        _print_own_cluster(pools)
+
+
+def _print_local(roles: Sequence[str]) -> None:
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = "this process" if world == 1 else f"each of the {world} processes that torchrun started"
+    out.print(Text(f"controller.kind=local: all roles in {processes}; they take turns"))
+    out.print(Text(f"roles: {', '.join(roles)}"))
+    out.print(Text(f"training processes: {world}" + (" (torchrun starts more)" if world == 1 else "")))
+    if "rollout" in roles:
+        out.print(Text("weights to the rollout: in the same process"))
+
+
+def _print_pools(pools: Mapping[str, ResourcePool], placed: Mapping[str, str]) -> None:
+    table = _table("pool", "processes", "each process gets", "strategy", "roles", "training", "if a process dies")
+    for name, pool in pools.items():
+        roles = _on(placed, name)
+        trained = [role for role in roles if role in TRAINED]
+        table.add_row(
+            name,
+            str(pool.processes),
+            f"{pool.cpus_per_process:g} CPU, {pool.gpus_per_process:g} GPU",
+            pool.strategy,
+            ", ".join(roles),
+            f"{', '.join(trained)}: world size {pool.processes}" if trained else "",
+            "it is replaced" if replaceable(roles) else "the run restarts",
+        )
+    out.print(table)
+
+
+def _concurrency(placed: Mapping[str, str]) -> list[str]:
+    pools = list(dict.fromkeys(placed.values()))
+    shared = [pool for pool in pools if len(_on(placed, pool)) > 1 and not replaceable(_on(placed, pool))]
+    turns = [f"{', '.join(_on(placed, pool))} ({pool})" for pool in shared]
+    beside = [f"{one} with {other}" for one, other in combinations(pools, 2)]
+    return [
+        f"take turns: {'; '.join(turns) or 'none'}",
+        f"can run at the same time: {'; '.join(beside) or 'nothing, as there is one pool'}",
+    ]
+
+
+def _weights(config: Any, pools: Mapping[str, ResourcePool], placed: Mapping[str, str]) -> list[str]:
+    if "rollout" not in placed:
+        return []
+    trainer, rollout = placed["actor"], placed["rollout"]
+    if trainer == rollout:
+        return ["weights to the rollout: in the same process"]
+    wanted = config.weight_sync.transport if hasattr(config, "weight_sync") else "auto"
+    how = wanted
+    if wanted == "auto":
+        devices = [pools[name].gpus_per_process > 0 for name in (trainer, rollout)]
+        same, apart = ("ipc", "nccl") if all(devices) else ("shm", "gloo")
+        how = f"{same} on one {'GPU' if all(devices) else 'machine'}, else {apart}"
+    copies = pools[rollout].processes
+    return [f"weights to the rollout: {trainer}[0] to {copies} process{'es' * (copies > 1)} of {rollout}, by {how}"]
+
+
+def _print_arithmetic(config: Any) -> None:
+    rows: Sequence[tuple[str, str, str]] = getattr(config, "arithmetic", ())
+    if not rows:
+        return
+    out.print()
+    table = _table("", "number", "how")
+    for what, how, number in rows:
+        table.add_row(what, number, how)
+    out.print(table)
+
+
+def _print_own_cluster(pools: Mapping[str, ResourcePool]) -> None:
+    processes = sum(pool.processes for pool in pools.values())
+    cpus = sum(pool.processes * pool.cpus_per_process for pool in pools.values())
+    gpus = sum(pool.processes * pool.gpus_per_process for pool in pools.values())
+    cores = os.cpu_count() or 1
+    slower = "; they share cores, which is slower but works" if cpus > cores else ""
+    out.print()
+    out.print(
+        Text(
+            f"Ray on this machine, for the length of the run: {processes} processes for {cpus:g} CPU of {cores}"
+            f"{slower}" + (f"; {gpus:g} GPU are needed here" if gpus else "")
+        )
+    )
+
+
+def _print_room(address: str, pools: Mapping[str, ResourcePool]) -> None:
+    """What the cluster has, and where the processes would run now.
+
+    Raises:
+        ConfigError: there is no cluster, or Ray is not installed.
+        PlacementError: there is no room now, or never will be.
+    """
+    try:
+        from rlcore_ray import capacity, cluster
+    except ModuleNotFoundError as error:
+        raise ConfigError("controller.kind=ray needs Ray; run: pip install 'rlcore[ray]'") from error
+    connected = cluster.connect(address, pools)
+    try:
+        nodes = capacity.nodes()
+        capacity.check_fits(pools)
+        assigned = capacity.assign(pools, nodes)
+        out.print()
+        out.print(_nodes_table(nodes, assigned or {}, capacity.listed))
+        if assigned is None:
+            raise PlacementError(capacity.unplaceable(pools, "there is no room now; a run would wait for it"))
+        out.print(Text("there is room now; Ray may choose other nodes"))
+    finally:
+        if connected:
+            cluster.disconnect()
+
+
+def _nodes_table(nodes: Sequence[Node], assigned: Mapping[str, Sequence[Node]], listed: Any) -> Table:
+    table = _table("node", "has", "free now", "would run")
+    for node in nodes:
+        counts = {pool: list(chosen).count(node) for pool, chosen in assigned.items()}
+        runs = ", ".join(f"{count} × {pool}" for pool, count in counts.items() if count)
+        table.add_row(str(node), listed(node.total), listed(node.free), runs)
+    return table
+
+
+def _on(placed: Mapping[str, str], pool: str) -> list[str]:
+    return [role for role, name in placed.items() if name == pool]
+
+
+def _table(*titles: str) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for title in titles:
+        table.add_column(title, overflow="fold")
+    return table

@@ -1,0 +1,427 @@
+"""`InlineRollout`: the `RolloutEngine` in pure PyTorch, with the training engine's own weights or a copy of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import math
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, cast
+
+from transformers import PreTrainedModel
+
+from rlcore.boundary import boundary
+from rlcore.engines.memory import free_memory
+from rlcore.engines.rollout import Completion, GenerationRequest, RolloutEngine
+from rlcore.engines.settings import ModelSettings, RolloutSpec
+from rlcore.engines.weight_bucket import WeightBucket
+from rlcore.errors import EngineError
+from rlcore.progress import report
+from rlcore_inline import direct
+from rlcore_inline.direct import DirectDecoder
+from rlcore_inline.generic import GenericDecoder
+from rlcore_inline.kv_cache import KVCache, LayerShape, whole_blocks
+from rlcore_inline.scheduler import Decoder, Scheduler
+from rlcore_inline.seeds import stream_start
+from rlcore_inline.sequence import Sequence as RunningSequence
+from rlcore_inline.settings import InlineSettings
+from rlcore_inline.stopping import StopStrings, end_tokens
+from rlcore_inline.verification import verify, verify_invariance
+from rlcore_inline.weights import OwnWeights, WeightSource
+from rlcore_kit.model_folder.length import check_positions, check_rope
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.005
+"""How often a paused engine looks whether it may go on."""
+STANDING_STILL_S = 60
+"""When a batch says that it is waiting for a paused engine."""
+
+
+def build(spec: RolloutSpec) -> InlineRollout:
+    """The plugin's factory: with the weights of ``spec.train_engine``, or of its own where there is none.
+
+    Raises:
+        EngineError: ``spec.train_engine`` is no FSDP policy, or the model cannot be loaded or generated with.
+    """
+    source = spec.train_engine
+    if source is None:
+        return InlineRollout(OwnWeights(spec.model, cast(InlineSettings, spec.options)), spec)
+    head = getattr(getattr(source, "spec", None), "head", "policy")
+    if not isinstance(source, WeightSource) or head != "policy":
+        raise EngineError(
+            "the inline rollout generates with the weights of an fsdp policy in its own process, but got "
+            f"{type(source).__name__} with a {head} head; put the rollout on a pool of its own, or choose another "
+            "rollout engine"
+        )
+    return InlineRollout(source, spec)
+
+
+class InlineRollout(RolloutEngine):
+    """Continuous batching over the weights of ``source``.
+
+    Requests run under one scheduler. Whoever waits for them drives it: `generate_batch` until its requests are done,
+    and for `generate` one task per event loop, so that there is no thread and the order of everything is that of the
+    calls. Methods may be called from any thread.
+
+    The whole weights are held while there are requests, and from `wake` to `sleep`. With data parallelism taking hold
+    is a collective operation, which must not depend on when a rank runs out of requests: `generate_batch`, `wake`,
+    `update_weights` and `sleep` are called on every rank, as dispatch does, and before `generate` is used alone, `wake`
+    is. Weights held that way are let go by `sleep`, which must come before training.
+
+    With `OwnWeights` there are no collective operations. Weights come by `update_weights`; while they come decoding
+    stands still, and everything else may be called.
+    """
+
+    def __init__(self, source: WeightSource, spec: RolloutSpec) -> None:
+        self._source = source
+        self._model_settings: ModelSettings = spec.model
+        self._settings = cast(InlineSettings, spec.options)
+        self._max_model_len = spec.max_model_len
+        self._seeds = random.Random(f"{spec.seed}/{source.dp_rank}")
+        self._arrivals = itertools.count()
+        settings = self._settings
+        self._scheduler = Scheduler(
+            settings.max_running, settings.prefill_tokens, source.device, settings.batch_invariant
+        )
+        self._cache: KVCache | None = None
+        self._held: ExitStack | None = None  # holds the whole weights
+        self._held_at = -1  # the source's step_count then
+        self._kept = False  # until `sleep`, whether there are requests or not
+        self._decoder: Decoder | None = None  # valid while they are held
+        self._decoder_class: type[Decoder] | None = None  # once chosen and verified
+        self._shapes: list[LayerShape] = []
+        self._end_tokens: frozenset[int] = frozenset()
+        self._vocabulary = 0
+        self._tokenizer: Any = None
+        self._version = 0
+        self._paused = False
+        self._asleep = False
+        self._loading = False  # weights come in, nothing may be computed with them
+        self._updates = threading.Lock()  # held while weights of our own change or move; before self._lock
+        self._lock = threading.RLock()
+        self._intruders: list[None] = []  # one entry per caller that wants the lock between two steps
+        self._drivers: dict[asyncio.AbstractEventLoop, asyncio.Task[None]] = {}
+        if not self.shares_weights:
+            self._hold()  # errors come now, and requests can be checked while weights come in
+            self._release()
+
+    @property
+    def version(self) -> int:
+        return self._version
+
+    @property
+    def shares_weights(self) -> bool:
+        return not isinstance(self._source, OwnWeights)
+
+    @property
+    def dp_rank(self) -> int:
+        return self._source.dp_rank
+
+    @property
+    def dp_size(self) -> int:
+        return self._source.dp_size
+
+    # --- generating ------------------------------------------------------------------------------------------------
+
+    async def generate(self, request: GenerationRequest) -> Completion:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Completion] = loop.create_future()
+
+        def done(outcome: Completion | Exception) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_settle, future, outcome)
+
+        with self._between_steps():
+            try:
+                sequence = self._submit(request, done)
+            finally:
+                self._release_if_idle()
+        driver = self._drivers.get(loop)
+        if driver is None or driver.done():
+            self._drivers = {known: task for known, task in self._drivers.items() if not known.is_closed()}
+            self._drivers[loop] = loop.create_task(self._drive())
+        try:
+            return await future
+        except asyncio.CancelledError:
+            with self._between_steps():
+                self._scheduler.remove([sequence], self._cache)
+            raise
+
+    def generate_batch(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
+        outcomes: dict[int, Completion | Exception] = {}
+        submitted: list[RunningSequence] = []
+        patience = time.monotonic() + STANDING_STILL_S
+        try:
+            with self._between_steps():
+                self._wake()
+                for index, request in enumerate(requests):
+                    submitted.append(self._submit(request, partial(outcomes.__setitem__, index)))
+            finished = 0
+            while len(outcomes) < len(requests):
+                if not self._advance():
+                    time.sleep(POLL_S)
+                    if time.monotonic() > patience:
+                        patience = math.inf
+                        logger.warning("generate_batch waits: the engine is paused or asleep; call resume() or wake()")
+                if len(outcomes) > finished:
+                    finished = len(outcomes)
+                    report("completions generated", finished, len(requests))
+        finally:
+            with self._between_steps():
+                if len(outcomes) < len(submitted):
+                    self._scheduler.remove(submitted, self._cache)
+                if not self._kept and not self._scheduler.unfinished:
+                    self._release()
+        completions: list[Completion] = []
+        for index in range(len(requests)):
+            outcome = outcomes[index]
+            if isinstance(outcome, Exception):
+                raise outcome
+            completions.append(outcome)
+        return completions
+
+    async def _drive(self) -> None:
+        """Step until nothing is unfinished, giving way to the event loop after every step."""
+        while self._scheduler.unfinished:
+            await asyncio.sleep(0 if self._advance() else POLL_S)
+        with self._between_steps():
+            self._release_if_idle()
+
+    def _advance(self) -> bool:
+        """Make one step; False if the engine stands still for now."""
+        if self._intruders:
+            return False
+        with self._lock:
+            if self._paused or self._asleep or self._loading:
+                return False
+            if not self._scheduler.unfinished:
+                return True
+            try:
+                self._wake()
+                assert self._decoder is not None
+                assert self._cache is not None
+                ended = self._scheduler.step(self._decoder, self._cache)
+            except Exception as error:
+                self._cache = None  # it may hold NaN by now
+                for sequence in self._scheduler.clear():
+                    sequence.done(error)
+                return True
+            for sequence, reason in ended:
+                sequence.finish(reason, self._version)
+            return True
+
+    def _submit(self, request: GenerationRequest, done: Callable[[Completion | Exception], None]) -> RunningSequence:
+        self._wake()
+        sampling = request.sampling
+        prompt = tuple(request.prompt)
+        if not prompt:
+            raise EngineError(f"request {request.request_id!r} has an empty prompt; give it at least one token")
+        if len(prompt) >= self._max_model_len:
+            raise EngineError(
+                f"the prompt of request {request.request_id!r} has {len(prompt)} tokens, which leaves no room under "
+                f"max_model_len {self._max_model_len}; shorten it or raise max_model_len"
+            )
+        if min(prompt) < 0 or max(prompt) >= self._vocabulary:
+            raise EngineError(
+                f"the prompt of request {request.request_id!r} holds a token outside the model's vocabulary of "
+                f"{self._vocabulary}; was it made with another tokenizer?"
+            )
+        seed = self._seeds.getrandbits(64) if sampling.seed is None else sampling.seed
+        sequence = RunningSequence(
+            request=request,
+            order=(request.priority, next(self._arrivals)),
+            prompt=prompt,
+            end_tokens=frozenset(sampling.stop_token_ids).union(() if sampling.ignore_eos else self._end_tokens),
+            limit=min(sampling.max_tokens, self._max_model_len - len(prompt)),
+            stream=stream_start(seed),
+            stop_strings=StopStrings(sampling.stop, self._load_tokenizer()) if sampling.stop else None,
+            done=done,
+        )
+        self._scheduler.add(sequence)
+        return sequence
+
+    # --- control ---------------------------------------------------------------------------------------------------
+
+    def update_weights(self, buckets: Iterable[WeightBucket], version: int) -> None:
+        """Take over the weights in ``buckets``; with the trainer's own weights there are none, only the version.
+
+        Unfinished requests are prefilled anew with their tokens so far.
+
+        Raises:
+            EngineError: ``buckets`` is not empty though the weights are the trainer's, or does not hold the model's
+                parameters (then requests fail until an update succeeds).
+        """
+        with self._updates:
+            with self._between_steps():
+                for sequence in (*self._scheduler.waiting, *self._scheduler.running):
+                    sequence.close_span(self._version)
+                self._scheduler.evict_all()
+                held = self._held is not None
+                self._release()
+                self._loading = True
+            try:
+                if isinstance(self._source, OwnWeights):
+                    self._source.load(buckets)
+                else:
+                    for _ in buckets:
+                        raise EngineError("the inline rollout generates with the trainer's weights and takes no others")
+                with self._between_steps():
+                    self._version = version
+                    if held:
+                        self._hold()
+            finally:
+                self._loading = False
+
+    def pause(self) -> None:
+        self._paused = True
+        with self._between_steps():
+            pass  # the step under way is over
+
+    def resume(self) -> None:
+        self._paused = False
+
+    def abort(self, request_ids: Sequence[str] | None = None) -> None:
+        with self._between_steps():
+            ended = [
+                sequence
+                for sequence in (*self._scheduler.waiting, *self._scheduler.running)
+                if request_ids is None or sequence.request.request_id in request_ids
+            ]
+            self._scheduler.remove(ended, self._cache)
+            for sequence in ended:
+                sequence.finish("abort", self._version)
+
+    def sleep(self) -> None:
+        """Free the cache and let go of the whole weights. Unfinished requests wait, and are prefilled anew later."""
+        with self._updates, self._between_steps():
+            self._asleep = True
+            self._scheduler.evict_all()
+            self._cache = None
+            self._kept = False
+            self._release()
+            if isinstance(self._source, OwnWeights):
+                self._source.rest()
+
+    def wake(self) -> None:
+        with self._between_steps():
+            self._wake()
+            self._kept = True
+
+    def close(self) -> None:
+        self.abort()
+        self.sleep()
+
+    @contextmanager
+    def _between_steps(self) -> Iterator[None]:
+        """Exclusive use of the scheduler; whoever drives it from another thread stands back."""
+        self._intruders.append(None)
+        try:
+            with self._lock:
+                yield
+        finally:
+            self._intruders.pop()
+
+    # --- weights and cache -----------------------------------------------------------------------------------------
+
+    def _wake(self) -> None:
+        """Have weights, decoder and cache at hand; later, if weights are coming in."""
+        self._asleep = False
+        if self._loading:
+            return
+        if self._held is not None and self._held_at != self._source.step_count:
+            if self.dp_size > 1:
+                raise EngineError(
+                    "the policy was trained while the inline rollout held its whole weights; call its sleep() before "
+                    "training"
+                )
+            self._scheduler.evict_all()
+            self._release()
+        if self._held is None:
+            self._hold()
+        assert self._decoder is not None
+        if self._cache is None:
+            self._cache = self._allocate(self._decoder)
+
+    def _hold(self) -> None:
+        """Take hold of the whole weights; with data parallelism on all ranks together."""
+        held = ExitStack()
+        model = held.enter_context(self._source.generation_weights())
+        try:
+            self._decoder = self._make_decoder(model)
+        except BaseException:
+            held.close()
+            raise
+        self._held, self._held_at = held, self._source.step_count
+
+    def _release_if_idle(self) -> None:
+        """Let go of the weights after the last request, unless other ranks would have to follow."""
+        if self.dp_size == 1 and not self._kept and not self._scheduler.unfinished:
+            self._release()
+
+    def _release(self) -> None:
+        if self._held is not None:
+            self._held.close()
+        self._held = self._decoder = None
+
+    def _make_decoder(self, model: PreTrainedModel) -> Decoder:
+        """The decoder that the settings and the model ask for; compared with the model itself the first time."""
+        if self._decoder_class is DirectDecoder:
+            return DirectDecoder(model)
+        if self._decoder_class is GenericDecoder:
+            return GenericDecoder(model, self._shapes)
+        check_positions(self._model_settings, model.config, self._max_model_len)
+        check_rope(self._model_settings, model.config, self._max_model_len, "the longest sequence of a rollout")
+        obstacle = direct.unsupported(model)
+        if self._settings.decoder == "direct" and obstacle is not None:
+            raise EngineError(f"the direct decoder cannot be used: {obstacle}; set decoder to 'auto' or 'generic'")
+        use_direct = obstacle is None and self._settings.decoder != "generic"
+        decoder: Decoder = DirectDecoder(model) if use_direct else GenericDecoder(model)
+        with boundary(f"the inline rollout cannot generate with {type(model).__name__}", EngineError):
+            verify(model, decoder, self._source.device)
+        if self._settings.batch_invariant:
+            verify_invariance(model, decoder, self._source.device)
+        self._decoder_class, self._shapes = type(decoder), decoder.shapes
+        self._vocabulary = model.get_input_embeddings().num_embeddings
+        self._end_tokens = end_tokens(model)
+        return decoder
+
+    def _allocate(self, decoder: Decoder) -> KVCache:
+        least = whole_blocks(self._max_model_len)
+        budget = self._settings.kv_cache_tokens
+        if budget is None:
+            position = sum(shape.nbytes for shape in decoder.shapes)
+            affordable = int(free_memory(self._source.device) * self._settings.kv_cache_fraction) // position
+            budget = min(self._settings.max_running * least, affordable)
+        if budget < least:
+            raise EngineError(
+                f"the KV cache has room for {budget} tokens, but one sequence of max_model_len {self._max_model_len} "
+                f"needs {least}; raise kv_cache_tokens or kv_cache_fraction, or lower max_model_len"
+            )
+        return KVCache(decoder.shapes, budget, self._source.device)
+
+    def _load_tokenizer(self) -> Any:
+        if self._tokenizer is None:
+            from transformers import AutoTokenizer
+
+            source = self._model_settings.tokenizer_path or self._model_settings.path
+            with boundary(f"the tokenizer of {source!r} cannot be loaded", EngineError):
+                self._tokenizer = AutoTokenizer.from_pretrained(
+                    source, trust_remote_code=self._model_settings.trust_remote_code
+                )
+        return self._tokenizer
+
+
+def _settle(future: asyncio.Future[Completion], outcome: Completion | Exception) -> None:
+    if future.done():
+        return  # cancelled meanwhile
+    if isinstance(outcome, Exception):
+        future.set_exception(outcome)
+    else:
+        future.set_result(outcome)

@@ -1,0 +1,117 @@
+"""Where the inline rollout's weights come from: a training engine in this process, or a copy of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from itertools import starmap
+from typing import Protocol, runtime_checkable
+
+import torch
+from transformers import PreTrainedModel
+
+from rlcore.engines import ModelSettings
+from rlcore.engines.weight_bucket import WeightBucket
+from rlcore.errors import EngineError
+from rlcore_inline.settings import InlineSettings
+from rlcore_kit.model_folder.file_names import FromFiles
+from rlcore_kit.model_folder.loading import load_model, read_config
+from rlcore_kit.training.device import choose_device
+
+NAMED = 3
+"""Most missing parameters that an error names."""
+
+
+@runtime_checkable
+class WeightSource(Protocol):
+    """A training engine in this process whose weights can be generated with."""
+
+    @property
+    def dp_rank(self) -> int: ...
+
+    @property
+    def dp_size(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def step_count(self) -> int:
+        """Grows whenever the weights change."""
+        ...
+
+    def generation_weights(self) -> AbstractContextManager[PreTrainedModel]:
+        """The model with whole parameters in compute dtype, in evaluation mode, while the context lasts.
+
+        With ``dp_size > 1`` entering is a collective operation, leaving is not.
+        """
+        ...
+
+
+class OwnWeights:
+    """A `WeightSource` that owns a copy of the model, of this process alone whatever process groups there are.
+
+    Raises:
+        EngineError: the model cannot be loaded.
+    """
+
+    dp_rank, dp_size = 0, 1
+
+    def __init__(self, model: ModelSettings, settings: InlineSettings) -> None:
+        self.device = choose_device(settings.device)
+        dtype = settings.dtype or ("bfloat16" if self.device.type == "cuda" else "float32")
+        loaded = load_model(model, read_config(model), "policy", getattr(torch, dtype), 0, "sdpa")
+        self.model = loaded.to(self.device).requires_grad_(False)
+        self.step_count = 0
+        self._whole = True
+
+    @contextmanager
+    def generation_weights(self) -> Iterator[PreTrainedModel]:
+        if not self._whole:
+            raise EngineError("the last weight update failed midway; send the whole weights again before generating")
+        self.model.to(self.device)
+        yield self.model
+
+    @torch.no_grad()
+    def load(self, buckets: Iterable[WeightBucket]) -> None:
+        """Copy whole tensors into the model, under the names of model files; tied weights come under any of theirs.
+
+        Nothing may be generated meanwhile, nor after an error in the middle until a later call succeeds.
+
+        Raises:
+            EngineError: a name that the model does not have, another shape, or parameters that did not come.
+        """
+        own = self.model.state_dict(keep_vars=True)
+        came: set[int] = set()
+        from_files = FromFiles(self.model)
+        for bucket in buckets:
+            for name, tensor in filter(None, starmap(from_files.add, bucket.tensors)):
+                target = own.get(name)
+                if target is None:
+                    raise EngineError(
+                        f"the weight update holds {name}, which {type(self.model).__name__} does not have"
+                    )
+                if target.shape != tensor.shape:
+                    raise EngineError(
+                        f"the weight update holds {name} of shape {list(tensor.shape)}, but the rollout's model has "
+                        f"{list(target.shape)} there"
+                    )
+                self._whole = False  # a stream that breaks before it begins does no harm
+                target.copy_(tensor)
+                came.add(id(target))
+            if self.device.type == "cuda":  # the sender may use the bucket's memory again for the next one
+                torch.cuda.synchronize(self.device)
+        missing = [name for name, parameter in self.model.named_parameters() if id(parameter) not in came]
+        if missing:
+            named = ", ".join(missing[:NAMED]) + (", …" if len(missing) > NAMED else "")
+            raise EngineError(
+                f"the weight update lacks {len(missing)} of {len(list(self.model.parameters()))} parameters: {named}"
+            )
+        self._whole = True
+        self.step_count += 1
+
+    def rest(self) -> None:
+        """Move to host memory until `generation_weights`."""
+        if self.device.type == "cuda":
+            self.model.to("cpu")
+            torch.cuda.empty_cache()

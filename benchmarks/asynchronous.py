@@ -21,6 +21,7 @@ import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +65,16 @@ def length_of(position: int) -> int:
 
 def force_lengths() -> None:
     """Let every completion of a prompt have the length that `length_of` gives."""
-    from rlcore_recipes import collect
-    from rlcore_recipes.asynchronous import groups
-    from rlcore_recipes.rollouts import SamplingJob
+    from rlcore_recipes.rollouts.episode import single_completion
+    from rlcore_recipes.rollouts.group_job import GroupJob
+    from rlcore_recipes.rollouts.plan import RolloutPlan
 
-    def job(prompt: Any, sampling: Any, *rest: Any) -> SamplingJob:
-        forced = replace(sampling, max_tokens=length_of(prompt.position), ignore_eos=True)
-        return SamplingJob(prompt, forced, *rest)
+    def job(plan: RolloutPlan, sample: Any) -> GroupJob:
+        sampling = plan.episode.keywords["sampling"]  # type: ignore[attr-defined]
+        forced = replace(sampling, max_tokens=length_of(sample.position), ignore_eos=True)
+        return GroupJob(sample, partial(single_completion, sampling=forced), plan.n, plan.seed, plan.purpose)
 
-    collect.SamplingJob = groups.SamplingJob = job  # type: ignore[assignment, misc]
+    RolloutPlan.job = job  # type: ignore[method-assign]
 
 
 def report(arguments: argparse.Namespace, folder: Path, stack: ExitStack) -> None:
@@ -112,7 +114,7 @@ def report(arguments: argparse.Namespace, folder: Path, stack: ExitStack) -> Non
 def open_run(k: int, arguments: argparse.Namespace, folder: Path) -> Any:
     from rlcore.config import validate_config
     from rlcore_recipes import grpo
-    from rlcore_recipes.session import open_session
+    from rlcore_recipes.run.open import open_session
 
     pool, train, gen = {"cpus_per_process": 0.5}, f"train-{k}", f"gen-{k}"
     values: dict[str, Any] = {
@@ -143,8 +145,8 @@ def open_run(k: int, arguments: argparse.Namespace, folder: Path) -> Any:
 
 def settle(sessions: list[Any]) -> None:
     """Wait until no run generates ahead any more."""
-    producers = [session.producer for session in sessions if session.producer is not None]
-    while any(producer.busy for producer in producers):
+    sources = [session.groups for session in sessions if session.config.asynchronous.max_staleness > 0]
+    while any(source.busy for source in sources):
         time.sleep(0.05)
 
 

@@ -90,7 +90,7 @@ def work(arguments: argparse.Namespace) -> None:
     from rlcore_fsdp.engine import build
     from rlcore_kit.testing.train_engine import WeightedLogprobs, make_batch
     from rlcore_recipes.checkpoint import CheckpointManager, RunState
-    from rlcore_recipes.processes import executor
+    from rlcore_recipes.ranks import executor
 
     torch.set_num_threads(1)
     model = ModelSettings(path=str(arguments.worker / "model"))

@@ -292,7 +292,7 @@ def work_trl(arguments: argparse.Namespace) -> None:
 def work_rlcore(arguments: argparse.Namespace) -> None:
     from rlcore.config import validate_config
     from rlcore_recipes import grpo
-    from rlcore_recipes.session import open_session
+    from rlcore_recipes.run.open import open_session
 
     turn = Turn(sys.stdout)
     sys.stdout = sys.stderr

@@ -147,10 +147,9 @@ def step(arguments: argparse.Namespace) -> None:
     import grpo_step
     from rlcore.config import validate_config
     from rlcore_recipes import grpo
-    from rlcore_recipes.collect import generate_and_score
-    from rlcore_recipes.credit import with_advantages
-    from rlcore_recipes.session import open_session
-    from rlcore_recipes.updates import training_columns, update_actor
+    from rlcore_recipes.run.open import open_session
+    from rlcore_recipes.step import add_advantages, add_scores, rollouts, update_policy
+    from rlcore_recipes.step.update import training_columns
 
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as name:
@@ -171,18 +170,14 @@ def step(arguments: argparse.Namespace) -> None:
             "trainer": {"out_dir": str(folder / "out"), "total_steps": arguments.steps + 1},
         }
         with open_session(validate_config(grpo.GRPOConfig, values)) as session:
-            config = session.config
             grpo.step(session, 1)
             seconds = [timed(lambda: grpo.step(session, number))[1] for number in range(2, arguments.steps + 2)]  # noqa: B023
-            batch = generate_and_score(session, next(session.prompts))
-            batch, _ = with_advantages(batch, config.algorithm, session.kl, config.data.max_response_length)
+            samples = rollouts(session, arguments.steps + 2)
+            batch, _ = add_advantages(session, add_scores(session, samples.batch, samples))
             show("GRPO step", training_columns(batch), statistics.median(seconds), (2, 8, 64))
 
             batch = heavy_tailed_batch(grpo_step.PROMPTS * grpo_step.GROUP, 4096)
-            seconds = [
-                timed(lambda: update_actor(session.roles.actor, batch, config))[1]
-                for _ in range(max(2, arguments.steps // 2))
-            ]
+            seconds = [timed(lambda: update_policy(session, batch))[1] for _ in range(max(2, arguments.steps // 2))]
             show("heavy-tailed update", batch, statistics.median(seconds), (2, 8, 16))
     show("no step", heavy_tailed_batch(8_192, CAP), None, (8, 64))
 

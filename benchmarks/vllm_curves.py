@@ -61,7 +61,7 @@ def taught(folder: Path, seed: int, steps: int) -> Path:
     from rlcore_recipes.data.prepare.writing import write_splits
     from rlcore_recipes.quickstart import settings
     from rlcore_recipes.quickstart.teach import teach
-    from rlcore_recipes.small_model import SmallModelSettings, write_small_model
+    from rlcore_recipes.small_model.qwen2 import SmallModelSettings, write_small_model
 
     configuration = folder / "grpo.yaml"
     if configuration.exists():

@@ -17,7 +17,7 @@ from rlcore.errors import ConfigError
 from rlcore.metrics import Metrics
 from rlcore.registry import NoParams
 from rlcore_recipes import grpo
-from rlcore_recipes.session import open_session
+from rlcore_recipes.run.open import train_rl
 from rlcore_recipes.settings.columns import CREDITED, ON_DEMAND, SAMPLED, SCORED
 
 EVERYTHING = SAMPLED | SCORED | ON_DEMAND | CREDITED
@@ -106,5 +106,5 @@ def test_a_recipe_that_does_not_say_how_it_is_validated_is_not(task: Any, tmp_pa
     arguments = task.arguments("grpo", tmp_path / "run", {"trainer.test_freq": 1, "model.path": "nowhere"})[2:]
     config = load_config(grpo.GRPOConfig, None, arguments)
     reason = r"trainer.test_freq=1 asks for validation, and the recipe does not say"
-    with pytest.raises(ConfigError, match=reason), open_session(config):
-        pass
+    with pytest.raises(ConfigError, match=reason):
+        train_rl("grpo", config, grpo.step)

@@ -11,14 +11,14 @@ import pytest
 
 from rlcore.batch import Batch
 from rlcore.errors import RlcoreWarning
-from rlcore_recipes import rollouts
+from rlcore_recipes.rollouts import synchronous
 
 
 def test_one_log_prob_costs_one_sample(
     task: Any, metrics_of: Callable[[Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a correction, it made every step be skipped."""
-    made = rollouts.trajectories
+    made = synchronous.trajectories_of
 
     def with_one_nan(*args: Any) -> Batch:
         batch = made(*args)
@@ -26,7 +26,7 @@ def test_one_log_prob_costs_one_sample(
         logprobs[int(batch["prompt_length"][0])] = math.nan
         return batch.with_columns(rollout_logprobs=batch.jagged(logprobs))
 
-    monkeypatch.setattr(rollouts, "trajectories", with_one_nan)
+    monkeypatch.setattr(synchronous, "trajectories_of", with_one_nan)
     changes = {"actor.objective.correction": "tis", "actor.objective.entropy_coeff": 0.01, "trainer.total_steps": 2}
     with pytest.warns(RlcoreWarning, match=r"has a number in rollout_logprobs that is not finite; such") as warned:
         result = task.run("grpo", tmp_path / "run", changes)

@@ -72,7 +72,7 @@ def test_models_and_rewards_work_at_the_same_time(task: Any, metrics_of: Callabl
 
     done, _ = load(out)
     assert set(done) == {"controller", "train[0]", "gen[0]", "reference[0]", "value[0]", "cpu[0]"}
-    generated = spans(done["gen[0]"], "rollout: sample_as_completed")
+    generated = spans(done["gen[0]"], "rollout: run_groups")
     rewards = spans(done["cpu[0]"], "reward: score")
     ref, values = spans(done["reference[0]"], "ref.forward"), spans(done["value[0]"], "critic.forward")
     assert [len(generated), len(rewards), len(ref), len(values)] == [STEPS, STEPS * 8, STEPS, STEPS]

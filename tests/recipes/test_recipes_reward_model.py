@@ -12,8 +12,8 @@ import torch
 from rlcore import plugins
 from rlcore.config import load_config
 from rlcore_kit.testing.tiny_model import tiny_model
-from rlcore_recipes.collect import generate_and_score
-from rlcore_recipes.session import open_session, validate_completions
+from rlcore_recipes.run.open import open_session
+from rlcore_recipes.step import add_scores, rollouts, validate_completions
 
 COEFF = -0.5
 
@@ -68,8 +68,9 @@ def test_scores_are_those_of_transformers(task: Any, judge: Path, tmp_path: Path
         with torch.no_grad():
             return [float(plain(tokens[None]).logits) for tokens in batch["tokens"].to_list()]
 
-    with open_session(config, validate=validate_completions) as session:
-        batch = generate_and_score(session, next(session.prompts))
+    with open_session(config) as session:
+        samples = rollouts(session, 1)
+        batch = add_scores(session, samples.batch, samples)
         batch = batch.fetch() if controller else batch
         values = expected(batch)
         assert len(values) == 32
@@ -100,7 +101,7 @@ def test_metrics_and_advantages_speak_of_the_sum(
     assert lines[2]["actor/grad_norm"] != pytest.approx(lines[0]["actor/grad_norm"], rel=1e-3)
 
 
-def test_models_that_cannot_judge_are_refused_at_once(task: Any, judge: Path, tmp_path: Path) -> None:
+def test_models_that_cannot_judge_are_refused_immediately(task: Any, judge: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
     def message(path: Path) -> str:

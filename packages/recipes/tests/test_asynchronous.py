@@ -1,4 +1,4 @@
-"""The scheduler under simulated completion orders, the prompts of a resumed run, and the producer on threads."""
+"""The scheduler under simulated completion orders, the prompts of a resumed run, and asynchronous groups on threads."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,13 +25,17 @@ from rlcore.batch import Batch
 from rlcore.config import validate_config
 from rlcore.engines import Completion, GenerationRequest, SamplingParams
 from rlcore.errors import ConfigError, EngineError, WorkerError
-from rlcore_recipes.asynchronous import Producer, PromptQueue, Schedule
-from rlcore_recipes.asynchronous.groups import GroupJob, check_fresh, group_job, sample_group, score_group
-from rlcore_recipes.asynchronous.producer import Filter
 from rlcore_recipes.data.loader import PromptLoader
 from rlcore_recipes.data.prompts import PromptSample
 from rlcore_recipes.grpo import GRPOConfig
-from rlcore_recipes.rollouts import SamplingJob
+from rlcore_recipes.rollouts.asynchronous import AsynchronousGroups, check_fresh
+from rlcore_recipes.rollouts.episode import single_completion
+from rlcore_recipes.rollouts.group_job import run_group
+from rlcore_recipes.rollouts.group_scheduler import GroupScheduler
+from rlcore_recipes.rollouts.plan import RolloutPlan, training_plan
+from rlcore_recipes.rollouts.prompt_queue import PromptQueue
+from rlcore_recipes.rollouts.workers import RolloutWorkers
+from rlcore_recipes.run.timing import Timings
 from rlcore_recipes.settings import DynamicSamplingSettings, RolloutSettings
 
 TIMEOUT_S = 20.0
@@ -60,41 +65,41 @@ class World:
     taken: list[list[int]] = field(default_factory=list)
 
     def run(self) -> None:
-        schedule = Schedule(self.batch, self.k, self.steps)
+        scheduler = GroupScheduler(self.batch, self.k, self.steps)
         for step in range(1, self.steps + 1):
-            self.start(schedule)
+            self.start(scheduler)
             # some finish whether anybody waits for them or not, as they do while a step trains
             for _ in range(self.choices.randint(0, len(self.sampling))):
-                self.finish_one(schedule)
-                self.start(schedule)
-            while (groups := schedule.take()) is None:
+                self.finish_one(scheduler)
+                self.start(scheduler)
+            while (groups := scheduler.take()) is None:
                 assert self.sampling, f"step {step} waits, and nothing is under way"
-                self.finish_one(schedule)
-                self.start(schedule)
+                self.finish_one(scheduler)
+                self.start(scheduler)
             self.check(step, groups)
             # while the step trains the version stays, and more is started and finished
-            self.start(schedule)
+            self.start(scheduler)
             for _ in range(self.choices.randint(0, len(self.sampling))):
-                self.finish_one(schedule)
-                self.start(schedule)
+                self.finish_one(scheduler)
+                self.start(scheduler)
             self.version = step
-        assert schedule.finished == 0
-        assert schedule.unfinished == 0, "something was started that no step would take"
+        assert scheduler.finished == 0
+        assert scheduler.unfinished == 0, "something was started that no step would take"
 
-    def start(self, schedule: Schedule) -> None:
-        while schedule.room(self.version) > 0 and len(self.sampling) < (self.most_at_once or 10**9):
-            schedule.start(self.positions, self.version)
+    def start(self, scheduler: GroupScheduler) -> None:
+        while scheduler.capacity(self.version) > 0 and len(self.sampling) < (self.most_at_once or 10**9):
+            scheduler.start(self.positions, self.version)
             self.started[self.positions] = self.version
             self.sampling.append(self.positions)
             self.positions += 1
 
-    def finish_one(self, schedule: Schedule) -> None:
+    def finish_one(self, scheduler: GroupScheduler) -> None:
         group = self.sampling.pop(self.choices.randrange(len(self.sampling)))
         if self.choices.random() < self.drop_share:
-            schedule.drop(group)
+            scheduler.drop(group)
             self.dropped.append(group)
         else:
-            schedule.finish(group)
+            scheduler.finish(group)
 
     def check(self, step: int, groups: list[int]) -> None:
         assert len(groups) == self.batch
@@ -133,57 +138,57 @@ def test_without_staleness_the_order_is_the_synchronous_one(batch: int, steps: i
 
 
 def test_generation_is_ahead_by_as_much_as_allowed_and_no_more() -> None:
-    schedule = Schedule(batch=4, max_staleness=2, last_step=100)
-    assert schedule.room(0) == 12
+    scheduler = GroupScheduler(batch=4, max_staleness=2, last_step=100)
+    assert scheduler.capacity(0) == 12
     for group in range(12):
-        schedule.start(group, 0)
-    assert schedule.room(0) == 0
+        scheduler.start(group, 0)
+    assert scheduler.capacity(0) == 0
     for group in range(4, 8):
-        schedule.finish(group)
-    assert schedule.take() == [4, 5, 6, 7], "the others may still be in time for steps 2 and 3"
-    assert schedule.room(0) == 0
-    assert schedule.room(1) == 4
+        scheduler.finish(group)
+    assert scheduler.take() == [4, 5, 6, 7], "the others may still be in time for steps 2 and 3"
+    assert scheduler.capacity(0) == 0
+    assert scheduler.capacity(1) == 4
 
 
 def test_a_group_that_is_due_is_waited_for() -> None:
-    schedule = Schedule(batch=2, max_staleness=1, last_step=100)
+    scheduler = GroupScheduler(batch=2, max_staleness=1, last_step=100)
     for group in range(4):
-        schedule.start(group, 0)
+        scheduler.start(group, 0)
     for group in (1, 2):
-        schedule.finish(group)
-    assert schedule.take() == [1, 2]
+        scheduler.finish(group)
+    assert scheduler.take() == [1, 2]
     for group in (4, 5):
-        schedule.start(group, 1)
-        schedule.finish(group)
-    schedule.finish(3)
-    assert schedule.take() is None, "group 0 was started under version 0 and is due in step 2"
-    schedule.finish(0)
-    assert schedule.take() == [0, 3]
+        scheduler.start(group, 1)
+        scheduler.finish(group)
+    scheduler.finish(3)
+    assert scheduler.take() is None, "group 0 was started under version 0 and is due in step 2"
+    scheduler.finish(0)
+    assert scheduler.take() == [0, 3]
 
 
 def test_young_groups_leave_room_for_older_ones() -> None:
-    schedule = Schedule(batch=2, max_staleness=2, last_step=100)
+    scheduler = GroupScheduler(batch=2, max_staleness=2, last_step=100)
     for group in range(5):  # due in step 3, and so are all: two steps have four places for them
-        schedule.start(group, 0)
-    schedule.start(5, 0)
+        scheduler.start(group, 0)
+    scheduler.start(5, 0)
     for group in (0, 1):
-        schedule.finish(group)
-    assert schedule.take() == [0, 1]
+        scheduler.finish(group)
+    assert scheduler.take() == [0, 1]
     for group in (6, 7):
-        schedule.start(group, 1)
-        schedule.finish(group)
-    assert schedule.take() is None, "after two young ones, four would be left for the two places of step 3"
-    schedule.finish(2)
-    assert schedule.take() is None
-    schedule.finish(3)
-    assert schedule.take() == [2, 3]
+        scheduler.start(group, 1)
+        scheduler.finish(group)
+    assert scheduler.take() is None, "after two young ones, four would be left for the two places of step 3"
+    scheduler.finish(2)
+    assert scheduler.take() is None
+    scheduler.finish(3)
+    assert scheduler.take() == [2, 3]
 
 
 def test_nothing_is_started_that_no_step_needs() -> None:
-    schedule = Schedule(batch=4, max_staleness=5, last_step=2)
-    assert schedule.room(0) == 8
-    resumed = Schedule(batch=4, max_staleness=5, last_step=10, taken=9)
-    assert resumed.room(9) == 4
+    scheduler = GroupScheduler(batch=4, max_staleness=5, last_step=2)
+    assert scheduler.capacity(0) == 8
+    resumed = GroupScheduler(batch=4, max_staleness=5, last_step=10, taken=9)
+    assert resumed.capacity(9) == 4
 
 
 # --- prompts --------------------------------------------------------------------------------------------------------
@@ -250,7 +255,7 @@ def test_a_queue_goes_on_from_a_synchronous_run() -> None:
     assert prompts.draw().position == seen[-1] + 1
 
 
-# --- the producer ---------------------------------------------------------------------------------------------------
+# --- groups in flight -----------------------------------------------------------------------------------------------
 
 
 class Engine:
@@ -267,11 +272,13 @@ class Engine:
         self.hold: set[int] = set()
         self.fails: Exception | None = None
         self.asked: list[int] = []
+        self.names: list[str] = []
         self.half: Counter[int] = Counter()  # completions by position that have come to their middle
 
     async def generate(self, request: GenerationRequest) -> Completion:
         assert request.group is not None
         self.asked.append(request.group)
+        self.names.append(request.request_id)
         versions: list[tuple[int, int]] = []
         for token in range(self.length):
             await asyncio.sleep(self.moment_s * random.random() * 2)
@@ -309,7 +316,7 @@ class InThread:
 
 
 class Threads:
-    """An executor of which the producer sees no difference: every call in a thread."""
+    """An executor: every call in a thread."""
 
     def __init__(self) -> None:
         self.pool = ThreadPoolExecutor(64)
@@ -331,22 +338,29 @@ class Threads:
 
 
 class Bench:
-    """A producer with all that it needs, and a trainer's part in it."""
+    """Asynchronous groups with all that they need, and a trainer's part in it."""
 
-    def __init__(self, k: int = 1, batch: int = 4, steps: int = 8, **options: Any) -> None:
+    def __init__(
+        self, k: int = 1, batch: int = 4, steps: int = 8, keep: Any = None, baseline: Any = None, **options: Any
+    ) -> None:
         self.executor, self.engine, self.version = Threads(), Engine(), 0
         self.prompts = queue(batch_size=batch, size=200)
         self.caught_up: list[threading.Thread] = []
-        self.producer = Producer(
-            self.executor,  # type: ignore[arg-type]
-            self.engine,
-            LengthScorer(),
+        workers = RolloutWorkers(self.executor, self.engine, LengthScorer(), None, Timings(), False)  # type: ignore[arg-type]
+        self.groups = AsynchronousGroups(
+            workers,
             self.prompts,
-            Schedule(batch, k, steps),
-            job=job,
+            GroupScheduler(batch, k, steps),
+            RolloutPlan(
+                partial(single_completion, sampling=SamplingParams(max_tokens=8)),
+                n=2,
+                seed=0,
+                baseline=baseline,
+                keep=keep,
+            ),
             version=lambda: self.version,
             catch_up=self.catch_up,
-            **{"patience_s": TIMEOUT_S, **options},
+            **{"timeout_s": TIMEOUT_S, **options},
         )
 
     def catch_up(self) -> None:
@@ -359,8 +373,14 @@ class Bench:
 
     def close(self) -> None:
         self.engine.hold.clear()
-        self.producer.close()
+        self.groups.close()
         self.executor.pool.shutdown()
+
+
+def taken(made: Bench, step: int) -> tuple[Batch, dict[str, float]]:
+    """What ``step`` trains on, with its scores, and metrics."""
+    samples = made.groups.take(step)
+    return samples.batch.with_columns(score=samples.scores.result()["score"]), samples.metrics
 
 
 @pytest.fixture
@@ -376,15 +396,11 @@ def bench() -> Iterator[Callable[..., Bench]]:
         made.close()
 
 
-def job(prompt: PromptSample) -> GroupJob:
-    return GroupJob(SamplingJob(prompt, SamplingParams(max_tokens=8), n=2, seed=0))
-
-
 @pytest.mark.parametrize("k", [0, 1, 3])
 def test_steps_get_fresh_groups_while_others_are_made(bench: Callable[..., Bench], k: int) -> None:
     made, seen, mixed = bench(k=k, steps=8), list[int](), 0
     for step in range(1, 9):
-        batch, metrics = made.producer.take(step)
+        batch, metrics = taken(made, step)
         assert int((step - 1 - batch["policy_version"]).max()) <= k
         groups = batch["group"].tolist()
         assert groups == sorted(groups)
@@ -405,12 +421,12 @@ def test_steps_get_fresh_groups_while_others_are_made(bench: Callable[..., Bench
 def test_completions_go_on_under_new_weights(bench: Callable[..., Bench]) -> None:
     made = bench(k=1, steps=3)
     made.engine.hold = set(range(4, 8))
-    first, _ = made.producer.take(1)
+    first, _ = taken(made, 1)
     assert first["group"].tolist()[::2] == [0, 1, 2, 3]
     wait_until(lambda: sum(made.engine.half.get(group, 0) for group in (4, 5, 6, 7)) == 8)
     made.sync(1)
     made.engine.hold = set()
-    second, _ = made.producer.take(2)
+    second, _ = taken(made, 2)
     assert second["group"].tolist()[::2] == [4, 5, 6, 7]
     assert second["policy_version"].tolist() == [0] * 8
     assert second["later_version_tokens"].tolist() == [3] * 8
@@ -418,43 +434,43 @@ def test_completions_go_on_under_new_weights(bench: Callable[..., Bench]) -> Non
 
 
 def test_a_filter_leaves_groups_out_and_others_come_in_their_place(bench: Callable[..., Bench]) -> None:
-    made = bench(k=1, steps=3, sampling_filter=Filter(filters_of("nonzero-spread"), most=1000))
+    made = bench(k=1, steps=3, keep=filters_of("nonzero-spread"), max_drops=1000)
     counted = 0
     for step in range(1, 4):
-        batch, metrics = made.producer.take(step)
+        batch, metrics = taken(made, step)
         assert all(group % 2 == 0 for group in batch["group"].tolist())
         assert metrics["dynamic_sampling/unfilled"] == 0
         counted += int(metrics["dynamic_sampling/groups"])
         made.sync(step)
     assert counted >= 24 - 1
-    state = made.producer.state()
+    state = made.groups.state()
     assert {1, 3, 5} <= set(state["ahead"]) | set(range(state["drawn"] * 4)), "what was left out is done with"
 
 
 def test_a_filter_that_lets_nothing_pass_ends_no_run(bench: Callable[..., Bench]) -> None:
-    made = bench(k=1, steps=2, sampling_filter=Filter(nothing_passes, most=8))  # type: ignore[arg-type]
-    _, metrics = made.producer.take(1)
+    made = bench(k=1, steps=2, keep=nothing_passes, max_drops=8)
+    _, metrics = taken(made, 1)
     assert metrics["dynamic_sampling/unfilled"] == 1
     assert metrics["dynamic_sampling/passed"] == 0
     assert metrics["dynamic_sampling/groups"] >= 12
     made.sync(1)
-    _, metrics = made.producer.take(2)
+    _, metrics = taken(made, 2)
     assert metrics["dynamic_sampling/unfilled"] == 1
 
 
 def test_a_resumed_run_samples_anew_what_no_step_had(bench: Callable[..., Bench]) -> None:
     made = bench(k=2, steps=6)
     made.engine.hold = {0, 2}  # due in step 3
-    seen = [made.producer.take(1)[0]["group"].tolist()[::2]]
-    state = json.loads(json.dumps(made.producer.state()))
+    seen = [taken(made, 1)[0]["group"].tolist()[::2]]
+    state = json.loads(json.dumps(made.groups.state()))
     again = bench(k=2, steps=6)
-    again.producer.restore(state)
+    again.groups.restore(state)
     again.sync(1)
     for step in range(2, 7):
-        seen.append(again.producer.take(step)[0]["group"].tolist()[::2])
+        seen.append(taken(again, step)[0]["group"].tolist()[::2])
         again.sync(step)
     assert {0, 2}.isdisjoint(seen[0])
-    assert set(again.engine.asked[:8]) >= {0, 2}
+    assert set(again.engine.asked) >= {0, 2}
     assert sorted(group for groups in seen for group in groups) == list(range(24))
 
 
@@ -462,24 +478,24 @@ def test_what_goes_wrong_in_a_worker_reaches_the_step(bench: Callable[..., Bench
     made = bench(k=1)
     made.engine.fails = EngineError("out of memory, say")
     with pytest.raises(EngineError, match="out of memory, say"):
-        made.producer.take(1)
+        made.groups.take(1)
     with pytest.raises(EngineError, match="out of memory, say"):
-        made.producer.take(1)
+        made.groups.take(1)
 
 
 def test_nobody_waits_for_ever(bench: Callable[..., Bench]) -> None:
-    made = bench(k=1, patience_s=0.5)
+    made = bench(k=1, timeout_s=0.5)
     made.engine.hold = set(range(200))
-    with pytest.raises(WorkerError, match=r"no group was finished for 0.5 s; asked is a thread and \d+ more|a thread"):
-        made.producer.take(1)
+    with pytest.raises(WorkerError, match=r"no group was finished within 0.5 s; waiting for a thread( and \d+ more)?"):
+        made.groups.take(1)
 
 
 def test_closing_does_not_wait_for_what_is_under_way(bench: Callable[..., Bench]) -> None:
     made = bench(k=2)
     made.engine.hold = set(range(4, 200))
-    made.producer.take(1)
-    made.producer.close()
-    assert not any(thread.name == "producer" and thread.is_alive() for thread in threading.enumerate())
+    made.groups.take(1)
+    made.groups.close()
+    assert not any(thread.name == "rollouts" and thread.is_alive() for thread in threading.enumerate())
 
 
 def test_replaced_processes_get_the_weights_from_the_thread_that_trains(bench: Callable[..., Bench]) -> None:
@@ -487,12 +503,12 @@ def test_replaced_processes_get_the_weights_from_the_thread_that_trains(bench: C
     made.engine.hold = set(range(200))
     made.executor.is_behind = True
     threading.Timer(0.3, made.engine.hold.clear).start()
-    made.producer.take(1)
+    made.groups.take(1)
     assert made.caught_up == [threading.current_thread()]
 
 
 def test_no_more_than_so_many_groups_are_sampled_at_once(bench: Callable[..., Bench]) -> None:
-    made = bench(k=2, most_at_once=3)
+    made = bench(k=2, max_concurrent=3)
     most = 0
     count = made.engine.generate
     running = 0
@@ -507,7 +523,7 @@ def test_no_more_than_so_many_groups_are_sampled_at_once(bench: Callable[..., Be
             running -= 1
 
     made.engine.generate = counted  # type: ignore[method-assign]
-    made.producer.take(1)
+    made.groups.take(1)
     assert 0 < most <= 2 * 3, "two completions each"
 
 
@@ -530,28 +546,31 @@ def filters_of(name: str) -> Any:
 # --- what workers do ------------------------------------------------------------------------------------------------
 
 
-def test_a_baseline_is_sampled_greedily_and_scored_for_every_sample() -> None:
+def test_a_baseline_is_sampled_greedily_and_scored_for_every_sample(bench: Callable[..., Bench]) -> None:
     config = SimpleNamespace(
         rollout=RolloutSettings(n=3),
         data=SimpleNamespace(max_response_length=8),
         seed=0,
         needed_columns=frozenset({"baseline_score"}),
+        dynamic_sampling=None,
     )
-    prompt = PromptSample(prompt_tokens=[1, 2], messages=[], position=4)
-    asked = group_job(config, prompt)  # type: ignore[arg-type]
-    assert asked.baseline is not None
-    assert asked.baseline.sampling.temperature == 0
-    assert asked.baseline.n == 1
-    names = [request.request_id for one in (asked.sampled, asked.baseline) for request in one.requests]
-    assert len(set(names)) == 4, "an engine knows requests by their name"
-    sampled = asyncio.run(sample_group(Engine(moment_s=0), asked))  # type: ignore[arg-type]
-    assert [len(part) for part in sampled] == [3, 1]
-    scores = score_group(LengthScorer(), sampled)  # type: ignore[arg-type]
-    assert scores["score"].tolist() == [1, 0, 1]
-    assert scores["baseline_score"].tolist() == [1, 1, 1]
-
+    plan, prompt = training_plan(config), PromptSample(prompt_tokens=[1, 2], messages=[], position=4)  # type: ignore[arg-type]
+    job = plan.baseline_job(prompt)
+    assert job is not None
+    assert job.n == 1
+    assert job.episode.keywords["sampling"].temperature == 0  # type: ignore[attr-defined]
+    engine = Engine(moment_s=0)
+    batches = [asyncio.run(run_group(engine, one)) for one in (plan.job(prompt), job)]  # type: ignore[arg-type]
+    assert [len(batch) for batch in batches] == [3, 1]
+    assert len(set(engine.names)) == 4, "an engine knows requests by their name"
     grpo = SimpleNamespace(**{**vars(config), "needed_columns": frozenset()})
-    assert group_job(grpo, prompt).baseline is None  # type: ignore[arg-type]
+    assert training_plan(grpo).baseline_job(prompt) is None  # type: ignore[arg-type]
+
+    made = bench(k=1, baseline=plan.baseline)
+    samples = made.groups.take(1)
+    scores, odd = samples.scores.result(), (samples.batch["group"][::2] % 2).tolist()
+    assert scores["score"].tolist() == [score for group in odd for score in (1, group)]
+    assert scores["baseline_score"].tolist() == [1.0] * 8
 
 
 def test_samples_that_are_too_old_are_refused() -> None:

@@ -7,7 +7,7 @@ import torch
 
 from rlcore.batch import Batch, Jagged
 from rlcore.engines import RewardResult
-from rlcore_recipes.batch_metrics import batch_metrics
+from rlcore_recipes.step.metrics import batch_metrics
 
 
 def batch() -> Batch:

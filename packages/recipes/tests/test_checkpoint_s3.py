@@ -24,9 +24,9 @@ from rlcore.errors import CheckpointError
 from rlcore_recipes.checkpoint import MANIFEST, CheckpointManager, RunState, node_folder
 from rlcore_recipes.checkpoint.manifest import MARK
 from rlcore_recipes.checkpoint.storage import open_storage
-from rlcore_recipes.restarts import restarting
+from rlcore_recipes.run.loop import train
+from rlcore_recipes.run.restarts import restarting
 from rlcore_recipes.settings import ControllerSettings
-from rlcore_recipes.train_loop import train
 
 sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode does not
 from test_train_loop import Number, RunConfig, lines, make

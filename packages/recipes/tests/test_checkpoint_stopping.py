@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from rlcore_recipes.output import output_may_end
-from rlcore_recipes.train_loop import train
+from rlcore_recipes.run.loop import train
+from rlcore_recipes.run.output import output_may_end
 
 sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode does not
 from test_train_loop import lines, make
@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, sys.argv[1])
 from test_train_loop import make
-from rlcore_recipes.train_loop import train
+from rlcore_recipes.run.loop import train
 
 run, _ = make(Path(sys.argv[2]), f"save_freq={sys.argv[3]}", "grace_s=0.5", "async_save=false")
 signal_number = signal.Signals[sys.argv[4]]

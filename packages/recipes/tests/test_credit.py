@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from rlcore.batch import Batch, Jagged
-from rlcore_recipes.credit import GRADIENTLESS, SINGLE, advantages, warn_of_gradientless
 from rlcore_recipes.settings import ActorSettings, AlgorithmSettings
+from rlcore_recipes.step.advantages import GRADIENTLESS, SINGLE, advantages, warn_of_gradientless
 
 
 def batch() -> Batch:

@@ -10,7 +10,7 @@ import pytest
 
 from rlcore.engines.memory import StepMemory
 from rlcore.errors import RlcoreWarning
-from rlcore_recipes.micro_batches import MicroBatches, Model
+from rlcore_recipes.run.micro_batches import MicroBatches, Model
 from rlcore_recipes.settings.roles import ModelRole
 
 

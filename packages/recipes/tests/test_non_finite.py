@@ -12,10 +12,10 @@ from rlcore.algorithms import advantages, policy_losses
 from rlcore.algorithms.objectives import PolicyObjective, PolicyObjectiveSettings
 from rlcore.algorithms.sequences import sequence_sums, trained_mask
 from rlcore.batch import Batch, Jagged
-from rlcore_recipes.credit import NON_FINITE, contained_advantages
-from rlcore_recipes.non_finite import containment, described
 from rlcore_recipes.settings import AlgorithmSettings
-from rlcore_recipes.updates import mini_batches
+from rlcore_recipes.step.advantages import NON_FINITE, contained_advantages
+from rlcore_recipes.step.non_finite import containment, described
+from rlcore_recipes.step.update import mini_batches
 
 LENGTHS = torch.tensor([5, 4, 6, 5, 7, 3])
 BAD = 4  # the second of the group 9

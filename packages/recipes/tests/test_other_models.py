@@ -12,7 +12,7 @@ import pytest
 from rlcore.engines import ModelSettings
 from rlcore.errors import DataError
 from rlcore_kit.testing.tiny_model import tiny_model, tiny_tokenizer
-from rlcore_recipes.other_models import check_other_models
+from rlcore_recipes.run.other_models import check_other_models
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +34,14 @@ def check(models: dict[str, Path], critic: str | None = None, ref: str | None = 
     def settings(name: str | None) -> Any:
         return SimpleNamespace(model=None if name is None else ModelSettings(path=str(models[name])))
 
-    config: Any = SimpleNamespace(reward_model=None, needs_ref=True, ref=settings(ref), model=settings("policy").model)
-    check_other_models(config, settings(critic), tiny_tokenizer())
+    config: Any = SimpleNamespace(
+        reward_model=None,
+        critic_role=settings(critic),
+        needs_ref=True,
+        ref=settings(ref),
+        model=settings("policy").model,
+    )
+    check_other_models(config, tiny_tokenizer())
 
 
 @pytest.mark.parametrize("role", ["critic", "ref"])

@@ -17,7 +17,7 @@ from rlcore.engines import ModelSettings
 from rlcore.errors import DataError, RlcoreWarning
 from rlcore_recipes.data.files import read_rows
 from rlcore_recipes.data.tokenizer import load_tokenizer
-from rlcore_recipes.preflight import check_sources, model_sources
+from rlcore_recipes.run.preflight import check_sources, model_sources
 
 
 class Role(Config):

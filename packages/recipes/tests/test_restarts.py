@@ -10,8 +10,8 @@ import pytest
 
 from rlcore.config import Config
 from rlcore.errors import ConfigError, PlacementError, RestartsExhausted, WorkerDied, WorkerError
-from rlcore_recipes import restarts
-from rlcore_recipes.restarts import restarting
+from rlcore_recipes.run import restarts
+from rlcore_recipes.run.restarts import restarting
 from rlcore_recipes.settings import ControllerSettings, TrainerSettings
 
 

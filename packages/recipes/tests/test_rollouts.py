@@ -1,22 +1,30 @@
-"""Prompts to requests to trajectories."""
+"""From prompts to trajectories to scored groups."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
-from types import SimpleNamespace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 from rlcore.batch import Batch
+from rlcore.controller import LocalExecutor
 from rlcore.engines import Completion, GenerationRequest, RewardResult, RolloutEngine, SamplingParams, WeightBucket
-from rlcore_recipes.collect import refill
 from rlcore_recipes.data.prompts import PromptSample
-from rlcore_recipes.randomness import sample_seed
-from rlcore_recipes.rollouts import SamplingJob, generate, greedy, sample_together, trajectories
-from rlcore_recipes.scoring import score
+from rlcore_recipes.rollouts.episode import Segment, Trajectory, sampled_segment, single_completion
+from rlcore_recipes.rollouts.group_job import GroupJob, run_groups
+from rlcore_recipes.rollouts.plan import RolloutPlan
+from rlcore_recipes.rollouts.sampling import greedy
+from rlcore_recipes.rollouts.scorer import Scorer
+from rlcore_recipes.rollouts.source import Rollouts
+from rlcore_recipes.rollouts.synchronous import SynchronousGroups, roll_out_together
+from rlcore_recipes.rollouts.trajectories import group_batch
+from rlcore_recipes.rollouts.workers import RolloutWorkers
+from rlcore_recipes.run.seeds import sample_seed
+from rlcore_recipes.run.timing import Timings
 
 
 class Echo(RolloutEngine):
@@ -46,15 +54,21 @@ def prompt(position: int, tokens: list[int]) -> PromptSample:
     return PromptSample(tokens, [{"role": "user", "content": "?"}], f"truth {position}", "set", position=position)
 
 
+def group(sample: PromptSample, completions: Sequence[Completion], logprobs: bool = True) -> Batch:
+    """A batch of single completions of ``sample``."""
+    prompt = Segment(sample.prompt_tokens)
+    trajectories = [Trajectory((prompt, sampled_segment(c, logprobs)), c.finish_reason) for c in completions]
+    return group_batch(sample, trajectories)
+
+
 def test_trajectories_align_tokens_masks_and_logprobs() -> None:
-    completions = [
+    first = [
         Completion([7, 8], [-0.1, -0.2], "stop", [(4, 1), (5, 1)]),
         Completion([9], [-0.3], "length", [(5, 1)]),
-        Completion([], [], "abort"),
-        Completion([6], [-0.4], "stop"),
     ]
+    second = [Completion([], [], "abort"), Completion([6], [-0.4], "stop")]
     versions = [[-1, -1, -1, 4, 5], [-1, -1, -1, 5], [-1], [-1, 0]]
-    batch = trajectories([prompt(20, [1, 2, 3]), prompt(21, [4])], completions, n=2)
+    batch = Batch.concat([group(prompt(20, [1, 2, 3]), first), group(prompt(21, [4]), second)])
     assert [row.tolist() for row in batch["tokens"].to_list()] == [[1, 2, 3, 7, 8], [1, 2, 3, 9], [4], [4, 6]]
     assert [row.tolist() for row in batch["loss_mask"].to_list()] == [[0, 0, 0, 1, 1], [0, 0, 0, 1], [0], [0, 1]]
     expected = torch.tensor([0, 0, 0, -0.1, -0.2, 0, 0, 0, -0.3, 0, 0, -0.4])
@@ -72,44 +86,81 @@ def test_trajectories_align_tokens_masks_and_logprobs() -> None:
 
 def test_every_token_knows_its_version() -> None:
     completion = Completion([1, 2, 3, 4, 5, 6], [0.0] * 6, "length", [(7, 2), (8, 3), (9, 1)])
-    batch = trajectories([prompt(0, [5, 5])], [completion], n=1)
+    batch = group(prompt(0, [5, 5]), [completion])
     assert batch["token_version"].to_list()[0].tolist() == [-1, -1, 7, 7, 8, 8, 8, 9]
     assert batch["policy_version"].tolist() == [7]
     assert batch["later_version_tokens"].tolist() == [4]
 
 
-def test_trajectories_of_nothing() -> None:
-    batch = trajectories([], [], n=4)
-    assert len(batch) == 0
-    assert len(batch.flat("token_version")) == 0
+def test_tokens_that_the_policy_did_not_sample_are_masked_wherever_they_are() -> None:
+    turns = (
+        Segment([1, 2]),
+        Segment([3, 4], True, [-0.1, -0.2], [(6, 2)]),
+        Segment([5]),  # a tool's answer
+        Segment([6], True, [-0.3], [(7, 1)]),
+    )
+    batch = group_batch(prompt(0, [1, 2]), [Trajectory(turns, "stop")])
+    assert batch.flat("tokens").tolist() == [1, 2, 3, 4, 5, 6]
+    assert batch.flat("loss_mask").tolist() == [0, 0, 1, 1, 0, 1]
+    assert batch.flat("rollout_logprobs").tolist() == pytest.approx([0, 0, -0.1, -0.2, 0, -0.3])
+    assert batch.flat("token_version").tolist() == [-1, -1, 6, 6, -1, 7]
+    assert (batch["prompt_length"].item(), batch["response_length"].item()) == (2, 4)
+    assert (batch["policy_version"].item(), batch["later_version_tokens"].item()) == (6, 1)
+
+
+def completions(positions: Iterable[int], sampling: SamplingParams, n: int = 3, seed: int = 5) -> list[GroupJob]:
+    episode = partial(single_completion, sampling=sampling)
+    return [GroupJob(prompt(position, [position]), episode, n, seed, "train") for position in positions]
 
 
 def test_parts_of_validation_have_the_same_columns_however_small() -> None:
-    """A rank without prompts adds nothing, and a completion of no tokens brings no log-probs that none asked for."""
+    """A completion of no tokens brings no log-probs that the request did not ask for."""
     sampling = greedy(SamplingParams(max_tokens=8))
-    empty = trajectories([prompt(0, [1])], [Completion([], [], "abort", [], "")], n=1, logprobs=sampling.logprobs)
-    jobs = [SamplingJob(prompt(1, [1]), sampling, n=1, seed=0)]
-    parts = [part for given in (jobs, []) for _, part in sample_together(Echo(), given)]
+    empty = group(prompt(0, [1]), [Completion([], [], "abort", [], "")], logprobs=sampling.logprobs)
+    parts = [part for _, part in run_groups(Echo(), completions([1], sampling, n=1))]
     assert "rollout_logprobs" not in parts[0]
     assert len(Batch.concat([empty, *parts])) == 2
+    assert list(run_groups(Echo(), [])) == []
 
 
-def test_a_sample_does_not_depend_on_what_runs_beside_it() -> None:
+def test_a_sample_does_not_depend_on_what_runs_at_the_same_time() -> None:
     sampling = SamplingParams(max_tokens=8)
-    prompts = [prompt(position, [position]) for position in range(6)]
-    together = generate(Echo(), prompts, sampling, n=3, seed=5)
-    alone = generate(Echo(), prompts[4:5], sampling, n=3, seed=5)
-    assert together.slice(12, 15).equals(alone)
-    other = generate(Echo(), prompts, sampling, n=3, seed=6)
-    assert not together.select("tokens").equals(other.select("tokens"))
+
+    def tokens(positions: Iterable[int], seed: int) -> dict[int, Batch]:
+        return {
+            part["group"][0].item(): part for _, part in run_groups(Echo(), completions(positions, sampling, 3, seed))
+        }
+
+    together, alone = tokens(range(6), seed=5), tokens([4], seed=5)
+    assert together[4].equals(alone[4])
+    assert not together[4].select("tokens").equals(tokens([4], seed=6)[4].select("tokens"))
 
 
 def test_requests_of_a_prompt_share_its_group_and_have_their_own_seeds() -> None:
     engine = Echo()
-    generate(engine, [prompt(8, [1]), prompt(9, [1])], SamplingParams(max_tokens=8), n=4, seed=0)
+    list(run_groups(engine, completions([8, 9], SamplingParams(max_tokens=8), n=4)))
     assert [request.group for request in engine.requests] == [8] * 4 + [9] * 4
     assert len({request.sampling.seed for request in engine.requests}) == 8
     assert len({request.request_id for request in engine.requests}) == 8
+
+
+def test_a_caller_that_stops_early_cancels_what_is_unfinished() -> None:
+    class Slow(Echo):
+        cancelled = 0
+
+        async def generate(self, request: GenerationRequest) -> Completion:
+            try:
+                await asyncio.sleep(0 if request.group == 0 else 60)
+            except asyncio.CancelledError:
+                self.cancelled += 1
+                raise
+            return await super().generate(request)
+
+    engine = Slow()
+    answers = run_groups(engine, completions([0, 1], SamplingParams(max_tokens=8), n=2))
+    assert next(answers)[0] == [0]
+    answers.close()  # type: ignore[attr-defined]
+    assert engine.cancelled == 2
 
 
 def test_seeds_differ_by_everything_they_are_made_of() -> None:
@@ -151,34 +202,57 @@ class Letters:
 
 
 def test_rewards_see_the_completion_without_prompt_and_special_tokens() -> None:
-    completions = [Completion([2, 0], [0.0, 0.0], "stop"), Completion([3, 4], [0.0, 0.0], "length")]
-    batch = trajectories([prompt(0, [1]), prompt(1, [1, 1])], completions, n=1)
+    batch = Batch.concat(
+        [
+            group(prompt(0, [1]), [Completion([2, 0], [0.0, 0.0], "stop")]),
+            group(prompt(1, [1, 1]), [Completion([3, 4], [0.0, 0.0], "length")]),
+        ]
+    )
     reward = ByText()
-    scored = score(reward, Letters(), batch)  # type: ignore[arg-type]
+    scored = Scorer(reward, Letters()).score(batch)  # type: ignore[arg-type]
     assert [sample.completion for sample in reward.seen] == ["c", "de"]
     assert [sample.finish_reason for sample in reward.seen] == ["stop", "length"]
     assert [sample.ground_truth for sample in reward.seen] == ["truth 0", "truth 1"]
     assert scored["score"].tolist() == [1.0, 2.0]
 
 
-# --- dynamic sampling ---------------------------------------------------------------------------------------------
+# --- rounds, and dynamic sampling -----------------------------------------------------------------------------------
 
 
-def sampled(positions: Sequence[int], n: int, passing: set[int]) -> Batch:
-    return Batch(
-        {
-            "group": torch.tensor([position for position in positions for _ in range(n)]),
-            "score": torch.tensor([float(p in passing and s == 0) for p in positions for s in range(n)]),
-        }
+class ByPosition:
+    """Scores the samples of a prompt differently if its position is a multiple of three, and alike otherwise."""
+
+    def __init__(self) -> None:
+        self.scored: list[list[int]] = []
+
+    def score(self, batch: Batch) -> Batch:
+        self.scored.append(batch["group"].tolist())
+        passes = batch["group"] % 3 == 0
+        first = torch.cat([torch.tensor([True]), batch["group"].diff() != 0])
+        return Batch({"score": (passes & first).float()})
+
+
+class Prompts:
+    """A loader of one prompt at a time."""
+
+    batch_size = 1
+
+    def __init__(self) -> None:
+        self.drawn = 0
+
+    def __next__(self) -> list[PromptSample]:
+        self.drawn += 1
+        return [prompt(self.drawn - 1, [1])]
+
+
+def workers(scorer: Any, engine: Echo) -> RolloutWorkers:
+    executor = LocalExecutor()
+    return RolloutWorkers(
+        executor, executor.group(RolloutEngine, engine), executor.group(ByPosition, scorer), None, Timings(), False
     )
 
 
-def session(wanted: int, n: int) -> Any:
-    stream = ([prompt(position, [1])] for position in range(1000))
-    return SimpleNamespace(
-        prompts=stream,
-        config=SimpleNamespace(data=SimpleNamespace(train_batch_size=wanted), rollout=SimpleNamespace(n=n)),
-    )
+SAMPLING = SamplingParams(max_tokens=8)
 
 
 def spread(scores: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
@@ -186,32 +260,42 @@ def spread(scores: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
     return torch.tensor([int(g) in with_spread for g in group])
 
 
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """Positions of the prompts that each round generated for; every third prompt passes."""
-    rounds: list[list[int]] = []
-
-    def fake(session: Any, prompts: Sequence[PromptSample]) -> Batch:
-        rounds.append([sample.position for sample in prompts])
-        return sampled(rounds[-1], session.config.rollout.n, set(range(0, 1000, 3)))
-
-    monkeypatch.setattr("rlcore_recipes.collect.generate_and_score", fake)
-    return rounds
+def dynamic(scorer: ByPosition, engine: Echo, max_rounds: int) -> Rollouts:
+    plan = RolloutPlan(partial(single_completion, sampling=SAMPLING), n=2, seed=0, keep=spread)  # type: ignore[arg-type]
+    groups = SynchronousGroups(workers(scorer, engine), Prompts(), plan, 4, max_rounds)  # type: ignore[arg-type]
+    return groups.take(1)
 
 
-def test_refill_goes_on_until_the_batch_is_full(drawn: list[list[int]]) -> None:
-    batch, metrics = refill(session(wanted=4, n=2), spread, max_generations=10)  # type: ignore[arg-type]
-    assert batch["group"].tolist() == [0, 0, 3, 3, 6, 6, 9, 9]
+def test_dynamic_sampling_goes_on_until_the_batch_is_full() -> None:
+    scorer = ByPosition()
+    samples = dynamic(scorer, Echo(), max_rounds=10)
+    assert samples.batch["group"].tolist() == [0, 0, 3, 3, 6, 6, 9, 9]
+    assert samples.scores.result()["score"].tolist() == [1, 0] * 4
     # 2 of the first 4 pass, so 4 more are likely to give the 2 that are missing; 1 of them does
-    assert drawn == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
-    assert metrics["dynamic_sampling/rounds"] == 3
-    assert metrics["dynamic_sampling/groups"] == 11
-    assert metrics["dynamic_sampling/passed"] == pytest.approx(4 / 11)
-    assert metrics["dynamic_sampling/unfilled"] == 0
+    assert [groups[::2] for groups in scorer.scored] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
+    assert samples.metrics["dynamic_sampling/rounds"] == 3
+    assert samples.metrics["dynamic_sampling/groups"] == 11
+    assert samples.metrics["dynamic_sampling/passed"] == pytest.approx(4 / 11)
+    assert samples.metrics["dynamic_sampling/unfilled"] == 0
 
 
-def test_refill_gives_up_and_fills_with_what_did_not_pass(drawn: list[list[int]]) -> None:
-    batch, metrics = refill(session(wanted=4, n=2), spread, max_generations=1)  # type: ignore[arg-type]
-    assert batch["group"].tolist() == [0, 0, 3, 3, 1, 1, 2, 2]
-    assert metrics["dynamic_sampling/unfilled"] == 0.5
-    assert len(drawn) == 1
+def test_dynamic_sampling_fills_the_batch_with_dropped_groups_after_its_last_round() -> None:
+    samples = dynamic(ByPosition(), Echo(), max_rounds=1)
+    assert samples.batch["group"].tolist() == [0, 0, 3, 3, 1, 1, 2, 2]
+    assert samples.metrics["dynamic_sampling/unfilled"] == 0.5
+    assert samples.metrics["dynamic_sampling/rounds"] == 1
+
+
+def test_a_round_makes_one_call_for_all_episodes_and_one_for_all_scores() -> None:
+    scorer, engine = ByPosition(), Echo()
+    episode = partial(single_completion, sampling=SAMPLING)
+    plan = RolloutPlan(episode, n=2, seed=0, baseline=partial(single_completion, sampling=greedy(SAMPLING)))
+    samples = roll_out_together(workers(scorer, engine), plan, [prompt(position, [1]) for position in range(3)])
+    temperatures = [request.sampling.temperature for request in engine.requests]
+    assert temperatures == [1.0] * 6 + [0.0] * 3, "baselines after all others, before the step goes on"
+    assert scorer.scored == [], "scores are computed when they are asked for"
+    scores = samples.scores.result()
+    assert scorer.scored == [[0, 0, 1, 1, 2, 2], [0, 1, 2]]
+    assert scores["score"].tolist() == [1, 0, 0, 0, 0, 0]
+    assert scores["baseline_score"].tolist() == [1, 1, 0, 0, 0, 0]
+    assert samples.batch["group"].tolist() == [0, 0, 1, 1, 2, 2]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from rlcore.errors import ConfigError, RlcoreWarning
-from rlcore_recipes.run_lock import LOCK, claimed
+from rlcore_recipes.run.lock import LOCK, claimed
 
 
 def test_a_second_run_is_refused_with_host_and_process_of_the_first(tmp_path: Path) -> None:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
 from rlcore.batch import Batch, Jagged
+from rlcore.controller import LocalExecutor
 from rlcore.engines import RewardResult
-from rlcore_recipes.processes import executor
-from rlcore_recipes.reward_model import with_model_scores
-from rlcore_recipes.scoring import checked
+from rlcore_recipes.rollouts.reward_model import RewardModel
+from rlcore_recipes.rollouts.scorer import checked
+from rlcore_recipes.run.timing import Timings
 
 
 def test_results_that_cannot_be_used_become_failed_ones(caplog: pytest.LogCaptureFixture) -> None:
@@ -33,18 +32,12 @@ def test_results_that_cannot_be_used_become_failed_ones(caplog: pytest.LogCaptur
 @pytest.mark.parametrize("value", [math.nan, math.inf, 3e38])
 def test_a_reward_model_without_a_finite_score_fails_its_sample(value: float, caplog: pytest.LogCaptureFixture) -> None:
     engine = SimpleNamespace(offload=lambda: None)
-    session: Any = SimpleNamespace(
-        config=SimpleNamespace(
-            reward_model=SimpleNamespace(coeff=2.0, offload=True), reward=SimpleNamespace(error_score=-1.0)
-        ),
-        roles=SimpleNamespace(reward_model=engine),
-        executor=executor,
-        timed=lambda name: nullcontext(),
-    )
+    settings = SimpleNamespace(coeff=2.0, offload=True)
+    model = RewardModel(engine, settings, -1.0, LocalExecutor(), Timings())  # type: ignore[arg-type]
     results = [RewardResult(0.5), RewardResult(1.0, {"words": 2.0}), RewardResult(0.0, error="timeout")]
     batch = Batch({"score": torch.tensor([0.5, 1.0, 0.0]), "group": torch.tensor([7, 8, 9]), "reward_result": results})
     values = Batch({"values": Jagged(torch.tensor([9.0, 3.0, 9.0, value, value]), torch.tensor([2, 2, 1]))})
-    scored = with_model_scores(session, batch, values)
+    scored = model.added(batch, values, batch["group"])
     assert scored["score"].tolist() == [6.5, -1.0, -1.0]
     assert scored["reward_model_score"].tolist() == [3.0, 0.0, 0.0]
     assert scored["reward_result"] == [

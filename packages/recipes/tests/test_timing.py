@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from rlcore.controller import Event, Executor
 from rlcore.errors import ConfigError
-from rlcore_recipes import timing
-from rlcore_recipes.timing import Timings, covered
+from rlcore_recipes.run import timing
+from rlcore_recipes.run.timing import Timings, covered
 
 
 class Clock:

@@ -14,7 +14,7 @@ from rlcore.batch import Batch, Jagged
 from rlcore.engines import Objective
 from rlcore.metrics import Metrics
 from rlcore_recipes.settings import ActorSettings
-from rlcore_recipes.updates import CountingLeftOut, train_epochs, training_columns, without_zero_advantage
+from rlcore_recipes.step.update import CountingLeftOut, train_epochs, training_columns, without_zero_advantage
 
 LENGTHS = [5, 3, 6, 2, 4, 7]
 

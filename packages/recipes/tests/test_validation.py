@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from rlcore.batch import Batch, Jagged
 from rlcore.controller import LocalExecutor
 from rlcore.engines import RewardResult
 from rlcore_recipes.data.prompts import PromptSample
-from rlcore_recipes.validation import GENERATION_COLUMNS, majority_score, validate_prompts, validation_metrics
+from rlcore_recipes.step.validation import GENERATION_COLUMNS, majority_score, validate_prompts, validation_metrics
 
 
 def answers(groups: dict[tuple[str, int], list[RewardResult]]) -> Batch:
@@ -96,13 +98,19 @@ def test_batches_and_logged_completions() -> None:
         asked.append(len(part))
         return answers({("a", prompt.position): [failed(float(prompt.position))] for prompt in part})
 
-    outcome = validate_prompts(LocalExecutor(), prompts, answer, batch_size=2, logged=3, decode=str)
+    session: Any = SimpleNamespace(
+        config=SimpleNamespace(data=SimpleNamespace(val_batch_size=2), trainer=SimpleNamespace(log_val_generations=3)),
+        val_prompts=prompts,
+        executor=LocalExecutor(),
+        tokenizer=SimpleNamespace(decode=lambda tokens, **options: str(tokens)),
+    )
+    outcome = validate_prompts(session, answer)
     assert asked == [2, 2, 1]
     assert outcome.metrics["val-core/a/reward/mean@1"] == 2.0
     assert outcome.columns == GENERATION_COLUMNS
     assert len(outcome.rows) == 3
     assert {row[-1] for row in outcome.rows} == {"timeout"}, "the error of a reward that failed"
-    again = validate_prompts(LocalExecutor(), prompts, answer, batch_size=2, logged=3, decode=str)
+    again = validate_prompts(session, answer)
     assert [row[0] for row in again.rows] == [row[0] for row in outcome.rows]
     shown = {f"[{prompt.position}, 7]" for prompt in prompts}
     assert {row[0] for row in outcome.rows} < shown, "the tokens of the prompt alone, decoded"

@@ -12,14 +12,20 @@ from pydantic import Field
 from rlcore.algorithms.objectives import PolicyObjectiveSettings
 from rlcore.algorithms.shaping import OverlongSettings
 from rlcore.cli import run_recipe_module
-from rlcore_recipes.batch_metrics import batch_metrics
-from rlcore_recipes.collect import training_batch
-from rlcore_recipes.credit import with_advantages
-from rlcore_recipes.forward import judged
-from rlcore_recipes.restarts import restarting
-from rlcore_recipes.session import Session, open_session, train_rl, validate_completions
+from rlcore_recipes.run.open import train_rl
+from rlcore_recipes.run.restarts import restarting
+from rlcore_recipes.run.session import Session
 from rlcore_recipes.settings import ActorSettings, AlgorithmSettings, DynamicSamplingSettings, RLConfig
-from rlcore_recipes.updates import sync_policy, update_actor
+from rlcore_recipes.step import (
+    add_advantages,
+    add_logprobs,
+    add_scores,
+    rollouts,
+    step_metrics,
+    sync_weights,
+    update_policy,
+    validate_completions,
+)
 
 
 class DAPOAlgorithmSettings(AlgorithmSettings):
@@ -47,6 +53,10 @@ class DAPOConfig(RLConfig):
         default_factory=DAPOAlgorithmSettings, description="Advantages, reward shaping and dynamic sampling."
     )
 
+    @property
+    def dynamic_sampling(self) -> DynamicSamplingSettings | None:
+        return self.algorithm.dynamic_sampling
+
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from super().problems()
         if self.algorithm.dynamic_sampling is not None and self.rollout.n == 1:
@@ -59,21 +69,18 @@ class DAPOConfig(RLConfig):
 @restarting
 def run(config: DAPOConfig) -> None:
     """Train, from the beginning or from the last checkpoint, to the last step."""
-    with open_session(config, dynamic=config.algorithm.dynamic_sampling, validate=validate_completions) as session:
-        train_rl(session, "dapo", step)
+    train_rl("dapo", config, step, validate_completions)
 
 
 def step(session: Session[DAPOConfig], number: int) -> dict[str, float]:
-    """Generate and score until the batch is full of groups that teach something, compare within groups, update."""
-    timed = session.timed
-    batch, sampled = training_batch(session, number, judged)
-    with timed("adv"):
-        batch, metrics = with_advantages(session, batch)
-    with timed("update_actor"):
-        metrics.update(update_actor(session, batch))
-    with timed("update_weights"):
-        metrics.update(sync_policy(session, version=number))
-    return session.executor.compute(batch_metrics, batch, number - 1) | sampled | metrics.to_dict()
+    """Generate and score until the batch is full of groups whose scores differ, compare within groups, update."""
+    samples = rollouts(session, number)  # dropped groups are replaced: algorithm.dynamic_sampling
+    batch = add_logprobs(session, samples.batch)
+    batch = add_scores(session, batch, samples)
+    batch, metrics = add_advantages(session, batch)  # of scores after the overlong punishment: algorithm.overlong
+    metrics |= update_policy(session, batch)  # clip-higher, token-mean loss: actor.objective
+    metrics |= sync_weights(session, version=number)
+    return step_metrics(session, batch, number) | samples.metrics | metrics.to_dict()
 
 
 if __name__ == "__main__":

@@ -7,14 +7,20 @@ needs no critic.
 from __future__ import annotations
 
 from rlcore.cli import run_recipe_module
-from rlcore_recipes.batch_metrics import batch_metrics
-from rlcore_recipes.collect import training_batch
-from rlcore_recipes.credit import with_advantages
-from rlcore_recipes.forward import judged
-from rlcore_recipes.restarts import restarting
-from rlcore_recipes.session import Session, open_session, train_rl, validate_completions
+from rlcore_recipes.run.open import train_rl
+from rlcore_recipes.run.restarts import restarting
+from rlcore_recipes.run.session import Session
 from rlcore_recipes.settings import RLConfig
-from rlcore_recipes.updates import sync_policy, update_actor
+from rlcore_recipes.step import (
+    add_advantages,
+    add_logprobs,
+    add_scores,
+    rollouts,
+    step_metrics,
+    sync_weights,
+    update_policy,
+    validate_completions,
+)
 
 
 class GRPOConfig(RLConfig):
@@ -24,21 +30,18 @@ class GRPOConfig(RLConfig):
 @restarting
 def run(config: GRPOConfig) -> None:
     """Train, from the beginning or from the last checkpoint, to the last step."""
-    with open_session(config, validate=validate_completions) as session:
-        train_rl(session, "grpo", step)
+    train_rl("grpo", config, step, validate_completions)
 
 
 def step(session: Session[GRPOConfig], number: int) -> dict[str, float]:
     """Generate, score, compare within groups, update."""
-    timed = session.timed
-    batch, sampled = training_batch(session, number, judged)
-    with timed("adv"):
-        batch, metrics = with_advantages(session, batch)
-    with timed("update_actor"):
-        metrics.update(update_actor(session, batch))
-    with timed("update_weights"):
-        metrics.update(sync_policy(session, version=number))
-    return session.executor.compute(batch_metrics, batch, number - 1) | sampled | metrics.to_dict()
+    samples = rollouts(session, number)  # rollout.n completions of each prompt; they are scored meanwhile
+    batch = add_logprobs(session, samples.batch)  # old and reference log-probs, as the objective needs them
+    batch = add_scores(session, batch, samples)  # waits for the rewards
+    batch, metrics = add_advantages(session, batch)  # relative to the other completions of the prompt
+    metrics |= update_policy(session, batch)
+    metrics |= sync_weights(session, version=number)
+    return step_metrics(session, batch, number) | samples.metrics | metrics.to_dict()
 
 
 if __name__ == "__main__":

@@ -7,15 +7,23 @@ from collections.abc import Iterator
 from pydantic import Field
 
 from rlcore.cli import run_recipe_module
-from rlcore_recipes.batch_metrics import batch_metrics
-from rlcore_recipes.collect import training_batch
-from rlcore_recipes.credit import with_advantages
-from rlcore_recipes.forward import judged
-from rlcore_recipes.restarts import restarting
-from rlcore_recipes.session import Session, open_session, train_rl, validate_completions
+from rlcore_recipes.run.open import train_rl
+from rlcore_recipes.run.restarts import restarting
+from rlcore_recipes.run.session import Session
 from rlcore_recipes.settings import AlgorithmSettings, CriticSettings, RLConfig, RolloutSettings
 from rlcore_recipes.settings.reinforcement import indivisible
-from rlcore_recipes.updates import sync_policy, update_actor, update_critic
+from rlcore_recipes.step import (
+    add_advantages,
+    add_logprobs,
+    add_scores,
+    add_values,
+    rollouts,
+    step_metrics,
+    sync_weights,
+    update_critic,
+    update_policy,
+    validate_completions,
+)
 
 
 class PPOConfig(RLConfig):
@@ -28,13 +36,9 @@ class PPOConfig(RLConfig):
     )
 
     @property
-    def has_critic(self) -> bool:
+    def critic_role(self) -> CriticSettings | None:
         needed = "values" in self.algorithm.advantage.entry.needs
-        return needed if self.critic.enable is None else self.critic.enable
-
-    @property
-    def critic_sizes(self) -> tuple[int, int]:
-        return self.critic.mini_batch_size or self.mini_batch_size, self.critic.epochs or self.actor.epochs
+        return self.critic if (needed if self.critic.enable is None else self.critic.enable) else None
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from super().problems()
@@ -51,27 +55,21 @@ class PPOConfig(RLConfig):
 @restarting
 def run(config: PPOConfig) -> None:
     """Train, from the beginning or from the last checkpoint, to the last step."""
-    with open_session(
-        config, critic=config.critic if config.has_critic else None, validate=validate_completions
-    ) as session:
-        train_rl(session, "ppo", step)
+    train_rl("ppo", config, step, validate_completions)
 
 
 def step(session: Session[PPOConfig], number: int) -> dict[str, float]:
     """Generate, score, estimate advantages with the critic, update the critic and the policy."""
-    config, roles, timed = session.config, session.roles, session.timed
-    batch, sampled = training_batch(session, number, judged)
-    with timed("adv"):
-        batch, metrics = with_advantages(session, batch)
-    if roles.critic is not None:
-        with timed("update_critic"):
-            metrics.update(update_critic(roles.critic, batch, config.critic, config))
-    if roles.critic is None or number >= config.critic.warmup_steps:
-        with timed("update_actor"):
-            metrics.update(update_actor(session, batch))
-    with timed("update_weights"):
-        metrics.update(sync_policy(session, version=number))
-    return session.executor.compute(batch_metrics, batch, number - 1) | sampled | metrics.to_dict()
+    samples = rollouts(session, number)  # they are scored meanwhile
+    batch = add_logprobs(session, samples.batch)
+    batch = add_values(session, batch)  # the critic's
+    batch = add_scores(session, batch, samples)  # waits for the rewards
+    batch, metrics = add_advantages(session, batch)
+    metrics |= update_critic(session, batch)
+    if session.roles.critic is None or number >= session.config.critic.warmup_steps:
+        metrics |= update_policy(session, batch)
+    metrics |= sync_weights(session, version=number)
+    return step_metrics(session, batch, number) | samples.metrics | metrics.to_dict()
 
 
 if __name__ == "__main__":

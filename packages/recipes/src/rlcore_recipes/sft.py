@@ -14,21 +14,21 @@ from rlcore.batch import Batch
 from rlcore.cli import run_recipe_module
 from rlcore.config import Config
 from rlcore.engines import ForwardRequest, ModelSettings, OptimSettings, TrainEngine
-from rlcore_recipes.banner import model_rows
 from rlcore_recipes.data.end_tokens import missing_ends, model_tokens, save_tokenizer
 from rlcore_recipes.data.loader import BatchLoader
 from rlcore_recipes.data.settings import SFTDataSettings
 from rlcore_recipes.data.sft import SFTDataset, load_sft
 from rlcore_recipes.data.tokenizer import load_tokenizer
-from rlcore_recipes.micro_batches import MicroBatches, Model
-from rlcore_recipes.preflight import check_sources
-from rlcore_recipes.restarts import restarting
-from rlcore_recipes.roles import closed, open_executor, train_engine, with_total_steps
+from rlcore_recipes.run.banner import model_rows
+from rlcore_recipes.run.loop import Run, train
+from rlcore_recipes.run.micro_batches import MicroBatches, Model
+from rlcore_recipes.run.preflight import check_sources
+from rlcore_recipes.run.restarts import restarting
+from rlcore_recipes.run.roles import closed, open_executor, train_engine, with_total_steps
+from rlcore_recipes.run.timing import Timings
 from rlcore_recipes.settings import ControllerSettings, ModelRole, TrainerSettings
 from rlcore_recipes.settings.controller import unused
-from rlcore_recipes.timing import Timings
-from rlcore_recipes.train_loop import Run, train
-from rlcore_recipes.validation import Validation
+from rlcore_recipes.step.validation import Validation
 
 
 class SFTActorSettings(ModelRole):

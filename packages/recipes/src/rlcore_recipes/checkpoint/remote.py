@@ -26,7 +26,7 @@ from rlcore_recipes.checkpoint.manifest import (
     record,
 )
 from rlcore_recipes.checkpoint.naming import is_name, step_of
-from rlcore_recipes.protocols import package_of
+from rlcore_recipes.data.url_packages import package_of
 
 
 def file_system(root: str) -> tuple[Any, str]:

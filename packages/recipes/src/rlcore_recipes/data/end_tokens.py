@@ -12,7 +12,7 @@ from rlcore.boundary import boundary
 from rlcore.engines.settings import ModelSettings
 from rlcore.errors import DataError, RlcoreWarning
 from rlcore_recipes.data.chat import Renderer
-from rlcore_recipes.processes import launched_as_main
+from rlcore_recipes.ranks import launched_as_main
 
 _ANSWER = "answer"
 

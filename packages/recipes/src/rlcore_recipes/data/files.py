@@ -20,8 +20,8 @@ from rlcore.config.values import is_url
 from rlcore.errors import DataError, RlcoreWarning
 from rlcore.suggestions import similar_paths
 from rlcore_recipes.data.columns import Columns, Row, names_in
+from rlcore_recipes.data.hub import go_offline_without_network
 from rlcore_recipes.data.parquet import read_parquet
-from rlcore_recipes.hub import go_offline_without_network
 
 HUB = re.compile(r"hub:(?P<name>[^:@]+)(:(?P<config>[^:@]+))?(@(?P<split>.+))?")
 

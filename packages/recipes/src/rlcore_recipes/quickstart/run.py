@@ -15,7 +15,7 @@ from rlcore_recipes.data.prepare.writing import write_splits
 from rlcore_recipes.quickstart import settings
 from rlcore_recipes.quickstart.report import Curves, write_report
 from rlcore_recipes.quickstart.teach import teach
-from rlcore_recipes.small_model import SmallModelSettings, write_small_model
+from rlcore_recipes.small_model.qwen2 import SmallModelSettings, write_small_model
 
 
 def run_quickstart(out: Path, seed: int, steps: int) -> None:

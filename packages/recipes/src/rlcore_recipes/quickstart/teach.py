@@ -17,9 +17,9 @@ from rlcore_recipes.data.sft import load_sft
 from rlcore_recipes.data.tokenizer import load_tokenizer
 from rlcore_recipes.grpo import GRPOConfig
 from rlcore_recipes.quickstart import settings
-from rlcore_recipes.roles import rollout_engine, train_engine
-from rlcore_recipes.rollouts import generate, validation_sampling
-from rlcore_recipes.scoring import reward_of, score
+from rlcore_recipes.rollouts.scorer import reward_of, score
+from rlcore_recipes.rollouts.trajectories import generate, validation_sampling
+from rlcore_recipes.run.roles import rollout_engine, train_engine
 
 
 def teach(base: Path, out: Path, config: GRPOConfig, report: Callable[[int, float, float], None]) -> int:

@@ -13,7 +13,7 @@ SAMPLED = frozenset(
         "finish_reason", "messages", "ground_truth", "data_source", "extra",
     }
 )  # fmt: skip
-"""Of trajectories (`rlcore_recipes.rollouts.trajectories`)."""
+"""Of trajectories (`rlcore_recipes.rollouts.trajectories.group_batch`)."""
 
 SCORED = frozenset({"score", "reward_result", "completion"})
 """Of the reward."""

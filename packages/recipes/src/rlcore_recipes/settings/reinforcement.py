@@ -12,12 +12,19 @@ from rlcore.config import Choice
 from rlcore.engines import ModelSettings, WeightSyncSettings
 from rlcore.engines.settings import adapter_rank, wants_adapters
 from rlcore_recipes.data.settings import DataSettings
-from rlcore_recipes.settings.algorithm import AlgorithmSettings
+from rlcore_recipes.settings.algorithm import AlgorithmSettings, DynamicSamplingSettings
 from rlcore_recipes.settings.asynchronous import AsyncSection, AsyncSettings, async_problems
 from rlcore_recipes.settings.columns import CREDITED, ON_DEMAND, SAMPLED, SCORED, missing_columns
 from rlcore_recipes.settings.combinations import doubts
 from rlcore_recipes.settings.controller import ControllerSettings, unused
-from rlcore_recipes.settings.roles import ActorSettings, RefSettings, RewardModelSettings, RewardRole, RolloutSettings
+from rlcore_recipes.settings.roles import (
+    ActorSettings,
+    CriticSettings,
+    RefSettings,
+    RewardModelSettings,
+    RewardRole,
+    RolloutSettings,
+)
 from rlcore_recipes.settings.trainer import TrainerSettings
 
 
@@ -95,9 +102,26 @@ class RLConfig(AsyncSection):  # type: ignore[misc,valid-type]
         return [*rows, ("steps", *self.trainer.length)]
 
     @property
+    def critic_role(self) -> CriticSettings | None:
+        """Settings of the critic; None without one. Recipes with a critic override it."""
+        return None
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether a critic takes part."""
+        return self.critic_role is not None
+
+    @property
     def critic_sizes(self) -> tuple[int, int]:
         """The critic's mini-batch in prompts, and its epochs."""
-        raise NotImplementedError  # of recipes with a critic
+        critic = self.critic_role
+        assert critic is not None
+        return critic.mini_batch_size or self.mini_batch_size, critic.epochs or self.actor.epochs
+
+    @property
+    def dynamic_sampling(self) -> DynamicSamplingSettings | None:
+        """Settings of dynamic sampling; None if steps train on all groups. Recipes that offer it override it."""
+        return None
 
     @property
     def needs_ref(self) -> bool:
@@ -176,10 +200,6 @@ class RLConfig(AsyncSection):  # type: ignore[misc,valid-type]
 
     def doubts(self) -> Iterator[tuple[str, str]]:
         yield from doubts(self)
-
-    @property
-    def has_critic(self) -> bool:
-        return False
 
 
 def indivisible(train_batch_size: int, key: str, mini_batch_size: int) -> Iterator[tuple[str, str]]:

@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from rlcore.config import FileName, FilePath, Package, PluginSections, Seconds
 from rlcore.config.values import is_url
-from rlcore_recipes.protocols import package_of
+from rlcore_recipes.data.url_packages import package_of
 
 
 def _no_url(value: Any) -> Any:

@@ -1,0 +1,107 @@
+"""From trajectories to rewards."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rlcore import plugins
+from rlcore.batch import Batch
+from rlcore.controller import Dispatch, dispatch
+from rlcore.engines import ModelSettings, Reward, RewardResult, RewardSample
+from rlcore.engines.reward import result_problem
+from rlcore_recipes.data.tokenizer import load_tokenizer
+from rlcore_recipes.rollouts.trajectories import completion_texts, completion_tokens
+from rlcore_recipes.settings import RewardRole
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """The engine of the reward role: a reward, and the tokenizer that gives it texts.
+
+    Attributes:
+        error_score: of samples for which the reward returns what cannot be used, such as a score that is not finite.
+        ends: None where the reward reads no special tokens; else the only ones that it does not read (see
+            `completion_texts`).
+    """
+
+    reward: Reward
+    tokenizer: Any
+    error_score: float = 0.0
+    ends: frozenset[int] | None = None
+
+    def score(self, batch: Batch) -> Batch:
+        """``score`` (dense fp32), ``reward_result`` (objects) and ``completion`` (objects: the text)."""
+        completions = completion_tokens(batch)
+        texts = completion_texts(completions, self.tokenizer, self.ends)
+        results = checked(self.reward.score_batch(reward_samples(batch, texts, completions)), self.error_score)
+        scores = torch.tensor([result.score for result in results], dtype=torch.float32)
+        return Batch({"score": scores, "reward_result": results, "completion": texts})
+
+    @dispatch(Dispatch.BROADCAST)
+    def close(self) -> None:
+        self.reward.close()
+
+
+def score(scorer: Scorer, trajectories: Batch) -> Batch:
+    """Return the columns of `Scorer.score` for ``trajectories``."""
+    return scorer.score(trajectories)
+
+
+def reward_of(role: RewardRole) -> Reward:
+    """The reward that ``role`` names."""
+    return plugins.get(role.plugin_group, role.name).build(role.options, role)  # type: ignore[no-any-return]
+
+
+def build_scorer(role: RewardRole, model: ModelSettings, ends: frozenset[int], engines: Mapping[str, Any]) -> Scorer:
+    """The scorer that ``role`` names, for completions of ``model`` that end with ``ends``."""
+    kept = ends if role.keep_special_tokens else None
+    return Scorer(reward_of(role), load_tokenizer(model), role.error_score, kept)
+
+
+def checked(results: Sequence[RewardResult], error_score: float) -> list[RewardResult]:
+    """``results``, of which those that cannot be used have become failed ones (kind "result")."""
+    found, problems = [], Counter[str]()
+    for result in results:
+        problem = result_problem(result)
+        found.append(result if problem is None else RewardResult(error_score, error="result"))
+        problems.update([problem] if problem is not None else [])
+    if problems:
+        logger.warning(
+            "%d of %d samples get error_score=%g, because the reward returned %s",
+            problems.total(),
+            len(results),
+            error_score,
+            problems.most_common(1)[0][0],
+        )
+    return found
+
+
+def reward_samples(batch: Batch, texts: list[str], completions: list[list[int]]) -> list[RewardSample]:
+    return [
+        RewardSample(
+            prompt=messages,
+            completion=text,
+            ground_truth=truth,
+            data_source=source,
+            extra=extra,
+            finish_reason=reason,
+            completion_tokens=tokens,
+        )
+        for messages, text, truth, source, extra, reason, tokens in zip(
+            batch["messages"],
+            texts,
+            batch["ground_truth"],
+            batch["data_source"],
+            batch["extra"],
+            batch["finish_reason"],
+            completions,
+        )
+    ]

@@ -1,0 +1,253 @@
+"""The loop around a recipe's step: validation, checkpoints, resuming, tracking, stopping."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Protocol
+from warnings import warn
+
+import torch
+
+from rlcore.boundary import boundary
+from rlcore.config import Config
+from rlcore.engines import TrainEngine
+from rlcore.errors import ConfigError, RlcoreWarning
+from rlcore.json_file import JsonFile
+from rlcore.progress import listening
+from rlcore.tracking import RunInfo, Tracker
+from rlcore_recipes.checkpoint import CheckpointManager, RunState
+from rlcore_recipes.ranks import all_gather, executor, is_main, on_rank_zero
+from rlcore_recipes.run.banner import print_end, print_start
+from rlcore_recipes.run.folder import MODEL
+from rlcore_recipes.run.health import Health
+from rlcore_recipes.run.resume import resumed
+from rlcore_recipes.run.seeds import seed_generators
+from rlcore_recipes.run.stopping import exit_code, stop_asked_for, stop_signals
+from rlcore_recipes.run.timing import Timings
+from rlcore_recipes.settings import TrainerSettings
+from rlcore_recipes.step.validation import Validation
+from rlcore_recipes.trackers import open_trackers
+
+
+class Stateful(Protocol):
+    """A small part of a run's state, as plain values (JSON), which ``described_by`` describes with their ranges."""
+
+    @property
+    def described_by(self) -> type[JsonFile]: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, state: Mapping[str, Any], /) -> None: ...
+
+
+@dataclass
+class Run:
+    """What the loop needs to know of a recipe.
+
+    Attributes:
+        step: makes the step of that number (from 1) and returns its metrics, ``perf/total_num_tokens`` among them.
+        validate: None where nothing is validated.
+        engines: what they hold is in every checkpoint, under their names. "actor" is exported at the end.
+        parts: further state by name, restored with the engines'.
+        resumed: called after a checkpoint was loaded, with the number of steps done.
+        save_tokenizer: writes the tokenizer into a folder, beside an exported model.
+        apply: runs a function in all processes of an engine (an executor's ``apply``).
+        about: what the run consists of, for the start banner; called in every process, after a checkpoint was loaded.
+        max_error_ratio: share of samples whose reward may fail over some steps (see `Health`).
+    """
+
+    recipe: str
+    config: Config
+    trainer: TrainerSettings
+    seed: int
+    total_steps: int
+    step: Callable[[int], dict[str, float]]
+    validate: Callable[[], Validation] | None
+    engines: Mapping[str, TrainEngine]
+    parts: Mapping[str, Stateful]
+    resumed: Callable[[int], None]
+    save_tokenizer: Callable[[Path], Any]
+    timed: Timings = field(default_factory=Timings)
+    apply: Callable[..., list[Any]] = executor.apply
+    about: Callable[[], Sequence[tuple[str, str]]] = tuple
+    max_error_ratio: float = 1.0
+
+
+def train(run: Run) -> None:
+    """Make all steps of ``run``, from the beginning or from its checkpoint.
+
+    SIGTERM, SIGHUP and SIGINT end it after the step under way, with a checkpoint (see `exit_code`).
+
+    Raises:
+        TrainingError: rewards failed, or updates were skipped, for too long.
+    """
+    trainer = run.trainer
+    checkpoints, done, run_id = resumed(run)
+    complete = done >= run.total_steps
+    if not complete:
+        print_start(run.recipe, run.about(), trainer, done, run.total_steps)
+    health = Health(trainer, run.max_error_ratio)
+    with (
+        tracking(run, run_id, done) as tracker,
+        stop_signals(trainer.grace_s, checkpoints) as received,
+        completing(checkpoints, alone=len(all_gather(None)) == 1),
+    ):
+        if done == 0 and run.validate is not None and trainer.val_before_train:
+            metrics = validated(run, tracker, 0)
+            tracker.log(metrics, 0)
+            health.check_validation(metrics)
+        while done < run.total_steps:
+            done += 1
+            metrics = timed_step(run, tracker, done)
+            last, stop = done == run.total_steps, stop_asked_for(received)
+            if run.validate is not None and due(trainer.test_freq, done, last):
+                metrics |= validated(run, tracker, done)
+            # logged first: a run killed while it saves repeats the step, one killed after it does not log it again
+            metrics |= timings(run, metrics)
+            tracker.log(metrics, done)
+            # before the checkpoint: after that of the last step, the same command would call the run complete
+            health.check(metrics, last)
+            if trainer.save_freq > 0:
+                with run.timed("save_checkpoint"):  # reported with the next step
+                    checkpoints.poll()
+                    if due(trainer.save_freq, done, last or stop is not None):
+                        saved = state(run, done, run_id)
+                        checkpoints.start(done, run.engines, saved, metrics, background=trainer.async_save)
+                    if last or stop is not None or not trainer.async_save:
+                        checkpoints.finish()
+            if stop is not None and not last:
+                raise SystemExit(exit_code(stop, trainer, done, run.total_steps))
+        if trainer.save_hf:
+            export(run, trainer.out_dir / MODEL)
+    if trainer.save_hf or not complete:
+        print_end(trainer, run.total_steps)
+
+
+def timed_step(run: Run, tracker: Tracker, number: int) -> dict[str, float]:
+    seed_generators(run.seed, number)
+    with run.timed("step"), showing(tracker, number):
+        metrics = run.step(number)
+    seconds = run.timed.seconds("step")
+    metrics |= {"training/global_step": number, "perf/time_per_step": seconds, **memory()}
+    metrics["perf/throughput"] = metrics["perf/total_num_tokens"] / seconds / run.engines["actor"].dp_size
+    return metrics
+
+
+def timings(run: Run, metrics: Mapping[str, float]) -> dict[str, float]:
+    """Seconds of each part, and for the step's parts their milliseconds per token of its batch."""
+    seconds = run.timed.take()
+    tokens = max(metrics["perf/total_num_tokens"], 1.0)
+    found = {f"timing_s/{name}": value for name, value in seconds.items()}
+    return found | {
+        f"timing_per_token_ms/{name}": value * 1000 / tokens
+        for name, value in seconds.items()
+        if name not in ("step", "testing", "save_checkpoint")
+    }
+
+
+def validated(run: Run, tracker: Tracker, step: int) -> dict[str, float]:
+    assert run.validate is not None
+    with run.timed("testing"), showing(tracker, step):
+        outcome = run.validate()
+    best = run.trainer.best_metric
+    if best is not None and best.startswith("val") and best not in outcome.metrics:
+        close = get_close_matches(best, outcome.metrics, n=3) or list(outcome.metrics)
+        raise ConfigError(f"trainer.best_metric={best} is no validation metric; did you mean {' or '.join(close)}?")
+    if outcome.rows:
+        tracker.log_table("val/generations", outcome.columns, outcome.rows, step)
+    return outcome.metrics
+
+
+@contextmanager
+def showing(tracker: Tracker, step: int) -> Iterator[None]:
+    """Show how far the step has come."""
+    with listening(lambda what, done, total: tracker.progress(what, done, total, step)):
+        yield
+
+
+def due(every: int, step: int, last: bool) -> bool:
+    return every > 0 and (last or step % every == 0)
+
+
+def memory() -> dict[str, float]:
+    """Peak memory of this process in GiB: its resident size, and what torch had of the GPU."""
+    per_gib = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux KiB
+    found = {"perf/max_cpu_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / per_gib}
+    if torch.cuda.is_available():
+        found["perf/max_memory_allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        found["perf/max_memory_reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+    return found
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def state(run: Run, step: int, run_id: str) -> RunState:
+    parts = {name: part.state() for name, part in run.parts.items()}
+    return RunState(recipe=run.recipe, step=step, run_id=run_id, parts=parts)
+
+
+@contextmanager
+def completing(checkpoints: CheckpointManager, alone: bool) -> Iterator[None]:
+    """Complete the checkpoint under way also if a step fails.
+
+    Args:
+        alone: no other process runs this program. If others do, one that failed cannot know where they are, and must
+            not wait for them.
+    """
+    try:
+        yield
+    except Exception:
+        if alone:
+            try:
+                checkpoints.finish()
+            except Exception as error:
+                warn(f"the checkpoint under way is lost: {error}", RlcoreWarning, stacklevel=2)
+        raise
+
+
+def export(run: Run, folder: Path) -> None:
+    run.engines["actor"].save_pretrained(folder)
+
+    def save_tokenizer() -> None:
+        with boundary(f"the model is in {folder}, but its tokenizer (copy that of model.path) cannot be written there"):
+            run.save_tokenizer(folder)
+
+    on_rank_zero(save_tokenizer)
+
+
+# --- tracking -------------------------------------------------------------------------------------------------------
+
+
+class _Silent(Tracker):
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        return
+
+
+@contextmanager
+def tracking(run: Run, run_id: str, done: int) -> Iterator[Tracker]:
+    """The run's trackers; on other ranks than the main one something that does nothing."""
+    if not is_main():
+        yield _Silent()
+        return
+    trainer = run.trainer
+    info = RunInfo(
+        out_dir=trainer.out_dir,
+        project=trainer.project,
+        name=trainer.name or trainer.out_dir.resolve().name,
+        run_id=run_id,
+        total_steps=run.total_steps,
+        config=run.config.model_dump(mode="json"),
+        start_step=done,
+    )
+    tracker = open_trackers({name: trainer.options_of(name) for name in trainer.trackers}, info)
+    try:
+        yield tracker
+    finally:
+        tracker.close()

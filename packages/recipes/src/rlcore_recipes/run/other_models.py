@@ -1,0 +1,65 @@
+"""Checks of the models next to the policy (critic, reference, reward model), before anything is built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlcore.boundary import boundary
+from rlcore.engines import ModelSettings
+from rlcore.errors import DataError
+from rlcore_recipes.data.tokenizer import TOKENIZER_FILES, load_tokenizer
+
+if TYPE_CHECKING:
+    from rlcore_recipes.settings import RLConfig
+
+
+def check_other_models(config: RLConfig, tokenizer: Any) -> None:
+    """See whether every model of ``config`` reads the policy's tokens (those of ``tokenizer``).
+
+    Raises:
+        DataError: one cannot be read or has other tokens, or the reward model has no score head.
+    """
+    if config.reward_model is not None:
+        _check("reward_model.model.path", config.reward_model.model, config.model, tokenizer, scores=True)
+    critic = config.critic_role
+    if critic is not None and critic.model is not None:
+        _check("critic.model.path", critic.model, config.model, tokenizer)
+    if config.needs_ref and config.ref.model is not None:
+        _check("ref.model.path", config.ref.model, config.model, tokenizer)
+
+
+def _check(key: str, model: ModelSettings, policy: ModelSettings, tokenizer: Any, scores: bool = False) -> None:
+    where = f"{key}={model.path}"
+    folder = Path(model.path).expanduser()
+    with boundary(f"{where} cannot be read as a model"):
+        config, policy_config = _config_of(model), _config_of(policy)
+        theirs, size = int(config.vocab_size), int(policy_config.vocab_size)
+    architectures = config.architectures or []
+    if scores and architectures and all(name.endswith("ForCausalLM") for name in architectures):
+        raise DataError(
+            f"{where} is a language model ({architectures[0]}): a reward model has a scalar score head, as "
+            "...ForSequenceClassification with one label"
+        )
+    # a tokenizer may know more tokens than its model, which never makes those
+    if model.tokenizer_path or not folder.is_dir() or any((folder / name).is_file() for name in TOKENIZER_FILES):
+        known = load_tokenizer(model).get_vocab()
+        odd = [token for token, number in tokenizer.get_vocab().items() if number < size and known.get(token) != number]
+        fits = not odd and theirs >= min(size, len(tokenizer))
+    else:  # without a tokenizer, equal sizes are all that can be asked for
+        fits = theirs == size
+    if not fits:
+        raise DataError(
+            f"{where} has another vocabulary ({theirs} tokens) than the policy ({size}); it is given the policy's own "
+            "tokens, so both need the same tokenizer"
+        )
+
+
+def _config_of(source: ModelSettings) -> Any:
+    from transformers import AutoConfig
+
+    path = Path(source.path).expanduser()
+    config = AutoConfig.from_pretrained(
+        str(path) if path.is_dir() else source.path, trust_remote_code=source.trust_remote_code
+    )
+    return config.get_text_config()

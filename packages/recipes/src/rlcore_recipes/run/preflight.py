@@ -1,0 +1,50 @@
+"""Cheap checks before anything is loaded: folders of models, files of data, and whether the Hub can be reached."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from rlcore.boundary import boundary
+from rlcore.config import Config
+from rlcore.engines import ModelSettings
+from rlcore.engines.settings import names_a_folder
+from rlcore.errors import DataError
+from rlcore.suggestions import similar_paths
+from rlcore_recipes.data.files import HUB, existing_file
+from rlcore_recipes.data.hub import go_offline_without_network
+
+
+def check_sources(config: Config, files: Iterable[str]) -> None:
+    """Look for the folders of all models in ``config`` and for ``files``; where one is on the Hub, for that.
+
+    Raises:
+        DataError: a folder or file does not exist.
+    """
+    remote = []
+    for key, source in model_sources(config):
+        with boundary(f"{key}={source[:200]} cannot be read"):
+            if Path(source).expanduser().is_dir():
+                continue
+            if names_a_folder(source):
+                raise DataError(f"{key}={source}: there is no such folder{similar_paths(Path(source).expanduser())}")
+        remote.append(source)
+    for file in files:
+        if HUB.fullmatch(file):
+            remote.append(file)
+        else:
+            existing_file(file)
+    if remote:
+        go_offline_without_network(remote)
+
+
+def model_sources(config: Config, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Every model and tokenizer that ``config`` names, with its key."""
+    for name, value in config:
+        key = f"{prefix}{name}"
+        if isinstance(value, ModelSettings):
+            yield f"{key}.path", value.path
+            if value.tokenizer_path is not None:
+                yield f"{key}.tokenizer_path", value.tokenizer_path
+        elif isinstance(value, Config):
+            yield from model_sources(value, f"{key}.")

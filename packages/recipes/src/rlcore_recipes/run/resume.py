@@ -1,0 +1,102 @@
+"""Where a run goes on: from its newest checkpoint, or from the beginning."""
+
+from __future__ import annotations
+
+import sys
+import uuid
+from typing import TYPE_CHECKING
+
+from rlcore.errors import CheckpointError
+from rlcore_recipes.checkpoint import Checkpoint, CheckpointManager
+from rlcore_recipes.ranks import executor, is_main, on_rank_zero
+from rlcore_recipes.run.folder import write_config
+
+if TYPE_CHECKING:
+    from rlcore_recipes.run.loop import Run
+
+NAMED_KEYS = 10
+"""Changed keys that are named."""
+
+
+def resumed(run: Run) -> tuple[CheckpointManager, int, str]:
+    """Load what the configuration says, and say how the run goes on.
+
+    Returns:
+        what saves and loads checkpoints, the steps done before, and the run's id.
+
+    Raises:
+        CheckpointError: no checkpoint is whole, it is of another kind of run, or something is in the way of new ones.
+    """
+    trainer = run.trainer
+    checkpoints = CheckpointManager(
+        trainer.checkpoint_root,
+        trainer.keep_checkpoints,
+        best_metric=trainer.best_metric,
+        best_mode=trainer.best_mode,
+        ranks=executor,
+        apply=run.apply,
+        parts={name: part.described_by for name, part in run.parts.items()},
+    )
+    found = checkpoints.resume_from(trainer.resume, run.engines)
+    if found is None and not checkpoints.is_empty():
+        raise CheckpointError(
+            f"no checkpoint in {checkpoints.root} is whole (the warnings say why); move them away to start from the "
+            "beginning"
+        )
+    if trainer.save_freq > 0:
+        checkpoints.check_room(0 if found is None else found.state.step, run.total_steps)
+    done, run_id = _loaded(run, checkpoints, found)
+    replaced = on_rank_zero(lambda: write_config(trainer.out_dir, run.config, done))
+    if is_main():
+        if found is not None:
+            print(_how(run, found), file=sys.stderr)
+        if replaced.changed:
+            how = "continuing" if done else "starting from the beginning"
+            kept = f"; the metrics of the run before are in {replaced.kept}" if replaced.kept else ""
+            print(f"{how} with other settings than before: {_listed(replaced.changed)}{kept}", file=sys.stderr)
+    return checkpoints, done, run_id
+
+
+def _listed(keys: list[str]) -> str:
+    more = f" and {len(keys) - NAMED_KEYS} more" if len(keys) > NAMED_KEYS else ""
+    return ", ".join(keys[:NAMED_KEYS]) + more
+
+
+def _how(run: Run, found: Checkpoint) -> str:
+    if found.state.step < run.total_steps:
+        return f"continuing after step {found.state.step} from {found.location}"
+    key = "total_epochs" if run.trainer.total_steps is None else "total_steps"
+    return (
+        f"the run in {run.trainer.out_dir} is complete: step {run.total_steps} was its last; raise trainer.{key} "
+        "to train longer"
+    )
+
+
+def _loaded(run: Run, checkpoints: CheckpointManager, found: Checkpoint | None) -> tuple[int, str]:
+    """Load the checkpoint; the steps done before, and the run's id."""
+    if found is None:
+        return 0, on_rank_zero(lambda: uuid.uuid4().hex[:12])
+    saved = found.state
+    try:
+        _check_origin(run, found)
+    except CheckpointError:
+        checkpoints.release(found, run.engines)
+        raise
+    for name, part in run.parts.items():
+        part.restore(saved.parts[name])
+    checkpoints.load(found, run.engines)
+    run.resumed(saved.step)
+    return saved.step, saved.run_id
+
+
+def _check_origin(run: Run, found: Checkpoint) -> None:
+    """Refuse a checkpoint of another kind of run."""
+    saved = found.state
+    if saved.recipe != run.recipe:
+        raise CheckpointError(f"{found.location} is of the recipe {saved.recipe}, not {run.recipe}")
+    missing = [name for name in run.engines if name not in found.files]
+    if missing or set(saved.parts) != set(run.parts):
+        lacking = missing + sorted(set(saved.parts) ^ set(run.parts))
+        raise CheckpointError(
+            f"{found.location} was written under another configuration: it and this run differ in {', '.join(lacking)}"
+        )

@@ -1,0 +1,202 @@
+"""Building the engines that take part in a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlcore import plugins
+from rlcore.engines import (
+    ModelSettings,
+    OptimSettings,
+    RolloutEngine,
+    RolloutSpec,
+    TrainEngine,
+    TrainEngineSpec,
+)
+from rlcore.engines.settings import Head, adapter_rank
+from rlcore.errors import ConfigError, WorkerError
+from rlcore_recipes import ranks
+from rlcore_recipes.rollouts.scorer import Scorer, build_scorer
+from rlcore_recipes.run.folder import LOGS
+from rlcore_recipes.run.micro_batches import Model
+from rlcore_recipes.settings import ControllerSettings, CriticSettings, ModelRole, RLConfig
+from rlcore_recipes.settings.roles import AUTO, DEFAULT_TOKENS
+
+if TYPE_CHECKING:
+    from rlcore.controller import Executor
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Worker groups, each called as if it were one engine."""
+
+    actor: TrainEngine
+    rollout: RolloutEngine
+    reward: Any
+    ref: TrainEngine | None = None
+    critic: TrainEngine | None = None
+    reward_model: TrainEngine | None = None
+
+    def trained(self) -> dict[str, TrainEngine]:
+        """The engines whose state belongs in a checkpoint."""
+        return {"actor": self.actor} | ({"critic": self.critic} if self.critic is not None else {})
+
+    def models(self, config: RLConfig) -> dict[str, Model]:
+        """The models in training engines, by the names of their sections."""
+        found = {
+            "actor": (self.actor, config.actor),
+            "critic": (self.critic, config.critic_role),
+            "ref": (self.ref, config.ref),
+            "reward_model": (self.reward_model, config.reward_model),
+        }
+        return {
+            name: Model(group, role) for name, (group, role) in found.items() if group is not None and role is not None
+        }
+
+
+def train_engine(
+    role: ModelRole,
+    model: ModelSettings,
+    engines: Mapping[str, Any] | None = None,
+    *,
+    beside: ModelRole | None = None,
+    head: Head = "policy",
+    optim: OptimSettings | None = None,
+    seed: int = 0,
+    max_length: int | None = None,
+) -> TrainEngine:
+    """The engine of ``role``, not yet in a worker group; ``engines`` are those of its process.
+
+    Args:
+        beside: the policy, whose engine a `FollowingRole` takes unless it names one.
+        max_length: longest sequence that the run may make, in tokens; None if unknown.
+    """
+    name, options = role.engine_beside(beside) if beside is not None else (role.engine, role.options)
+    budget = role.max_tokens_per_micro_batch
+    spec = TrainEngineSpec(
+        model=model,
+        options=options,
+        head=head,
+        optim=optim,
+        max_tokens=DEFAULT_TOKENS if budget == AUTO else budget,  # `MicroBatches` sets what fits, once all is built
+        seed=seed,
+        max_length=max_length,
+    )
+    engine: TrainEngine = plugins.get(role.plugin_group, name).build(spec)
+    if role.offload:
+        engine.offload()  # it comes back by itself when it is used
+    return engine
+
+
+def rollout_engine(config: RLConfig, actor: TrainEngine | None) -> RolloutEngine:
+    """The engine that ``config.rollout`` names, beside ``actor`` (itself, not its worker group) or without one."""
+    spec = RolloutSpec(
+        model=config.model,
+        options=config.rollout.options,
+        max_model_len=config.data.longest_sequence,
+        seed=config.seed,
+        train_engine=actor,
+        adapter_rank=adapter_rank(config.actor.options),
+    )
+    return plugins.get(config.rollout.plugin_group, config.rollout.engine).build(spec)  # type: ignore[no-any-return]
+
+
+def _rollout_beside_actor(config: RLConfig, engines: Mapping[str, Any]) -> RolloutEngine:
+    return rollout_engine(config, engines.get("actor"))
+
+
+def open_executor(controller: ControllerSettings, roles: Sequence[str], out_dir: Path, stack: ExitStack) -> Executor:
+    """What runs the engines of ``roles``; ``stack`` closes it. Worker processes write into files below ``out_dir``.
+
+    Raises:
+        ConfigError: Ray is not installed.
+        PlacementError: the processes do not fit into the cluster.
+    """
+    if controller.kind == "local":
+        stack.callback(ranks.executor.close)
+        return ranks.executor
+    try:
+        from rlcore_ray import RayExecutor
+    except ModuleNotFoundError as error:
+        raise ConfigError("controller.kind=ray needs Ray; run: pip install 'rlcore[ray]'") from error
+    pools, placement = controller.mapping(roles)
+    executor = RayExecutor(
+        pools,
+        placement,
+        address=controller.address,
+        logs=out_dir.resolve() / LOGS,
+        placement_timeout_s=controller.placement_timeout_s,
+        call_timeout_s=controller.call_timeout_s,
+    )
+    stack.callback(executor.close)
+    return executor
+
+
+def build_roles(
+    config: RLConfig,
+    executor: Executor,
+    total_steps: int,
+    ends: frozenset[int],
+    stack: ExitStack,
+) -> Roles:
+    """Build what ``config`` asks for; ``stack`` closes it.
+
+    Args:
+        total_steps: steps of the run, from which learning-rate schedules get their length.
+        ends: tokens that end a completion.
+    """
+
+    def built(role: str, interface: Any, factory: Callable[..., Any]) -> Any:
+        group = executor.build(role, interface, factory)
+        stack.callback(closed, group)
+        return group
+
+    critic = config.critic_role
+    reward = built("reward", Scorer, partial(build_scorer, config.reward, config.model, ends))
+    updates = (total_steps - skipped_by_warmup(critic)) * config.updates_per_step
+    optim = with_total_steps(config.actor.optim, updates)
+    engine = partial(train_engine, seed=config.seed, max_length=config.data.longest_sequence)
+    actor = built("actor", TrainEngine, partial(engine, config.actor, config.model, optim=optim))
+    beside = partial(engine, beside=config.actor)
+    ref = value = scorer = None
+    if config.needs_ref:
+        model = config.ref.model or config.model
+        ref = built("ref", TrainEngine, partial(beside, config.ref, model))
+    if critic is not None:
+        optim = with_total_steps(critic.optim, total_steps * critic_updates_per_step(config))
+        model = critic.model or config.model
+        factory = partial(beside, critic, model, head="value", optim=optim)
+        value = built("critic", TrainEngine, factory)
+    if config.reward_model is not None:
+        factory = partial(beside, config.reward_model, config.reward_model.model, head="score")
+        scorer = built("reward_model", TrainEngine, factory)
+    rollout = built("rollout", RolloutEngine, partial(_rollout_beside_actor, config))
+    executor.barrier("build")
+    return Roles(actor, rollout, reward, ref, value, scorer)
+
+
+def closed(group: Any) -> None:
+    """Close the engines of ``group``, unless what runs them is gone."""
+    with suppress(WorkerError):
+        group.close()
+
+
+def critic_updates_per_step(config: RLConfig) -> int:
+    """Return the number of optimizer steps of the critic for one batch."""
+    prompts, epochs = config.critic_sizes
+    return config.data.train_batch_size // prompts * epochs
+
+
+def skipped_by_warmup(critic: CriticSettings | None) -> int:
+    """Steps before the actor is updated for the first time."""
+    return max(critic.warmup_steps - 1, 0) if critic is not None else 0
+
+
+def with_total_steps(optim: OptimSettings, steps: int) -> OptimSettings:
+    """``optim`` with the length of the run as the schedule's, unless it has one."""
+    return optim if optim.total_steps is not None else optim.model_copy(update={"total_steps": max(steps, 1)})

@@ -1,0 +1,89 @@
+"""What the steps of a reinforcement-learning run work with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+from warnings import warn
+
+from pydantic import Field
+
+from rlcore.algorithms.kl import KLController
+from rlcore.json_file import Finite, JsonFile
+from rlcore.controller import Executor
+from rlcore.errors import RlcoreWarning
+from rlcore_recipes.data.loader import PromptLoader
+from rlcore_recipes.data.prompts import PromptDataset
+from rlcore_recipes.ranks import is_main
+from rlcore_recipes.rollouts.source import GroupSource
+from rlcore_recipes.rollouts.workers import RolloutWorkers
+from rlcore_recipes.run.micro_batches import MicroBatches
+from rlcore_recipes.run.roles import Roles
+from rlcore_recipes.run.timing import Timings
+from rlcore_recipes.settings import RLConfig
+
+C = TypeVar("C", bound=RLConfig)
+
+
+@dataclass
+class Session(Generic[C]):
+    """The parts of one run; `rlcore_recipes.run.open.open_session` makes it.
+
+    Attributes:
+        executor: runs the engines, and what needs the tokens of a batch (`Executor.compute`).
+        roles: the worker groups.
+        workers: those of them that roll samples out.
+        groups: makes the groups that steps train on, from ``prompts``.
+        val_prompts: None if nothing is validated.
+        kl: holds the coefficient of the KL penalty in the reward; None without one.
+        end_tokens: tokens that end a completion: the model's, and ``stop_tokens``.
+        stop_tokens: tokens that end a completion in addition to the model's end tokens.
+        version: of the policy in the rollout processes: the number of steps that it was trained for.
+        micro_batches: the models' token budgets.
+        warned: subjects of `warn_once`.
+    """
+
+    config: C
+    executor: Executor
+    roles: Roles
+    workers: RolloutWorkers
+    micro_batches: MicroBatches
+    tokenizer: Any
+    prompts: PromptLoader
+    val_prompts: PromptDataset | None
+    kl: KLController | None
+    total_steps: int
+    timed: Timings
+    groups: GroupSource = field(init=False)
+    end_tokens: frozenset[int] = frozenset()
+    stop_tokens: tuple[int, ...] = ()
+    version: int = 0
+    warned: set[str] = field(default_factory=set)
+
+    def warn_once(self, subject: str, message: str) -> None:
+        """Warn with ``message``, unless the run was warned about ``subject`` before."""
+        if subject not in self.warned and is_main():
+            warn(message, RlcoreWarning, stacklevel=2)
+        self.warned.add(subject)
+
+
+class KLState(JsonFile):
+    """What a checkpoint holds of the controller of the KL coefficient."""
+
+    coeff: Finite = Field(ge=0, description="The coefficient.")
+
+
+@dataclass(frozen=True)
+class SavedKL:
+    """The controller of the KL coefficient as a part of a run's state."""
+
+    controller: KLController
+
+    described_by = KLState
+
+    def state(self) -> dict[str, Any]:
+        return self.controller.state_dict()
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.controller.load_state_dict(dict(state))

@@ -1,0 +1,26 @@
+"""The parts of a step, in the order of the dataflow: generate → log-probs → scores → advantages → update → sync.
+
+Each function times itself under ``timing_s/``. Where models run in other processes (``executor.overlaps``) `rollouts`
+and `add_logprobs` return while rewards and log-probs are still computed.
+"""
+
+from rlcore_recipes.step.advantages import add_advantages
+from rlcore_recipes.step.logprobs import add_logprobs, add_values
+from rlcore_recipes.step.metrics import step_metrics
+from rlcore_recipes.step.rollout import add_scores, rollouts
+from rlcore_recipes.step.update import update_critic, update_policy
+from rlcore_recipes.step.validation import validate_completions
+from rlcore_recipes.step.weights import sync_weights
+
+__all__ = [
+    "add_advantages",
+    "add_logprobs",
+    "add_scores",
+    "add_values",
+    "rollouts",
+    "step_metrics",
+    "sync_weights",
+    "update_critic",
+    "update_policy",
+    "validate_completions",
+]

@@ -1,0 +1,77 @@
+"""What a step's batch looks like in numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from rlcore.algorithms.filters import nonzero_spread
+from rlcore.algorithms.sequences import sequence_sums
+from rlcore.algorithms.value_loss import explained_variance
+from rlcore.batch import Batch
+from rlcore.registry import NoParams
+from rlcore_recipes.run.session import Session
+
+
+def step_metrics(session: Session[Any], batch: Batch, number: int) -> dict[str, float]:
+    """Return the `batch_metrics` of the batch that step ``number`` trained on."""
+    return session.executor.compute(batch_metrics, batch, number - 1)
+
+
+def batch_metrics(batch: Batch, version: int | None = None) -> dict[str, float]:
+    """Scores, rewards, advantages, returns, values and lengths, under the names that people know, and staleness.
+
+    Args:
+        version: of the policy that the batch is about to train; None leaves out how far behind it the samples are.
+    """
+    mask = batch.flat("loss_mask").bool()
+    found = spread("critic/score", batch["score"])
+    if "reward_model_score" in batch:
+        found |= spread("reward_model/score", batch["reward_model_score"])
+    found |= spread("critic/rewards", sequence_sums(batch.flat("token_rewards"), batch.lengths))
+    for column in ("advantages", "returns", "values"):
+        if column in batch:
+            found |= spread(f"critic/{column}", batch.flat(column)[mask])
+    if "returns" in batch and "values" in batch:
+        found["critic/vf_explained_var"] = explained_variance(batch)
+    found |= spread("response_length", batch["response_length"])
+    found |= spread("prompt_length", batch["prompt_length"])
+    reasons = batch["finish_reason"]
+    found["response_length/clip_ratio"] = reasons.count("length") / max(len(reasons), 1)
+    found["response/aborted_ratio"] = reasons.count("abort") / max(len(reasons), 1)
+    found["perf/total_num_tokens"] = float(batch.total_tokens)
+    return found | staleness(batch, version) | reward_metrics(batch)
+
+
+def staleness(batch: Batch, version: int | None) -> dict[str, float]:
+    """How many versions behind the samples' oldest tokens are, and the share of tokens that a later version made."""
+    found = {}
+    if version is not None and len(batch):
+        behind = version - batch["policy_version"]
+        found["rollout/staleness_mean"] = float(behind.double().mean())
+        found["rollout/staleness_max"] = float(behind.max())
+    made = float(batch["response_length"].sum())
+    return found | {"rollout/later_version_ratio": float(batch["later_version_tokens"].sum()) / max(made, 1.0)}
+
+
+def reward_metrics(batch: Batch) -> dict[str, float]:
+    """Means of the rewards' extra numbers, the shares of failed rewards and of groups of equal scores."""
+    results = batch["reward_result"]
+    found = {"reward/error_ratio": sum(result.error is not None for result in results) / max(len(results), 1)}
+    for name in sorted({name for result in results for name in result.extras}):
+        values = [result.extras[name] for result in results if name in result.extras]
+        found[f"reward/{name}"] = sum(values) / len(values)
+    differs = nonzero_spread(batch["score"], batch["group"], NoParams())  # per sample; groups are of one size
+    return found | {"reward/equal_score_groups": 1 - float(differs.float().mean())}
+
+
+def spread(name: str, values: torch.Tensor) -> dict[str, float]:
+    if not len(values):
+        return {}
+    values = values.float()
+    return {
+        f"{name}/mean": float(values.mean()),
+        f"{name}/max": float(values.max()),
+        f"{name}/min": float(values.min()),
+    }

@@ -1,0 +1,143 @@
+"""Validation: completions for held-out prompts, and their scores per data source."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from rlcore.batch import Batch
+from rlcore.engines import RewardResult
+from rlcore_recipes.data.prompts import PromptSample
+from rlcore_recipes.rollouts.plan import validation_plan
+from rlcore_recipes.rollouts.source import joined
+from rlcore_recipes.rollouts.synchronous import roll_out_together
+from rlcore_recipes.run.session import Session
+from rlcore_recipes.step.rollout import add_scores
+
+GENERATION_COLUMNS = ("prompt", "completion", "ground_truth", "score", "data_source", "finish_reason", "error")
+LOGGED_ORDER_SEED = 42  # the same prompts are shown at every validation
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Metrics, and completions as a table."""
+
+    metrics: dict[str, float]
+    columns: Sequence[str] = ()
+    rows: Sequence[Sequence[Any]] = ()
+
+
+def validate_completions(session: Session[Any]) -> Validation:
+    """Validate on single completions of the held-out prompts, sampled as ``rollout.validation`` says."""
+    plan = validation_plan(session.config, session.stop_tokens)
+
+    def answered(prompts: Sequence[PromptSample]) -> Batch:
+        samples = roll_out_together(session.workers, plan, prompts)
+        return add_scores(session, samples.batch, samples)
+
+    return validate_prompts(session, answered)
+
+
+def validate_prompts(session: Session[Any], answered: Callable[[Sequence[PromptSample]], Batch]) -> Validation:
+    """Return metrics over all held-out prompts, and ``trainer.log_val_generations`` of their completions.
+
+    Args:
+        answered: generates for prompts and scores; the completions of one prompt have one ``group``. It is given
+            ``data.val_batch_size`` prompts at a time.
+    """
+    config, prompts = session.config, session.val_prompts
+    assert prompts is not None
+    size = config.data.val_batch_size or len(prompts)
+    parts = [answered(prompts[start : start + size]) for start in range(0, len(prompts), size)]
+    columns = ("group", "score", "reward_result", "response_length", "data_source", "finish_reason")
+    texts = ("tokens", "prompt_length", "completion", "ground_truth")
+    if "reward_model_score" in parts[0]:
+        columns += ("reward_model_score",)
+    batch = joined([part.select(*columns, *texts) for part in parts])
+    metrics, rows = session.executor.compute(metrics_and_rows, batch, config.trainer.log_val_generations)
+    # the prompt as the model sees it, special tokens included
+    decode = partial(session.tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return Validation(metrics, GENERATION_COLUMNS, [[decode(prompt), *rest] for prompt, *rest in rows])
+
+
+def metrics_and_rows(batch: Batch, logged: int) -> tuple[dict[str, float], list[list[Any]]]:
+    return validation_metrics(batch), logged_rows(batch, logged)
+
+
+def validation_metrics(batch: Batch) -> dict[str, float]:
+    """Per data source, with N completions per prompt: ``mean@N``, and for N > 1 ``best@N``, ``worst@N``, ``maj@N``.
+
+    ``best@N`` (``worst@N``) is the mean over prompts of the best (worst) of the N scores; ``maj@N`` that of the score
+    of the most frequent answer, where the reward reads answers. Scores stand under ``val-core/{source}/reward``, the
+    reward's extra numbers under ``val-aux/{source}/{name}``. A reward model has its share in all scores but ``maj@N``,
+    which is the reward's alone; its own stand under ``val-aux/{source}/reward_model_score``.
+    """
+    by_source: defaultdict[str, defaultdict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for index, (source, group) in enumerate(zip(batch["data_source"], batch["group"].tolist())):
+        by_source[source][group].append(index)
+    scores, results = batch["score"].tolist(), batch["reward_result"]
+    found: dict[str, float] = {}
+    for source, groups in sorted(by_source.items()):
+        found |= group_metrics(f"val-core/{source}/reward", [[scores[i] for i in group] for group in groups.values()])
+        answers = [[results[i] for i in group] for group in groups.values()]
+        n = max(map(len, answers))
+        if n > 1 and any(result.answer is not None for group in answers for result in group):
+            found[f"val-core/{source}/reward/maj@{n}"] = fmean(map(majority_score, answers))
+        names = sorted({name for group in groups.values() for i in group for name in results[i].extras})
+        for name in names:
+            values = [
+                [results[i].extras[name] for i in group if name in results[i].extras] for group in groups.values()
+            ]
+            found |= group_metrics(f"val-aux/{source}/{name}", [group for group in values if group])
+        if "reward_model_score" in batch:
+            model_scores = batch["reward_model_score"].tolist()
+            judged = [[model_scores[i] for i in group] for group in groups.values()]
+            found |= group_metrics(f"val-aux/{source}/reward_model_score", judged)
+    lengths: torch.Tensor = batch["response_length"]
+    found["val-aux/response_length/mean"] = float(lengths.float().mean())
+    found["val-aux/response_length/clip_ratio"] = batch["finish_reason"].count("length") / len(batch)
+    found["val-aux/reward_error_ratio"] = fmean(float(result.error is not None) for result in results)
+    return found
+
+
+def group_metrics(name: str, groups: Sequence[Sequence[float]]) -> Mapping[str, float]:
+    n = max(map(len, groups))
+    found = {f"{name}/mean@{n}": fmean(map(fmean, groups))}
+    if n > 1:
+        found[f"{name}/best@{n}"] = fmean(map(max, groups))
+        found[f"{name}/worst@{n}"] = fmean(map(min, groups))
+    return found
+
+
+def majority_score(results: Sequence[RewardResult]) -> float:
+    """The score of the most frequent answer, of the first of equally frequent ones; of any sample if none has one."""
+    votes = Counter(result.answer for result in results if result.answer is not None)
+    winner = votes.most_common(1)[0][0] if votes else None
+    return next(result.score for result in results if result.answer == winner)
+
+
+def logged_rows(batch: Batch, count: int) -> list[list[Any]]:
+    """``count`` rows of the table, for the same prompts every time; the prompt still as token ids."""
+    chosen = list(range(len(batch)))
+    random.Random(LOGGED_ORDER_SEED).shuffle(chosen)
+    chosen = sorted(chosen[:count])
+    tokens = batch["tokens"].to_list()
+    return [
+        [
+            tokens[i][: batch["prompt_length"][i]].tolist(),
+            batch["completion"][i],
+            str(batch["ground_truth"][i]),
+            float(batch["score"][i]),
+            batch["data_source"][i],
+            batch["finish_reason"][i],
+            batch["reward_result"][i].error or "",
+        ]
+        for i in chosen
+    ]

@@ -66,9 +66,11 @@ class InFlight(Coroutines):
         return names + (f" and {len(waiting) - 4} more" if len(waiting) > 4 else "")
 
     def run_episodes(self, job: GroupJob) -> Call[Batch]:
+        """Ask a rollout process to run ``job``."""
         return self._call(self._workers.rollout, run_group, job)
 
     def score(self, trajectories: Batch) -> Call[Batch]:
+        """Ask a reward process to score ``trajectories``."""
         return self._call(self._workers.reward, score, trajectories)
 
     def _call(self, workers: Any, function: Callable[..., Any], argument: Any) -> Call[Batch]:

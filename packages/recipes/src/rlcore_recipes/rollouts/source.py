@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 from rlcore.batch import Batch
-from rlcore.json_file import JsonFile
 from rlcore.controller import Pending
+from rlcore.json_file import JsonFile
 from rlcore_recipes.rollouts.roll_out import Group
 
 T = TypeVar("T")
@@ -36,15 +36,21 @@ class GroupSource(Protocol):
     """
 
     @property
-    def described_by(self) -> type[JsonFile]: ...
+    def described_by(self) -> type[JsonFile]:
+        """The model of `state`."""
+        ...
 
     def take(self, step: int) -> Rollouts:
         """Return the samples that ``step`` trains on."""
         ...
 
-    def state(self) -> dict[str, Any]: ...
+    def state(self) -> dict[str, Any]:
+        """Return the position in the data, as JSON."""
+        ...
 
-    def restore(self, state: Mapping[str, Any], /) -> None: ...
+    def restore(self, state: Mapping[str, Any], /) -> None:
+        """Continue from ``state``; before the first `take`."""
+        ...
 
     def close(self) -> None:
         """Stop making groups."""
@@ -60,9 +66,11 @@ class Deferred(Generic[T]):
 
     @property
     def done(self) -> bool:
+        """Whether it was computed."""
         return bool(self._value)
 
     def result(self) -> T:
+        """Return the result; compute it the first time."""
         if not self._value:
             self._value.append(self._compute())
         return self._value[0]

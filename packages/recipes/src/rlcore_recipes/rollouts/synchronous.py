@@ -70,11 +70,13 @@ class Round(Coroutines):
     # --- what the coroutines ask for ---------------------------------------------------------------------------------
 
     def run_episodes(self, job: GroupJob) -> Answer[Batch]:
+        """Note that ``job`` is to be run with the next call."""
         answer = Answer[Batch]()
         self._episodes.append((job, answer))
         return answer
 
     def score(self, trajectories: Batch) -> Answer[Batch]:
+        """Note that ``trajectories`` are to be scored; where rewards are computed in other processes, ask for it now."""
         workers, asked = self._workers, _Scoring(trajectories)
         if workers.executor.overlaps:
             with workers.timed.label("reward"):
@@ -177,9 +179,11 @@ class SynchronousGroups:
         return [sample for _ in range(count // self._prompts.batch_size) for sample in next(self._prompts)]
 
     def state(self) -> dict[str, Any]:
+        """Return the position in the data, as JSON."""
         return self._prompts.state()
 
     def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from ``state``."""
         self._prompts.restore(state)
 
     def close(self) -> None:

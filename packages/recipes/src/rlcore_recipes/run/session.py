@@ -10,9 +10,9 @@ from warnings import warn
 from pydantic import Field
 
 from rlcore.algorithms.kl import KLController
-from rlcore.json_file import Finite, JsonFile
 from rlcore.controller import Executor
 from rlcore.errors import RlcoreWarning
+from rlcore.json_file import Finite, JsonFile
 from rlcore_recipes.data.loader import PromptLoader
 from rlcore_recipes.data.prompts import PromptDataset
 from rlcore_recipes.ranks import is_main

@@ -11,9 +11,9 @@ from pathlib import Path
 from rlcore.boundary import boundary
 from rlcore.controller import Event, Executor
 from rlcore.errors import ConfigError
-from rlcore_recipes.trace import CONTROLLER, TraceFile
 from rlcore_recipes.ranks import is_main
 from rlcore_recipes.run.folder import TRACE
+from rlcore_recipes.trace import CONTROLLER, TraceFile
 
 
 class Timings:

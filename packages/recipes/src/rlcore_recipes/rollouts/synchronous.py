@@ -76,7 +76,7 @@ class Round(Coroutines):
         return answer
 
     def score(self, trajectories: Batch) -> Answer[Batch]:
-        """Note that ``trajectories`` are to be scored; where rewards are computed in other processes, ask for it now."""
+        """Note that ``trajectories`` are to be scored; ask for it now if other processes compute rewards."""
         workers, asked = self._workers, _Scoring(trajectories)
         if workers.executor.overlaps:
             with workers.timed.label("reward"):

@@ -1,1 +1,1 @@
-"""What rollout engines over inference servers share, whatever the servers are. Needs the extra ``servers`` (httpx)."""
+"""What rollout engines over inference servers share, whatever the servers are."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from rlcore.cli.main import cli
+from rlcore_kit.testing.forks import Forked, ForkServer
 from rlcore_kit.testing.tiny_model import tiny_model
 
 REWARD = """
@@ -23,6 +25,16 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
     return sum(c.isascii() and c.islower() for c in solution_str) / 8
 """
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+# What trainers, rollouts and recipes import that takes seconds. Not Ray: see `ForkServer`.
+SLOW_TO_IMPORT = (
+    "rlcore_fsdp.engine",
+    "rlcore_inline.engine",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.qwen2.modeling_qwen2",
+    "rlcore_recipes.train_loop",
+)
+CLUSTER = {"num_cpus": 6, "num_gpus": 1}
+"""For the scheduler only: processes may outnumber cores, and halves of the GPU are two processes."""
 
 
 Changes = Mapping[str, Any]
@@ -36,8 +48,8 @@ class Task:
         keys: overrides that every recipe but sft needs.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, forks: ForkServer) -> None:
+        self.folder, self.forks = folder, forks
         self.model = tiny_model(folder / "model")
         self.train = self.write("train.jsonl", 48)
         self.val = self.write("test.jsonl", 6)
@@ -95,6 +107,18 @@ class Task:
             start_new_session=new_session,
         )
 
+    def fork(self, recipe: str, out_dir: Path, changes: Changes = NO_CHANGES, processes: int = 1) -> list[Forked]:
+        """Start the recipe's program as `start` does, in forked processes; return that of each rank."""
+        program = ["-m", f"rlcore_recipes.{recipe}", *self.arguments(recipe, out_dir, changes)[2:]]
+        environment = {**os.environ, **ENVIRONMENT}
+        if processes == 1:
+            return [self.forks.start(program, environment)]
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+        ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+        return [self.forks.start(program, environment | rank) for rank in ranks]
+
 
 @pytest.fixture(scope="session", autouse=True)
 def interruptible() -> None:
@@ -104,20 +128,39 @@ def interruptible() -> None:
 
 
 @pytest.fixture(scope="session")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
-    return Task(tmp_path_factory.mktemp("task"))
+def forks() -> Iterator[ForkServer]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        server = ForkServer(*SLOW_TO_IMPORT)
+    yield server
+    server.close()
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    """One Ray cluster for all runs of a module."""
-    from rlcore.controller.placement import ResourcePool
+@pytest.fixture(scope="session")
+def task(tmp_path_factory: pytest.TempPathFactory, forks: ForkServer) -> Task:
+    return Task(tmp_path_factory.mktemp("task"), forks)
+
+
+@pytest.fixture(scope="session")
+def clusters(forks: ForkServer) -> Iterator[None]:
+    """End the cluster that `cluster` started."""
+    yield
     from rlcore_ray import cluster
 
-    started = cluster.connect(None, {"all": ResourcePool(processes=6)})
-    yield
-    if started:
-        cluster.disconnect()
+    cluster.disconnect()
+
+
+@pytest.fixture
+def cluster(clusters: None, forks: ForkServer) -> None:
+    """One Ray cluster for all runs of a session; its workers are forked."""
+    import ray
+
+    from rlcore_ray import cluster
+
+    if not ray.is_initialized():
+        with forks.ray_workers():
+            cluster._start({**CLUSTER, "log_to_driver": False, "logging_level": "error"})
 
 
 @pytest.fixture(scope="session")

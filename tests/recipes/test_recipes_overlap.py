@@ -44,6 +44,7 @@ def meet(left: list[SPAN], right: list[SPAN]) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
 def test_models_and_rewards_work_at_the_same_time(task: Any, metrics_of: Callable[[Path], Any], tmp_path: Path) -> None:
     """Prompts are generated for one after another, so there are rewards to compute early on; they are slow, and
     log-probs and values come in many small micro-batches."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,20 +78,6 @@ PLACED = {
 
 
 @pytest.fixture(scope="module")
-def ray_with_gpu() -> Iterator[None]:
-    """A cluster whose one GPU exists for the scheduler only: two halves of it are two processes."""
-    import ray
-
-    import rlcore_ray  # noqa: F401 (sets how Ray is used)
-    from rlcore_ray.cluster import _on_loopback
-
-    with _on_loopback():
-        ray.init(address="local", num_cpus=6, num_gpus=1, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture(scope="module")
 def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return score_model(tmp_path_factory.mktemp("judge"))
 
@@ -146,7 +132,7 @@ def test_placed_anywhere_the_run_is_the_same(
     task: Any,
     judge: Path,
     alone: Callable[[str], Path],
-    ray_with_gpu: None,
+    cluster: None,
     metrics_of: Callable[[Path], Any],
     tmp_path: Path,
     case: str,

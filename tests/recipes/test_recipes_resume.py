@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +12,8 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+
+from rlcore_kit.testing.forks import Forked
 
 STEPS = 30  # a run of seconds: the kill comes long before its end
 KEEP_ON = {"trainer.total_steps": STEPS, "trainer.save_freq": 1, "trainer.save_hf": "true"}
@@ -42,7 +42,7 @@ def test_killed_run_ends_with_the_same_weights(
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     assert task.run(recipe, undisturbed, changes).exit_code == 0
     chance = random.Random(recipe)
-    process = task.start(recipe, killed, changes)
+    (process,) = task.fork(recipe, killed, changes)
     try:
         wait_for(killed / "checkpoints", f"step-{chance.randint(1, STEPS // 3):06d}*", process)
         time.sleep(chance.uniform(0, 0.2))
@@ -62,9 +62,7 @@ def test_killed_run_ends_with_the_same_weights(
         assert before.get("actor/reward_kl_penalty_coeff") == after.get("actor/reward_kl_penalty_coeff")
 
 
-def wait_for(
-    folder: Path, pattern: str, process: subprocess.Popen[str], seconds: float = 120, pause: float = 0.02
-) -> None:
+def wait_for(folder: Path, pattern: str, process: Forked, seconds: float = 120, pause: float = 0.02) -> None:
     for _ in range(int(seconds / pause)):
         if any(folder.glob(pattern)):
             return
@@ -77,7 +75,7 @@ def test_sigterm_ends_the_run_after_a_step_with_a_checkpoint(
     task: Any, metrics_of: Callable[[Path], Any], tmp_path: Path
 ) -> None:
     changes = {"trainer.total_steps": 500, "trainer.save_freq": 500}
-    process = task.start("grpo", tmp_path, changes)
+    (process,) = task.fork("grpo", tmp_path, changes)
     wait_for(tmp_path, "metrics.jsonl", process)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
@@ -139,9 +137,10 @@ def undisturbed(task: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable
 
 
 def to_the_end(task: Any, folder: Path, changes: dict[str, Any], processes: int) -> str:
-    output, _ = (process := task.start("sft", folder, changes, processes)).communicate(timeout=240)
-    assert process.returncode == 0, output
-    return str(output)
+    ranks = task.fork("sft", folder, changes, processes)
+    outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * processes, outputs
+    return "\n".join(outputs)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -164,13 +163,13 @@ def test_all_processes_killed_while_a_checkpoint_is_written(
         changes["trainer.checkpoint_dir"] = f"bucket://{checkpoints}"
         unfinished = "step-*/unfinished"
     for first in (2, 6):
-        process = task.start("sft", folder, changes, processes)
+        ranks = task.fork("sft", folder, changes, processes)
         try:
-            wait_for(checkpoints, f"step-{first + chance.randint(0, 2):06d}*", process)
-            wait_for(checkpoints, unfinished, process, pause=0.001)
+            wait_for(checkpoints, f"step-{first + chance.randint(0, 2):06d}*", ranks[0])
+            wait_for(checkpoints, unfinished, ranks[0], pause=0.001)
             time.sleep(chance.uniform(0, 0.01))
         finally:
-            kill_all(process)
+            kill_all(ranks)
         assert not (folder / "model").exists()
     output = to_the_end(task, folder, changes, processes)
     assert "continuing after step" in output
@@ -194,15 +193,9 @@ def install_bucket(site: Path) -> Path:
     return site
 
 
-def kill_all(process: subprocess.Popen[str]) -> None:
-    """SIGKILL for the process and all its descendants: torchrun puts its workers into sessions of their own."""
-    doomed = [process.pid]
-    for pid in doomed:
-        for children in Path(f"/proc/{pid}/task").glob("*/children"):
-            with contextlib.suppress(OSError):
-                doomed += map(int, children.read_text().split())
-    for pid in doomed:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
+def kill_all(processes: list[Forked]) -> None:
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.wait()
+        process.stdout.close()

@@ -32,6 +32,7 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize(
     "controller",
     [

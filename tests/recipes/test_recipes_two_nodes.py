@@ -16,8 +16,8 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from rlcore.cli.main import cli
+from rlcore_ray import cluster
 
-pytest.importorskip("ray")
 pytestmark = pytest.mark.slow
 
 WAIT_S = 400.0
@@ -116,6 +116,7 @@ class Nodes:
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
+    cluster.disconnect()  # this process may be connected to another one
     nodes = Nodes()
     yield nodes
     nodes.end()

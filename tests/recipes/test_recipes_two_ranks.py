@@ -26,11 +26,15 @@ CHANGES = {"trainer.test_freq": 2, "trainer.save_freq": 2, "actor.optim.lr": 1e-
 def test_two_ranks_compute_what_one_does(
     task: Any, metrics_of: Callable[[Path], Any], tmp_path: Path, recipe: str, changes: dict[str, Any]
 ) -> None:
-    alone, together = tmp_path / "alone", tmp_path / "together"
-    assert task.run(recipe, alone, {**CHANGES, **changes}).exit_code == 0
-    process = task.start(recipe, together, {**CHANGES, **changes}, processes=2)
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output
+    alone, together, changes = tmp_path / "alone", tmp_path / "together", {**CHANGES, **changes}
+    assert task.run(recipe, alone, changes).exit_code == 0
+    if recipe == "sft":
+        ranks = [task.start(recipe, together, changes, processes=2)]  # torchrun, which starts them
+    else:
+        ranks = task.fork(recipe, together, changes, processes=2)
+    for process in ranks:
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, output
     one, two = metrics_of(alone), metrics_of(together)
     assert [line["step"] for line in one] == [line["step"] for line in two] == [0, 1, 2, 3]
     compared = 0
@@ -43,6 +47,6 @@ def test_two_ranks_compute_what_one_does(
                 compared += 1
     assert compared > 10
     # a checkpoint of two ranks continues on one
-    result = task.run(recipe, together, {**CHANGES, **changes, "trainer.total_steps": 4})
+    result = task.run(recipe, together, {**changes, "trainer.total_steps": 4})
     assert result.exit_code == 0, result.output
     assert metrics_of(together)[-1]["step"] == 4

@@ -22,6 +22,7 @@ APART = {
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize(
     "how",
     [{"weight_sync.transport": "shm"}, {"weight_sync.transport": "gloo", "weight_sync.delta": True}],

@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import ModuleType
@@ -22,14 +22,15 @@ _START_S = 300
 
 
 class RankPool:
-    """Worker processes that stay alive between calls, so that heavy imports are paid once.
+    """Worker processes that stay alive between calls, forked from one that imports torch and ``preload`` once.
 
     Each has one thread, and ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT`` (a free one
     on loopback) in its environment. Process groups that a function initialises stay for the next one.
     """
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, preload: Sequence[str] = ()) -> None:
         self.world_size = world_size
+        self._preload = ["torch", *preload]
         self._ranks: list[tuple[Any, Connection]] = []
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
@@ -87,7 +88,8 @@ class RankPool:
         self._ranks = []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(self._preload)  # of the first pool of this process
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

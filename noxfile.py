@@ -1,9 +1,15 @@
-"""Every check of the project, each in an environment of its own.
+"""Every check of the project, each in its own environment.
 
-``nox`` runs all sessions that CI runs. A package's session holds only that package and what it declares.
+``nox`` runs all sessions of CI, `LANES` at a time. A package's session holds only that package and what it declares.
 """
 
+import json
 import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -11,17 +17,16 @@ import nox
 
 nox.options.default_venv_backend = "uv"
 nox.options.reuse_existing_virtualenvs = True
-nox.options.sessions = ["lint", "typecheck", "tests", "docs", "integration", "integration-sglang"]
+nox.options.sessions = ["everything"]
 
 PACKAGES = sorted(path.parent.name for path in Path("packages").glob("*/pyproject.toml"))
-# What a package's tests need beside its group "test", and what does not fit into one environment with the others'.
+# Groups that a package's tests need besides "test". What is here does not fit into one environment with the others.
 OTHER_GROUPS = {"rollout-sglang": ("--group", "sglang")}
 SGLANG_RECIPES = "tests/recipes/sglang"
-# One takes both cores; the other kills processes at random moments and looks for what stays in shared memory.
-ALONE = ("tests/test_quickstart.py", "tests/recipes/test_recipes_faults.py")
-# Two files of tests at a time. Not where all files share one inference server, which takes minutes to start.
-SIDE_BY_SIDE = ("--numprocesses", "2", "--dist", "loadfile")
-ONE_BY_ONE = {"rollout-sglang", "rollout-vllm"}
+LANES = 2
+"""Sessions that `everything` runs at a time."""
+FIRST = ("integration", "tests-rollout-vllm", "tests-rollout-sglang", "tests-controller-ray", "integration-sglang")
+"""The longest sessions in falling order; `everything` starts with them, so that the lanes end together."""
 # One thread per process: tests start several processes, and threads that compete are slower than one.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -52,18 +57,58 @@ def pytest(session: nox.Session, *arguments: str) -> None:
 def package_tests(session: nox.Session, package: str) -> None:
     name = {"core": "rlcore"}.get(package, f"rlcore-{package}")
     sync(session, "--package", name, "--group", "test", *OTHER_GROUPS.get(package, ()))
-    pytest(session, f"packages/{package}/tests", *(() if package in ONE_BY_ONE else SIDE_BY_SIDE))
+    pytest(session, f"packages/{package}/tests")
 
 
 for package in PACKAGES:
     nox.session(name=f"tests-{package}")(lambda session, package=package: package_tests(session, package))
 
 
-@nox.session
+@nox.session(default=False)
 def tests(session: nox.Session) -> None:
     """The tests of every package, each in its own environment."""
     for package in PACKAGES:
         session.notify(f"tests-{package}")
+
+
+@nox.session(venv_backend="none")
+def everything(session: nox.Session) -> None:
+    """Run all checks of CI, `LANES` at a time. Print the output of each when it has ended; .nox/logs keeps it."""
+    names = ["lint", "typecheck", "docs", "integration", "integration-sglang", *(f"tests-{name}" for name in PACKAGES)]
+    names.sort(key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
+    logs = Path(".nox/logs").absolute()
+    logs.mkdir(parents=True, exist_ok=True)
+    files = logs / "seconds-of-files.jsonl"
+    files.unlink(missing_ok=True)
+    environment = {**os.environ, "FILE_SECONDS": str(files)}
+
+    def run(name: str) -> tuple[int, float]:
+        print(f"{name}: started", flush=True)
+        start = time.monotonic()
+        with (logs / f"{name}.log").open("w") as log:
+            command = [sys.executable, "-m", "nox", "--session", name, "--", *session.posargs]
+            code = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
+        return code, time.monotonic() - start
+
+    ended: dict[str, tuple[int, float]] = {}
+    with ThreadPoolExecutor(LANES) as lanes:
+        started = {lanes.submit(run, name): name for name in names}
+        for future in as_completed(started):
+            name = started[future]
+            ended[name] = future.result()
+            print(f"\n{f' {name} ':=^120}\n{(logs / f'{name}.log').read_text(errors='replace')}", flush=True)
+
+    seconds: Counter[str] = Counter()
+    for line in files.read_text().splitlines() if files.exists() else ():
+        seconds.update(json.loads(line))
+    print("\nslowest files")
+    for file, spent in seconds.most_common(10):
+        print(f"{spent:7.1f} s  {file}")
+    print("\nsessions")
+    for name, (code, spent) in sorted(ended.items(), key=lambda item: -item[1][1]):
+        print(f"{spent / 60:7.1f} min  {name}{'' if code == 0 else '  FAILED'}")
+    if failed := [name for name, (code, _) in ended.items() if code != 0]:
+        session.error(f"failed: {', '.join(sorted(failed))}")
 
 
 def tests_with(session: nox.Session, resolution: str) -> None:
@@ -75,7 +120,7 @@ def tests_with(session: nox.Session, resolution: str) -> None:
     with TemporaryDirectory() as elsewhere, session.chdir(elsewhere):
         session.install("--upgrade", "--resolution", resolution, *editable, "--group", group)
     for package in packages:
-        pytest(session, str(package / "tests"), *SIDE_BY_SIDE)
+        pytest(session, str(package / "tests"))
 
 
 @nox.session(name="tests-lowest", default=False)
@@ -92,11 +137,9 @@ def tests_newest(session: nox.Session) -> None:
 
 @nox.session
 def integration(session: nox.Session) -> None:
-    """Cross-package, end-to-end, fault-injection and installation tests."""
+    """Cross-package, end-to-end, fault-injection and installation tests, two files at a time."""
     sync(session, "--all-packages", "--group", "test", "--group", "trackers", "--group", "ray")
-    pytest(session, "tests", *(f"--ignore={path}" for path in (SGLANG_RECIPES, *ALONE)), *SIDE_BY_SIDE)
-    if not session.posargs:  # which choose among the tests above
-        pytest(session, *ALONE)
+    pytest(session, "tests", f"--ignore={SGLANG_RECIPES}", "--numprocesses", "2", "--dist", "loadfile")
 
 
 @nox.session(default=False)
@@ -138,7 +181,7 @@ def docs(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def quickstart(session: nox.Session) -> None:
-    """The README's learning curve, made anew."""
+    """Make the README's learning curve again."""
     sync(session, "--all-packages")
     session.run(
         "rlcore", "quickstart", *session.posargs, env={"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}

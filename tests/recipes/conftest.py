@@ -93,7 +93,7 @@ class Task:
         processes: int = 1,
         new_session: bool = False,
     ) -> subprocess.Popen[str]:
-        """In processes of its own; ``new_session``: in a process group of their own."""
+        """Start the recipe as a program, by torchrun where it has several processes."""
         launcher = [sys.executable, "-m"]
         if processes > 1:
             launcher += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]

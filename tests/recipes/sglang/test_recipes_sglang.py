@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from rlcore_kit.testing.forks import ForkServer
+
 Metrics = Callable[[Path], list[dict[str, float]]]
 STEPS = 3
 KEY_VARIABLE = "RLCORE_TEST_SGLANG_KEY"
@@ -60,12 +62,13 @@ def running(task: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dic
 
 
 @pytest.fixture(scope="module")
-def cluster(running: dict[str, Any]) -> Iterator[None]:
+def cluster(running: dict[str, Any], forks: ForkServer) -> Iterator[None]:
     """One cluster for all runs of this module; its workers see the key."""
     from rlcore.controller.placement import ResourcePool
     from rlcore_ray import cluster
 
-    started = cluster.connect(None, {"all": ResourcePool(processes=4)})
+    with forks.ray_workers():
+        started = cluster.connect(None, {"all": ResourcePool(processes=4)})
     yield
     if started:
         cluster.disconnect()

@@ -302,11 +302,11 @@ class FSDPTrainEngine(TrainEngine):
 
     @contextmanager
     def generation_weights(self) -> Iterator[PreTrainedModel]:
-        """The model with whole parameters, in compute precision, on the device, for generating in this process.
-
-        Under FSDP all ranks enter and leave together; modules may be called or their weights read directly. Weights
-        must not be changed, nor kept after leaving (compare `step_count` before reusing what was derived from them).
-        """
+        """See `rlcore.engines.WeightLender`. Under FSDP all ranks enter and leave together."""
+        if self.spec.head != "policy":
+            raise EngineError(
+                f"a model with a {self.spec.head} head cannot generate; lend the weights of a policy to the rollout"
+            )
         self.onload("params")
         with sharding.gathered(self.root, self.settings) if self._sharded else nullcontext():
             self._in_use_for_generation = True

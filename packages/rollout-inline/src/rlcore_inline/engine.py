@@ -21,6 +21,7 @@ from rlcore.engines.memory import free_memory
 from rlcore.engines.rollout import Completion, GenerationRequest, RolloutEngine
 from rlcore.engines.settings import ModelSettings, RolloutSpec
 from rlcore.engines.weight_bucket import WeightBucket
+from rlcore.engines.weight_lender import WeightLender
 from rlcore.errors import EngineError
 from rlcore.progress import report
 from rlcore_inline import direct
@@ -33,7 +34,7 @@ from rlcore_inline.sequence import Sequence as RunningSequence
 from rlcore_inline.settings import InlineSettings
 from rlcore_inline.stopping import StopStrings, end_tokens
 from rlcore_inline.verification import verify, verify_invariance
-from rlcore_inline.weights import OwnWeights, WeightSource
+from rlcore_inline.weights import OwnWeights
 from rlcore_kit.model_folder.length import check_positions, check_rope
 
 logger = logging.getLogger(__name__)
@@ -45,20 +46,19 @@ STANDING_STILL_S = 60
 
 
 def build(spec: RolloutSpec) -> InlineRollout:
-    """The plugin's factory: with the weights of ``spec.train_engine``, or of its own where there is none.
+    """Build the engine over the weights of ``spec.train_engine``, or over a separate copy of the model if it is None.
 
     Raises:
-        EngineError: ``spec.train_engine`` is no FSDP policy, or the model cannot be loaded or generated with.
+        EngineError: ``spec.train_engine`` is no `WeightLender`, or the model cannot be loaded or cannot generate.
     """
     source = spec.train_engine
     if source is None:
         return InlineRollout(OwnWeights(spec.model, cast(InlineSettings, spec.options)), spec)
-    head = getattr(getattr(source, "spec", None), "head", "policy")
-    if not isinstance(source, WeightSource) or head != "policy":
+    if not isinstance(source, WeightLender):
         raise EngineError(
-            "the inline rollout generates with the weights of an fsdp policy in its own process, but got "
-            f"{type(source).__name__} with a {head} head; put the rollout on a pool of its own, or choose another "
-            "rollout engine"
+            "the inline rollout generates with weights that a training engine in its process lends it, but "
+            f"{type(source).__name__} does not lend its weights (see rlcore.engines.WeightLender); place the rollout "
+            "on another pool than the actor, choose another rollout engine, or train with fsdp"
         )
     return InlineRollout(source, spec)
 
@@ -79,7 +79,7 @@ class InlineRollout(RolloutEngine):
     stands still, and everything else may be called.
     """
 
-    def __init__(self, source: WeightSource, spec: RolloutSpec) -> None:
+    def __init__(self, source: WeightLender, spec: RolloutSpec) -> None:
         self._source = source
         self._model_settings: ModelSettings = spec.model
         self._settings = cast(InlineSettings, spec.options)
@@ -352,7 +352,7 @@ class InlineRollout(RolloutEngine):
     def _hold(self) -> None:
         """Take hold of the whole weights; with data parallelism on all ranks together."""
         held = ExitStack()
-        model = held.enter_context(self._source.generation_weights())
+        model = cast(PreTrainedModel, held.enter_context(self._source.generation_weights()))
         try:
             self._decoder = self._make_decoder(model)
         except BaseException:

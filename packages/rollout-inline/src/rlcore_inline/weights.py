@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from itertools import starmap
-from typing import Protocol, runtime_checkable
 
 import torch
 from transformers import PreTrainedModel
@@ -22,34 +21,8 @@ NAMED = 3
 """Most missing parameters that an error names."""
 
 
-@runtime_checkable
-class WeightSource(Protocol):
-    """A training engine in this process whose weights can be generated with."""
-
-    @property
-    def dp_rank(self) -> int: ...
-
-    @property
-    def dp_size(self) -> int: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def step_count(self) -> int:
-        """Grows whenever the weights change."""
-        ...
-
-    def generation_weights(self) -> AbstractContextManager[PreTrainedModel]:
-        """The model with whole parameters in compute dtype, in evaluation mode, while the context lasts.
-
-        With ``dp_size > 1`` entering is a collective operation, leaving is not.
-        """
-        ...
-
-
 class OwnWeights:
-    """A `WeightSource` that owns a copy of the model, of this process alone whatever process groups there are.
+    """A `WeightLender` that is no training engine: a copy of the model in this process, without data parallelism.
 
     Raises:
         EngineError: the model cannot be loaded.

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     )
     from rlcore.engines.train import ForwardRequest, Objective, TrainEngine
     from rlcore.engines.weight_bucket import WeightBucket
+    from rlcore.engines.weight_lender import WeightLender
     from rlcore.engines.weight_sync import sync_weights
 
 _HOMES = {
@@ -40,6 +41,7 @@ _HOMES = {
     "TrainEngine": "train",
     "TrainEngineSpec": "settings",
     "WeightBucket": "weight_bucket",
+    "WeightLender": "weight_lender",
     "WeightSyncSettings": "settings",
     "sync_weights": "weight_sync",
 }
@@ -62,6 +64,7 @@ __all__ = [
     "TrainEngine",
     "TrainEngineSpec",
     "WeightBucket",
+    "WeightLender",
     "WeightSyncSettings",
     "sync_weights",
 ]

@@ -171,7 +171,8 @@ class RolloutSpec:
 
     Attributes:
         max_model_len: longest prompt plus completion, in tokens.
-        train_engine: the policy in the same process, or None; `inline` generates with its weights.
+        train_engine: the policy in the same process, or None; `inline` generates with its weights if it is a
+            `WeightLender`.
         adapter_rank: of the LoRA adapters that the policy trains; None if it trains whole weights.
     """
 

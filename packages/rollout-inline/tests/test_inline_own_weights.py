@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from rlcore.engines import (
@@ -20,14 +19,9 @@ from rlcore.engines import (
     ModelSettings,
     RolloutSpec,
     SamplingParams,
-    TrainEngineSpec,
     WeightBucket,
-    sync_weights,
 )
 from rlcore.errors import EngineError
-from rlcore_fsdp import engine as fsdp
-from rlcore_fsdp.config import FSDPSettings
-from rlcore_fsdp.distributed import join_processes
 from rlcore_inline.engine import InlineRollout, build
 from rlcore_inline.settings import InlineSettings
 from rlcore_kit.testing.processes import RankPool
@@ -93,15 +87,6 @@ def test_the_senders_tensors_may_change_afterwards(paths: list[Path]) -> None:
     for tensor in sent.values():
         tensor.zero_()
     (completion,) = engine.generate_batch([request(20)])
-    assert completion.logprobs == pytest.approx(expected_logprobs(paths[1], completion), abs=1e-5)
-
-
-def test_a_trainers_stream(paths: list[Path]) -> None:
-    actor = fsdp.build(TrainEngineSpec(ModelSettings(path=str(paths[1])), FSDPSettings(device="cpu")))
-    engine = make(paths[0])
-    sync_weights(actor, engine, 5, bucket_bytes=4096)
-    (completion,) = engine.generate_batch([request(20)])
-    assert completion.versions == [(5, 20)]
     assert completion.logprobs == pytest.approx(expected_logprobs(paths[1], completion), abs=1e-5)
 
 
@@ -280,7 +265,8 @@ def test_many_requests_of_many_threads_live_through_updates(paths: list[Path], t
 
 def generate_alone(path: Path, other: Path) -> dict[str, Any] | None:
     """Rank 1 does everything, rank 0 nothing: a collective operation would never end."""
-    assert join_processes(torch.device("cpu")) == 2
+    dist.init_process_group("gloo")
+    assert dist.get_world_size() == 2
     if dist.get_rank() == 0:
         return None
     engine = make(path)
@@ -308,27 +294,3 @@ def test_process_groups_do_not_matter(ranks: RankPool, paths: list[Path]) -> Non
     assert engine.generate_batch([request(10)])[0].tokens == found["before"].tokens
     engine.update_weights([bucket(weights(paths[1]))], 1)
     assert engine.generate_batch([request(10)]) == [found["after"]] == [found["single"]]
-
-
-@pytest.mark.parametrize("architecture", ["Qwen3Moe", "Mixtral"])
-def test_experts_travel_as_files_hold_them(tmp_path: Path, architecture: str) -> None:
-    sizes = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-    sent, received = (
-        tiny_model(tmp_path / str(seed), architecture=architecture, seed=seed, head_dim=8, **sizes) for seed in range(2)
-    )
-    trainer = fsdp.build(TrainEngineSpec(ModelSettings(path=str(sent)), FSDPSettings(device="cpu"), max_tokens=512))
-    tensors = {name: tensor for part in trainer.export_weights(4096) for name, tensor in part.tensors}
-    in_file = load_file(sent / "model.safetensors")
-    assert tensors.keys() == in_file.keys()
-    assert any(".experts.3." in name for name in tensors)
-    assert all(tensor.equal(in_file[name]) for name, tensor in tensors.items())
-    rollout, expected = make(received), weights(sent)
-    for order in (1, -1):
-        rollout.update_weights([bucket({name: tensors[name]}) for name in list(tensors)[::order]], version=2 + order)
-        found = rollout._source.model.state_dict()
-        assert all(tensor.equal(found[name]) for name, tensor in expected.items())
-        rollout._source.model.apply(lambda module: [p.data.zero_() for p in module.parameters()])
-    tensors.pop(next(name for name in tensors if ".experts.3." in name))
-    with pytest.raises(EngineError, match="lacks 1 of"):
-        rollout.update_weights([bucket(tensors)], version=4)
-    rollout.close()

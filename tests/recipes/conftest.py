@@ -31,7 +31,6 @@ SLOW_TO_IMPORT = (
     "rlcore_inline.engine",
     "transformers.models.llama.modeling_llama",
     "transformers.models.qwen2.modeling_qwen2",
-    "rlcore_recipes.train_loop",
 )
 CLUSTER = {"num_cpus": 6, "num_gpus": 1}
 """For the scheduler only: processes may outnumber cores, and halves of the GPU are two processes."""

@@ -11,6 +11,6 @@ from rlcore_kit.testing.processes import RankPool
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[RankPool]:
-    pool = RankPool(2)
+    pool = RankPool(2, ["rlcore_fsdp.engine"])
     yield pool
     pool.close()

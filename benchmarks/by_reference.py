@@ -10,8 +10,8 @@ fixed; responses grow up to 64 times.
 ``reference`` is the executor as it is: the driver holds row numbers. ``value`` is the same step where the driver reads
 every batch (`RemoteBatch.fetch`) and gives it to the next call as it is. Medians over steps, of the driver alone: CPU
 time of all its threads (Ray's too); kB that it serialises for calls and deserialises from answers; kB that its TCP
-connections receive and send (Ray hands results below 100 kB to whoever asked for them, larger ones go through shared
-memory). Last the seconds of a step, and the driver's peak memory so far.
+connections receive and send (Ray hands results below 100 kB to the process that asked for them,
+larger ones go through shared memory). Last the seconds of a step, and the driver's peak memory so far.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Policy:
 
 class Other:
     def __init__(self, engines: Mapping[str, Any]) -> None:
-        self.greeting = "toy"
+        self.name = "toy"
 
 
 def sample(engine: Other, jobs: Sequence[int], n: int, length: int) -> Iterator[tuple[list[int], Batch]]:

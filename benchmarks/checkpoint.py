@@ -1,10 +1,10 @@
-"""What a checkpoint costs training: saved at once, and in the background, beside steps without any.
+"""Measure the cost of a checkpoint: saved synchronously, and in the background, against steps without a checkpoint.
 
     uv run python benchmarks/checkpoint.py
 
 A Qwen2 of 57 million parameters with its Adam moments (0.7 GB of fp32) trains on one process, then sharded over two,
-with one thread each. A block is a few steps; blocks without a checkpoint, with one that is saved at once, and with one
-in the background take turns, so that a noisy machine disturbs all alike. Reported are, as medians over the rounds,
+with one thread each. A block is a few steps; blocks without a checkpoint, with a synchronous one, and with one
+in the background alternate, so that a noisy machine disturbs all alike. Reported are, as medians over the rounds,
 
 - the stall: seconds for which the training thread is in the manager's calls before and between the steps of a block;
 - the wait: seconds at the end of the block until the checkpoint is complete (manifest written, flushed, renamed). A run
@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-KINDS = ("none", "at once", "in the background")
+KINDS = ("none", "synchronous", "in the background")
 
 
 def main() -> None:

@@ -4,7 +4,7 @@
 
 Every contestant is a process that makes one step when told to; the processes take turns within one run, so a noisy
 machine disturbs all of them alike. Reported are medians over the steps after the warm-up, each step's ratio to the TRL
-step made beside it, and peak resident memory (summed over a contestant's processes).
+step made in the same turn, and peak resident memory (summed over a contestant's processes).
 
 What is measured: 16 prompts of 24 to 39 tokens, 8 completions each of at most 64 tokens, temperature 1, normalised
 advantages, clip 0.2, token-mean loss, no reference model, one AdamW step (lr 1e-4, gradient norm 1). A four-layer Qwen2
@@ -185,7 +185,7 @@ def prepare(folder: Path, steps: int) -> None:
     for name in WORLD:
         (folder / name).mkdir()
         model.save_pretrained(folder / name / "model")
-        # not beside the model: there transformers would take a word tokenizer for Qwen2's
+        # not in the model's folder: there transformers would take a word tokenizer for Qwen2's
         tokenizer.save_pretrained(folder / name / "tokenizer")
         rows = {"prompt": prompts, "ground_truth": [""] * len(prompts), "data_source": ["words"] * len(prompts)}
         pq.write_table(pa.table(rows), folder / name / "train.parquet")

@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 uv run python benchmarks/vllm_curves.py --seeds 0 1 2 --steps 140
 
 Both engines start from one model per seed (the quickstart's SFT stage), with the same data, order, and seeds of all
-samples; their random generators differ, so they sample other tokens. Runs take turns in processes of their own. Writes
+samples; their random generators differ, so they sample other tokens. Runs take turns in separate processes. Writes
 ``curves.json`` and, with matplotlib, ``curves.png`` to ``--out``.
 """
 

@@ -4,7 +4,7 @@
 
 Generation: the same model and requests by ``LLM.generate`` and by `VLLMRollout`, both in this process, in turns. Ours
 draws with a seed per request and returns log-probs; so does vLLM here. On a noisy machine the ratio of processor time
-counts. Weights: a full update, against loading the same weights from files, and starting an engine anew.
+counts. Weights: a full update, against loading the same weights from files, and starting a new engine.
 """
 
 from __future__ import annotations

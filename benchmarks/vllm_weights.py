@@ -1,10 +1,10 @@
-"""New weights for vLLM engines on the CPU, every way there is: seconds, and bytes that travel.
+"""Measure all ways of updating the weights of vLLM engines on the CPU: seconds, and bytes transferred.
 
     OMP_NUM_THREADS=1 uv run python benchmarks/vllm_weights.py
 
-In process weights go by reference; to an engine in a process of its own by shared memory; to a rollout process of
-another machine, stood for by loopback, by gloo, whole or as the elements whose bits changed; by files as safetensors
-that vLLM's own ``reload_weights`` reads; and by starting the engine anew. Weights are bfloat16 and change by optimizer
+In process weights go by reference; to an engine in a separate process by shared memory; to a rollout process of another
+machine, simulated by loopback, by gloo, in full or as the elements whose bits changed; by files as safetensors that
+vLLM's ``reload_weights`` reads; and by starting a new engine. Weights are bfloat16 and change by optimizer
 steps at a learning rate of 1e-6. Every update ends with a completion whose tokens vLLM labels with the new version.
 """
 

@@ -3,10 +3,10 @@
     uv run python benchmarks/weight_sync.py
 
 What is measured: a decoder's tensors in bfloat16 (``--millions`` parameters) are sent by one process to one and to two
-receivers, which copy them into weights of their own. Version by version they are the bfloat16 copies of float32 master
+receivers, which copy them into separate weights. Version by version they are the bfloat16 copies of float32 master
 weights that AdamW has stepped at ``--lr`` on random gradients. Contestants take turns within one run; each opens its
 connection, sends one version whole, and is timed over the versions after it. Seconds run from the call of `send`, with
-the copies that stand for the trainer's export, to the last receiver's word that it has loaded everything: medians.
+the copies that represent the trainer's export, to the last receiver's confirmation of a complete load: medians.
 
 Memory is the most that a process's resident set (the kernel's VmHWM) grew over what it was before the connection was
 opened. Shared memory counts in every process that touched it, and a delta's host copy of the weights counts too.
@@ -117,7 +117,7 @@ def export(weights: WEIGHTS, bucket_bytes: int) -> Iterator[WeightBucket]:
 
 
 def shapes(parameters: float) -> dict[str, tuple[int, ...]]:
-    """A Llama-like decoder of about this many parameters: as many layers of width 1024 as fit beside the embedding."""
+    """Return the tensors of a Llama-like decoder of about ``parameters``: an embedding, and layers of width 1024."""
     width, intermediate, vocabulary = 1024, 2816, 32_000
     named: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, width)}
     layer = {
@@ -154,7 +154,7 @@ def adamw_versions(parameters: float, lr: float, count: int) -> Iterator[WEIGHTS
 
 
 class Receivers:
-    """Processes that take versions into weights of their own."""
+    """Processes that load versions into separate weights."""
 
     def __init__(self, count: int, weights: WEIGHTS, threads: int) -> None:
         context = multiprocessing.get_context("spawn")

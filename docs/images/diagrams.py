@@ -1,6 +1,6 @@
 """Draw dataflow.svg and packages.svg, which README and documentation show.
 
-    python docs/images/diagrams.py    # writes both beside this file
+    python docs/images/diagrams.py    # writes both into this folder
 
 The text of the diagrams is in `STAGES` and `LAYERS`; everything else is layout. The pictures have a background and two
 palettes, so they can be read on light and dark pages.

@@ -9,8 +9,8 @@
 # PORT       of Ray's head (6379)
 # DASHBOARD  port of the dashboard (8265), on loopback only: ssh -L 8265:127.0.0.1:8265 HEAD
 #
-# Ray (2.60) listens on every interface whatever ADDRESS is, and whoever it obeys can run code here: keep its ports
-# behind a firewall that lets only the cluster's machines in.
+# Ray (2.60) listens on every interface whatever ADDRESS is, and every client it accepts can run code here: keep its
+# ports behind a firewall that admits only the cluster's machines.
 set -euo pipefail
 
 : "${ADDRESS:?the address of this machine in the private network, such as 10.0.0.1}"

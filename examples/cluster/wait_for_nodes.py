@@ -1,6 +1,6 @@
-"""Wait until a Ray cluster has so many nodes: ``python wait_for_nodes.py 10.0.0.1:6379 8 [--timeout 600]``.
+"""Wait until a Ray cluster has a number of nodes: ``python wait_for_nodes.py 10.0.0.1:6379 8 [--timeout 600]``.
 
-A run that asks for more than the cluster has fails at once, which is right for a cluster that is up and wrong for one
+A run that requests more than the cluster has fails immediately, which is right for a complete cluster and wrong for one
 that is still starting.
 """
 

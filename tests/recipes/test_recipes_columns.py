@@ -13,9 +13,9 @@ from rlcore.algorithms import Advantages, PolicyLossInputs, advantages, policy_l
 from rlcore.algorithms.sequences import per_token, sequence_sums, trained_mask
 from rlcore.batch import Batch
 from rlcore.config import load_config
+from rlcore.config.registry import NoParams
 from rlcore.errors import ConfigError
 from rlcore.metrics import Metrics
-from rlcore.registry import NoParams
 from rlcore_recipes import grpo
 from rlcore_recipes.run.open import train_rl
 from rlcore_recipes.settings.columns import CREDITED, ON_DEMAND, SAMPLED, SCORED

@@ -39,7 +39,7 @@ def distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Di
         for module, source in modules.items():
             (site / f"{module}.py").write_text(source)
         importlib.invalidate_caches()
-        plugins.forget_installed()
+        forget_installed()
         return site
 
     yield install
@@ -49,4 +49,10 @@ def distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Di
         if any(str(place).startswith(str(site)) for place in places):
             del sys.modules[module]
     monkeypatch.undo()
-    plugins.forget_installed()
+    forget_installed()
+
+
+def forget_installed() -> None:
+    """Have plugins look for installed packages again."""
+    plugins._points.cache_clear()
+    plugins.import_algorithms.cache_clear()

@@ -16,7 +16,7 @@ import torch
 from rlcore import algorithms
 from rlcore.batch import Batch, Jagged
 from rlcore.config import Choice, Chosen, Config
-from rlcore.registry import Entry, Registry
+from rlcore.config.registry import Entry, Registry
 
 PAGE = (Path(__file__).parents[3] / "docs" / "algorithms.md").read_text(encoding="utf-8")
 SECTIONS = {

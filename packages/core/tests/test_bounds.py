@@ -9,7 +9,7 @@ import torch
 
 from rlcore.algorithms import PolicyLossInputs, corrections, kl_estimators, policy_losses
 from rlcore.algorithms.off_policy import mismatch_metrics
-from rlcore.registry import NoParams
+from rlcore.config.registry import NoParams
 
 # distances of a log-prob from the old or the reference's one, on either side of every bound
 FAR = [0.3, 2.5, 2.7, 9.0, 11.5, 19.0, 21.0, 60.0, 1e4]

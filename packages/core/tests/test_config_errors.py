@@ -8,8 +8,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from rlcore import plugins
 from rlcore.config import Choice, Chosen, Config, FilePath, PluginSections, load_config, validate_config
+from rlcore.config.registry import Registry
 from rlcore.errors import ConfigError
-from rlcore.registry import Registry
 
 fruits: Registry = Registry("test fruit")
 

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from rlcore.config import Choice, Chosen, Config, PluginSections
 from rlcore.config.keys import Key, Section, sections
-from rlcore.registry import Registry
+from rlcore.config.registry import Registry
 
 metals: Registry = Registry("test metal")
 

@@ -20,8 +20,8 @@ from rlcore.config import (
     validate_config,
     yaml_format,
 )
+from rlcore.config.registry import Registry
 from rlcore.errors import ConfigError
-from rlcore.registry import Registry
 
 colours: Registry = Registry("test colour")
 

@@ -17,7 +17,7 @@ def modules_after(statement: str) -> set[str]:
     "statement",
     [
         "import rlcore",
-        "import rlcore.config, rlcore.plugins, rlcore.registry, rlcore.errors, rlcore.tracking",
+        "import rlcore.config, rlcore.plugins, rlcore.config.registry, rlcore.errors, rlcore.tracking",
         "from rlcore.engines.settings import ModelSettings",
         "from rlcore.engines import Reward, RewardSettings",
         "from rlcore.cli.main import cli",

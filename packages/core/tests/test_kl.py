@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from rlcore.algorithms import kl_estimators
 from rlcore.algorithms.kl import AdaptiveKL, FixedKL, KLPenaltySettings, apply_kl_penalty, kl_controller
 from rlcore.batch import Batch, Jagged
-from rlcore.registry import NoParams
+from rlcore.config.registry import NoParams
 
 
 def estimate(name: str, logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:

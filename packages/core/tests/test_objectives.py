@@ -23,10 +23,10 @@ from rlcore.algorithms.objectives import (
 )
 from rlcore.algorithms.sequences import trained_mask
 from rlcore.batch import Batch, Jagged
+from rlcore.config.registry import NoParams
 from rlcore.engines.train import Objective
 from rlcore.errors import BatchError
 from rlcore.metrics import Metrics
-from rlcore.registry import NoParams
 
 COLUMNS = ("advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs", "values", "returns")
 OUTPUTS = ("logprobs", "entropy", "values")

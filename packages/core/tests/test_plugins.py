@@ -1,6 +1,7 @@
 import pytest
 
 from rlcore import plugins
+from rlcore.cli.plugins import Installed, installed
 from rlcore.errors import PluginError, RlcoreWarning
 from rlcore.plugins import Plugin
 
@@ -67,7 +68,9 @@ def test_close_match_may_be_one_of_ours_that_is_not_installed(monkeypatch):
 
 def test_wrong_interface_version_names_both(distribution):
     distribution("acme-engines", {ENGINES: {"acme": "acme_old:engine"}}, {"acme_old": source("acme_old", interface=7)})
-    with pytest.raises(PluginError, match=r"\(acme-engines 1\.5\) was written for interface 7, this rlcore speaks 1"):
+    with pytest.raises(
+        PluginError, match=r"\(acme-engines 1\.5\) was written for interface 7, but this rlcore supports 1"
+    ):
         plugins.get(ENGINES, "acme")
 
 
@@ -95,8 +98,8 @@ def test_name_offered_twice_names_both_packages(distribution):
 @pytest.mark.parametrize("attribute", ["config", "factory"])
 def test_backend_that_cannot_be_imported_is_a_plugin_error(attribute):
     paths = {
-        "config": "rlcore.registry:NoParams",
-        "factory": "rlcore.registry:NoParams",
+        "config": "rlcore.config.registry:NoParams",
+        "factory": "rlcore.config.registry:NoParams",
         attribute: "no_such_backend:x",
     }
     plugin = Plugin(interface=1, **paths)
@@ -109,8 +112,8 @@ def test_errors_inside_a_factory_are_not_touched():
         Plugin(interface=1, config="", factory="operator:truediv").build(1, 0)
 
 
-def listed(group: str) -> dict[str, plugins.Installed]:
-    return {item.name: item for item in plugins.listing() if item.group == group}
+def listed(group: str) -> dict[str, Installed]:
+    return {item.name: item for item in installed() if item.group == group}
 
 
 def test_listing_imports_what_plugins_name_and_one_broken_plugin_costs_only_itself(distribution, monkeypatch):
@@ -148,7 +151,7 @@ def test_listing_imports_what_plugins_name_and_one_broken_plugin_costs_only_itse
         "bad": "ZeroDivisionError",
         "exits": "cannot be imported: SystemExit: 3",
         "factory": "factory acme_backend:build cannot be imported: ModuleNotFoundError",
-        "uncallable": "factory acme_uncallable:number cannot be called: it is of type int",
+        "uncallable": "factory acme_uncallable:number is not callable: it is of type int",
         "config": "configuration acme_gone:Settings cannot be imported",
         "no_config": "configuration acme_plugin:build is not a subclass of rlcore.config.Config",
         "configs": "configurations acme_gone cannot be found",

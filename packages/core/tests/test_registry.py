@@ -1,8 +1,8 @@
 import pytest
 
 from rlcore.config import Config
+from rlcore.config.registry import NoParams, Registry, registry_of_kind
 from rlcore.errors import BatchError, PluginError
-from rlcore.registry import NoParams, Registry, registry_of_kind
 
 
 @pytest.fixture

@@ -29,9 +29,9 @@ from rlcore.algorithms.registries import Advantages, PolicyLossInputs, advantage
 from rlcore.algorithms.sequences import trained_mask
 from rlcore.batch import Batch, Jagged
 from rlcore.config import Choice
+from rlcore.config.registry import Registry
 from rlcore.engines.reward import RewardResult
 from rlcore.metrics import Metrics
-from rlcore.registry import Registry
 
 LENGTHS = (6, 0, 9, 1, 5, 7, 3, 8, 4)
 GROUPS = (4, 7, 4, 2, 7, 2, 4, 7, 2)

@@ -11,7 +11,7 @@ from rlcore.algorithms.registries import aggregations
 from rlcore.algorithms.sequences import sequence_means, trained_counts, trained_mask
 from rlcore.batch import Batch
 from rlcore.config import Config
-from rlcore.registry import NoParams
+from rlcore.config.registry import NoParams
 
 
 def denominators(batch: Batch) -> dict[str, float]:

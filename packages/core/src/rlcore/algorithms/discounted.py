@@ -15,7 +15,7 @@ from rlcore.algorithms.sequences import per_token, trained_counts, trained_mask,
 from rlcore.batch import Batch
 from rlcore.batch.alignment import next_entries
 from rlcore.config import Config
-from rlcore.registry import NoParams
+from rlcore.config.registry import NoParams
 
 CACHED_TOKENS = 1 << 16
 

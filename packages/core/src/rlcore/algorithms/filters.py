@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from rlcore.algorithms.registries import sampling_filters
 from rlcore.config import Config, Unlimited
-from rlcore.registry import NoParams
+from rlcore.config.registry import NoParams
 
 
 @sampling_filters.register("nonzero-spread")

@@ -17,7 +17,7 @@ from rlcore.algorithms.registries import Advantages, advantages
 from rlcore.algorithms.sequences import per_token, sequence_sums, trained_counts, trained_mask, whiten
 from rlcore.batch import Batch
 from rlcore.config import Config
-from rlcore.registry import NoParams
+from rlcore.config.registry import NoParams
 
 
 class GRPOParams(Config):

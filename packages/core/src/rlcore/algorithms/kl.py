@@ -14,8 +14,8 @@ from rlcore.algorithms.registries import KLEstimator, kl_estimators
 from rlcore.algorithms.sequences import sequence_means, trained_mask
 from rlcore.batch import Batch
 from rlcore.config import Choice, Chosen, Config
+from rlcore.config.registry import NoParams
 from rlcore.metrics import Metrics
-from rlcore.registry import NoParams
 
 K3_LIMIT = 10.0
 K3_LOG_RATIO_LIMIT = 2.6109  # just above where k3 reaches its limit; the gradient is nowhere steeper than there

@@ -26,9 +26,9 @@ from rlcore.algorithms.registries import (
 from rlcore.algorithms.sequences import record_mean, trained_mask
 from rlcore.batch import Batch
 from rlcore.config import Choice, Chosen, Config
+from rlcore.config.registry import Entry
 from rlcore.engines.train import ForwardRequest
 from rlcore.metrics import Metrics
-from rlcore.registry import Entry
 
 # Metrics that are the mini-batch's loss, or a part of it: means whose weights are the mini-batch's trained tokens.
 LOSS_METRICS = ("loss", "pg_loss", "kl_loss")

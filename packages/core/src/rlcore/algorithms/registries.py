@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import torch
 
 from rlcore.batch import Batch
+from rlcore.config.registry import Registry
 from rlcore.metrics import Metrics
-from rlcore.registry import Registry
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from rlcore.algorithms.registries import PolicyLossInputs, policy_losses
 from rlcore.algorithms.sequences import per_token, record_mean, sequence_means
 from rlcore.algorithms.token_losses import token_ratio
 from rlcore.config import Config, Unlimited
+from rlcore.config.registry import Trait
 from rlcore.metrics import Metrics
-from rlcore.registry import Trait
 
 SEQUENCE_LOG_RATIO_LIMIT = 10.0
 SEQUENCE_LOSS: Final[set[Trait]] = {"vanishes_with_advantage", "importance_ratio", "sequence_ratio"}

@@ -12,8 +12,8 @@ from rlcore.algorithms.bounds import LOG_RATIO_LIMIT, bounded
 from rlcore.algorithms.registries import PolicyLossInputs, policy_losses
 from rlcore.algorithms.sequences import record_mean
 from rlcore.config import Config, Unlimited
+from rlcore.config.registry import NoParams
 from rlcore.metrics import Metrics
-from rlcore.registry import NoParams
 
 
 class PPOParams(Config):

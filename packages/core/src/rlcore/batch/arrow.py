@@ -1,4 +1,4 @@
-"""Batches as Arrow tables and files.
+"""The columns of a batch as Arrow tables and files; `rlcore.batch.Batch` reads and writes both.
 
 ========  ==================================================================  ==========================
 column    Arrow type                                                          copied?
@@ -22,7 +22,8 @@ import json
 import mmap
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from rlcore.batch.batch import Batch, Column
-from rlcore.batch.jagged import Jagged
+from rlcore.batch.jagged import Column, Jagged
 from rlcore.batch.memory import dtype_name, from_numpy, to_numpy
 from rlcore.errors import BatchError, DataError
 
@@ -43,22 +43,25 @@ _FORMAT_KEY, _FIELD_KEY = b"rlcore.batch", b"rlcore.column"
 _JSON = "\r"
 
 
-def to_arrow(batch: Batch) -> pa.Table:
-    """``batch`` as a table of one chunk, over the same memory where the table above says so.
+def to_arrow(columns: Mapping[str, Column]) -> pa.Table:
+    """Return ``columns`` as a table of one chunk, over the same memory where the table above says so.
 
     Raises:
         BatchError: a column holds what Arrow or JSON cannot (complex numbers, arbitrary objects).
     """
     arrays, fields = [], []
-    for name in batch.names:
-        array, about = _to_array(name, batch[name])
+    for name, column in columns.items():
+        array, about = _to_array(name, column)
         arrays.append(array)
         fields.append(pa.field(name, array.type, nullable=False, metadata={_FIELD_KEY: json.dumps(about)}))
     return pa.Table.from_arrays(arrays, schema=pa.schema(fields, metadata={_FORMAT_KEY: FORMAT}))
 
 
-def from_arrow(table: pa.Table) -> Batch:
-    """The batch of which `to_arrow` made ``table`` (read back from Arrow or Parquet, sliced or in chunks).
+def from_arrow(table: pa.Table) -> list[dict[str, Column | Sequence[Any]]]:
+    """Return the columns that `to_arrow` wrote into ``table`` (read from Arrow or Parquet, sliced or concatenated).
+
+    Returns:
+        the columns of every chunk, at least one: batches are simpler and safer to concatenate than nested Arrow chunks.
 
     Raises:
         DataError: the table does not come from `to_arrow`.
@@ -68,20 +71,22 @@ def from_arrow(table: pa.Table) -> Batch:
         raise DataError("the table was not written by Batch (its schema lacks the metadata of rlcore.batch)")
     if written != FORMAT.encode():
         raise DataError(f"the table is in format {written.decode()} of rlcore.batch; this version reads {FORMAT}")
-    # one batch per chunk: concatenating batches is simpler and safer than combining nested Arrow chunks
     chunks = table.to_batches() or [pa.RecordBatch.from_pylist([], schema=table.schema)]
-    return Batch.concat(
-        [
-            Batch({field.name: _from_array(chunk.column(i), field) for i, field in enumerate(table.schema)})
-            for chunk in chunks
-        ]
-    )
+    return [
+        {field.name: _from_array(chunk.column(i), field) for i, field in enumerate(table.schema)} for chunk in chunks
+    ]
 
 
-def save(batch: Batch, path: Path) -> None:
-    """Write ``batch`` to ``path``, making its folder; a crash leaves the previous file or the new one, never a part."""
-    _check_suffix(path)
-    table = to_arrow(batch)
+def save(columns: Mapping[str, Column], path: Path) -> None:
+    """Write ``columns`` to ``path`` and make its folder; a crash leaves the previous file or the new one, never a part.
+
+    Raises:
+        BatchError: see `to_arrow`.
+        DataError: ``path`` ends neither in .arrow nor in .parquet.
+    """
+    with reading(path):
+        _check_suffix(path)
+    table = to_arrow(columns)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -100,16 +105,30 @@ def save(batch: Batch, path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def load(path: Path) -> Batch:
-    """Read what `save` wrote; see the module docstring for what is copied."""
+def load(path: Path) -> list[dict[str, Column | Sequence[Any]]]:
+    """Read what `save` wrote, as `from_arrow` does; see the module docstring for what is copied.
+
+    Raises:
+        DataError: the file is missing or was not written by `save`; `reading` names the file and catches damage.
+    """
     _check_suffix(path)
     if not path.is_file():
-        raise DataError(f"{path}: no such file")
+        raise DataError("no such file")
+    return from_arrow(_map_arrow(path) if path.suffix == ".arrow" else _read_parquet(path))
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what fails inside into an error that names the file ``path``.
+
+    Raises:
+        DataError: the file is missing, damaged, or was not written by `save`.
+    """
     try:
-        return from_arrow(_map_arrow(path) if path.suffix == ".arrow" else _read_parquet(path))
+        yield
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:  # a BatchError too: columns that do not fit together
         raise DataError(f"{path} is damaged, or not a {path.suffix} file: {error}") from error
 
 
@@ -126,7 +145,7 @@ def _read_parquet(path: Path) -> pa.Table:
 
 def _check_suffix(path: Path) -> None:
     if path.suffix not in (".arrow", ".parquet"):
-        raise DataError(f"{path}: a batch is saved as .arrow or .parquet, not {path.suffix or 'without an ending'}")
+        raise DataError(f"a batch is saved as .arrow or .parquet, not {path.suffix or 'without an ending'}")
 
 
 def _to_array(name: str, column: Column) -> tuple[pa.Array, dict[str, Any]]:

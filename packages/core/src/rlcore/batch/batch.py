@@ -11,14 +11,12 @@ import torch
 
 from rlcore.batch.balance import balanced_partitions, micro_batches
 from rlcore.batch.indexing import check_split, kept_samples, sample_indices, unit_ids
-from rlcore.batch.jagged import Jagged
+from rlcore.batch.jagged import Column, Jagged
 from rlcore.batch.memory import PickledTensor, dtype_name, to_numpy
 from rlcore.errors import BatchError
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-Column = torch.Tensor | Jagged | list[Any]
 
 
 class Batch:
@@ -407,23 +405,31 @@ class Batch:
         return Batch(result)
 
     def to_arrow(self) -> pa.Table:
-        """An Arrow table over the same memory where Arrow allows (`rlcore.batch.arrow`)."""
-        from rlcore.batch.arrow import to_arrow
+        """Return an Arrow table over the same memory where Arrow allows (`rlcore.batch.arrow`).
 
-        return to_arrow(self)
+        Raises:
+            BatchError: a column holds what Arrow or JSON cannot (complex numbers, arbitrary objects).
+        """
+        from rlcore.batch import arrow
+
+        return arrow.to_arrow(self._columns)
 
     @staticmethod
     def from_arrow(table: pa.Table) -> Batch:
-        """What `to_arrow` made, over the table's memory where Arrow allows."""
-        from rlcore.batch.arrow import from_arrow
+        """Return the batch of which `to_arrow` made ``table``, over the table's memory where Arrow allows.
 
-        return from_arrow(table)
+        Raises:
+            DataError: the table does not come from `to_arrow`.
+        """
+        from rlcore.batch import arrow
+
+        return Batch.concat([Batch(columns) for columns in arrow.from_arrow(table)])
 
     def save(self, path: str | Path) -> None:
         """Write Arrow IPC (``.arrow``) or Parquet (``.parquet``), by the file's ending, atomically."""
-        from rlcore.batch.arrow import save
+        from rlcore.batch import arrow
 
-        save(self, Path(path))
+        arrow.save(self._columns, Path(path))
 
     @staticmethod
     def load(path: str | Path) -> Batch:
@@ -432,9 +438,10 @@ class Batch:
         Raises:
             DataError: the file is missing, damaged, or was not written by `save`.
         """
-        from rlcore.batch.arrow import load
+        from rlcore.batch import arrow
 
-        return load(Path(path))
+        with arrow.reading(Path(path)):
+            return Batch.concat([Batch(columns) for columns in arrow.load(Path(path))])
 
 
 def _as_column(name: str, given: Any) -> Column:

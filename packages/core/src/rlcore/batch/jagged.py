@@ -114,6 +114,10 @@ class Jagged:
         return Jagged, (PickledTensor(self.values), PickledTensor(self.lengths))
 
 
+Column = torch.Tensor | Jagged | list[Any]
+"""A column of a batch: dense ``[B, ...]``, per token, or plain values."""
+
+
 def _as_lengths(given: torch.Tensor | Sequence[int]) -> torch.Tensor:
     lengths = torch.as_tensor(given)
     integral = not (lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool)

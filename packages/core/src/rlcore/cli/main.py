@@ -56,7 +56,7 @@ class CommandTree(click.Group):
         if cmd_name in _OWN:
             return plugins.resolve(_OWN[cmd_name][0])  # type: ignore[no-any-return]
         if cmd_name in plugins.names(plugins.COMMANDS) or plugins.is_ours(plugins.COMMANDS, cmd_name):
-            return plugins.load_command(cmd_name)  # type: ignore[no-any-return]
+            return plugins.load(plugins.COMMANDS, cmd_name, "command")  # type: ignore[no-any-return]
         if ctx.resilient_parsing:
             return None
         close = get_close_matches(cmd_name, {*self.list_commands(ctx), *_OURS}, n=3)

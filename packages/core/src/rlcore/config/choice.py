@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from typing import Any
 
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from rlcore.config.base import Config, json_schema
+from rlcore.config.registry import Entry, Registry, registry_of_kind
 from rlcore.errors import PluginError
-
-if TYPE_CHECKING:
-    from rlcore.registry import Entry, Registry
 
 
 class Choice:
@@ -58,10 +57,6 @@ def _dump(choice: Choice | str) -> dict[str, Any] | str:
 
 def _rebuild(kind: str, module: str, name: str, params: Config) -> Choice:
     """Unpickle by name: functions stay where they are registered, on every worker."""
-    from importlib import import_module
-
-    from rlcore.registry import registry_of_kind
-
     import_module(module)
     return Choice(registry_of_kind(kind).get(name), params)
 

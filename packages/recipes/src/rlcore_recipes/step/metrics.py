@@ -10,7 +10,7 @@ from rlcore.algorithms.filters import nonzero_spread
 from rlcore.algorithms.sequences import sequence_sums
 from rlcore.algorithms.value_loss import explained_variance
 from rlcore.batch import Batch
-from rlcore.registry import NoParams
+from rlcore.config.registry import NoParams
 from rlcore_recipes.run.session import Session
 
 

@@ -10,9 +10,9 @@ import torch
 
 from rlcore.algorithms.objectives import LOSS_METRICS, PolicyObjective, ValueObjective
 from rlcore.batch import Batch
+from rlcore.config.registry import Entry
 from rlcore.engines import ForwardRequest, Objective, TrainEngine
 from rlcore.metrics import Metrics
-from rlcore.registry import Entry
 from rlcore_recipes.run.session import Session
 from rlcore_recipes.step.advantages import without_advantage
 from rlcore_recipes.step.non_finite import IN_LOSS

@@ -9,6 +9,7 @@ from typing import Any, Generic, Literal, TypeVar, get_args
 
 from rlcore.config.base import Config
 from rlcore.errors import BatchError, PluginError
+from rlcore.plugins import import_algorithms
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -70,6 +71,7 @@ _KINDS: dict[str, Registry[Any]] = {}
 
 
 def registry_of_kind(kind: str) -> Registry[Any]:
+    """Return the registry of ``kind``, such as "policy loss"."""
     return _KINDS[kind]
 
 
@@ -137,7 +139,12 @@ class Registry(Generic[F]):
         return add
 
     def get(self, name: str) -> Entry[F]:
-        problems = self._load()
+        """Return the entry ``name``.
+
+        Raises:
+            PluginError: unknown, with close matches and the modules of algorithms that cannot be imported.
+        """
+        problems = import_algorithms()
         if name not in self._entries:
             close = get_close_matches(name[:100], self._entries, n=3)
             hint = (
@@ -150,11 +157,5 @@ class Registry(Generic[F]):
         return self._entries[name]
 
     def __iter__(self) -> Iterator[Entry[F]]:
-        self._load()
+        import_algorithms()
         return iter(sorted(self._entries.values(), key=lambda entry: entry.name))
-
-    @staticmethod
-    def _load() -> tuple[str, ...]:
-        from rlcore.plugins import import_algorithms
-
-        return import_algorithms()

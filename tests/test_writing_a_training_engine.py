@@ -91,6 +91,10 @@ def test_it_skips_steps_without_finite_gradient(engine_class: type[TrainEngine],
     suite(engine_class).test_a_step_without_finite_gradient_is_skipped(model, float("nan"))
 
 
+def test_the_weights_that_it_lends_pass_the_suite(page: dict[str, Any], model: Path) -> None:
+    suite(complete(page["MyLendingEngine"])).test_lent_weights_are_those_that_compute(model)
+
+
 def inline_rollout(model: Path, engine: TrainEngine) -> Any:
     plugin = get("rlcore.rollout_engines", "inline")
     return plugin.build(RolloutSpec(ModelSettings(path=str(model)), plugin.config_class()(), 64, 0, engine))

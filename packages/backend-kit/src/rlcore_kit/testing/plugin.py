@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 # The suites' assertions show their operands, as those in test files do.
-SUITES = ("algorithms", "reward", "rollout_engine", "tracker", "train_engine")
+SUITES = ("algorithms", "reward", "rollout_engine", "tracker", "train_engine", "parallel")
 pytest.register_assert_rewrite(*(f"rlcore_kit.testing.{suite}" for suite in SUITES))
 
 

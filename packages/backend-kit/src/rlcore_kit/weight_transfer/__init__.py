@@ -5,11 +5,9 @@ from rlcore_kit.weight_transfer.channel import TransferError
 from rlcore_kit.weight_transfer.choice import Transport
 from rlcore_kit.weight_transfer.receiver import WeightReceiver, open_receiver
 from rlcore_kit.weight_transfer.sender import TransferStats, WeightSender, open_sender
-from rlcore_kit.weight_transfer.sharding import ShardRule, shard
 
 __all__ = [
     "Address",
-    "ShardRule",
     "TransferError",
     "TransferStats",
     "Transport",
@@ -17,5 +15,4 @@ __all__ = [
     "WeightSender",
     "open_receiver",
     "open_sender",
-    "shard",
 ]

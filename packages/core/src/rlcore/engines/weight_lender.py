@@ -44,9 +44,11 @@ class WeightLender(Protocol):
     def generation_weights(self) -> AbstractContextManager[nn.Module]:
         """Lend the policy: a causal language model of transformers with full parameters, in evaluation mode.
 
-        Parameters are on `device` in compute dtype while the context lasts. The borrower may call the model and its
-        modules, and read the parameters; it must not change them nor keep them after leaving. `TrainEngine.forward`,
-        `export_weights`, `save` and `save_pretrained` may be called meanwhile. With ``dp_size > 1`` entering is a
+        Parameters are on `device` in compute dtype while the context lasts. The borrower may read the parameters and
+        call the model and its modules; it must not change parameters nor keep them after leaving. The model's attention
+        implementation may be one that only the engine can call: a borrower selects its implementation in the model's
+        configuration for the duration of a call, and restores the engine's. `TrainEngine.forward`, `export_weights`,
+        `save` and `save_pretrained` may be called while the context lasts. With ``dp_size > 1`` entering is a
         collective operation, leaving is not, and `TrainEngine.train` is called after leaving only.
 
         Raises:

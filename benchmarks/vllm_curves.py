@@ -60,7 +60,7 @@ def taught(folder: Path, seed: int, steps: int) -> Path:
     from rlcore_recipes.data.prepare.arithmetic import arithmetic_problems
     from rlcore_recipes.data.prepare.writing import write_splits
     from rlcore_recipes.quickstart import settings
-    from rlcore_recipes.quickstart.teach import teach
+    from rlcore_recipes.quickstart.train_sft import train_sft
     from rlcore_recipes.small_model.qwen2 import SmallModelSettings, write_small_model
 
     configuration = folder / "grpo.yaml"
@@ -71,7 +71,7 @@ def taught(folder: Path, seed: int, steps: int) -> Path:
     texts = [text for row in splits["train"] for text in (row["prompt"][0]["content"], row["response"])]
     write_small_model(folder / "base", texts, SmallModelSettings(seed=seed, max_position_embeddings=256))
     config = settings.grpo_config(folder, seed, steps)
-    teach(folder / "base", folder / "sft", config, lambda step, loss, accuracy: None)
+    train_sft(folder / "base", folder / "sft", config, lambda step, loss, accuracy: None)
     configuration.write_text(dump_config(config), encoding="utf-8")
     return configuration
 

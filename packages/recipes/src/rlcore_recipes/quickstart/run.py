@@ -14,7 +14,7 @@ from rlcore_recipes.data.prepare.arithmetic import arithmetic_problems
 from rlcore_recipes.data.prepare.writing import write_splits
 from rlcore_recipes.quickstart import settings
 from rlcore_recipes.quickstart.report import Curves, write_report
-from rlcore_recipes.quickstart.teach import teach
+from rlcore_recipes.quickstart.train_sft import train_sft
 from rlcore_recipes.small_model.qwen2 import SmallModelSettings, write_small_model
 
 
@@ -48,7 +48,7 @@ def run_quickstart(out: Path, seed: int, steps: int) -> None:
         curves.sft.append((step, accuracy))
         console.print(f"   step {step:>3}  loss {loss:.3f}  accuracy {accuracy:.3f}", style="dim")
 
-    teach(out / "base", out / "sft", config, report)
+    train_sft(out / "base", out / "sft", config, report)
 
     console.print(f"[bold]4. GRPO[/] {steps} steps, from rewards alone")
     (out / "grpo.yaml").write_text(dump_config(config), encoding="utf-8")

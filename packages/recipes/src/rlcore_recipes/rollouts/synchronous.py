@@ -23,8 +23,8 @@ from rlcore_recipes.rollouts.scorer import score
 from rlcore_recipes.rollouts.source import Deferred, Rollouts, joined, scores_of, trajectories_of
 from rlcore_recipes.rollouts.workers import RolloutWorkers
 
-PARTS = {"train": "gen", "baseline": "gen_baseline", "validation": "testing"}
-"""The part of a step that episodes belong to, by the purpose of their job."""
+PARTS = {"train": "gen", "baseline": "gen_baseline"}
+"""The part of a step that episodes belong to, by the purpose of their job; others belong to "testing"."""
 
 
 class Round(Coroutines):
@@ -50,7 +50,7 @@ class Round(Coroutines):
         while self._episodes:
             asked, self._episodes = self._episodes, []
             jobs = [job for job, _ in asked]
-            with workers.timed(PARTS[jobs[0].purpose]):
+            with workers.timed(PARTS.get(jobs[0].purpose, "testing")):
                 answers = workers.executor.stream(workers.rollout, run_groups, jobs)
                 for number, ([index], trajectories) in enumerate(answers, 1):
                     if workers.executor.overlaps:

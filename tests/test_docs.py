@@ -36,7 +36,7 @@ from rlcore.config.keys import sections
 from rlcore.engines import RolloutEngine, RolloutSpec
 from rlcore.errors import ConfigError, RlcoreError
 from rlcore_kit.testing.tiny_model import tiny_model
-from source_checks import module_name, sources
+from source_checks import MAY_IMPORT, MODULES, module_name, parse, sources
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
@@ -337,5 +337,28 @@ def test_names_on_pages_exist(page: str) -> None:
 
 def test_pictures_are_what_their_script_draws() -> None:
     folder = ROOT / "docs" / "images"
-    for name, draw in runpy.run_path(str(folder / "diagrams.py"))["DRAWINGS"].items():
+    for name, draw in diagrams()["DRAWINGS"].items():
         assert (folder / name).read_text() == draw(), f"run python docs/images/diagrams.py: {name} is out of date"
+
+
+def test_dataflow_is_that_of_grpo() -> None:
+    tree = parse(Path("packages/recipes/src/rlcore_recipes/grpo.py"))
+    step = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "step")
+    calls = [node for node in ast.walk(step) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    called = [node.func.id for node in sorted(calls, key=lambda node: node.lineno) if isinstance(node.func, ast.Name)]
+    functions = [stage.function for stage in diagrams()["STAGES"]]
+    assert [name for name in called if name in functions] == functions
+
+
+def test_package_diagram_has_every_package_and_its_imports() -> None:
+    layers = [{package.module for package in layer} for layer in diagrams()["LAYERS"]]
+    assert set.union(*layers) == set(MODULES)
+    recipes, plugins, *below = layers
+    for module in recipes | plugins:
+        assert MAY_IMPORT[module] == set.union(*below)
+    for number, layer in enumerate(below):
+        assert all(MAY_IMPORT[module] == set().union(*below[number + 1 :]) for module in layer)
+
+
+def diagrams() -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / "docs" / "images" / "diagrams.py"))

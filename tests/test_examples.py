@@ -75,6 +75,7 @@ def test_every_section_has_its_test() -> None:
         "A reward function",
         "An advantage estimator",
         "A policy loss",
+        "A recipe",
         "A reward in a package",
         "Two processes",
         "Worker processes by Ray",
@@ -151,6 +152,27 @@ def test_custom_loss_caps_the_weight_of_negative_advantages() -> None:
     assert logprobs.grad is not None
     assert logprobs.grad.tolist() == pytest.approx([-2, -2, 2 * 1.25, 2 * math.exp(-0.5)])
     assert metrics.to_dict() == {"topr_capped": 0.25}
+
+
+def test_custom_recipe_runs(folder: Path) -> None:
+    run("A recipe", folder)
+    last = last_step(folder, "concise")
+    assert last["step"] == 2
+    assert -0.5 <= last["reward/length"] <= 0.5
+
+
+def test_custom_recipe_rewards_short_right_answers() -> None:
+    batch = Batch(
+        {
+            "response_length": torch.tensor([10, 20, 30, 30, 7, 7, 5]),
+            "group": torch.tensor([4, 4, 4, 4, 1, 1, 8]),
+            "score": torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0]),
+        }
+    )
+    found = load(EXAMPLES / "custom_recipe.py").length_reward(batch)
+    assert found.tolist() == [0.5, 0.0, -0.5, -0.5, 0.0, 0.0, 0.0]
+    short_and_wrong = batch.with_columns(score=torch.zeros(7))
+    assert load(EXAMPLES / "custom_recipe.py").length_reward(short_and_wrong)[0] == 0
 
 
 def test_third_party_reward_is_found_scores_and_conforms(folder: Path, tmp_path: Path) -> None:

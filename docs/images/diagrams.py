@@ -28,22 +28,15 @@ class Stage(NamedTuple):
 STAGES = (
     Stage(
         "generate",
-        "training_batch",
+        "rollouts",
         ("tokens, loss_mask", "rollout_logprobs", "token_version", "group"),
         ("rollout engine", "inline, vllm, sglang"),
     ),
-    Stage("score", "Scorer.score", ("score",), ("reward processes,", "reward model")),
-    Stage(
-        "log-probs", "judged", ("old_logprobs", "ref_logprobs", "values"), ("training engines", "actor, ref, critic")
-    ),
-    Stage(
-        "advantages",
-        "with_advantages",
-        ("token_rewards", "advantages", "returns"),
-        ("estimators", "grpo, rloo, gae, …"),
-    ),
-    Stage("update", "update_actor", (), ("training engines", "actor, critic")),
-    Stage("sync weights", "sync_policy", (), ("weight transfer", "actor → rollout")),
+    Stage("log-probs", "add_logprobs", ("old_logprobs", "ref_logprobs", "entropy"), ("training engines", "actor, ref")),
+    Stage("score", "add_scores", ("score",), ("reward processes,", "reward model")),
+    Stage("advantages", "add_advantages", ("token_rewards", "advantages"), ("estimators", "grpo, rloo, gae, …")),
+    Stage("update", "update_policy", (), ("training engine", "actor")),
+    Stage("sync weights", "sync_weights", (), ("weight transfer", "actor → rollout")),
 )
 
 
@@ -148,7 +141,12 @@ def dataflow(light: Mapping[str, str] = LIGHT) -> str:
     first, last = left + width / 2, left + 5 * (width + gap) + width / 2
     body = [
         text(left, 32, "One step of a recipe", "title left"),
-        text(left, 54, "The controller calls these functions from left to right.", "note left"),
+        text(
+            left,
+            54,
+            "Called from left to right; rewards are computed while the first two run. PPO adds add_values and update_critic.",
+            "note left",
+        ),
         text(left, columns, "adds to the batch", "note left"),
         text(left, by - 10, "computed by", "note left"),
     ]

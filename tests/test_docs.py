@@ -335,6 +335,17 @@ def test_names_on_pages_exist(page: str) -> None:
     assert [name for name in sorted(names) if not resolves(name)] == []
 
 
+def test_where_names_one_place_to_open_and_two_more_for_each_question() -> None:
+    questions = re.split(r"^## ", PAGES["docs/where.md"], flags=re.MULTILINE)[1:]
+    assert len(questions) >= 10
+    for question in questions:
+        opened = re.findall(r"^- Open (.+)$", question, re.MULTILINE)
+        following = re.findall(r"^- Then `([^`]+)` and `([^`]+)`$", question, re.MULTILINE)
+        assert len(opened) == len(following) == 1, question
+        names = [*re.findall(r"`([^`]+)`", opened[0]), *following[0]]
+        assert [name for name in names if not resolves(name)] == []
+
+
 def test_pictures_are_what_their_script_draws() -> None:
     folder = ROOT / "docs" / "images"
     for name, draw in diagrams()["DRAWINGS"].items():

@@ -144,7 +144,7 @@ def dataflow(light: Mapping[str, str] = LIGHT) -> str:
         text(
             left,
             54,
-            "Called from left to right; rewards are computed while the first two run. PPO adds add_values and update_critic.",
+            "From left to right; rewards are computed while the first two run. PPO adds add_values and update_critic.",
             "note left",
         ),
         text(left, columns, "adds to the batch", "note left"),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -18,6 +19,10 @@ PROJECTS: dict[str, dict[str, Any]] = {
     for project in (
         tomllib.loads(path.read_text())["project"] for path in sorted(ROOT.glob("packages/*/pyproject.toml"))
     )
+}
+FOLDERS = {
+    tomllib.loads(path.read_text())["project"]["name"]: path.parent.name
+    for path in sorted(ROOT.glob("packages/*/pyproject.toml"))
 }
 EXTRAS = {name: project.get("optional-dependencies", {}) for name, project in PROJECTS.items()}
 SOURCES = list(ROOT.glob("packages/*/src/**/*.py"))
@@ -110,3 +115,30 @@ def test_contributing_installs_what_every_packages_tests_need() -> None:
     groups = [project["dependency-groups"] for project in projects]
     assert chosen <= {name for group in groups for name in group}
     assert {name for group in groups[1:] for name in group} - {"sglang"} <= chosen
+
+
+# --- continuous integration ------------------------------------------------------------------------------------------
+
+
+def folders_of_tests(folder: str) -> set[str]:
+    """Folders of the packages that the tests of a package need: it, its group "test", and what those require."""
+    project = tomllib.loads((ROOT / "packages" / folder / "pyproject.toml").read_text())
+    needed = [Requirement(text) for text in (project["project"]["name"], *project["dependency-groups"]["test"])]
+    names = {
+        name
+        for requirement in needed
+        if requirement.name in PROJECTS
+        for name in installed_with(requirement.name, set(requirement.extras))
+    }
+    return {FOLDERS[name] for name in names if name in PROJECTS}
+
+
+@pytest.mark.parametrize("folder", FOLDERS.values())
+def test_every_package_has_a_workflow_that_runs_where_its_tests_may_change(folder: str) -> None:
+    file = ROOT / ".github/workflows" / f"{folder}.yml"
+    workflow = yaml.safe_load(file.read_text())
+    assert workflow["jobs"][folder]["with"] == {"session": f"tests-{folder}"}
+    events = workflow[True]  # YAML 1.1 reads the key "on" so
+    assert events["pull_request"]["paths"] == events["push"]["paths"]
+    files = {"uv.lock", "noxfile.py", ".github/workflows/package.yml", f".github/workflows/{file.name}"}
+    assert set(events["push"]["paths"]) == files | {f"packages/{name}/**" for name in folders_of_tests(folder)}

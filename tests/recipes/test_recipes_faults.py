@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,20 +51,34 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
 # --- processes ------------------------------------------------------------------------------------------------------
 
 
+STANDING: set[psutil.Process] = set()
+"""Processes of the test session: the fork server, and Ray's for the runs that nothing happens to."""
+OF_OTHERS = ("psm_", "sem.", "sgl")
+"""Names in /dev/shm that vLLM, SGLang and Python's multiprocessing give: their tests may run at the same time."""
+
+
 @pytest.fixture(autouse=True)
-def nothing_stays() -> Iterator[None]:
+def nothing_stays(cluster: None) -> Iterator[None]:
     """Orphans come to this process instead of init, so that whatever a test leaves behind is found below it."""
     assert ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
-    before, shared = set(family()), set(os.listdir("/dev/shm"))
+    STANDING.update(psutil.Process().children())
+    shared = shared_memory()
     yield
-    left = wait_until(lambda: not (set(family()) - before), GONE_S)
-    assert left, [p.cmdline() for p in set(family()) - before]
-    assert wait_until(lambda: set(os.listdir("/dev/shm")) <= shared, GONE_S), os.listdir("/dev/shm")
+    assert wait_until(lambda: not family(), GONE_S), [process.cmdline() for process in family()]
+    assert wait_until(lambda: shared_memory() <= shared, GONE_S), shared_memory() - shared
+
+
+def shared_memory() -> set[str]:
+    return {name for name in os.listdir("/dev/shm") if not name.startswith(OF_OTHERS)}
 
 
 def family() -> list[psutil.Process]:
-    """What descends from this process and runs."""
-    return [process for process in psutil.Process().children(recursive=True) if alive(process)]
+    """Return the running processes that a test started: what descends from this process, without `STANDING`."""
+    started = [process for process in psutil.Process().children() if process not in STANDING]
+    for process in tuple(started):
+        with suppress(psutil.NoSuchProcess):
+            started += process.children(recursive=True)
+    return [process for process in started if alive(process)]
 
 
 def alive(process: psutil.Process) -> bool:
@@ -155,9 +170,9 @@ def undisturbed(task: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable
     def run(layout: str, **changes: Any) -> Path:
         if layout not in made:
             made[layout] = tmp_path_factory.mktemp("undisturbed")
-            process = start(task, layout, made[layout], **changes)
-            output = ended(process)
-            assert process.returncode == 0, output
+            recipe, keys = LAYOUTS[layout]
+            result = task.run(recipe, made[layout], {**keys, **changes})
+            assert result.exit_code == 0, result.output
         return made[layout]
 
     return run

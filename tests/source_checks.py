@@ -410,10 +410,16 @@ def limits() -> dict[str, dict[str, int]]:
 
 
 def lower() -> None:
-    """Write the limits that hold now, none higher than it was unless there was none."""
-    lines = []
+    """Lower the limits to what there is now; only a part without any limit gets a new one."""
+    lines, before = [], limits()
     for check in CHECKS:
-        lines += [f'["{check}"]', *(f'"{part}" = {number}' for part, number in counts(check).items()), ""]
+        allowed = before.get(check, {})
+        known = {part for numbers in before.values() for part in numbers}
+        kept = {
+            part: min(number, allowed.get(part, 0 if part in known else number))
+            for part, number in counts(check).items()
+        }
+        lines += [f'["{check}"]', *(f'"{part}" = {number}' for part, number in kept.items() if number), ""]
     LIMITS.write_text("# Written by source_checks.py --lower; parts that are not named have none.\n" + "\n".join(lines))
 
 

@@ -1,4 +1,4 @@
-"""Processes that are shared by all tests: importing megatron-core takes each of them half a minute."""
+"""Rank processes that all tests share: importing megatron-core takes each of them half a minute."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every family's declaration against transformers: names, order, shapes, options; and what is refused."""
+"""Every family's declaration compared with transformers: names, order, shapes, options; refused models."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def names_as_written(model: transformers.PreTrainedModel) -> list[str]:
     return [name for key, tensor in state for name in revert_weight_conversion(model, {key: tensor})]
 
 
-def test_the_table_is_complete() -> None:
+def test_every_family_is_declared() -> None:
     assert {config_of(architecture).model_type for architecture in ARCHITECTURES} == set(FAMILIES)
 
 
@@ -89,7 +89,7 @@ def test_gate_comes_before_up() -> None:
 @pytest.mark.parametrize(
     ("architecture", "overrides", "words"),
     [
-        ("GPT2", {}, "does not know the architecture 'gpt2'.*qwen3_moe.*engine=fsdp"),
+        ("GPT2", {}, "does not support the architecture 'gpt2'.*qwen3_moe.*engine=fsdp"),
         ("Llama", {"attention_bias": True}, "attention_bias"),
         ("Llama", {"mlp_bias": True}, "mlp_bias"),
         ("Llama", {"hidden_act": "gelu"}, "activation gelu"),
@@ -118,7 +118,7 @@ def test_gate_comes_before_up() -> None:
         ),
     ],
 )
-def test_what_megatron_would_compute_otherwise_is_refused(
+def test_a_model_that_megatron_computes_differently_is_refused(
     architecture: str, overrides: dict[str, Any], words: str
 ) -> None:
     sizes = {} if architecture == "GPT2" else SIZES
@@ -138,7 +138,7 @@ def test_layers_with_and_without_experts() -> None:
 
 
 @pytest.mark.parametrize(("normalised", "before_choosing"), [(True, False), (False, True)])
-def test_routing_weights_are_normalised_as_the_model_says(normalised: bool, before_choosing: bool) -> None:
+def test_routing_weights_are_normalised_as_in_the_model(normalised: bool, before_choosing: bool) -> None:
     config = config_of("Qwen3Moe", norm_topk_prob=normalised)
     assert family_of(config).transformer_config(config)["moe_router_pre_softmax"] is before_choosing
 
@@ -170,7 +170,7 @@ def module_of(parameters: dict[str, torch.Tensor], layers: int) -> nn.Module:
 
 
 def test_layers_of_transformer_engine_have_other_names(tmp_path: Path) -> None:
-    """Norms within the matrices after them, and all experts in one module; the router's norm stands alone."""
+    """Norms are part of the following matrices, all experts are one module; the router's norm is separate."""
     cpu_emulation.install()  # before anything imports megatron-core in this process
     overrides = {**ARCHITECTURES["Qwen3Moe"], "head_dim": 8, "tie_word_embeddings": False}
     tiny_model(tmp_path, architecture="Qwen3Moe", **overrides)
@@ -210,7 +210,7 @@ def test_layers_of_transformer_engine_have_other_names(tmp_path: Path) -> None:
 
 
 def test_a_new_family_is_a_small_declaration(tmp_path: Path) -> None:
-    """A model whose matrices have names of their own, declared and converted in one process."""
+    """Declare a model whose matrices have other names, and convert it in one process."""
     cpu_emulation.install()
     family = Family(
         "custom",

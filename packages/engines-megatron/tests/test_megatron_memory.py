@@ -1,4 +1,4 @@
-"""The estimate of a step's memory: what each way of dividing a model leaves to a process."""
+"""The estimate of a step's memory: the share of a process under each kind of parallelism."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def memory(trained: bool = True, stepped: bool = False, data_parallel: int = 1, 
     )
 
 
-def test_what_each_kind_of_parallelism_saves() -> None:
+def test_each_kind_of_parallelism_saves_its_part() -> None:
     whole = memory()
     layer = 2 * (4 * 64 + 4 * 64 + 3 * 32 + 4 * 256) + 4 * (2 * 64 + 64 + 32)
     assert whole.per_token == 9 * layer

@@ -1,4 +1,4 @@
-"""Four real processes, divided in every way that fits, give what one gives.
+"""Four real processes give the results of one, in every layout that fits.
 
 Tolerances: fp32 sums are taken in another order. The optimizer is AdamW with ε = 1, whose first steps are nearly plain
 gradient descent, so that weights can be compared as closely as gradients.
@@ -51,7 +51,7 @@ def run(path: Path, options: dict[str, Any], batches: list[Batch], head: str = "
 
 
 def spread(engine: TrainEngine, batch: Batch, call: Any) -> Any:
-    """As an executor does: every data-parallel rank gets its part, all ranks of a replica the same."""
+    """Return this rank's part, as an executor does: all ranks of a data-parallel replica get the same."""
     parts = batch.partition(engine.dp_size)
     mine = call(batch.take(parts[engine.dp_rank]))
     results: list[Any] = [None] * dist.get_world_size()
@@ -118,7 +118,7 @@ def test_any_layout_equals_one_process(ranks: RankPool, model_path: Path, alone:
         ("Llama", {"tie_word_embeddings": False}, {"tensor_parallel": 2, "pipeline_parallel": 2}),
     ],
 )
-def test_norms_of_heads_and_untied_embeddings(
+def test_gradient_norms_of_untied_embeddings_equal_one_process(
     ranks: RankPool, tmp_path: Path, architecture: str, overrides: dict[str, Any], layout: dict[str, Any]
 ) -> None:
     path = tiny_model(tmp_path, architecture=architecture, **overrides)
@@ -152,14 +152,18 @@ def experts_alone(experts_path: Path) -> dict[str, Any]:
     ],
     ids=str,
 )
-def test_experts(ranks: RankPool, experts_path: Path, experts_alone: dict[str, Any], layout: dict[str, Any]) -> None:
+def test_experts_equal_one_process(
+    ranks: RankPool, experts_path: Path, experts_alone: dict[str, Any], layout: dict[str, Any]
+) -> None:
     for result in ranks.run(run, experts_path, layout, BATCHES, timeout=300):
         check_equal(result, experts_alone, ATOL)
 
 
 @pytest.mark.parametrize("head", ["value", "score"])
 @pytest.mark.parametrize("layout", ["tp2-pp2", "tp2-sp-cp2"])
-def test_scalar_heads(ranks: RankPool, model_path: Path, tmp_path: Path, head: str, layout: str) -> None:
+def test_scalar_heads_equal_one_process(
+    ranks: RankPool, model_path: Path, tmp_path: Path, head: str, layout: str
+) -> None:
     path = model_path if head == "value" else tiny_model(tmp_path, head="score", num_hidden_layers=4)
     # Values reach some tens, and so do the gradients.
     for result in ranks.run(run, path, LAYOUTS[layout], BATCHES, head, timeout=300):
@@ -175,7 +179,7 @@ def test_a_replica_without_samples_takes_part(ranks: RankPool, model_path: Path,
 
 
 @pytest.mark.parametrize("options", [{}, {"distributed_optimizer": False}], ids=["divided", "whole"])
-def test_mixed_precision_over_fp32_weights(
+def test_mixed_precision_updates_fp32_weights(
     ranks: RankPool, model_path: Path, alone: dict[str, Any], options: dict[str, Any]
 ) -> None:
     """bf16 forward and backward: 8 bits of mantissa, so about a percent; layouts differ less than that."""
@@ -251,7 +255,7 @@ def continue_from(path: Path, folder: Path, options: dict[str, Any]) -> dict[str
         ("dp4-plain-optimizer", ("tp2",)),
     ],
 )
-def test_a_checkpoint_changes_its_layout(
+def test_another_layout_loads_a_checkpoint(
     ranks: RankPool, model_path: Path, tmp_path: Path, saved: str, loaded: tuple[str, ...]
 ) -> None:
     expected = ranks.run(save_after_a_step, model_path, tmp_path, LAYOUTS[saved], timeout=300)[0]
@@ -267,7 +271,7 @@ def test_a_checkpoint_changes_its_layout(
 
 
 @pytest.mark.parametrize("files", ["safetensors", "torch_dist"])
-def test_a_checkpoint_of_experts_and_bf16_changes_its_layout(
+def test_another_layout_loads_a_checkpoint_of_experts_and_bf16(
     ranks: RankPool, experts_path: Path, tmp_path: Path, files: str
 ) -> None:
     layout = {"expert_parallel": 2, "tensor_parallel": 2, "sequence_parallel": True, "checkpoint_format": files}
@@ -320,7 +324,7 @@ def load_with_megatron(path: Path, folder: Path, options: dict[str, Any]) -> dic
     return {"weights": weights, "names": set(dist_checkpointing.load_tensors_metadata(str(folder)))}
 
 
-def test_megatrons_own_files_change_their_layout(ranks: RankPool, model_path: Path, tmp_path: Path) -> None:
+def test_another_layout_loads_files_of_megatron(ranks: RankPool, model_path: Path, tmp_path: Path) -> None:
     results = ranks.run(save_and_go_on, model_path, tmp_path, LAYOUTS["tp2"], timeout=300)
     files = {name: record for result in results for name, record in result["files"].items()}
     assert files == {file.name: file_record(file) for file in tmp_path.iterdir()}, "on some rank's list, once"
@@ -344,7 +348,7 @@ def test_megatrons_own_files_change_their_layout(ranks: RankPool, model_path: Pa
     assert read["names"] == weights | states
 
 
-def test_megatron_reads_experts(ranks: RankPool, experts_path: Path, tmp_path: Path) -> None:
+def test_megatron_reads_checkpoints_of_experts(ranks: RankPool, experts_path: Path, tmp_path: Path) -> None:
     saved = {"expert_parallel": 2, "tensor_parallel": 2, "sequence_parallel": True, "dtype": "bfloat16"}
     expected = ranks.run(save_and_go_on, experts_path, tmp_path, saved, timeout=300)[0]["saved"]
     other = {"expert_parallel": 4, "dtype": "bfloat16"}
@@ -388,7 +392,7 @@ def test_damaged_megatron_files_are_refused(model_path: Path, tmp_path: Path) ->
     manifest = json.loads((folder / "checkpoint.json").read_text())
     (folder / "checkpoint.json").write_text(json.dumps({**manifest, "files_format": "zarr"}))
     refused("files_format: Input should be 'safetensors' or 'torch_dist'")
-    # somebody else's file, with a checksum that fits
+    # a file with foreign code, and the checksum that fits it
     torch.save(Intruder(tmp_path / "proof"), folder / "__0_0.distcp")
     record = file_record(folder / "__0_0.distcp")
     for where, _, _ in manifest["ranks"][0]:
@@ -434,7 +438,7 @@ def refuse(path: Path, options: dict[str, Any]) -> str:
         ({"expert_parallel": 2}, "the model has no experts"),
     ],
 )
-def test_layouts_that_do_not_fit_are_refused(
+def test_layouts_that_do_not_divide_the_model_are_refused(
     ranks: RankPool, model_path: Path, options: dict[str, Any], reason: str
 ) -> None:
     assert all(reason in message for message in ranks.run(refuse, model_path, options, timeout=300))
@@ -447,6 +451,6 @@ def hold_two_layouts(path: Path) -> str:
     return message
 
 
-def test_engines_of_one_process_are_divided_alike(ranks: RankPool, model_path: Path) -> None:
+def test_engines_of_one_process_have_the_same_layout(ranks: RankPool, model_path: Path) -> None:
     for message in ranks.run(hold_two_layouts, model_path, timeout=300):
-        assert "engines of one process must be divided alike" in message
+        assert "all megatron engines of a process must have the same layout" in message

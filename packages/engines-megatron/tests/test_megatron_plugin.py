@@ -1,4 +1,4 @@
-"""The plugin and its settings: found without torch or megatron, and mistakes named before anything starts."""
+"""The plugin and its settings: found without torch or megatron; wrong settings are reported before anything starts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rlcore_megatron.settings import MegatronSettings
 FIELDS = {"num_attention_heads": 12, "num_query_groups": 4, "num_layers": 12, "ffn_hidden_size": 48}
 
 
-def test_is_found_by_its_name():
+def test_the_plugin_is_found_by_its_name():
     assert plugins.get("rlcore.train_engines", "megatron").config_class() is MegatronSettings
 
 
@@ -41,14 +41,14 @@ def test_settings_import_neither_torch_nor_megatron():
         ({"virtual_pipeline": 2}, "pipeline_parallel is 1"),
         ({"expert_parallel": 2, "tensor_parallel": 2}, "must be true where expert_parallel and tensor_parallel"),
         ({"transformer": {"moe_router_topkk": 2}}, "no such field; did you mean moe_router_topk"),
-        ({"transformer": {"tensor_model_parallel_size": 2}}, "is decided by tensor_parallel"),
-        ({"optimizer": {"clip_grad": 1.0}}, "is decided by optim.clip_grad"),
+        ({"transformer": {"tensor_model_parallel_size": 2}}, "is determined by tensor_parallel"),
+        ({"optimizer": {"clip_grad": 1.0}}, "is determined by optim.clip_grad"),
         ({"optimizer": {"sgd_momentun": 1.0}}, "did you mean sgd_momentum"),
         ({"ddp": {"overlap_grad_reduc": True}}, "did you mean overlap_grad_reduce"),
-        ({"ddp": {"use_distributed_optimizer": True}}, "is decided by distributed_optimizer"),
+        ({"ddp": {"use_distributed_optimizer": True}}, "is determined by distributed_optimizer"),
     ],
 )
-def test_mistakes_are_named(settings: dict[str, Any], message: str):
+def test_wrong_settings_are_reported(settings: dict[str, Any], message: str):
     with pytest.raises(ValidationError, match=message):
         MegatronSettings(**settings)
 
@@ -64,13 +64,13 @@ def test_mistakes_are_named(settings: dict[str, Any], message: str):
         ({"expert_parallel": 2}, 2, "expert_parallel is 2, but the model has no experts"),
     ],
 )
-def test_layouts_that_do_not_fit_are_explained(settings: dict[str, Any], world: int, reason: str):
+def test_layouts_that_do_not_divide_the_model_are_explained(settings: dict[str, Any], world: int, reason: str):
     with pytest.raises(EngineError, match="cannot be divided over") as caught:
         check_layout(MegatronSettings(**settings), FIELDS, world, "a model")
     assert reason in str(caught.value)
 
 
-def test_experts_must_fit_too():
+def test_experts_must_be_divisible_too():
     fields = {**FIELDS, "num_moe_experts": 6, "moe_ffn_hidden_size": 10}
     settings = MegatronSettings(expert_parallel=4, tensor_parallel=4, sequence_parallel=True)
     with pytest.raises(EngineError) as caught:

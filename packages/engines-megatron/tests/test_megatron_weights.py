@@ -1,4 +1,4 @@
-"""Real weights on four real processes: from files into every layout, the same numbers as transformers, and back.
+"""Weights on four processes: loaded into every layout, compared with transformers, and exported.
 
 Conversion moves values, so whatever comes back is compared bit for bit. Logits, log-probs and entropies are compared
 within `ATOL` in fp32: matrix products sum in another order when tensors are joined or divided.
@@ -35,7 +35,7 @@ from rlcore_megatron.weights import export, load_pretrained
 
 ATOL = 5e-6
 LENGTHS = (11, 5, 30)
-PATIENCE_S = 600  # the first call imports megatron-core on every rank
+TIMEOUT_S = 600  # the first call imports megatron-core on every rank
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -292,11 +292,11 @@ def save_error(source: Path, target: Path) -> str:
 
 
 @pytest.mark.parametrize(("model", "layout"), CASES)
-def test_weights_go_into_every_layout_and_come_back(
+def test_weights_survive_loading_and_exporting_in_every_layout(
     models: dict[str, Model], ranks: RankPool, model: str, layout: str
 ) -> None:
     expected = models[model]
-    results = ranks.run(there_and_back, expected.folder, LAYOUTS[layout], expected.tokens, timeout=PATIENCE_S)
+    results = ranks.run(there_and_back, expected.folder, LAYOUTS[layout], expected.tokens, timeout=TIMEOUT_S)
     last = [result for result in results if "logprobs" in result]
     assert last
     for result in last:
@@ -323,19 +323,21 @@ def in_order(model: Model) -> list[str]:
 
 
 @pytest.mark.parametrize(("model", "layout"), [("qwen2", "tp2-pp2"), ("qwen3_moe", "tp2-ep2"), ("mixtral", "ep2-pp2")])
-def test_exporting_takes_two_buckets_of_memory(
+def test_exporting_holds_two_buckets_in_memory(
     models: dict[str, Model], ranks: RankPool, model: str, layout: str
 ) -> None:
     bucket_bytes = 64_000
     for measured in ranks.run(
-        peak_while_exporting, models[model].folder, LAYOUTS[layout], bucket_bytes, timeout=PATIENCE_S
+        peak_while_exporting, models[model].folder, LAYOUTS[layout], bucket_bytes, timeout=TIMEOUT_S
     ):
         assert measured["total"] > 3 * bucket_bytes
         assert bucket_bytes / 2 < measured["largest"] <= bucket_bytes
         assert bucket_bytes < measured["peak"] <= 2 * bucket_bytes
 
 
-def test_what_does_not_fit_is_listed_on_every_rank(models: dict[str, Model], ranks: RankPool, tmp_path: Path) -> None:
+def test_tensors_that_do_not_fit_are_listed_on_every_rank(
+    models: dict[str, Model], ranks: RankPool, tmp_path: Path
+) -> None:
     source = models["qwen3"].folder
     weights = load_file(source / "model.safetensors")
     del weights["model.layers.3.self_attn.q_norm.weight"]  # of the second stage
@@ -343,7 +345,7 @@ def test_what_does_not_fit_is_listed_on_every_rank(models: dict[str, Model], ran
     weights["model.layers.0.mlp.up_proj.bias"] = torch.zeros(64)
     save_file(weights, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text((source / "config.json").read_text())
-    messages = ranks.run(load_error, tmp_path, LAYOUTS["tp2-pp2"], timeout=PATIENCE_S)
+    messages = ranks.run(load_error, tmp_path, LAYOUTS["tp2-pp2"], timeout=TIMEOUT_S)
     assert len(set(messages)) == 1
     assert "model.layers.3.self_attn.q_norm.weight is missing" in messages[0]
     assert "model.layers.0.mlp.up_proj.bias is unknown" in messages[0]
@@ -351,7 +353,9 @@ def test_what_does_not_fit_is_listed_on_every_rank(models: dict[str, Model], ran
 
 
 @pytest.mark.parametrize("damage", ["cut", "index", "shard"])
-def test_damaged_files_are_named(models: dict[str, Model], ranks: RankPool, tmp_path: Path, damage: str) -> None:
+def test_an_error_names_the_damaged_file(
+    models: dict[str, Model], ranks: RankPool, tmp_path: Path, damage: str
+) -> None:
     source = models["qwen2"].folder
     data = (source / "model.safetensors").read_bytes()
     (tmp_path / "config.json").write_text((source / "config.json").read_text())
@@ -365,15 +369,15 @@ def test_damaged_files_are_named(models: dict[str, Model], ranks: RankPool, tmp_
         index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}, "metadata": {}}
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
         words = "has no model-00001-of-00002.safetensors, which its model.safetensors.index.json names"
-    for message in ranks.run(load_error, tmp_path, LAYOUTS["tp2"], timeout=PATIENCE_S):
+    for message in ranks.run(load_error, tmp_path, LAYOUTS["tp2"], timeout=TIMEOUT_S):
         assert words in message
 
 
-def test_bf16_files_come_back_bit_for_bit(models: dict[str, Model], ranks: RankPool, tmp_path: Path) -> None:
+def test_bf16_files_are_exported_bit_for_bit(models: dict[str, Model], ranks: RankPool, tmp_path: Path) -> None:
     weights = load_file(models["qwen3_moe"].folder / "model.safetensors")
     save_file({name: tensor.bfloat16() for name, tensor in weights.items()}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text((models["qwen3_moe"].folder / "config.json").read_text())
-    assert ranks.run(bf16_there_and_back, tmp_path, LAYOUTS["tp2-ep2"], timeout=PATIENCE_S) == [[]] * 4
+    assert ranks.run(bf16_there_and_back, tmp_path, LAYOUTS["tp2-ep2"], timeout=TIMEOUT_S) == [[]] * 4
 
 
 @pytest.mark.parametrize(
@@ -385,11 +389,11 @@ def test_bf16_files_come_back_bit_for_bit(models: dict[str, Model], ranks: RankP
         ("score", "llama-tied", "pp2", "AutoModelForSequenceClassification"),
     ],
 )
-def test_written_folders_are_read_by_transformers(
+def test_transformers_reads_written_folders(
     models: dict[str, Model], ranks: RankPool, tmp_path: Path, head: str, model: str, layout: str, cls: str
 ) -> None:
     target = tmp_path / "written"
-    listed = ranks.run(save_twice, models[model].folder, target, LAYOUTS[layout], head, timeout=PATIENCE_S)
+    listed = ranks.run(save_twice, models[model].folder, target, LAYOUTS[layout], head, timeout=TIMEOUT_S)
     assert len(set(map(tuple, listed))) == 1
     small, one = listed[0]
     assert "model-00001-of-000" in small
@@ -410,9 +414,9 @@ def test_written_folders_are_read_by_transformers(
         assert ("score.bias" in state) == (head == "value")
 
 
-def test_a_folder_that_cannot_be_written_is_everyones_error(
+def test_a_folder_that_cannot_be_written_is_an_error_on_every_rank(
     models: dict[str, Model], ranks: RankPool, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
-    for message in ranks.run(save_error, models["qwen2"].folder, tmp_path / "file" / "model", timeout=PATIENCE_S):
+    for message in ranks.run(save_error, models["qwen2"].folder, tmp_path / "file" / "model", timeout=TIMEOUT_S):
         assert "could not be written" in message

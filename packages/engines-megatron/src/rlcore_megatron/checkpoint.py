@@ -1,8 +1,8 @@
 """Checkpoints (`rlcore_kit.checkpoint.rank_files`) of blocks of the global tensors that `sharded_state` describes.
 
-The manifest names each rank's blocks. Any layout can load it: each rank reads whatever overlaps with its own blocks.
-They lie in the ranks' own safetensors files, or in Megatron's (`rlcore_megatron.torch_dist`). Neither is read by
-Megatron's reader: its ``.metadata`` is a pickle, which reading would execute.
+The manifest names the blocks of each rank. Any layout can load them: each rank reads the saved blocks that overlap with
+its own. They are in one safetensors file per rank, or in files of Megatron (`rlcore_megatron.torch_dist`). Megatron's
+reader reads neither: its ``.metadata`` is a pickle, whose code reading would execute.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from rlcore_megatron.settings import CheckpointFormat
 FORMAT = 2
 
 InRankFile = tuple[FileName, str]
-"""A safetensors file, and a name in it."""
+"""A safetensors file, and the name of a tensor in it."""
 
 Block = tuple[InRankFile | torch_dist.InBucket, str, tuple[Count, ...]]
-"""Where it lies, its global tensor, and its place there."""
+"""Location in a file, key of the global tensor, and offset in that."""
 
 
 class Manifest(RankManifest):
-    """``checkpoint.json``. ``shapes`` are those of the model's weights."""
+    """Contents of ``checkpoint.json``. ``shapes`` are those of the model's weights."""
 
     format: Literal[2] = FORMAT
     engine: Literal["megatron"] = "megatron"
-    files_format: CheckpointFormat = Field(description="What the blocks lie in.")
-    adam_step: Finite = Field(ge=0, description="Steps of the optimizer.")
+    files_format: CheckpointFormat = Field(description="Format of the files with the blocks.")
+    adam_step: Finite = Field(ge=0, description="Number of steps of the optimizer.")
     ranks: list[list[Block]] = Field(min_length=1, description="The blocks that each rank wrote.")
 
     @model_validator(mode="after")
@@ -52,7 +52,7 @@ class Manifest(RankManifest):
 
 
 class Reader:
-    """Blocks of the global tensors, put together from those that were saved."""
+    """Reads blocks of the global tensors from the saved blocks that overlap with them."""
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self._path = path
@@ -63,13 +63,14 @@ class Reader:
             self._saved.setdefault(key, []).append((where, offset))
 
     def fill(self, key: str, offset: tuple[int, ...], into: torch.Tensor, padded: bool) -> None:
-        """Copy what was saved of ``key`` at ``offset`` into a tensor on the CPU.
+        """Copy the saved elements of ``key`` at ``offset`` into a tensor on the CPU.
 
         Args:
+            into: the block to fill; its shape is the size of the block.
             padded: rows may be missing at the end of the first dimension; they become 0.
 
         Raises:
-            CheckpointError: a file is missing or damaged, or something was not saved.
+            CheckpointError: a file is missing or damaged, or elements were not saved.
         """
         found = 0
         if padded:
@@ -82,7 +83,9 @@ class Reader:
                     into[ours] = values.to(into.dtype)
                     found += values.numel()
         if found != into.numel() and not padded:
-            raise CheckpointError(f"{self._path / MANIFEST} is damaged: it names {found} of {into.numel()} of {key}")
+            raise CheckpointError(
+                f"{self._path / MANIFEST} is damaged: it names {found} of {into.numel()} elements of a block of {key}"
+            )
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -95,7 +98,7 @@ def gather_objects(value: Any) -> list[Any]:
 def _read_overlap(
     folder: Path, where: InRankFile, start: Sequence[int], offset: Sequence[int], size: torch.Size
 ) -> tuple[torch.Tensor, tuple[slice, ...]] | None:
-    """See `torch_dist.read_overlap`; ``where`` is a safetensors file and a name in it."""
+    """Read the overlap of two blocks as `torch_dist.read_overlap` does; ``where`` is a file and a name in it."""
     file, name = where
     with safe_open(folder / file, "pt") as tensors:
         piece = tensors.get_slice(name)

@@ -68,12 +68,12 @@ def build(spec: TrainEngineSpec) -> MegatronEngine:
 class MegatronEngine(TrainEngine):
     """See `TrainEngine` for the contract.
 
-    Data-parallel ranks are copies of the model: all tensor-, pipeline- and context-parallel ranks of a copy are called
-    with the same samples, and return the same.
+    Each data-parallel rank is a copy of the model: all tensor-, pipeline- and context-parallel ranks of a copy are
+    called with the same samples and return the same results.
 
     Attributes:
         modules: this process's chunks of the model.
-        step_count: grows by one whenever weights change.
+        step_count: incremented whenever weights change.
     """
 
     def __init__(self, spec: TrainEngineSpec, settings: MegatronSettings, device: torch.device) -> None:
@@ -142,10 +142,12 @@ class MegatronEngine(TrainEngine):
 
     @property
     def dp_size(self) -> int:
+        """Number of data-parallel ranks."""
         return self.parallel.dp
 
     @property
     def device(self) -> torch.device:
+        """Device of the parameters."""
         return self._device
 
     def step_memory(self) -> StepMemory:
@@ -220,7 +222,7 @@ class MegatronEngine(TrainEngine):
             )
 
     def _micro_batches(self, batch: Batch, together: str | None = None) -> list[list[int]]:
-        """Indices per micro-batch; as many micro-batches on every rank, empty ones where there is less to do."""
+        """Return the indices of each micro-batch; all ranks have the same number, of which some may be empty."""
         divided = batch.micro_batches(self.spec.max_tokens, together)
         most = torch.tensor(max(1, len(divided)), device=self._device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.parallel.dp_group)
@@ -230,14 +232,14 @@ class MegatronEngine(TrainEngine):
         return divided + [[] for _ in range(count - len(divided))]
 
     def _summed(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Each value summed over data-parallel ranks; every rank gives the same keys."""
+        """Sum each value over data-parallel ranks; every rank passes the same keys."""
         names = sorted(values)
         total = torch.tensor([float(values[name]) for name in names], dtype=torch.float64, device=self._device)
         dist.all_reduce(total, group=self.parallel.dp_group)
         return dict(zip(names, total.tolist()))
 
     def _agree(self, metrics: Metrics, error: Exception | None) -> Metrics:
-        """The last stage's metrics on all stages, or on all ranks the error of any."""
+        """Return the last stage's metrics on all stages, or raise on all ranks if the objective failed on one."""
         if self.parallel.pp > 1:
             box: list[Any] = [(metrics, error and f"{type(error).__name__}: {error}")]
             dist.broadcast_object_list(
@@ -267,7 +269,7 @@ class MegatronEngine(TrainEngine):
             self.step_count += 1
         optimization.clear_gradients()
         self._schedule_step += 1
-        # The same on every rank, whose metrics are merged.
+        # the same on every rank, because the dispatch merges the metrics of all ranks
         metrics.max("grad_norm", norm)
         metrics.max("lr", lr)
         metrics.max("skipped_steps", float(not finite))
@@ -297,7 +299,7 @@ class MegatronEngine(TrainEngine):
 
     @torch.no_grad()
     def start_save(self, path: Path) -> None:
-        """See `TrainEngine`. Until it is written, takes as much host memory as this rank's share of the checkpoint."""
+        """See `TrainEngine`. Takes as much host memory as this rank's share of the checkpoint until that is written."""
         self.onload()
         self._saving.start(Path(path), self._schedule_step)
 
@@ -311,8 +313,8 @@ class MegatronEngine(TrainEngine):
     def load(self, path: Path) -> None:
         """See `TrainEngine`. A frozen engine takes the weights of a training one's checkpoint.
 
-        In the layout that saved it, training continues bit for bit; in another, all but the random states of the ranks
-        does.
+        In the layout that saved it, training continues bit for bit; in another layout, everything is restored but the
+        random states of the ranks.
         """
         self.onload()
         step = self._saving.load(Path(path))
@@ -343,13 +345,13 @@ class MegatronEngine(TrainEngine):
                 offloaded.restore()
 
     def close(self) -> None:
-        """See `TrainEngine`; another engine of this process may then divide the processes in another way."""
+        """See `TrainEngine`; a later engine of this process may then have another layout."""
         layouts.release(self)
 
 
 @contextmanager
 def _training(modules: Sequence[nn.Module], recompute: bool) -> Iterator[None]:
-    """Let layers recompute activations, which they do in training mode only; there is no dropout to fear."""
+    """Let layers recompute activations, which they do in training mode only; there is no dropout."""
     for module in modules if recompute else ():
         module.train()
     try:

@@ -1,4 +1,4 @@
-"""Does the model divide as the settings say, over this many processes? Asked before any process talks to another."""
+"""Check, before any communication, that the parallel layout divides the model and the number of processes."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ from rlcore_megatron.settings import MegatronSettings
 
 
 def check_layout(settings: MegatronSettings, fields: Mapping[str, Any], world: int, model: str) -> None:
-    """Raise EngineError with every reason why the combination is impossible.
+    """Check that the sizes of the layout divide the model and the processes.
 
     Args:
-        fields: the model's, by the names of Megatron's ``TransformerConfig``.
-        world: the number of processes.
+        fields: sizes of the model by the names of Megatron's ``TransformerConfig``.
+        world: number of processes.
+        model: name of the model in the error.
+
+    Raises:
+        EngineError: names every size that does not divide.
     """
     problems = list(_problems(settings, fields, world))
     if problems:
         raise EngineError(
-            f"model {model!r} cannot be divided over {world} process{'es' if world > 1 else ''} like this: "
+            f"model {model!r} cannot be divided over {world} process{'es' if world > 1 else ''} with this layout: "
             + "; ".join(problems)
         )
 

@@ -22,7 +22,7 @@ _BASES = {"TransformerConfig": "ModelParallelConfig"}
 
 @cache
 def names(section: str) -> frozenset[str] | None:
-    """The fields of ``section``'s dataclass and its base; None if megatron-core is not installed."""
+    """Return the fields of ``section``'s dataclass and its base; None if megatron-core is not installed."""
     spec = importlib.util.find_spec("megatron")  # a namespace package: found, not imported
     roots = [Path(root) / "core" for root in spec.submodule_search_locations or ()] if spec else []
     root = next((root for root in roots if root.is_dir()), None)

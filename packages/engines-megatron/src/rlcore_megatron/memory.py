@@ -15,7 +15,7 @@ class Offloaded:
     """
 
     def __init__(self, tensors: Iterable[torch.Tensor], keep: bool = True) -> None:
-        """Empty the storages of ``tensors``; without ``keep`` their contents are lost, and zeros come back."""
+        """Empty the storages of ``tensors``; without ``keep`` they are zero after `restore`."""
         self._storages: dict[int, tuple[torch.UntypedStorage, int, torch.Tensor | None]] = {}
         for tensor in tensors:
             storage = tensor.untyped_storage()

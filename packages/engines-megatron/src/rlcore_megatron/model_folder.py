@@ -59,9 +59,11 @@ class ModelFolder:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Names of all tensors."""
         return tuple(self._headers)
 
     def shape(self, name: str) -> torch.Size:
+        """Return the shape of a tensor, from the header of its file."""
         return torch.Size(self._headers[name].shape)
 
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int = 0) -> torch.Tensor:

@@ -1,10 +1,10 @@
 """The model of this process: one `PackedGPT` per chunk of layers, empty until weights are loaded.
 
-Parameters have the names of megatron-core's `GPTModel` with its local layers (`rlcore_megatron.spec`). What is divided
-over tensor-parallel ranks says so by ``tensor_model_parallel`` and ``partition_dim``. The vocabulary is padded to a
-multiple of the tensor-parallel size; the padding's rows of the embedding and of the output layer are never read.
-A value or score head is ``output_layer.weight`` ``[1, hidden]`` and, where it has one, ``output_layer.bias`` ``[1]``,
-whole on every tensor-parallel rank of the last stage.
+Parameters have the names of megatron-core's `GPTModel` with its local layers (`rlcore_megatron.spec`). Parameters that
+are divided over tensor-parallel ranks are marked by ``tensor_model_parallel`` and ``partition_dim``. The vocabulary is
+padded to a multiple of the tensor-parallel size; the padding's rows of the embedding and of the output layer are never
+read. A value or score head is ``output_layer.weight`` ``[1, hidden]`` and, where it has one, ``output_layer.bias``
+``[1]``, full on every tensor-parallel rank of the last stage.
 
 Importing this module imports megatron-core: on the CPU `rlcore_megatron.cpu_emulation.install` must come first.
 """
@@ -38,7 +38,7 @@ from rlcore_megatron.spec import block_spec
 
 
 class ScalarHead(nn.Module):
-    """One number per token. A new one is small, so that a new critic starts near zero everywhere."""
+    """A head with one number per token. New weights are small, so that a new critic starts near zero everywhere."""
 
     def __init__(self, hidden: int, bias: bool, dtype: torch.dtype, seed: int) -> None:
         super().__init__()
@@ -47,17 +47,18 @@ class ScalarHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1, dtype=dtype)) if bias else None
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """``[P]`` fp32 from ``[P, hidden]``."""
+        """Return ``[P]`` fp32 for states ``[P, hidden]``."""
         values = states.float() @ self.weight[0].float()
         return values if self.bias is None else values + self.bias.float()
 
 
 class PackedGPT(GPTModel):  # type: ignore[misc]
-    """`GPTModel` on packed rows, whose last stage gives numbers per token instead of logits.
+    """`GPTModel` on packed rows, whose last stage returns numbers per token instead of logits.
 
     Attributes:
         head: "policy", "value" or "score".
-        vocabulary: tokens, without padding.
+        vocabulary: number of tokens, without padding.
+        logits_chunk: see `MegatronSettings`.
     """
 
     head: Head
@@ -65,18 +66,18 @@ class PackedGPT(GPTModel):  # type: ignore[misc]
     logits_chunk: int | None
 
     def forward(self, row: PackedRow, request: ForwardRequest) -> torch.Tensor:
-        """Hidden states ``[T', 1, hidden]``, or from the last stage ``[outputs, P]`` fp32 in the order requested."""
+        """Return hidden states ``[T', 1, hidden]``, on the last stage the requested outputs ``[outputs, P]`` fp32."""
         hidden = super().forward(row.tokens, None, None, packed_seq_params=row.attention)
         return self._outputs(hidden, row, request) if self.post_process else hidden
 
     def _postprocess(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        """In place of logits: the head comes in `forward`, in chunks."""
+        """Return the states instead of logits: `forward` applies the head in chunks."""
         return hidden_states
 
     def _outputs(self, hidden: torch.Tensor, row: PackedRow, request: ForwardRequest) -> torch.Tensor:
         policy = self.head == "policy"
         if self.config.sequence_parallel:
-            # Each rank has a gradient of its own for the policy's states, all the same for a scalar head's.
+            # The gradient of the states differs between ranks for a policy; it is the same for a scalar head.
             hidden = gather_from_sequence_parallel_region(hidden, policy, group=self.tp_group)
         elif policy:
             hidden = copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
@@ -104,10 +105,10 @@ class PackedGPT(GPTModel):  # type: ignore[misc]
 def transformer_config(
     fields: dict[str, Any], settings: MegatronSettings, device: torch.device, dtype: torch.dtype
 ) -> TransformerConfig:
-    """Megatron's configuration: ``fields`` of the model, the layout, and what the engine depends on.
+    """Build Megatron's configuration from the ``fields`` of the model, the layout, and what the engine depends on.
 
     Raises:
-        EngineError: Megatron does not accept the combination.
+        EngineError: Megatron rejects the combination.
     """
     given: dict[str, Any] = {
         "attention_softmax_in_fp32": True,
@@ -143,14 +144,14 @@ def transformer_config(
         "attention_dropout": 0.0,
         "moe_aux_loss_coeff": 0.0,
         "variable_seq_lengths": True,  # packed rows differ in length
-        "calculate_per_token_loss": True,  # nothing is averaged: the objective's losses are summed
+        "calculate_per_token_loss": True,  # losses of the objective are summed, never averaged
         "use_cpu_initialization": device.type == "cpu",
         "perform_initialization": False,
     }
     try:
         return TransformerConfig(**given)
     except (ValueError, AssertionError, TypeError) as error:
-        raise EngineError(f"megatron-core refuses the configuration: {error}") from error
+        raise EngineError(f"megatron-core rejects the model with megatron.transformer: {error}") from error
 
 
 def build_modules(
@@ -165,10 +166,12 @@ def build_modules(
     head_bias: bool = False,
     seed: int = 0,
 ) -> list[PackedGPT]:
-    """This process's chunks, in the order of the interleaved schedule (one chunk without it).
+    """Build this process's chunks, in the order of the interleaved schedule (one chunk without it).
 
     Args:
-        head_bias: whether a scalar head has a bias; ``seed`` initialises it.
+        hf_config: configuration of transformers.
+        head_bias: whether a scalar head has a bias.
+        seed: initialises the weights of a scalar head.
     """
     config = transformer_config(family.transformer_config(hf_config), settings, device, dtype)
     arguments = dict(family.model_arguments(hf_config))
@@ -198,9 +201,9 @@ def build_modules(
 
 
 def _mark_divided(model: nn.Module) -> None:
-    """Say which weights are divided: Megatron does so only where it initialises them.
+    """Mark the weights that are divided over ranks, which Megatron does only where it initialises them.
 
-    Without the mark a weight counts once in the gradient norm, whatever its parts are.
+    Without the mark the gradient norm counts a weight once, as if all ranks had the same one.
     """
     for module in model.modules():
         dimension = 1 if isinstance(module, RowParallelLinear) else 0

@@ -23,11 +23,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Optimization:
-    """What turns gradients into new weights.
+    """Megatron's optimizer and the gradient buffers of the model.
 
     Attributes:
-        chunks: the model's chunks, wrapped so that their gradients gather in buffers which are summed over ranks.
-        optimizer: Megatron's, one after another for dense weights and experts.
+        chunks: chunks of the model, wrapped so that gradients accumulate in buffers that are summed over ranks.
+        optimizer: Megatron's optimizer, or a chain of one for dense weights and one for experts.
     """
 
     def __init__(self, modules: Sequence[PackedGPT], settings: MegatronSettings, optim: OptimSettings) -> None:
@@ -63,7 +63,7 @@ class Optimization:
                 use_gloo_process_groups=False,
             )
         except (ValueError, AssertionError, TypeError) as error:
-            raise EngineError(f"megatron-core refuses the optimizer's configuration: {error}") from error
+            raise EngineError(f"megatron-core rejects megatron.optimizer or megatron.ddp: {error}") from error
         config.finalize_model_grads_func = _sum_gradients
         if ddp.overlap_grad_reduce:
             syncs = [chunk.no_sync for chunk in self.chunks]
@@ -71,20 +71,20 @@ class Optimization:
         self.clear_gradients()
 
     def clear_gradients(self) -> None:
-        """Drop what backward passes have left."""
+        """Set the gradients of all backward passes so far to zero."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
     @torch.no_grad()
     def gradient_norm(self) -> float:
-        """Of all gradients, which are complete; the same on all ranks."""
+        """Return the norm of all gradients, which are complete; the same on all ranks."""
         self.optimizer.prepare_grads()
         return float(self.optimizer.get_grad_norm())
 
     @torch.no_grad()
     def step(self, norm: float, lr: float) -> None:
-        """Clip the gradients, whose norm is ``norm``, and step."""
+        """Clip the gradients, whose norm is ``norm``, and update the weights with the learning rate ``lr``."""
         for optimizer in self.parts():
             if self._optim.clip_grad is not None:
                 clip_grad_by_total_norm_fp32(
@@ -99,17 +99,18 @@ class Optimization:
         self.optimizer.step_with_ready_grads()
 
     def parts(self) -> list[Any]:
-        """Megatron's optimizers on this rank that have parameters."""
+        """Return Megatron's optimizers that have parameters on this rank."""
         every = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
         return [optimizer for optimizer in every if not getattr(optimizer, "is_stub_optimizer", False)]
 
     def gradient_buffers(self) -> Iterator[torch.Tensor]:
+        """Yield the buffers that hold the gradients."""
         for chunk in self.chunks:
             for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
                 yield buffer.grad_data
 
     def states(self) -> Iterator[torch.Tensor]:
-        """Moments, and fp32 weights where the model's are not fp32."""
+        """Yield the moments, and the fp32 weights where those of the model are not fp32."""
         model = {id(p) for chunk in self.chunks for p in chunk.parameters()}
         storages = {p.untyped_storage().data_ptr() for chunk in self.chunks for p in chunk.parameters()}
         for part in self.parts():
@@ -120,5 +121,5 @@ class Optimization:
 
 
 def _sum_gradients(chunks: Sequence[Any], num_tokens: Any, **kwargs: Any) -> None:
-    """Megatron's own, without its division by tokens: the objective has divided already."""
+    """Sum gradients over ranks as Megatron does, but do not divide by tokens: the objective has normalised its loss."""
     finalize_model_grads(chunks, None, **kwargs)

@@ -1,10 +1,10 @@
-"""Packed rows: one sequence after another, divided over context-parallel ranks, and where predictions belong.
+"""Packed rows: one sequence after another, divided over context-parallel ranks, and the positions of their outputs.
 
 Without context parallelism a row is the sequences themselves. With it, every sequence is padded to a multiple of
 ``2 · cp`` tokens and cut into ``2 · cp`` chunks, of which rank *r* works on chunks *r* and ``2 · cp − 1 − r``: early
-tokens see little, late ones much, and so every rank gets as much attention to compute. Under sequence parallelism a
-filler sequence makes the tokens of a rank divisible among its tensor-parallel ranks. Padding stands after the tokens of
-its sequence, where causal attention keeps it from having any effect; nothing is predicted from it.
+tokens attend to few keys and late ones to many, and so every rank computes the same amount of attention. Under sequence
+parallelism a filler sequence makes the tokens of a rank divisible among its tensor-parallel ranks. Padding follows the
+tokens of its sequence, where it has no effect under causal attention; no output is computed from it.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PackedRow:
-    """What one forward pass works on, on its device.
+    """The input of one forward pass, on its device.
 
     Attributes:
-        tokens: ``[1, T / cp]`` int64, this context-parallel rank's part of the row.
-        attention: the sequences' boundaries in the whole padded row.
-        rows: ``[P]`` int64, the states of this rank's part from which something is predicted.
-        columns: ``[P]`` int64, the places of these predictions among the micro-batch's own ``total`` tokens.
-        targets: ``[P]`` int64, the tokens there.
+        tokens: ``[1, T / cp]`` int64, this context-parallel rank's part of the padded row.
+        attention: boundaries of the sequences in the padded row.
+        rows: ``[P]`` int64, positions in ``tokens`` of the states from which outputs are computed.
+        columns: ``[P]`` int64, positions of these outputs among the ``total`` tokens of the micro-batch.
+        targets: ``[P]`` int64, the tokens at ``columns``.
         total: tokens of the micro-batch, without padding.
     """
 
@@ -44,7 +44,7 @@ class PackedRow:
 
 
 def pack(micro: Batch, head: Head, parallel: Parallel, sequence_parallel: bool, device: torch.device) -> PackedRow:
-    """The packed row of a micro-batch on the CPU; of one unpredicted token if it is empty."""
+    """Pack a micro-batch that is on the CPU; an empty one becomes a row of padding without outputs."""
     from megatron.core.packed_seq_params import PackedSeqParams
 
     mask = micro.flat("loss_mask") if "loss_mask" in micro else None
@@ -53,13 +53,13 @@ def pack(micro: Batch, head: Head, parallel: Parallel, sequence_parallel: bool, 
     lengths = [length for length in micro.lengths.tolist() if length]
     padded = _padded_lengths(lengths, parallel, sequence_parallel)
     starts = torch.tensor([0, *padded]).cumsum(0)
-    # the place of every token in the padded row
+    # position of every token in the padded row
     sequence = torch.repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
     first = torch.tensor([0, *lengths]).cumsum(0)
-    place = torch.arange(total) - first[sequence] + starts[sequence]
+    position = torch.arange(total) - first[sequence] + starts[sequence]
     row = torch.zeros(int(starts[-1]), dtype=torch.int64)
-    row[place] = tokens
-    states = place[state_positions(columns, head=head)]
+    row[position] = tokens
+    states = position[state_positions(columns, head=head)]
     if parallel.cp > 1:
         local = _chunks_of_rank(padded, parallel.cp, parallel.cp_rank)
         index = torch.full((len(row),), -1)
@@ -92,7 +92,7 @@ def _padded_lengths(lengths: list[int], parallel: Parallel, sequence_parallel: b
 
 
 def _chunks_of_rank(lengths: list[int], cp: int, rank: int) -> torch.Tensor:
-    """Places in the padded row of the tokens that context-parallel ``rank`` works on."""
+    """Return the positions in the padded row of the tokens that context-parallel ``rank`` works on."""
     parts, start = [], 0
     for length in lengths:
         chunk = length // (2 * cp)
@@ -103,5 +103,5 @@ def _chunks_of_rank(lengths: list[int], cp: int, rank: int) -> torch.Tensor:
 
 
 def gathered_order(lengths: list[int], cp: int) -> torch.Tensor:
-    """For every place in the padded row, where it stands among the parts of all ranks, one part after another."""
+    """Return where each position of the padded row is in the concatenation of all ranks' parts."""
     return torch.cat([_chunks_of_rank(lengths, cp, rank) for rank in range(cp)]).argsort()

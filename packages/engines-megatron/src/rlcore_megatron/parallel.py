@@ -1,4 +1,4 @@
-"""Which part of the model and of the data this process works on."""
+"""Sizes, ranks and process groups of the parallel layout, which all engines of a process share."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Parallel:
         pp: pipeline parallel: consecutive layers. ``vpp`` chunks of layers per stage (1: not interleaved).
         cp: context parallel: tokens of every sequence.
         ep: expert parallel: experts of a layer; their matrices are divided by ``etp``, not ``tp``.
-        dp: data parallel: copies of the (dense part of the) model with samples of their own.
+        dp: data parallel: copies of the (dense part of the) model that work on different samples.
         world: all processes, ``tp · pp · cp · dp``.
     """
 
@@ -57,23 +57,24 @@ class Parallel:
 
     @property
     def last_stage(self) -> bool:
+        """Whether this process computes the outputs."""
         return self.pp_rank == self.pp - 1
 
     @property
     def last_stage_rank(self) -> int:
-        """The process that holds the last stage of this process's pipeline, in the numbering of all processes."""
+        """Global rank of the process that holds the last stage of this process's pipeline."""
         return dist.get_global_rank(self.pp_group, self.pp - 1)
 
 
-# Megatron keeps one layout per process; it lives as long as an engine that was built on it.
+# Megatron keeps one layout per process; it exists as long as an engine that was built on it.
 _layout: tuple[int, tuple[int, ...]] | None = None
 _users: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def join_processes(device: torch.device) -> int:
-    """The world size, after joining the process group that ``torchrun``'s environment describes.
+    """Join the process group that the environment of ``torchrun`` describes; return the number of processes.
 
-    Megatron needs a process group in a single process too, which then gets one of its own.
+    Megatron needs a process group in a single process too: it gets a group of one.
     """
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -81,7 +82,7 @@ def join_processes(device: torch.device) -> int:
             dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        # gloo's threads must not outlive the interpreter, which would abort
+        # the interpreter aborts if threads of gloo outlive it
         atexit.register(_leave_processes)
     return dist.get_world_size()
 
@@ -95,7 +96,7 @@ def _leave_processes() -> None:
 
 
 def _undo_layout(parallel_state: Any) -> None:
-    """Megatron (0.16) forgets its process groups but does not end them: each keeps threads, or a communicator."""
+    """Destroy Megatron's layout and its process groups, which megatron-core 0.16.1 forgets but does not destroy."""
     groups = [group for group in parallel_state._global_process_group_list or [] if group is not None]
     parallel_state.destroy_model_parallel()
     for group in groups:
@@ -103,9 +104,9 @@ def _undo_layout(parallel_state: Any) -> None:
 
 
 def initialize(settings: MegatronSettings) -> Parallel:
-    """Divide the processes of the default group as ``settings`` say; collective.
+    """Divide the processes of the default group according to ``settings``; collective.
 
-    All engines of a process share one layout; `hold` says how long it is in use.
+    All engines of a process share one layout, which is in use until each one that called `hold` has called `release`.
 
     Raises:
         EngineError: another engine of this process is using another layout.
@@ -125,7 +126,7 @@ def initialize(settings: MegatronSettings) -> Parallel:
     if parallel_state.model_parallel_is_initialized() and _layout != wanted:
         if _users:
             raise EngineError(
-                "engines of one process must be divided alike: another megatron engine here has tensor, pipeline, "
+                "all megatron engines of a process must have the same layout: another one has tensor, pipeline, "
                 f"virtual-pipeline, context, expert and expert-tensor sizes {_layout and _layout[1]}, this one "
                 f"{sizes}"
             )
@@ -141,18 +142,19 @@ def initialize(settings: MegatronSettings) -> Parallel:
             expert_tensor_parallel_size=etp,
             create_gloo_process_groups=False,
         )
-        # without dropout nothing is drawn from it, but recomputation wants the tracker to be there
+        # without dropout no number is drawn, but recomputation needs the tracker of random states
         tensor_parallel.model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
         _layout = wanted
     return _current(settings)
 
 
 def hold(user: Any) -> None:
-    """Keep the present layout until ``user`` is collected, or calls `release`."""
+    """Keep the current layout until ``user`` is garbage-collected or passed to `release`."""
     _users.add(user)
 
 
 def release(user: Any) -> None:
+    """End the use of the layout by ``user``."""
     _users.discard(user)
 
 

@@ -21,10 +21,10 @@ Columns = dict[str, torch.Tensor]
 
 
 class Pipeline:
-    """This process's chunks of the model in Megatron's schedule.
+    """Runs this process's chunks of the model in Megatron's pipeline schedule.
 
     Args:
-        chunks: `PackedGPT`s, bare or wrapped for training.
+        chunks: instances of `PackedGPT`, or these wrapped for data parallelism.
     """
 
     def __init__(
@@ -37,10 +37,10 @@ class Pipeline:
         self._device = device
 
     def outputs(self, micro_batches: Sequence[Batch], request: ForwardRequest) -> list[Columns]:
-        """The requested columns ``[T]`` of every micro-batch on the last stage, on its device; nothing on the others.
+        """Compute the requested columns ``[T]`` of every micro-batch: on the last stage's device, none on other stages.
 
         Args:
-            micro_batches: on the CPU; as many on all ranks, and empty ones too.
+            micro_batches: on the CPU; the same number on all ranks, some may be empty.
         """
 
         def collect(row: PackedRow, outputs: torch.Tensor, non_loss_data: bool) -> Columns:
@@ -54,8 +54,8 @@ class Pipeline:
         """Add the gradients of the objective to the buffers, and sum them over ranks.
 
         Returns:
-            the objective's metrics on the last stage, empty ones on the others; and an error of the objective's, after
-            which the gradients mean nothing. It is not raised here because the other stages wait for this one.
+            the objective's metrics on the last stage, empty ones on the others; and the first error of the objective,
+            after which the gradients are invalid. It is not raised here because the other stages wait for this one.
         """
         request = objective.request
         metrics: list[Metrics] = []
@@ -104,8 +104,8 @@ class Pipeline:
         return results
 
     def _columns(self, row: PackedRow, outputs: torch.Tensor, request: ForwardRequest) -> Columns:
-        """Outputs ``[outputs, P]`` at the row's columns as columns ``[T]`` that are 0 elsewhere."""
+        """Return outputs ``[outputs, P]`` of the row as one column ``[T]`` per output."""
         full = to_column(outputs, row.columns, row.total)
-        if self._parallel.cp > 1:  # every rank knows those of its own tokens
+        if self._parallel.cp > 1:  # every rank has the outputs of its tokens
             full = reduce_from_tensor_model_parallel_region(full, group=self._parallel.cp_group)
         return dict(zip(request.outputs, full.unbind(0)))

@@ -1,4 +1,4 @@
-"""Saving and loading an engine: what goes into a checkpoint, in the background, and how it comes back."""
+"""Saving and loading an engine: what a checkpoint holds, writing it in the background, and restoring it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,18 @@ from rlcore_megatron.modules import PackedGPT
 from rlcore_megatron.optimizer import MOMENTS, Optimization
 from rlcore_megatron.parallel import Parallel
 from rlcore_megatron.settings import CheckpointFormat
-from rlcore_megatron.sharded_state import Local, adam_step, local_parameters, other_states, restore_moments
+from rlcore_megatron.sharded_state import LocalParameter, adam_step, local_parameters, other_states, restore_moments
 from rlcore_megatron.torch_dist import TorchDistPart
 
 _MEGATRONS_NAMES = {"weight": "optimizer.state.param."} | {kind: f"optimizer.state.{kind}." for kind in MOMENTS}
 
 
 class Saving:
-    """The checkpoints of one engine, one at a time; ``files_format`` is that of those that it writes."""
+    """The checkpoints of one engine, one at a time.
+
+    Args:
+        files_format: format of the checkpoints that it writes; it reads all.
+    """
 
     def __init__(
         self,
@@ -46,20 +50,20 @@ class Saving:
         self.done, self.finish = self._background.done, self._background.finish
 
     def start(self, path: Path, schedule_step: int) -> None:
-        """Copy this rank's share to host memory and begin to write it; collective."""
+        """Copy this rank's part to host memory and begin to write it; collective."""
         self._background.check_idle(path)
         self._background.start(path, *self._collect(path, schedule_step))
 
     def save(self, path: Path, schedule_step: int) -> None:
-        """All of it at once; collective."""
+        """Write a checkpoint before returning; collective."""
         self._background.check_idle(path)
         self._background.save(path, *self._collect(path, schedule_step))
 
     def load(self, path: Path) -> int | None:
-        """Restore weights and, if there is an optimizer, its states and the random ones; collective.
+        """Restore the weights and, if there is an optimizer, its states and the random states; collective.
 
         Returns:
-            the schedule's step; None without an optimizer.
+            the step of the learning-rate schedule; None without an optimizer.
 
         Raises:
             CheckpointError: on all ranks, before anything is changed.
@@ -95,7 +99,7 @@ class Saving:
         return manifest.schedule_step
 
     def _collect(self, path: Path, schedule_step: int) -> tuple[RankPart | TorchDistPart, Callable[..., Manifest]]:
-        """Copies of what this rank writes, and what makes the manifest of the whole; collective."""
+        """Copy what this rank writes; return that, and what makes the manifest of all ranks. Collective."""
         local = local_parameters(self._modules, self._optimization, self._parallel)
         shapes = _shapes(local)
         step = adam_step(self._optimization) if self._optimization is not None else 0.0
@@ -124,21 +128,23 @@ class Saving:
         return RankPart(states, blocks, text), manifest
 
 
-def _share(local: Sequence[Local], kinds: Sequence[str]) -> Iterator[tuple[Local, str, torch.Tensor]]:
-    """What this rank writes of each parameter, shaped as it; collective. Weights are those of the optimizer."""
+def _share(local: Sequence[LocalParameter], kinds: Sequence[str]) -> Iterator[tuple[LocalParameter, str, torch.Tensor]]:
+    """Yield what this rank writes of each parameter, in its shape; collective. Weights are those of the optimizer."""
     for number, one in enumerate(local):
         target = number % one.copies.size()  # the copies share the work
         for kind in kinds:
-            tensor = one.whole(kind, target)
+            tensor = one.assembled(kind, target)
             if tensor is not None and one.writes:
                 yield one, kind, tensor
 
 
-def _in_megatrons_terms(local: Sequence[Local], kinds: Sequence[str]) -> tuple[list[ShardedBase], dict[str, str]]:
-    """Copies of this rank's share as Megatron describes them, and our keys by its keys.
+def _in_megatrons_terms(
+    local: Sequence[LocalParameter], kinds: Sequence[str]
+) -> tuple[list[ShardedBase], dict[str, str]]:
+    """Return copies of this rank's share as Megatron describes them, and the manifest's keys by Megatron's keys.
 
-    The names of optimizer states are those of Megatron's ``fully_reshardable`` format. The weights that the optimizer
-    updates are among them, and are ours; beside them stand the model's, for Megatron's tools.
+    The names of optimizer states are those of Megatron's ``fully_reshardable`` format. They include the weights that
+    the optimizer updates, which the engine reads; the model's weights are written in addition, for Megatron's tools.
     """
     described: list[ShardedBase] = []
     keys = {}
@@ -155,20 +161,20 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def _shapes(local: Sequence[Local]) -> dict[str, list[int]]:
-    """Global shapes of all weights of the model; collective. Padded ones count without their first dimension."""
+def _shapes(local: Sequence[LocalParameter]) -> dict[str, list[int]]:
+    """Return the global shapes of all weights; collective. Padded ones have no first dimension here."""
     own: dict[str, list[int]] = {}
     for one in local:
         for block in one.blocks(one.parameter.data):
             own[block.key] = list(block.shape[1:] if block.padded else block.shape)
-    everyones: dict[str, list[int]] = {}
+    merged: dict[str, list[int]] = {}
     for shapes in gather_objects(own):
-        everyones |= shapes
-    return dict(sorted(everyones.items()))
+        merged |= shapes
+    return dict(sorted(merged.items()))
 
 
-def _read(reader: Reader, kind: str, one: Local) -> torch.Tensor:
-    """A weight shaped as the parameter, or this rank's flat share of a moment; on the CPU."""
+def _read(reader: Reader, kind: str, one: LocalParameter) -> torch.Tensor:
+    """Read a weight in the shape of the parameter, or this rank's flat share of a moment, to the CPU."""
     dtype = torch.float32 if kind != "weight" or one.main is not None else one.parameter.dtype
     tensor = torch.empty(one.parameter.shape, dtype=dtype)
     for block in one.blocks(tensor):

@@ -14,8 +14,8 @@ from rlcore_megatron import megatron_fields
 DType = Literal["float32", "bfloat16"]
 CheckpointFormat = Literal["safetensors", "torch_dist"]
 
-# Fields of Megatron's dataclasses that an own setting, the model or the engine decides, and which.
-_OURS: dict[str, dict[str, str]] = {
+# Fields of Megatron's dataclasses that are not passed through, and what determines them instead.
+_DETERMINED: dict[str, dict[str, str]] = {
     "transformer": {
         "tensor_model_parallel_size": "tensor_parallel",
         "pipeline_model_parallel_size": "pipeline_parallel",
@@ -69,28 +69,33 @@ _OURS: dict[str, dict[str, str]] = {
 
 
 class MegatronSettings(Config):
-    """How the model is divided over processes, and in which precision it computes."""
+    """Parallel layout and precision of the Megatron engine."""
 
     device: Literal["cpu", "cuda"] | None = Field(
-        None, description="Where to compute; null takes CUDA if there is one. The CPU is for tests and debugging."
+        None, description="Device to compute on; null is CUDA if there is one. The CPU is for tests and debugging."
     )
-    tensor_parallel: int = Field(1, ge=1, le=2**16, description="Processes that share every layer's matrices.")
-    pipeline_parallel: int = Field(1, ge=1, le=2**16, description="Stages of consecutive layers, one after another.")
+    tensor_parallel: int = Field(
+        1, ge=1, le=2**16, description="Number of processes that share every layer's matrices."
+    )
+    pipeline_parallel: int = Field(1, ge=1, le=2**16, description="Number of stages of consecutive layers.")
     virtual_pipeline: int = Field(
         1,
         ge=1,
         le=2**16,
-        description="Chunks of layers per stage (interleaved 1F1B): smaller bubbles, more communication.",
+        description="Chunks of layers per stage (interleaved 1F1B): smaller pipeline bubbles, more communication.",
     )
-    context_parallel: int = Field(1, ge=1, le=2**16, description="Processes that share every sequence's tokens.")
+    context_parallel: int = Field(
+        1, ge=1, le=2**16, description="Number of processes that share every sequence's tokens."
+    )
     expert_parallel: int = Field(
-        1, ge=1, le=2**16, description="Processes that share the experts of a mixture-of-experts layer."
+        1, ge=1, le=2**16, description="Number of processes that share the experts of a mixture-of-experts layer."
     )
     expert_tensor_parallel: int | None = Field(
-        None, ge=1, description="Processes that share every expert's matrices; null is tensor_parallel."
+        None, ge=1, description="Number of processes that share every expert's matrices; null is tensor_parallel."
     )
     sequence_parallel: bool = Field(
-        False, description="Divide what lies between tensor-parallel matrices (norms, residuals) by tokens."
+        False,
+        description="Sequence parallelism: divide norms and residuals between tensor-parallel matrices by tokens.",
     )
     dtype: DType | None = Field(
         None,
@@ -98,21 +103,21 @@ class MegatronSettings(Config):
         "updates float32 weights in any case.",
     )
     implementation: Literal["local", "transformer_engine"] | None = Field(
-        None, description="Layers of megatron-core itself, or of TransformerEngine; null takes the latter on CUDA."
+        None, description="Layers of megatron-core (local) or of TransformerEngine; null is TransformerEngine on CUDA."
     )
     recompute: Literal["none", "selective", "full"] = Field(
-        "none", description="Activations to compute again in backward: none, those of attention, or whole layers."
+        "none", description="Activations to recompute in backward: none, those of attention, or those of full layers."
     )
     distributed_optimizer: bool = Field(
-        True, description="Divide fp32 weights and optimizer states over data-parallel processes."
+        True, description="Divide fp32 weights and optimizer states over data-parallel processes (ZeRO-1)."
     )
     offload_optimizer: bool = Field(False, description="Keep optimizer states in host memory between optimizer steps.")
     logits_chunk: int | None = Field(
-        None, ge=1, description="Tokens whose logits exist at a time; null bounds the logits by memory instead."
+        None, ge=1, description="Number of tokens whose logits exist at a time; null bounds their memory instead."
     )
     checkpoint_format: CheckpointFormat = Field(
         "safetensors",
-        description="Files to write: safetensors, or Megatron's own, which its tools read. The engine reads both.",
+        description="Format of checkpoints: safetensors, or torch_dist for Megatron's tools. The engine reads both.",
     )
     transformer: dict[str, Any] = Field(
         default_factory=dict, description="Any other field of megatron-core's TransformerConfig."
@@ -126,7 +131,7 @@ class MegatronSettings(Config):
 
     @property
     def model_parallel(self) -> int:
-        """Processes that hold one copy of the model."""
+        """Number of processes that hold one copy of the model."""
         return self.tensor_parallel * self.pipeline_parallel * self.context_parallel
 
     def packages(self) -> Iterator[tuple[str, Package]]:
@@ -148,11 +153,11 @@ class MegatronSettings(Config):
 
 
 def _passthrough_problem(section: str, name: str) -> str | None:
-    if name in _OURS[section]:
-        return f"is decided by {_OURS[section][name]}"
+    if name in _DETERMINED[section]:
+        return f"is determined by {_DETERMINED[section][name]} and cannot be set here"
     known = megatron_fields.names(section)
     if known is None or name in known:  # without megatron-core there is nothing to compare with; building needs it
         return None
-    close = get_close_matches(name, known - _OURS[section].keys(), n=3)
+    close = get_close_matches(name, known - _DETERMINED[section].keys(), n=3)
     hint = f"; did you mean {' or '.join(close)}?" if close else ""
     return f"megatron-core's {megatron_fields.CLASSES[section]} has no such field{hint}"

@@ -1,7 +1,7 @@
-"""Where this process's weights and optimizer states lie in the whole model.
+"""Which blocks of the model's global tensors this process's weights and optimizer states are.
 
-Megatron describes every parameter by sharded tensors: blocks of a global tensor, with the same names and offsets
-whatever the layout. Its optimizers divide a parameter's states once more, flat, over data-parallel ranks.
+Megatron describes every parameter by sharded tensors: blocks of a global tensor, whose names and offsets do not depend
+on the layout. Its optimizers divide the states of a parameter, flattened, over data-parallel ranks.
 """
 
 from __future__ import annotations
@@ -36,16 +36,18 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Local:
-    """A parameter of this process and what the optimizer keeps of it.
+class LocalParameter:
+    """A parameter of this process and its optimizer states.
 
     Attributes:
-        start, stop: the elements of the flat parameter whose states this rank has.
-        main: the weights of these elements that the optimizer updates; None without an optimizer.
-        owner: the optimizer that does.
-        divided: whether the copies divide the states among themselves, however small this rank's share is.
+        parameter: the model's weights.
+        description: how Megatron places the parameter in global tensors.
+        start, stop: range of the flat parameter whose states this rank has.
+        main: the weights of this range that the optimizer updates; None without an optimizer.
+        owner: the optimizer that updates them.
+        divided: whether the states are divided over ``copies``, even if this rank's share is empty.
         copies: the processes that hold the same parameter.
-        writes: whether this is the tensor-parallel and pipeline rank of those copies that writes it.
+        writes: whether this is the tensor-parallel and pipeline rank that writes the parameter.
     """
 
     parameter: torch.nn.Parameter
@@ -59,14 +61,14 @@ class Local:
     writes: bool
 
     def blocks(self, tensor: torch.Tensor) -> list[Block]:
-        """``tensor``, shaped as the parameter, as blocks of the global tensors; views."""
+        """Return ``tensor``, which has the shape of the parameter, as views of blocks of the global tensors."""
         if isinstance(self.description, ShardedTensor):
             return [_block(replace(self.description, data=tensor, dtype=tensor.dtype))]
         described = replace(self.description, data=tensor)
         return [_block(part) for part in _described(described.build())]
 
     def described(self, tensor: torch.Tensor, prefix: str) -> ShardedBase:
-        """``tensor``, shaped as the parameter, as Megatron describes it, for the one rank that writes it."""
+        """Describe ``tensor``, which has the shape of the parameter, as Megatron does, for the rank that writes it."""
         replica: Any = self.description.replica_id
         first = tuple(0 for _ in replica) if isinstance(replica, tuple) else 0
         changes: dict[str, Any] = {"key": prefix + self.description.key, "data": tensor, "replica_id": first}
@@ -74,10 +76,10 @@ class Local:
             changes["dtype"] = tensor.dtype
         return replace(self.description, **changes)
 
-    def whole(self, kind: str, target: int) -> torch.Tensor | None:
-        """All of "weight" or of a moment, shaped as the parameter, on the copies' rank ``target``; None on the others.
+    def assembled(self, kind: str, target: int) -> torch.Tensor | None:
+        """Assemble the full "weight" or moment on rank ``target`` of the copies; the other ranks get None.
 
-        Collective among the copies. Weights are in fp32 if the optimizer has them so.
+        Collective among the copies. Weights are in fp32 if those of the optimizer are.
         """
         shard, divided = self.parameter.detach(), False
         if kind != "weight" or (self.main is not None and self.parameter.dtype != torch.float32):
@@ -88,17 +90,17 @@ class Local:
                 assert self.main is not None
                 shard = self.main.detach() if kind == "weight" else self.owner.optimizer.state[self.main][kind]
         if divided and self.copies.size() > 1:
-            together = torch.zeros(self.parameter.numel(), dtype=shard.dtype, device=shard.device)
-            together[self.start : self.stop] = shard.view(-1)
-            dist.reduce(together, group=self.copies, group_dst=target)
-            shard = together
+            assembled = torch.zeros(self.parameter.numel(), dtype=shard.dtype, device=shard.device)
+            assembled[self.start : self.stop] = shard.view(-1)
+            dist.reduce(assembled, group=self.copies, group_dst=target)
+            shard = assembled
         return shard.view(self.parameter.shape) if self.copies.rank() == target else None
 
 
 def local_parameters(
     modules: Sequence[PackedGPT], optimization: Optimization | None, parallel: Parallel
-) -> list[Local]:
-    """All parameters of this process, in an order that all copies share."""
+) -> list[LocalParameter]:
+    """Return all parameters of this process, in an order that all copies share."""
     shards = dict(_optimizer_shards(optimization)) if optimization is not None else {}
     found = []
     for module in modules:
@@ -112,13 +114,13 @@ def local_parameters(
             replica = description.replica_id
             first = not any(replica[:-1]) if isinstance(replica, tuple) else True  # shift allowed: ranks
             divided = hasattr(owner, "model_param_group_index_map")  # the distributed optimizer
-            found.append(Local(parameter, description, start, stop, main, owner, divided, copies, first))
+            found.append(LocalParameter(parameter, description, start, stop, main, owner, divided, copies, first))
         assert not parameters, "Megatron describes every parameter"
     return found
 
 
 def other_states(modules: Sequence[PackedGPT]) -> list[ShardedBase]:
-    """What Megatron describes besides parameters (of TransformerEngine, mostly nothing), and its readers insist on."""
+    """Return the states besides parameters that Megatron's readers require (of TransformerEngine, often none)."""
     parameters = {id(p) for module in modules for p in module.parameters()}
     return [
         state
@@ -129,7 +131,7 @@ def other_states(modules: Sequence[PackedGPT]) -> list[ShardedBase]:
 
 
 def adam_step(optimization: Optimization) -> float:
-    """Steps that the optimizer has made."""
+    """Return the number of steps that the optimizer has made."""
     for part in optimization.parts():
         for group in part.param_groups:
             for parameter in group["params"]:
@@ -138,12 +140,12 @@ def adam_step(optimization: Optimization) -> float:
     return 0.0
 
 
-def restore_moments(local: Local, moments: dict[str, torch.Tensor], step: float) -> None:
-    """Put this rank's flat ``moments`` in place of what there is; none forget it."""
+def restore_moments(local: LocalParameter, moments: dict[str, torch.Tensor], step: float) -> None:
+    """Replace this rank's optimizer states by the flat ``moments``; an empty mapping removes them."""
     optimizer = local.owner.optimizer
     optimizer.state.pop(local.main, None)
     own_step = isinstance(optimizer, torch.optim.Optimizer) and type(optimizer).__module__.startswith("torch.")
-    if not own_step:  # TransformerEngine's and apex's count by group
+    if not own_step:  # optimizers of TransformerEngine and apex count steps by group
         for group in optimizer.param_groups:
             group["step"] = int(step)
     if moments and local.main is not None and local.stop > local.start:
@@ -158,20 +160,20 @@ def _optimizer_shards(
         if hasattr(part, "model_param_group_index_map"):  # the distributed optimizer
             held = part.model_param_group_index_map
             for buffers in part.buffers:
-                for parameter in buffers.params:  # this rank may have no element of some
+                for parameter in buffers.params:  # this rank may have no element of some parameters
                     if parameter not in held:
                         yield parameter, (0, 0, torch.empty(0, device=parameter.device), part)
                         continue
-                    group, place = held[parameter]
-                    reach = part._get_model_param_range_map(parameter)["param"]
-                    yield parameter, (reach.start, reach.end, part.optimizer.param_groups[group]["params"][place], part)
+                    group, index = held[parameter]
+                    span = part._get_model_param_range_map(parameter)["param"]
+                    yield parameter, (span.start, span.end, part.optimizer.param_groups[group]["params"][index], part)
             continue
         for main, parameter in _undivided(part):
             yield parameter, (0, parameter.numel(), main, part)
 
 
 def _undivided(part: Any) -> Iterator[tuple[torch.Tensor, torch.nn.Parameter]]:
-    """The optimizer's weights and the model's; the same ones in fp32."""
+    """Yield the optimizer's weights and the model's, which are the same tensors in fp32."""
     if not hasattr(part, "float16_groups"):
         for parameter in part.get_parameters():
             yield parameter, parameter

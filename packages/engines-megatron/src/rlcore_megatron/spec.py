@@ -1,8 +1,8 @@
 """The layers of the model: megatron-core's own or TransformerEngine's.
 
-Megatron-core's own layers refuse packed sequences, context parallelism and sequence-parallel norms, which only
-TransformerEngine's know. Two replacements lift that: attention that runs torch's kernel once per sequence, and a norm
-whose weight says that its gradient is partial.
+Megatron-core's own layers refuse packed sequences, context parallelism and sequence-parallel norms; only those of
+TransformerEngine support them. Two replacements remove that limit: attention that calls torch's kernel once per
+sequence, and a norm whose weight is marked so that its gradient is summed over tensor-parallel ranks.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
         packed_seq_params: PackedSeqParams,
         **_: Any,
     ) -> torch.Tensor:
-        """``[T, heads · channels]``; ``query`` is ``[T, heads, channels]``, ``key`` and ``value`` have fewer heads."""
+        """Attend ``[T, heads, channels]`` → ``[T, heads · channels]``; keys and values may have fewer heads."""
         boundaries = packed_seq_params.cu_seqlens_q.tolist()
         lengths = [stop - start for start, stop in pairwise(boundaries)]
         cp, rank = self._cp_group.size(), self._cp_group.rank()
@@ -64,7 +64,7 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
                 for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths))
             ]
             return torch.cat(parts).flatten(1)
-        # Every rank's queries with the keys of all: simple, and exact; on CUDA TransformerEngine passes keys around.
+        # Every rank's queries with the keys of all ranks: exact; on CUDA TransformerEngine sends keys around instead.
         order = gathered_order(lengths, cp).to(key.device)
         key, value = (gather_from_sequence_parallel_region(x, group=self._cp_group)[order] for x in (key, value))
         parts = []
@@ -77,7 +77,7 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
         return torch.cat(parts).flatten(1)
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, before: int | None) -> torch.Tensor:
-        """``before``: keys that precede the first query; None if queries and keys are the same tokens."""
+        """Attend to ``k``, whose first ``before`` tokens precede the first query (None: ``q`` are the same tokens)."""
         mask = None
         if before is not None:
             mask = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(before)
@@ -89,7 +89,7 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
 
 
 def block_spec(config: TransformerConfig, implementation: str, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """The layers of one chunk of this pipeline stage, and the final norm."""
+    """Return the layers of one chunk of this pipeline stage, and the final norm."""
     first = get_transformer_layer_offset(config, vp_stage)
     count = get_num_layers_to_build(config, vp_stage)
     sparse = config.moe_layer_freq if isinstance(config.moe_layer_freq, list) else None

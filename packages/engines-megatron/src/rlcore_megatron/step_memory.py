@@ -1,4 +1,4 @@
-"""What a training step takes in memory; imports no megatron-core."""
+"""Estimate of the memory that a training step takes; imports no megatron-core."""
 
 from __future__ import annotations
 
@@ -22,16 +22,18 @@ def step_memory(
     trained: bool,
     stepped: bool,
 ) -> StepMemory:
-    """See `rlcore.engines.memory`.
+    """Estimate what a training step takes; see `rlcore.engines.memory`.
 
-    Gradients have their buffers from the start. A stage of the pipeline holds a part of the layers, but as many
-    micro-batches as there are stages, so that its activations are those of all layers of one.
+    Gradient buffers exist from the start and do not count. A pipeline stage holds a part of the layers, but as many
+    micro-batches as there are stages, so that its activations are those of all layers of one micro-batch.
 
     Args:
-        config: of transformers.
-        itemsize: bytes per number in forward and backward.
-        parameters: numbers that this process holds.
-        stepped: the optimizer has made a step, so that its states exist.
+        config: configuration of transformers.
+        itemsize: bytes per element in forward and backward.
+        parameters: number of parameters that this process holds.
+        data_parallel: number of data-parallel ranks.
+        trained: whether there is an optimizer.
+        stepped: whether the optimizer has made a step, so that its states exist.
     """
     tensor, stages, chunks = settings.tensor_parallel, settings.pipeline_parallel, settings.virtual_pipeline
     columns = -(-config.get_text_config().vocab_size // tensor)

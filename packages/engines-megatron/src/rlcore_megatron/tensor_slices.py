@@ -15,7 +15,7 @@ from rlcore_megatron.families.family import EMBEDDING, LM_HEAD, SCORE, Family, N
 from rlcore_megatron.families.weight import Weight, share_shape
 from rlcore_megatron.parallel import Parallel
 
-# Names of TransformerEngine's layers, which take norms into the matrix after them and keep all experts in one module.
+# Names in TransformerEngine's layers, which include norms in the following matrix and keep all experts in one module.
 _IN_TRANSFORMER_ENGINE = (
     (".input_layernorm.weight", ".self_attention.linear_qkv.layer_norm_weight"),
     (".pre_mlp_layernorm.weight", ".mlp.linear_fc1.layer_norm_weight"),
@@ -26,10 +26,12 @@ _IN_TRANSFORMER_ENGINE = (
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """Where a tensor of the checkpoint lies in this pipeline stage.
+    """A tensor of the model folder that belongs to this pipeline stage, and the parameter with this process's share.
 
     Attributes:
-        shape: of the whole tensor, without padding.
+        named: name and layout of the tensor.
+        shape: of the full tensor, without padding.
+        dtype: of the parameter.
         parameter: this process's share of the Megatron parameter; None for an expert of another process.
         exported: False for a second copy of tied embeddings.
     """
@@ -42,15 +44,16 @@ class TensorSlice:
 
     @property
     def weight(self) -> Weight:
+        """Layout of the tensor in Megatron's parameter."""
         return self.named.weight
 
 
 def slices_of_stage(
     modules: Sequence[nn.Module], family: Family, hf_config: Any, parallel: Parallel
 ) -> list[TensorSlice]:
-    """The tensors of this pipeline stage, in the order of transformers' model within each chunk.
+    """Return the tensors of this pipeline stage, in the order of transformers' model within each chunk.
 
-    Experts of other expert-parallel ranks are among them, without a parameter.
+    Experts of other expert-parallel ranks are included, without a parameter.
     """
     slices = []
     body = list(family.body(hf_config))
@@ -76,10 +79,10 @@ def _slice_of(
     hf_config: Any,
     parallel: Parallel,
 ) -> TensorSlice | None:
-    """None if the tensor is in another chunk.
+    """Return the slice of ``named`` in ``parameters``; None if the tensor belongs to another chunk.
 
     Raises:
-        EngineError: this chunk should have the tensor, but has not; or its share is not a slice of the whole.
+        EngineError: the tensor belongs to this chunk but is missing, or the share is no slice of the full tensor.
     """
     heads, weight = family.heads(hf_config), named.weight
     expert, elsewhere = None, False
@@ -127,7 +130,7 @@ def _head_slices(
 def _parameter(
     name: str, layer: int | None, expert: int | None, parameters: dict[str, nn.Parameter]
 ) -> nn.Parameter | None:
-    """The parameter under its name in Megatron's own layers, or in TransformerEngine's."""
+    """Return the parameter by its name in Megatron's local layers, or else in those of TransformerEngine."""
     for own, theirs in (("", ""), *_IN_TRANSFORMER_ENGINE):
         if (
             own in name
@@ -138,21 +141,21 @@ def _parameter(
 
 
 def unwrapped(module: Any) -> Any:
-    """The ``GPTModel`` within the wrappers for data parallelism and precision."""
+    """Return the ``GPTModel`` inside of the wrappers for data parallelism and precision."""
     while hasattr(module, "module"):
         module = module.module
     return module
 
 
 def tensor_parallel(piece: TensorSlice, parallel: Parallel) -> tuple[int, int, dist.ProcessGroup]:
-    """Size, rank and group of the processes that share a tensor."""
+    """Return size, rank and process group of the processes that share a tensor."""
     if piece.named.expert is not None:
         return parallel.etp, parallel.etp_rank, parallel.etp_group
     return parallel.tp, parallel.tp_rank, parallel.tp_group
 
 
 def divided_range(piece: TensorSlice, share: torch.Size, rank: int) -> tuple[int, int]:
-    """What a tensor-parallel rank has of the divided dimension; padding is not counted."""
+    """Return start and end of a tensor-parallel rank's share of the divided dimension, without padding."""
     assert piece.weight.split is not None
     length, end = share[piece.weight.split], piece.shape[piece.weight.split]
     return min(rank * length, end), min((rank + 1) * length, end)

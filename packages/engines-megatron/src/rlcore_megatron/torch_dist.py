@@ -1,9 +1,9 @@
 """Checkpoints in Megatron's own format ``torch_dist``, which Megatron's tools read: `megatron.core.dist_checkpointing`.
 
-Megatron plans them: what each rank writes, under which names, and that this is everything, once. A thread of ours
-writes. The files of `rlcore_kit.checkpoint.rank_files` are in the same folder: the random states, and a manifest that
-says where in Megatron's files each block lies. The engine reads by this manifest: whoever reads ``.metadata`` unpickles
-it, and with it whatever somebody may have put there.
+Megatron plans them: what each rank writes, under which names, and that every element is written once. A thread of the
+engine writes. In addition there are the files of `rlcore.checkpoint.rank_files`: the random states, and a manifest with
+the location of each block in Megatron's files. The engine reads by this manifest and never reads ``.metadata``: that is
+a pickle, which executes the code that it contains.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from rlcore_megatron.blocks import SavedBlock, overlap
 BACKEND, VERSION = "torch_dist", 1
 
 InBucket = tuple[FileName, Count, Count, list[Count]]
-"""A file of Megatron's, place and length in bytes there, and the shape of what lies there."""
+"""A file of Megatron, offset and length in bytes there, and the shape of the tensor."""
 
 _BY_RANK_0 = ("common.pt", ".metadata", "metadata.json")
 
@@ -50,11 +50,11 @@ class TorchDistPart:
     """What one rank writes.
 
     Attributes:
-        buckets: Megatron's plan: for each file its name, and what goes in: tensors, or other states as bytes.
-        keys: the names of global tensors in the manifest by those in Megatron's files; others are not in it.
-        own: random states, which have a file of their own.
-        writer, metadata: what completes the plan (on rank 0).
-        written: grows in `write`; see `_write_bucket`.
+        buckets: Megatron's plan: the name of each file, and its contents: tensors, or other states as bytes.
+        keys: keys of global tensors in the manifest by those in Megatron's files; tensors without one are not in it.
+        own: random states, which are written to a separate file.
+        writer, metadata: complete the plan (on rank 0).
+        written: results of `_write_bucket`, which `write` appends.
     """
 
     buckets: Sequence[tuple[str, Sequence[tuple[Any, torch.Tensor | io.BytesIO]]]]
@@ -68,10 +68,12 @@ class TorchDistPart:
 def plan(
     path: Path, states: Sequence[ShardedBase], keys: Mapping[str, str], step: int, own: RankPart, gather: Gather
 ) -> TorchDistPart:
-    """Plan to write ``states``, which nobody changes any more and which are on the CPU, to ``path``; collective.
+    """Plan to write ``states``, which are on the CPU and do not change any more, to ``path``; collective.
 
     Args:
-        step: of the schedule; Megatron calls it the iteration.
+        keys: see `TorchDistPart`.
+        step: step of the learning-rate schedule; Megatron calls it the iteration.
+        own: see `TorchDistPart`.
 
     Raises:
         CheckpointError: the folder cannot be written; on all ranks.
@@ -98,7 +100,7 @@ def plan(
 
 
 def write(path: Path, part: TorchDistPart, rank: int) -> dict[str, FileRecord]:
-    """Write what ``part`` plans and flush it to disk. No collective.
+    """Write the files that ``part`` plans and flush them to disk; not collective.
 
     Raises:
         CheckpointError: names the file.
@@ -141,15 +143,15 @@ def complete(
 def read_overlap(
     folder: Path, where: InBucket, start: Sequence[int], offset: Sequence[int], size: torch.Size
 ) -> tuple[torch.Tensor, tuple[slice, ...]] | None:
-    """What a block of a file has of a wanted one.
+    """Read the overlap of a saved block with a wanted one.
 
     Args:
-        where: the block.
-        start: its place in the global tensor.
+        where: location of the saved block.
+        start: offset of the saved block in the global tensor.
         offset, size: the wanted block.
 
     Returns:
-        the values, and where in the wanted block they belong; None if the blocks do not meet.
+        the values, and their slices in the wanted block; None if the blocks do not overlap.
 
     Raises:
         OSError, RuntimeError, UnpicklingError: the file is missing or damaged.
@@ -168,19 +170,19 @@ def read_overlap(
 
 
 def _blocks(part: TorchDistPart) -> Iterator[SavedBlock]:
-    """Where what is in the manifest was written."""
+    """Yield the location, key and offset of each block that is in the manifest."""
     for result, shape in part.written:
         if result.index.fqn in part.keys:
-            place = result.storage_data
-            where = (place.relative_path, place.offset, place.length, shape)
+            stored = result.storage_data
+            where = (stored.relative_path, stored.offset, stored.length, shape)
             yield where, part.keys[result.index.fqn], tuple(result.index.offset)
 
 
 class _PlanOnly(TorchDistSaveShardedStrategy):  # type: ignore[misc]
-    """Megatron's strategy up to the writing.
+    """Megatron's strategy without the writing.
 
-    megatron-core 0.16.1 writes from processes that it forks, out of a process full of threads, and finishes with
-    collectives that wait for ever where one rank cannot write.
+    megatron-core 0.16.1 writes from processes that it forks from one with many threads, and finishes with collectives
+    that never return if one rank cannot write.
     """
 
     def _get_save_and_finalize_callbacks(self, writer: Any, planned: Sequence[Any]) -> AsyncRequest:
@@ -190,9 +192,9 @@ class _PlanOnly(TorchDistSaveShardedStrategy):  # type: ignore[misc]
 
 @contextmanager
 def _without_manager() -> Iterator[None]:
-    """Keep megatron-core 0.16.1 from spawning a process, for a queue of results, while it plans.
+    """Keep megatron-core 0.16.1 from spawning a process for a queue of results while it plans.
 
-    It would import the main module of the program once more.
+    That process would import the main module of the program a second time.
     """
     module: Any = filesystem_async
     before, module._results_queue = module._results_queue, queue.SimpleQueue()
@@ -205,7 +207,7 @@ def _without_manager() -> Iterator[None]:
 def _write_bucket(
     file: Path, items: Sequence[tuple[Any, torch.Tensor | io.BytesIO]]
 ) -> Iterator[tuple[WriteResult, list[int]]]:
-    """Write one after another; where each lies, and the shape of a tensor as a block of the global one."""
+    """Write ``items``; yield the location of each, and the shape of its block of the global tensor."""
     with file.open("wb") as stream:
         for item, content in items:
             begin, shape = stream.tell(), []

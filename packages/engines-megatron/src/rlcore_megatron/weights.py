@@ -1,8 +1,8 @@
-"""Weights between Hugging Face's names and Megatron's shards: read from files, streamed out whole.
+"""Weights between Hugging Face's names and Megatron's shards: loaded in slices, exported as a stream of full tensors.
 
-No process ever holds the whole model. Loading reads from the files only the slices that this process keeps. Exporting
-puts one tensor after another together: over tensor-parallel ranks, from the expert-parallel rank that has it to the
-others, from its pipeline stage to the others; so every rank has the same stream, of which two buckets exist at a time.
+No process ever holds the full model. Loading reads from the files only the slices that this process keeps. Exporting
+assembles one tensor after another: over tensor-parallel ranks, from the expert-parallel rank that has it to the others,
+from its pipeline stage to the others; so every rank has the same stream, of which two buckets exist at a time.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def load_pretrained(
         ignored: names or patterns of tensors in the files that may be left out.
 
     Raises:
-        EngineError: on every rank, with what is missing, unexpected or of another shape on any.
+        EngineError: on every rank, if on any rank a tensor is missing, unexpected or has another shape.
     """
     if family.experts(hf_config):
         quirks.define_missing_gemm()
@@ -103,7 +103,7 @@ def _problems(
 
 
 def _tied_apart(files: ModelFolder, hf_config: Any, head: str) -> list[str]:
-    """A language-model head in the files that is another tensor than the embeddings it is tied to."""
+    """Report a language-model head in the files whose values differ from those of the embeddings it is tied to."""
     names = (LM_HEAD.hf, EMBEDDING.hf)
     tied = head == "policy" and hf_config.tie_word_embeddings and all(name in files for name in names)
     if not tied or torch.equal(*map(files.read, names)):
@@ -127,7 +127,7 @@ def _agree(problems: list[str], folder: str | Path, parallel: Parallel) -> None:
 
 @dataclass(frozen=True)
 class Planned:
-    """A tensor of the whole model, and the pipeline stage that has it (as ``piece`` on that stage's ranks)."""
+    """A tensor of the full model and the pipeline stage that has it, on whose ranks ``piece`` is not None."""
 
     name: str
     shape: torch.Size
@@ -137,11 +137,12 @@ class Planned:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the full tensor."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def plan(modules: Sequence[nn.Module], family: Family, hf_config: Any, parallel: Parallel) -> list[Planned]:
-    """Every tensor in the order of transformers' model, tied ones once; all ranks of a pipeline call it."""
+    """Return every tensor in the order of transformers' model, tied ones once; all ranks of a pipeline call it."""
     slices = {
         piece.named.name: piece for piece in slices_of_stage(modules, family, hf_config, parallel) if piece.exported
     }
@@ -162,10 +163,10 @@ def plan(modules: Sequence[nn.Module], family: Family, hf_config: Any, parallel:
 def export(
     modules: Sequence[nn.Module], family: Family, hf_config: Any, parallel: Parallel, bucket_bytes: int
 ) -> Iterator[WeightBucket]:
-    """Stream whole tensors under Hugging Face names on every rank; all ranks iterate to the end.
+    """Stream full tensors under Hugging Face names on every rank; all ranks iterate to the end.
 
-    Tensors that no other process shares are the live parameters, not copies. A tensor larger than ``bucket_bytes`` has
-    a bucket of its own.
+    Tensors that no other process shares are the live parameters, not copies. A tensor larger than ``bucket_bytes`` is
+    alone in its bucket.
     """
     device = next(modules[0].parameters()).device
     sharing = min((size for size in (parallel.tp, parallel.etp) if size > 1), default=0)
@@ -176,14 +177,14 @@ def export(
         if held and size + planned.nbytes + passing > bucket_bytes:
             yield WeightBucket(tuple(held))
             held, size = [], 0
-        held.append((planned.name, _whole(planned, family, hf_config, parallel, device)))
+        held.append((planned.name, _full(planned, family, hf_config, parallel, device)))
         size += planned.nbytes
     if held:
         yield WeightBucket(tuple(held))
 
 
 @torch.no_grad()
-def _whole(planned: Planned, family: Family, hf_config: Any, parallel: Parallel, device: torch.device) -> torch.Tensor:
+def _full(planned: Planned, family: Family, hf_config: Any, parallel: Parallel, device: torch.device) -> torch.Tensor:
     tensor = None
     if (piece := planned.piece) is not None:
         if piece.parameter is not None:
@@ -208,9 +209,9 @@ def _broadcast(
 
 
 def _gathered(piece: TensorSlice, family: Family, hf_config: Any, parallel: Parallel) -> torch.Tensor:
-    """The whole tensor from the shares of its tensor-parallel ranks, in which all of them take part.
+    """Assemble a full tensor from the shares of its tensor-parallel ranks, all of which call it.
 
-    Rank by rank, so that no more than one share exists besides the result.
+    Shares are sent rank by rank, so that at most one share exists in addition to the result.
     """
     assert piece.parameter is not None
     heads = family.heads(hf_config)
@@ -222,19 +223,19 @@ def _gathered(piece: TensorSlice, family: Family, hf_config: Any, parallel: Para
         return own
     if size == 1:
         return own[: piece.shape[0]] if piece.weight.vocabulary else own
-    whole = torch.empty(piece.shape, dtype=own.dtype, device=own.device)
+    full = torch.empty(piece.shape, dtype=own.dtype, device=own.device)
     for source in range(size):
         start, stop = divided_range(piece, shape, source)
-        if start == stop:  # nothing but padding
+        if start == stop:  # only padding
             continue
-        target = whole.narrow(dim, start, stop - start)
+        target = full.narrow(dim, start, stop - start)
         values = own.narrow(dim, 0, stop - start).contiguous() if source == rank else torch.empty_like(target)
         if source != rank and target.is_contiguous():
             values = target
         dist.broadcast(values, group=group, group_src=source)
         if values is not target:
             target.copy_(values)
-    return whole
+    return full
 
 
 def _owner(expert: int, family: Family, hf_config: Any, parallel: Parallel) -> int:

@@ -1,4 +1,4 @@
-"""Writing a Hugging Face model folder from a stream of whole tensors."""
+"""Writing a Hugging Face model folder from a stream of full tensors."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _write_others(hf_config: Any, origin: Origin, folder: Path, names: set[str])
 
 
 def _config(hf_config: Any, names: set[str], dtype: str) -> Any:
-    """The configuration of what was written: its precision, and the class for its head."""
+    """Return the configuration of the written model: its precision, and the class for its head."""
     config = copy.deepcopy(hf_config)
     config.dtype = dtype
     classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

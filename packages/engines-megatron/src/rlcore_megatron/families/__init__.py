@@ -1,4 +1,4 @@
-"""The model families that the engine knows: how each is configured in Megatron, and where each of its tensors goes."""
+"""The supported model families: how each is configured in Megatron, and which parameter holds each of its tensors."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from rlcore_megatron.families.moe import MIXTRAL, QWEN3_MOE
 from rlcore_megatron.families.weight import Weight
 
 FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE)}
-"""By ``model_type`` of the Hugging Face configuration."""
+"""Families by ``model_type`` of the Hugging Face configuration."""
 
 __all__ = ["FAMILIES", "Family", "Weight", "family_of"]
 
 
 def family_of(hf_config: Any) -> Family:
-    """The family of a Hugging Face configuration.
+    """Return the family of a Hugging Face configuration.
 
     Raises:
-        EngineError: the architecture is unknown, or has something that the engine does not compute.
+        EngineError: the architecture is unknown, or has a feature that the engine does not compute.
     """
     family = FAMILIES.get(hf_config.model_type)
     if family is None:
         raise EngineError(
-            f"the megatron engine does not know the architecture {hf_config.model_type!r}; it knows "
-            f"{', '.join(sorted(FAMILIES))} (another one is a declaration in rlcore_megatron/families); engine=fsdp "
-            "takes any causal language model of transformers"
+            f"the megatron engine does not support the architecture {hf_config.model_type!r}, only "
+            f"{', '.join(sorted(FAMILIES))} (rlcore_megatron/families declares them); use engine=fsdp, which supports "
+            "any causal language model of transformers"
         )
     family.check(hf_config)
     return family

@@ -1,4 +1,4 @@
-"""What a model family declares."""
+"""Declarations of model families."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _LAYER_IN_MEGATRON = "decoder.layers.{layer}."
 
 @dataclass(frozen=True)
 class Named:
-    """A `Weight` with its layer and expert, both as numbered in the whole model."""
+    """A `Weight` with its layer and expert, both as numbered in the full model."""
 
     name: str
     weight: Weight
@@ -40,9 +40,9 @@ class Family:
     Attributes:
         name: ``model_type`` of the Hugging Face configuration.
         layer: the tensors of a layer in the order of transformers' model, by their names within the layer.
-        dense_layer: those of the layers without experts, in a model that has both kinds.
-        options: fields of Megatron's ``TransformerConfig`` besides those that every family shares.
-        refuse: a sentence about something in a configuration that the engine does not compute, or None.
+        dense_layer: tensors of the layers without experts, in a model that has both kinds.
+        options: fields of Megatron's ``TransformerConfig`` in addition to those of every family.
+        refuse: returns the feature of a configuration that the engine does not compute, or None.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Family:
     refuse: Callable[[Any], str | None] = lambda hf_config: None
 
     def check(self, hf_config: Any) -> None:
-        """Raise `EngineError` if the engine would compute something else than transformers do."""
+        """Raise `EngineError` if the engine would not compute what transformers computes."""
         problem = self.refuse(hf_config)
         kinds = set(getattr(hf_config, "layer_types", None) or ("sliding_attention",))
         if getattr(hf_config, "sliding_window", None) and kinds != {"full_attention"}:
@@ -66,7 +66,7 @@ class Family:
         rope_arguments(hf_config)
 
     def transformer_config(self, hf_config: Any) -> dict[str, Any]:
-        """Fields of Megatron's ``TransformerConfig`` that the model determines."""
+        """Return the fields of Megatron's ``TransformerConfig`` that the model determines."""
         return {
             "num_layers": hf_config.num_hidden_layers,
             "hidden_size": hf_config.hidden_size,
@@ -85,7 +85,7 @@ class Family:
         }
 
     def model_arguments(self, hf_config: Any) -> dict[str, Any]:
-        """Arguments of Megatron's ``GPTModel`` that the model determines; ``vocab_size`` is not padded."""
+        """Return the arguments of Megatron's ``GPTModel`` that the model determines; ``vocab_size`` is not padded."""
         return {
             "vocab_size": hf_config.vocab_size,
             "max_sequence_length": hf_config.max_position_embeddings,
@@ -95,13 +95,14 @@ class Family:
         }
 
     def heads(self, hf_config: Any) -> Heads:
+        """Return the sizes of attention heads."""
         return Heads(hf_config.num_attention_heads // hf_config.num_key_value_heads, head_dim(hf_config))
 
     def body(self, hf_config: Any) -> Iterator[Named]:
-        """Every tensor but the head's, in the order of transformers' model.
+        """Yield every tensor but the head's, in the order of transformers' model.
 
-        Experts, which transformers keep together in memory and apart in files, come as they write them: the gates of
-        a layer's experts, then all their up projections, then all down projections.
+        Experts are one tensor in transformers' memory and many in its files. Their order is that of the files: the
+        gates of a layer's experts, then all their up projections, then all down projections.
         """
         yield Named(EMBEDDING.hf, EMBEDDING)
         experts = self.experts(hf_config)
@@ -114,17 +115,17 @@ class Family:
         yield Named(FINAL_NORM.hf, FINAL_NORM)
 
     def experts(self, hf_config: Any) -> int:
-        """Experts of a layer that has them; 0 in a dense model."""
+        """Return the number of experts of a layer that has them; 0 in a dense model."""
         return self.options(hf_config).get("num_moe_experts", 0)  # type: ignore[no-any-return]
 
     def has_experts(self, hf_config: Any, layer: int) -> bool:
-        """Whether a layer, numbered from 0, is a mixture of experts."""
+        """Return whether a layer, numbered from 0, is a mixture of experts."""
         sparse = self.options(hf_config).get("moe_layer_freq")
         return self.experts(hf_config) > 0 and (sparse is None or bool(sparse[layer]))
 
 
 def head_dim(hf_config: Any) -> int:
-    """Elements of an attention head."""
+    """Return the number of elements of an attention head."""
     stated = getattr(hf_config, "head_dim", None)
     return int(stated or hf_config.hidden_size // hf_config.num_attention_heads)
 

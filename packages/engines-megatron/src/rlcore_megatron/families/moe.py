@@ -1,7 +1,7 @@
 """Families with mixtures of experts: Qwen3-MoE, Mixtral.
 
-The router computes in fp32. Its load-balancing loss is off: the objective of reinforcement learning does not hold it.
-Tokens are not dropped, and travel between expert-parallel processes by all-to-all, as rows of varying length need.
+The router computes in fp32. Its load-balancing loss is disabled, because it is not part of the objective. No token is
+dropped; tokens travel between expert-parallel processes by all-to-all, because packed rows differ in length.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from rlcore_megatron.families.weight import Weight
 
 
 def experts(hf: str, gate: str, up: str, down: str) -> tuple[Weight, ...]:
-    """The matrices of every expert, whose names begin with ``hf``."""
+    """Return the matrices of an expert, whose names begin with ``hf``."""
     megatron = "mlp.experts.local_experts.{expert}"
     return (
         Weight(f"{hf}.{{expert}}.{gate}.weight", f"{megatron}.linear_fc1.weight", "gate", split=0),
@@ -24,9 +24,11 @@ def experts(hf: str, gate: str, up: str, down: str) -> tuple[Weight, ...]:
 
 
 def router(hf_config: Any, normalised: bool) -> dict[str, Any]:
-    """Options of a softmax router; ``normalised`` says whether the weights of a token's experts sum to 1.
+    """Return the options of a softmax router.
 
-    They do if the softmax is over the chosen experts, and do not if it is over all of them.
+    Args:
+        normalised: whether the weights of a token's experts sum to 1. They do if the softmax is over the selected
+            experts, and do not if it is over all of them.
     """
     return {
         "num_moe_experts": hf_config.num_experts,
@@ -40,7 +42,7 @@ def router(hf_config: Any, normalised: bool) -> dict[str, Any]:
 
 
 def _one_expert(config: Any, normalised: bool) -> str | None:
-    # its weight would always be 1, which Megatron's router does not compute
+    # the weight of the expert would always be 1, which Megatron's router does not compute
     return "normalised routing to one expert per token" if normalised and config.num_experts_per_tok == 1 else None
 
 

@@ -1,4 +1,4 @@
-"""Rotary position embeddings: what Megatron needs to know for the frequencies that transformers compute."""
+"""Rotary position embeddings: Megatron's arguments for the frequencies that transformers computes."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Any
 
 from rlcore.errors import EngineError
 
-# Megatron-core 0.16 has Llama 3's other numbers built in (`RotaryEmbedding._apply_scaling`).
+# Megatron-core 0.16 has the other numbers of Llama 3 as constants (`RotaryEmbedding._apply_scaling`).
 _LLAMA3 = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
 
 
 def rope_arguments(hf_config: Any) -> dict[str, Any]:
-    """Arguments of ``GPTModel`` about rotary embeddings.
+    """Return the arguments of ``GPTModel`` for rotary embeddings.
 
     Raises:
         EngineError: the frequencies are scaled in a way that Megatron does not compute.
@@ -26,12 +26,12 @@ def rope_arguments(hf_config: Any) -> dict[str, Any]:
         arguments |= {"rope_scaling": True, "rope_scaling_factor": rope["factor"]}
         other = {name: rope[name] for name, value in _LLAMA3.items() if rope[name] != value}
         if other:
-            problem = f"rope_type llama3 with {other} (megatron-core has {_LLAMA3} built in)"
+            problem = f"rope_type llama3 with {other} (megatron-core only has {_LLAMA3})"
     elif kind != "default":
         problem = f"rope_type {kind!r}"
     if problem:
         raise EngineError(
-            f"the megatron engine does not compute rotary embeddings with {problem}; it knows rope_type default and "
+            f"the megatron engine does not support rotary embeddings with {problem}, only rope_type default and "
             "llama3; use engine=fsdp"
         )
     return arguments

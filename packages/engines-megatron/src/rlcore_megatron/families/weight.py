@@ -1,11 +1,11 @@
-"""Where one tensor of a Hugging Face checkpoint lies in Megatron's model.
+"""Which part of a Megatron parameter is a tensor of a Hugging Face model folder.
 
-Megatron joins tensors that transformers keep apart: query, key and value of a layer are one matrix, whose rows go by
-query group (the queries of a group, its key, its value, then the next group), and the gate and up projections are one
-matrix, gate first. Tensor parallelism divides a joint matrix so that every process holds the *same* share of each of
-its parts: a whole number of query groups, the same rows of gate and up. So a process's share of a Hugging Face tensor
-is one slice of it, and `view` says where in the process's own matrix that slice lies. Loading writes through this
-view, exporting reads through it: one is the inverse of the other, whatever the family.
+Megatron fuses tensors that are separate in transformers: query, key and value of a layer are one matrix, whose rows are
+ordered by query group (the queries of a group, its key, its value, then the next group), and the gate and up
+projections are one matrix, gate first. Tensor parallelism divides a fused matrix so that every process holds the *same*
+share of each of its parts: an integer number of query groups, the same rows of gate and up. So a process's share of a
+Hugging Face tensor is one slice of it, and `view` returns the part of the process's matrix that is this slice. Loading
+writes to this view and exporting reads from it, so that one is the inverse of the other for every family.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ Part = Literal["whole", "query", "key", "value", "gate", "up"]
 
 @dataclass(frozen=True)
 class Weight:
-    """One tensor of the checkpoint, or one in each layer, or one for each expert in each layer.
+    """One tensor of the model folder, or one in each layer, or one for each expert in each layer.
 
     Attributes:
-        hf: name in the checkpoint, with ``{layer}`` and ``{expert}`` where they apply.
+        hf: name in the model folder, with ``{layer}`` and ``{expert}`` where they apply.
         megatron: name in Megatron's model (of its "local" layers), with the same fields.
         part: which part of the Megatron tensor it is.
-        split: the dimension that tensor parallelism divides; None for tensors that every process has whole.
+        split: the dimension that tensor parallelism divides; None for tensors that are full on every process.
         vocabulary: whether dimension 0 is the vocabulary, which Megatron may pad.
     """
 
@@ -38,6 +38,7 @@ class Weight:
 
     @property
     def per_expert(self) -> bool:
+        """Whether there is one tensor for each expert."""
         return "{expert}" in self.hf
 
 
@@ -50,7 +51,7 @@ class Heads:
 
 
 def view(tensor: torch.Tensor, part: Part, heads: Heads) -> torch.Tensor:
-    """The elements of ``tensor`` (one process's share of a Megatron parameter) that are ``part``.
+    """Return the elements of ``tensor`` (one process's share of a Megatron parameter) that are ``part``.
 
     Returns:
         a view that holds the share of the Hugging Face tensor in its order: queries as
@@ -67,7 +68,7 @@ def view(tensor: torch.Tensor, part: Part, heads: Heads) -> torch.Tensor:
 
 
 def share_shape(shape: torch.Size, part: Part, heads: Heads) -> torch.Size:
-    """Shape of the share of a Hugging Face tensor that a process keeps in a Megatron parameter of ``shape``."""
+    """Return the shape of a process's share of a Hugging Face tensor, for a Megatron parameter of ``shape``."""
     if part == "whole":
         return shape
     if part in ("gate", "up"):

@@ -19,9 +19,9 @@ from rlcore.errors import CheckpointError, EngineError
 from rlcore_fsdp.attention import choose_kernel
 from rlcore_fsdp.config import FSDPSettings
 from rlcore_fsdp.engine import FSDPTrainEngine, build
-from rlcore_fsdp.logprobs import LogitsRule
 from rlcore_kit.model_folder.loading import load_model, read_config
 from rlcore_kit.testing.tiny_model import tiny_model
+from rlcore_kit.training.logprob_head import LogitsRule
 from rlcore_kit.training.lr_schedule import learning_rate
 
 

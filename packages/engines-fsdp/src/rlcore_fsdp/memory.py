@@ -12,7 +12,7 @@ from rlcore.engines.memory import StepMemory, activation_bytes, free_memory, log
 from rlcore.engines.settings import Head
 from rlcore_fsdp import sharding
 from rlcore_fsdp.config import FSDPSettings
-from rlcore_fsdp.logprobs import chunk_size
+from rlcore_kit.training.logprob_head import chunk_size
 
 
 def step_memory(

@@ -13,7 +13,7 @@ from rlcore.engines.settings import Head
 from rlcore.engines.train import ForwardRequest
 from rlcore.errors import EngineError
 from rlcore_fsdp.attention import Packing
-from rlcore_fsdp.logprobs import LogitsRule, logprobs_and_entropy
+from rlcore_kit.training.logprob_head import LogitsRule, logprobs_and_entropy
 
 
 class PackedModel(nn.Module):

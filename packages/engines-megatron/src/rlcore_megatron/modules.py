@@ -30,7 +30,7 @@ from torch import nn
 from rlcore.engines import ForwardRequest
 from rlcore.engines.settings import Head
 from rlcore.errors import EngineError
-from rlcore_megatron.logprobs import logprobs_and_entropy
+from rlcore_kit.training.logprob_head import VocabularyShard, logprobs_and_entropy
 from rlcore_megatron.packing import PackedRow
 from rlcore_megatron.parallel import Parallel
 from rlcore_megatron.settings import MegatronSettings
@@ -86,17 +86,17 @@ class PackedGPT(GPTModel):  # type: ignore[misc]
             return self.output_layer(states)[None]  # type: ignore[no-any-return]
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
-        first = self.tp_group.rank() * len(weight)
-        columns = min(max(self.vocabulary - first, 0), len(weight))
+        shard = VocabularyShard(self.tp_group.rank() * len(weight), len(weight), self.tp_group)
+        rows = min(max(self.vocabulary - shard.first, 0), len(weight))
         logprobs, entropy = logprobs_and_entropy(
             states,
-            weight if columns == len(weight) else weight[:columns],
+            weight if rows == len(weight) else weight[:rows],
+            None,
             row.targets,
-            first,
-            self.tp_group,
             temperature=request.temperature,
             chunk=self.logits_chunk,
             with_entropy="entropy" in request.outputs,
+            shard=shard if self.tp_group.size() > 1 else None,
         )
         outputs: dict[str, Any] = {"logprobs": logprobs, "entropy": entropy}
         return torch.stack([outputs[name] for name in request.outputs])

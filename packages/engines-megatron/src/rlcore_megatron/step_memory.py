@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from rlcore.engines.memory import StepMemory, activation_bytes, free_memory, logits_bytes, place_of
-from rlcore_megatron.logprobs import chunk_size
+from rlcore_kit.training.logprob_head import chunk_size
 from rlcore_megatron.settings import MegatronSettings
 
 

@@ -1,9 +1,9 @@
 """Checkpoints in Megatron's own format ``torch_dist``, which Megatron's tools read: `megatron.core.dist_checkpointing`.
 
 Megatron plans them: what each rank writes, under which names, and that every element is written once. A thread of the
-engine writes. In addition there are the files of `rlcore.checkpoint.rank_files`: the random states, and a manifest with
-the location of each block in Megatron's files. The engine reads by this manifest and never reads ``.metadata``: that is
-a pickle, which executes the code that it contains.
+engine writes. In addition there are the files of `rlcore_kit.checkpoint.rank_files`: the random states, and a manifest
+with the location of each block in Megatron's files. The engine reads by this manifest and never reads ``.metadata``:
+that is a pickle, which executes the code that it contains.
 """
 
 from __future__ import annotations

@@ -86,8 +86,8 @@ def work(arguments: argparse.Namespace) -> None:
     import torch
 
     from rlcore.engines import ModelSettings, OptimSettings, TrainEngine, TrainEngineSpec
-    from rlcore_fsdp.config import FSDPSettings
     from rlcore_fsdp.engine import build
+    from rlcore_fsdp.settings import FSDPSettings
     from rlcore_kit.testing.train_engine import WeightedLogprobs, make_batch
     from rlcore_recipes.checkpoint import CheckpointManager, RunState
     from rlcore_recipes.ranks import executor

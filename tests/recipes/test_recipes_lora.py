@@ -65,8 +65,8 @@ def test_grpo_changes_adapters_only(task: Any, model: Path, metrics_of: Metrics,
 def test_vllm_generates_with_adapters_of_every_step(model: Path) -> None:
     """Fresh tokens have the trainer's log-probs after every optimizer step; what travels is a part of the weights."""
     pytest.importorskip("vllm")
-    from rlcore_fsdp.config import FSDPSettings
     from rlcore_fsdp.engine import build as build_trainer
+    from rlcore_fsdp.settings import FSDPSettings
     from rlcore_vllm.config import VLLMSettings
     from rlcore_vllm.engine import build
 

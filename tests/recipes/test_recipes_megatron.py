@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from rlcore.engines import ModelSettings, TrainEngineSpec
-from rlcore_fsdp.config import FSDPSettings
 from rlcore_fsdp.engine import build as build_fsdp
+from rlcore_fsdp.settings import FSDPSettings
 from rlcore_kit.testing.tiny_model import tiny_model
 from rlcore_megatron.families import family_of
 from rlcore_recipes.checkpoint import verify

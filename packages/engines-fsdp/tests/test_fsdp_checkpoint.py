@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor
 
 from rlcore.engines import ModelSettings, OptimSettings, TrainEngineSpec
 from rlcore.errors import CheckpointError
-from rlcore_fsdp.config import FSDPSettings
 from rlcore_fsdp.engine import FSDPTrainEngine, build
+from rlcore_fsdp.settings import FSDPSettings
 from rlcore_kit.checkpoint import tensor_file
 from rlcore_kit.checkpoint.tensor_file import write_tensors
 from rlcore_kit.testing.processes import RankPool

@@ -9,8 +9,8 @@ import torch
 
 from rlcore.engines import TrainEngine, TrainEngineSpec
 from rlcore_fsdp import sharding
-from rlcore_fsdp.config import FSDPSettings
 from rlcore_fsdp.engine import build
+from rlcore_fsdp.settings import FSDPSettings
 from rlcore_kit.testing.train_engine import TrainEngineConformance
 
 

@@ -17,8 +17,8 @@ from rlcore.engines import ModelSettings, OptimSettings, TrainEngineSpec
 from rlcore.engines.settings import names_a_folder
 from rlcore.errors import CheckpointError, EngineError
 from rlcore_fsdp.attention import choose_kernel
-from rlcore_fsdp.config import FSDPSettings
 from rlcore_fsdp.engine import FSDPTrainEngine, build
+from rlcore_fsdp.settings import FSDPSettings
 from rlcore_kit.model_folder.loading import load_model, read_config
 from rlcore_kit.testing.tiny_model import tiny_model
 from rlcore_kit.training.logprob_head import LogitsRule

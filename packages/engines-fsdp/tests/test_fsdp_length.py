@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from rlcore.batch import Batch, Jagged
 from rlcore.engines import ForwardRequest, ModelSettings, RolloutSpec, TrainEngineSpec
 from rlcore.errors import EngineError, RlcoreWarning
-from rlcore_fsdp.config import FSDPSettings
 from rlcore_fsdp.engine import FSDPTrainEngine, build
+from rlcore_fsdp.settings import FSDPSettings
 from rlcore_inline.engine import build as build_inline
 from rlcore_inline.settings import InlineSettings
 from rlcore_kit.model_folder.length import longest_position, rope_boundary

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 from rlcore.batch import Batch
 from rlcore.engines import ForwardRequest, LoRASettings, ModelSettings, OptimSettings, TrainEngineSpec
 from rlcore.errors import CheckpointError, EngineError
-from rlcore_fsdp.config import FSDPSettings
 from rlcore_fsdp.engine import FSDPTrainEngine, build
+from rlcore_fsdp.settings import FSDPSettings
 from rlcore_kit.testing.processes import RankPool
 from rlcore_kit.testing.tiny_model import tiny_model
 from rlcore_kit.testing.train_engine import SquaredError, WeightedLogprobs, exported, make_batch, reference_outputs

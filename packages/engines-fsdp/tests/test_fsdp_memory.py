@@ -11,8 +11,9 @@ import torch
 from rlcore.algorithms.objectives import SFTObjective, SFTObjectiveSettings
 from rlcore.batch import Batch, Jagged
 from rlcore.engines import ForwardRequest, ModelSettings, OptimSettings, TrainEngineSpec
-from rlcore_fsdp.config import FSDPSettings
 from rlcore_fsdp.engine import FSDPTrainEngine, build
+from rlcore_fsdp.packed_model import training_mode
+from rlcore_fsdp.settings import FSDPSettings
 from rlcore_kit.testing.tiny_model import tiny_model
 
 TOKENS = 512
@@ -42,7 +43,10 @@ def kept_bytes(engine: FSDPTrainEngine) -> int:
             kept[storage.data_ptr()] = storage  # held, so that no later one gets its address
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), engine._in_training():
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        training_mode(engine._with_training_mode),
+    ):
         engine._outputs(batch(), ForwardRequest(("logprobs",)))
     return sum(storage.nbytes() for storage in kept.values())
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from rlcore.engines import ModelSettings, TrainEngineSpec
 from rlcore.errors import EngineError
-from rlcore_fsdp.config import FSDPSettings
 from rlcore_fsdp.engine import FSDPTrainEngine, build
+from rlcore_fsdp.settings import FSDPSettings
 from rlcore_kit.model_folder.writing import write_model_folder
 from rlcore_kit.testing.model_folders import edited
 from rlcore_kit.testing.tiny_model import tiny_model

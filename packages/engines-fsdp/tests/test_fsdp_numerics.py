@@ -11,8 +11,8 @@ import torch
 from rlcore.batch import Batch, Jagged
 from rlcore.engines import ForwardRequest, ModelSettings, OptimSettings, TrainEngineSpec
 from rlcore_fsdp import attention
-from rlcore_fsdp.config import FSDPSettings
 from rlcore_fsdp.engine import FSDPTrainEngine, build
+from rlcore_fsdp.settings import FSDPSettings
 from rlcore_kit.testing.tiny_model import tiny_model
 from rlcore_kit.testing.train_engine import TrainEngineConformance, WeightedLogprobs, make_batch, reference_outputs
 

@@ -18,8 +18,8 @@ from rlcore.engines import (
     TrainEngineSpec,
 )
 from rlcore.progress import listening
-from rlcore_fsdp.config import FSDPSettings
 from rlcore_fsdp.engine import build
+from rlcore_fsdp.settings import FSDPSettings
 from rlcore_inline.engine import build as build_rollout
 from rlcore_inline.settings import InlineSettings
 from rlcore_kit.testing.tiny_model import tiny_model

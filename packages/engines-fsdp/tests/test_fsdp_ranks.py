@@ -19,8 +19,8 @@ from rlcore.batch import Batch
 from rlcore.controller.dispatch import gather, partition_of_call
 from rlcore.engines import ForwardRequest, ModelSettings, OptimSettings, TrainEngine, TrainEngineSpec
 from rlcore.errors import CheckpointError, EngineError
-from rlcore_fsdp.config import FSDPSettings
 from rlcore_fsdp.engine import FSDPTrainEngine, build
+from rlcore_fsdp.settings import FSDPSettings
 from rlcore_kit.testing.processes import RankPool
 from rlcore_kit.testing.tiny_model import tiny_model
 from rlcore_kit.testing.train_engine import (

@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from rlcore.batch import Batch, Jagged, to_column, token_positions
+from rlcore.batch import Batch, to_column, token_positions
 from rlcore.boundary import boundary
 from rlcore.engines import ForwardRequest, Objective, TrainEngine, TrainEngineSpec, WeightBucket
 from rlcore.engines.memory import StepMemory
@@ -26,34 +26,29 @@ from rlcore.metrics import Metrics
 from rlcore.progress import report
 from rlcore_fsdp import lora, sharding
 from rlcore_fsdp.attention import Packing, choose_kernel
-from rlcore_fsdp.config import FSDPSettings
-from rlcore_fsdp.distributed import (
-    gather_objects,
-    join_processes,
-    max_over_ranks,
-    sum_over_ranks,
-)
 from rlcore_fsdp.memory import step_memory
 from rlcore_fsdp.model_building import build_model
+from rlcore_fsdp.offloading import Offloading
 from rlcore_fsdp.optimizer import make_optimizer
-from rlcore_fsdp.packed_model import check_request
-from rlcore_fsdp.saving import MOMENTS, Saving
+from rlcore_fsdp.packed_model import training_mode
+from rlcore_fsdp.saving import Saving
+from rlcore_fsdp.settings import FSDPSettings
 from rlcore_fsdp.verification import TESTED, verify_packing, verify_values
 from rlcore_fsdp.weights import buckets, full_weights
-from rlcore_fsdp.writing import write_configuration
+from rlcore_fsdp.writing import write_others
 from rlcore_kit.model_folder import files
 from rlcore_kit.model_folder.file_names import in_files
-from rlcore_kit.model_folder.length import check_rope, check_sequences
+from rlcore_kit.model_folder.length import check_rope
 from rlcore_kit.model_folder.loading import read_config
-from rlcore_kit.model_folder.writing import write_model_folder
+from rlcore_kit.model_folder.writing import write_on_first_rank
 from rlcore_kit.training.device import choose_device
 from rlcore_kit.training.lr_schedule import learning_rate
-
-_PARTS: tuple[Part, ...] = ("params", "optimizer")
+from rlcore_kit.training.micro_batches import check_batch, check_request, in_order, micro_batches
+from rlcore_kit.training.process_group import gather_objects, join_processes, max_over_ranks, sum_over_ranks
 
 
 def build(spec: TrainEngineSpec) -> FSDPTrainEngine:
-    """The engine of this process; under ``torchrun``'s environment every process calls it.
+    """Build the engine of this process; in the environment of ``torchrun`` every process calls it.
 
     Raises:
         EngineError: the model cannot be loaded or the settings do not fit this machine.
@@ -64,13 +59,13 @@ def build(spec: TrainEngineSpec) -> FSDPTrainEngine:
 class FSDPTrainEngine(TrainEngine):
     """See `TrainEngine` for the contract.
 
-    One process whose weights have the precision it computes in runs the plain module; otherwise (several processes,
-    fp32 master weights under a bf16 forward pass, parameters in host memory) FSDP2 shards it, with a process group of
-    one if need be.
+    A single process whose weights have the precision of the forward pass runs the plain module. In all other cases
+    (several processes, fp32 master weights with a bf16 forward pass, parameters in host memory) FSDP2 shards it, in a
+    process group of one if there is none.
 
     Attributes:
-        model: the Hugging Face model. Its parameters are shards under FSDP; use `generation_weights` for whole ones.
-        step_count: grows by one whenever weights change, so that copies derived from them know that they are stale.
+        model: the Hugging Face model. Its parameters are shards under FSDP; use `generation_weights` for full ones.
+        step_count: incremented whenever weights change, so that users of derived copies see that these are stale.
     """
 
     def __init__(self, spec: TrainEngineSpec) -> None:
@@ -80,7 +75,6 @@ class FSDPTrainEngine(TrainEngine):
         self.settings = settings = spec.options
         self._device = choose_device(settings.device)
         self._world = join_processes(self._device)
-        self._gather = partial(gather_objects, world=self._world)
         default = "bfloat16" if self._device.type == "cuda" else "float32"
         self.param_dtype = getattr(torch, settings.param_dtype or default)
         master = settings.master_dtype or ("float32" if spec.optim else None)
@@ -97,7 +91,7 @@ class FSDPTrainEngine(TrainEngine):
             world=self._world,
             param_dtype=self.param_dtype,
             master_dtype=self.master_dtype,
-            gather=self._gather,
+            gather=gather_objects,
         )
         self._optimizer = self._prepare_training()
         self._saving = Saving(
@@ -108,14 +102,15 @@ class FSDPTrainEngine(TrainEngine):
             dtype=self.param_dtype,
             rank=self.dp_rank,
             world=self._world,
-            gather=self._gather,
+            gather=gather_objects,
         )
         self._schedule_step = 0
-        self._where: dict[Part, torch.device] = dict.fromkeys(_PARTS, self._device)
+        movable = self._device.type != "cpu" and not settings.offload_params
+        self._offloading = Offloading(self.root, self._optimizer, self._device, movable)
         self.step_count = 0
         self._in_use_for_generation = False
         self._broken = False
-        self._origin = self._gather(files.Origin.of(spec.model, spec.head) if self.dp_rank == 0 else None)[0]
+        self._origin = gather_objects(files.Origin.of(spec.model, spec.head) if self.dp_rank == 0 else None)[0]
         self._verify(config)
 
     def _prepare_training(self) -> torch.optim.Optimizer | None:
@@ -143,6 +138,7 @@ class FSDPTrainEngine(TrainEngine):
 
     @property
     def model(self) -> PreTrainedModel:
+        """The Hugging Face model; under FSDP its parameters are shards."""
         return self.root.model
 
     @property
@@ -151,10 +147,12 @@ class FSDPTrainEngine(TrainEngine):
 
     @property
     def dp_size(self) -> int:
+        """Number of ranks."""
         return self._world
 
     @property
     def device(self) -> torch.device:
+        """Device of the forward pass."""
         return self._device
 
     @property
@@ -172,8 +170,7 @@ class FSDPTrainEngine(TrainEngine):
 
     @torch.no_grad()
     def forward(self, batch: Batch, request: ForwardRequest) -> Batch:
-        check_request(request, self.spec.head)
-        self._check_batch(batch)
+        self._check(batch, request)
         self.onload("params")
         batch = batch.select(*(name for name in ("tokens", "loss_mask") if name in batch))
         order: list[int] = []
@@ -188,59 +185,53 @@ class FSDPTrainEngine(TrainEngine):
             sharding.reshard(self.root)
         lengths = batch.lengths[order]
         columns = {name: torch.cat([part[name] for part in parts]) for name in request.outputs}
-        return _in_order(columns, lengths, order)
+        return in_order(columns, lengths, order)
 
     def train(self, batch: Batch, objective: Objective) -> Metrics:
         if self._optimizer is None or self.spec.optim is None:
             raise EngineError("this engine was built without an optimizer (a frozen model) and cannot train")
         if self._broken:
-            raise EngineError("an error broke off an earlier training step of this engine; build a new one to go on")
+            raise EngineError(
+                "an earlier training step of this engine failed and left gradients behind; build a new engine"
+            )
         request = objective.request
-        check_request(request, self.spec.head)
-        self._check_batch(batch)
+        self._check(batch, request)
         self.onload("params")
-        denominators = sum_over_ranks(objective.denominators(batch), self._world)
+        denominators = sum_over_ranks(objective.denominators(batch), torch.device("cpu"))
         divided = self._micro_batches(batch, request.together)
         parts: list[Metrics] = []
         try:
             for index, members in enumerate(divided):
                 self._accumulate(last=index == len(divided) - 1)
                 micro = batch.take(members)
-                with self._in_training():  # also backward, which computes checkpointed layers again
+                with training_mode(self._with_training_mode):  # also backward, which recomputes checkpointed layers
                     outputs = self._outputs(micro, request)
                     if members:
                         loss, metrics = objective.loss(outputs, micro.to(self._device), denominators)
                         parts.append(metrics)
                     else:  # other ranks still have sequences: take part in their communication
                         loss = torch.stack([output.sum() for output in outputs.values()]).sum() * 0.0
-                    # FSDP averages gradients over ranks, the objective wants their sum
+                    # FSDP averages gradients over ranks, the objective needs their sum
                     (loss * self._world).backward()
                 report("micro-batches trained on", index + 1, len(divided))
         except BaseException:
             self._optimizer.zero_grad()
-            self._broken = self._sharded  # FSDP2 holds unreduced gradients where nobody can drop them
+            self._broken = self._sharded  # FSDP2 holds unreduced gradients that cannot be dropped
             raise
         metrics = Metrics.merge(parts)
         self._step(metrics)
         return metrics
 
-    def _check_batch(self, batch: Batch) -> None:
-        check_sequences(self.spec.model, self.model.config, batch.lengths)
-        tokens, size = batch.flat("tokens"), self.model.get_input_embeddings().num_embeddings
-        if len(tokens) and (int(tokens.min()) < 0 or int(tokens.max()) >= size):
-            raise EngineError(
-                f"tokens from {int(tokens.min())} to {int(tokens.max())} do not fit the vocabulary of {size} of "
-                f"{self.spec.model.path!r}; does the tokenizer belong to the model?"
-            )
+    def _check(self, batch: Batch, request: ForwardRequest) -> None:
+        check_request(request, self.spec.head)
+        vocabulary = self.model.get_input_embeddings().num_embeddings
+        check_batch(batch, self.spec.model, self.model.config, vocabulary)
 
     def _micro_batches(self, batch: Batch, together: str | None = None) -> list[list[int]]:
-        """Indices per micro-batch; as many micro-batches on every rank, empty ones where there is less to do."""
-        divided = batch.micro_batches(self.spec.max_tokens, together)
-        count = max(1, max_over_ranks(len(divided), self._world))
-        return divided + [[] for _ in range(count - len(divided))]
+        return micro_batches(batch, self.spec.max_tokens, together, partial(max_over_ranks, device=torch.device("cpu")))
 
     def _outputs(self, micro: Batch, request: ForwardRequest) -> dict[str, torch.Tensor]:
-        """The requested columns ``[T]`` of a micro-batch that is on the CPU."""
+        """Compute the requested columns ``[T]`` of a micro-batch that is on the CPU."""
         lengths = micro.lengths
         mask = micro.flat("loss_mask") if "loss_mask" in micro else None
         positions = token_positions(lengths, mask, head=self.spec.head)
@@ -252,19 +243,9 @@ class FSDPTrainEngine(TrainEngine):
         outputs = self.root(tokens.to(self._device), packing, positions, request)
         return {name: to_column(value, positions, total) for name, value in outputs.items()}
 
-    @contextmanager
-    def _in_training(self) -> Iterator[None]:
-        """Let layers checkpoint their activations and adapters drop theirs; all else stays in evaluation mode."""
-        for module in self._with_training_mode:
-            module.training = True
-        try:
-            yield
-        finally:
-            for module in self._with_training_mode:
-                module.training = False
-
     @cached_property
     def _with_training_mode(self) -> list[nn.Module]:
+        """Layers that checkpoint activations and dropout of adapters; the rest stays in evaluation mode."""
         layers = sharding.decoder_layers(self.model) if self.settings.gradient_checkpointing else []
         return [*layers, *(layer.lora_dropout[lora.ADAPTER] for _, layer in lora.adapted_layers(self.model))]
 
@@ -293,7 +274,7 @@ class FSDPTrainEngine(TrainEngine):
             self.step_count += 1
         optimizer.zero_grad()
         self._schedule_step += 1
-        # The same on every rank, whose metrics are merged.
+        # the same on every rank, because the dispatch merges the metrics of all ranks
         metrics.max("grad_norm", float(norm))
         metrics.max("lr", lr)
         metrics.max("skipped_steps", float(not finite))
@@ -317,7 +298,7 @@ class FSDPTrainEngine(TrainEngine):
 
     @contextmanager
     def _as_shards(self) -> Iterator[None]:
-        """The parameters as shards, which are those of the optimizer; whole again afterwards if they are lent."""
+        """Have the parameters as shards, as the optimizer does; gather them again afterwards if they are in use."""
         if self._sharded:
             sharding.reshard(self.root)
         try:
@@ -330,7 +311,7 @@ class FSDPTrainEngine(TrainEngine):
     def export_weights(self, bucket_bytes: int = 512 << 20) -> Iterator[WeightBucket]:
         """See `TrainEngine`; tensors have compute precision.
 
-        Without FSDP they may be the live parameters, not copies: take them over before the next `train`.
+        Without FSDP they may be the live parameters, not copies: use them before the next `train`.
         """
         self.onload("params")
         with self._as_shards():
@@ -349,32 +330,24 @@ class FSDPTrainEngine(TrainEngine):
     def save_pretrained(self, path: Path) -> None:
         """See `TrainEngine`; weights have the precision of the files that the model came from, or ``export_dtype``.
 
-        Adapters are merged into them, and stand once more, as they are trained, in PEFT's format in the subfolder
+        Adapters are merged into the weights, and are also written separately, in PEFT's format, to the subfolder
         ``adapter``.
         """
-        path, error = Path(path), None
         with self._as_shards():
-            adapters = lora.whole_adapters(self.model) if self.settings.lora is not None else {}
+            adapters = lora.full_adapters(self.model) if self.settings.lora is not None else {}
             stream = self._in_files(lambda name: getattr(torch, self._origin.dtype_of(name)))
-            if self.dp_rank == 0:
-                try:
-                    write_model_folder(stream, path, partial(self._write_others, adapters))
-                except EngineError as problem:
-                    error = str(problem)
-            for _ in stream:  # the stream is everyone's work, to its end
-                pass
-        if error := self._gather(error)[0]:
-            raise EngineError(error)
+            others = partial(self._write_others, adapters)
+            write_on_first_rank(stream, Path(path), others, self.dp_rank, gather_objects)
 
     def _in_files(self, dtype_of: Callable[[str], torch.dtype]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Whole weights as model files name and hold them; all ranks iterate to the end."""
+        """Yield full weights under the names and in the form of model files; all ranks iterate to the end."""
         for name, tensor in full_weights(self.model, dtype_of, self._device):
             yield from in_files(self.model, name, tensor).items()
 
     def _write_others(self, adapters: dict[str, torch.Tensor], folder: Path, names: set[str]) -> None:
         if self.settings.lora is not None:
             lora.write_adapters(adapters, self.model, self.settings.lora, self.spec.model.path, folder)
-        write_configuration(self.model, self._origin, folder)
+        write_others(self.model, self._origin, folder)
 
     def save(self, path: Path) -> None:
         """See `TrainEngine`; the layout is that of `rlcore_fsdp.checkpoint`."""
@@ -397,8 +370,8 @@ class FSDPTrainEngine(TrainEngine):
     def load(self, path: Path) -> None:
         """See `TrainEngine`. A frozen engine takes the weights of a training one's checkpoint.
 
-        With the number of ranks that saved it, training continues bit for bit; otherwise all but the random states
-        of the ranks does.
+        With the number of ranks that saved it, training continues bit for bit; with another number, everything is
+        restored but the random states of the ranks.
         """
         self.onload()
         step = self._saving.load(Path(path))
@@ -410,31 +383,7 @@ class FSDPTrainEngine(TrainEngine):
 
     def offload(self, *parts: Part) -> None:
         """See `TrainEngine`. On the CPU, host memory is the device: nothing moves."""
-        self._move(parts, torch.device("cpu"))
+        self._offloading.move(parts, torch.device("cpu"))
 
     def onload(self, *parts: Part) -> None:
-        self._move(parts, self._device)
-
-    def _move(self, parts: tuple[Part, ...], where: torch.device) -> None:
-        if self._device.type == "cpu" or self.settings.offload_params:  # FSDP itself brings offloaded parameters
-            return
-        moved = False
-        for part in parts or _PARTS:
-            if self._where[part] == where:
-                continue
-            if part == "params":
-                self.root.to(where)
-            elif self._optimizer is not None:
-                for state in self._optimizer.state.values():
-                    for moment in MOMENTS:
-                        state[moment] = state[moment].to(where)
-            self._where[part] = where
-            moved = True
-        if moved and where.type == "cpu":
-            torch.cuda.empty_cache()  # others on this GPU (rollout engines) need the memory
-
-
-def _in_order(columns: dict[str, torch.Tensor], lengths: torch.Tensor, order: list[int]) -> Batch:
-    """Columns of micro-batches one after another, put back into the order of the samples."""
-    back = torch.tensor(order, dtype=torch.int64).argsort()
-    return Batch({name: Jagged(values, lengths) for name, values in columns.items()}).take(back)
+        self._offloading.move(parts, self._device)

@@ -97,7 +97,7 @@ def scaled_adapters(model: nn.Module, dtype: torch.dtype, device: torch.device) 
         yield f"{PREFIX}{name}.lora_B.weight", (up * layer.scaling[ADAPTER]).to(dtype)
 
 
-def whole_adapters(model: nn.Module) -> dict[str, torch.Tensor]:
+def full_adapters(model: nn.Module) -> dict[str, torch.Tensor]:
     """What PEFT's file holds of ``model``, in host memory; collective."""
     return {
         PREFIX + name.replace(f".{ADAPTER}.", "."): sharding.full(parameter.detach()).cpu()

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from rlcore.engines.memory import StepMemory, activation_bytes, free_memory, logits_bytes, place_of
 from rlcore.engines.settings import Head
 from rlcore_fsdp import sharding
-from rlcore_fsdp.config import FSDPSettings
+from rlcore_fsdp.settings import FSDPSettings
 from rlcore_kit.training.logprob_head import chunk_size
 
 

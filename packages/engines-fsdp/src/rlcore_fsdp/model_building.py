@@ -12,9 +12,8 @@ from rlcore.engines import TrainEngineSpec
 from rlcore.errors import EngineError
 from rlcore_fsdp import lora, sharding
 from rlcore_fsdp.attention import IMPLEMENTATION
-from rlcore_fsdp.config import FSDPSettings
-from rlcore_fsdp.distributed import make_mesh
 from rlcore_fsdp.packed_model import PackedModel
+from rlcore_fsdp.settings import FSDPSettings
 from rlcore_kit.checkpoint.rank_files import Gather
 from rlcore_kit.model_folder.loading import empty_model, load_model
 
@@ -58,7 +57,7 @@ def build_model(
             raise EngineError(f"replicate {settings.replicate} needs that many processes; this is the only one")
         model = with_adapters(load_model(spec.model, config, spec.head, param_dtype, spec.seed, IMPLEMENTATION))
         return PackedModel(model.to(device), spec.head, settings.logits_chunk)
-    mesh = make_mesh(device, settings.replicate)
+    mesh = sharding.make_mesh(device, settings.replicate)
     source, error = None, None
     if dist.get_rank() == 0:
         try:

@@ -8,13 +8,12 @@ import torch
 from torch import nn
 
 from rlcore.engines import OptimSettings
-from rlcore.errors import EngineError
+from rlcore_kit.training.lr_schedule import check_schedule
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], settings: OptimSettings) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter, 2019); vectors (biases, norms) are not decayed."""
-    if settings.schedule != "constant" and settings.total_steps is None:
-        raise EngineError(f"optim.schedule {settings.schedule!r} needs optim.total_steps, the length of the schedule")
+    check_schedule(settings)
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     for parameter in parameters:

@@ -1,7 +1,9 @@
-"""The forward pass: packed tokens in, one number per wanted token out."""
+"""The forward pass: packed tokens in, one number per requested token out."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +13,6 @@ from transformers import PreTrainedModel
 from rlcore.batch import state_positions
 from rlcore.engines.settings import Head
 from rlcore.engines.train import ForwardRequest
-from rlcore.errors import EngineError
 from rlcore_fsdp.attention import Packing
 from rlcore_kit.training.logprob_head import LogitsRule, logprobs_and_entropy
 
@@ -19,9 +20,9 @@ from rlcore_kit.training.logprob_head import LogitsRule, logprobs_and_entropy
 class PackedModel(nn.Module):
     """A Hugging Face model and its head, called on packed rows.
 
-    It is the FSDP root: parameters outside the decoder layers (embeddings, final norm, head) are gathered for the time
-    of `forward`. The model is always in evaluation mode: with dropout the policy that is trained would not be the one
-    that generated, and importance ratios would be noise.
+    It is the FSDP root: parameters outside the decoder layers (embeddings, final norm, head) are gathered during
+    `forward`. The model is always in evaluation mode: with dropout the trained policy would not be the one that
+    generated, and importance ratios would be noise.
     """
 
     def __init__(self, model: PreTrainedModel, head: Head, logits_chunk: int | None) -> None:
@@ -34,7 +35,7 @@ class PackedModel(nn.Module):
     def forward(
         self, tokens: torch.Tensor, packing: Packing, positions: torch.Tensor, request: ForwardRequest
     ) -> dict[str, torch.Tensor]:
-        """The requested outputs at ``positions``, each ``[P]`` fp32.
+        """Compute the requested outputs at ``positions``, each ``[P]`` fp32.
 
         Args:
             tokens: ``[T]`` int64.
@@ -64,21 +65,23 @@ class PackedModel(nn.Module):
         return {name: outputs[name] for name in request.outputs}
 
 
-def check_request(request: ForwardRequest, head: Head) -> None:
-    """Raise EngineError if ``head`` cannot give what is requested."""
-    known = {"logprobs", "entropy"} if head == "policy" else {"values"}
-    for name in request.outputs:
-        if name not in known:
-            raise EngineError(f"a {head} head gives {' and '.join(sorted(known))}, not {name}")
-    if request.temperature <= 0:
-        raise EngineError(f"temperature must be positive, not {request.temperature}")
-
-
 def logits_rule(config: Any) -> LogitsRule:
-    """How the architecture treats its logits, by the configuration fields that transformers uses for it."""
+    """Return how the architecture processes its logits, from the configuration fields that transformers uses."""
     scale = 1.0
     if (factor := getattr(config, "logit_scale", None)) is not None:  # Cohere
         scale = float(factor)
     elif (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
         scale = 1 / float(divisor)
     return LogitsRule(scale, getattr(config, "final_logit_softcapping", None))  # Gemma 2 and later
+
+
+@contextmanager
+def training_mode(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Set the training mode of ``modules`` themselves, not of the modules inside of them, while the context lasts."""
+    for module in modules:
+        module.training = True
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.training = False

@@ -4,7 +4,7 @@ from rlcore.plugins import Plugin
 
 train_engine = Plugin(
     interface=1,
-    config="rlcore_fsdp.config:FSDPSettings",
+    config="rlcore_fsdp.settings:FSDPSettings",
     factory="rlcore_fsdp.engine:build",
     summary="PyTorch FSDP2 over Hugging Face models, on one process or many, CPU or CUDA",
 )

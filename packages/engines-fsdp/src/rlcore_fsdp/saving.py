@@ -25,9 +25,8 @@ from rlcore_fsdp.lora import adapted_layers, trained_parameters
 from rlcore_fsdp.weights import named_weights
 from rlcore_kit.checkpoint import random_states, rank_files
 from rlcore_kit.checkpoint.background_save import BackgroundSave
-from rlcore_kit.checkpoint.rank_files import Gather, RankPart
+from rlcore_kit.checkpoint.rank_files import MOMENTS, Gather, RankPart
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -83,11 +82,9 @@ class Saving:
         weights = {f"weight/{name}": tensor for name, tensor in kept_weights(self._model)}
         frozen, error = self._frozen, None
         try:
-            manifest = rank_files.read_manifest(path, Manifest)
+            manifest = rank_files.read_manifest(path, Manifest, optimizer=self._optimizer is not None)
             check_base_model(path, manifest, self._lora, frozen)
             checkpoint.check_shapes(path, manifest, weights)
-            if self._optimizer is not None and not manifest.optimizer:
-                raise CheckpointError(f"{path} was saved by a frozen engine: it has no optimizer states to go on with")
             wanted = {name: checkpoint.row_range(tensor, self._rank) for name, tensor in weights.items()}
             adam = self._adam_steps(manifest)
             wanted |= {f"{moment}/{name}": wanted[f"weight/{name}"] for name in adam for moment in MOMENTS}

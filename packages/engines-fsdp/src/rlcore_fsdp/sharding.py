@@ -9,13 +9,32 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from rlcore_fsdp.config import FSDPSettings
+from rlcore.errors import EngineError
 from rlcore_fsdp.packed_model import PackedModel
+from rlcore_fsdp.settings import FSDPSettings
+from rlcore_kit.training.process_group import ensure_process_group
+
+
+def make_mesh(device: torch.device, replicate: int) -> DeviceMesh:
+    """Return the FSDP mesh: ``(shard,)`` or, with several replicas, ``(replicate, shard)``.
+
+    A process without a process group gets a group of one.
+
+    Raises:
+        EngineError: ``replicate`` does not divide the number of processes.
+    """
+    ensure_process_group(device)
+    world = dist.get_world_size()
+    if world % replicate:
+        raise EngineError(f"replicate {replicate} does not divide the number of processes {world}")
+    if replicate == 1:
+        return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+    return init_device_mesh(device.type, (replicate, world // replicate), mesh_dim_names=("replicate", "shard"))
 
 
 def shard(

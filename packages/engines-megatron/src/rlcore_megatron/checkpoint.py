@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from pydantic import Field, model_validator
 from safetensors import safe_open
 
@@ -86,13 +85,6 @@ class Reader:
             raise CheckpointError(
                 f"{self._path / MANIFEST} is damaged: it names {found} of {into.numel()} elements of a block of {key}"
             )
-
-
-def gather_objects(value: Any) -> list[Any]:
-    """``value`` of every rank, by rank. Values are plain data made by us."""
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered
 
 
 def _read_overlap(

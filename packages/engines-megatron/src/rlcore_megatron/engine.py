@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from rlcore.batch import Batch, Jagged
+from rlcore.batch import Batch
 from rlcore.boundary import boundary
 from rlcore.engines import ForwardRequest, Objective, TrainEngine, TrainEngineSpec, WeightBucket
 from rlcore.engines.memory import StepMemory
@@ -26,9 +26,10 @@ from rlcore.engines.train import FileRecord, Part
 from rlcore.errors import EngineError
 from rlcore.metrics import Metrics
 from rlcore_kit.model_folder import checks, files
-from rlcore_kit.model_folder.length import check_sequences
 from rlcore_kit.training.device import choose_device
 from rlcore_kit.training.lr_schedule import learning_rate
+from rlcore_kit.training.micro_batches import check_batch, check_request, in_order, micro_batches
+from rlcore_kit.training.process_group import max_over_ranks, sum_over_ranks
 from rlcore_megatron import parallel as layouts
 from rlcore_megatron import weights
 from rlcore_megatron.families import family_of
@@ -184,8 +185,7 @@ class MegatronEngine(TrainEngine):
         if self.parallel.pp > 1:
             dist.broadcast(together, self.parallel.last_stage_rank, group=self.parallel.pp_group)
         values = together.cpu().unbind(0)
-        columns = Batch({str(name): Jagged(column, lengths) for name, column in zip(names, values)})
-        return columns.take(torch.tensor(order, dtype=torch.int64).argsort())
+        return in_order(dict(zip(names, values)), lengths, order)
 
     def train(self, batch: Batch, objective: Objective) -> Metrics:
         optimization = self._optimization
@@ -193,7 +193,7 @@ class MegatronEngine(TrainEngine):
             raise EngineError("this engine was built without an optimizer (a frozen model) and cannot train")
         self._check(batch, objective.request)
         self.onload("params")
-        denominators = self._summed(objective.denominators(batch))
+        denominators = sum_over_ranks(objective.denominators(batch), self._device, self.parallel.dp_group)
         divided = [batch.take(members) for members in self._micro_batches(batch, objective.request.together)]
         try:
             with _training(self.modules, self.settings.recompute != "none"):
@@ -206,37 +206,17 @@ class MegatronEngine(TrainEngine):
         return metrics
 
     def _check(self, batch: Batch, request: ForwardRequest) -> None:
-        head = self.spec.head
-        known = {"logprobs", "entropy"} if head == "policy" else {"values"}
-        for name in request.outputs:
-            if name not in known:
-                raise EngineError(f"a {head} head gives {' and '.join(sorted(known))}, not {name}")
-        if request.temperature <= 0:
-            raise EngineError(f"temperature must be positive, not {request.temperature}")
-        check_sequences(self.spec.model, self.hf_config, batch.lengths)
-        tokens, size = batch.flat("tokens"), self.modules[0].vocabulary
-        if len(tokens) and (int(tokens.min()) < 0 or int(tokens.max()) >= size):
-            raise EngineError(
-                f"tokens from {int(tokens.min())} to {int(tokens.max())} do not fit the vocabulary of {size} of "
-                f"{self.spec.model.path!r}; does the tokenizer belong to the model?"
-            )
+        check_request(request, self.spec.head)
+        check_batch(batch, self.spec.model, self.hf_config, self.modules[0].vocabulary)
 
     def _micro_batches(self, batch: Batch, together: str | None = None) -> list[list[int]]:
-        """Return the indices of each micro-batch; all ranks have the same number, of which some may be empty."""
-        divided = batch.micro_batches(self.spec.max_tokens, together)
-        most = torch.tensor(max(1, len(divided)), device=self._device)
-        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.parallel.dp_group)
-        count = int(most)
-        if self.parallel.vpp > 1:  # the interleaved schedule goes round the stages
-            count = -(-count // self.parallel.pp) * self.parallel.pp
-        return divided + [[] for _ in range(count - len(divided))]
+        return micro_batches(batch, self.spec.max_tokens, together, self._number_of_micro_batches)
 
-    def _summed(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Sum each value over data-parallel ranks; every rank passes the same keys."""
-        names = sorted(values)
-        total = torch.tensor([float(values[name]) for name in names], dtype=torch.float64, device=self._device)
-        dist.all_reduce(total, group=self.parallel.dp_group)
-        return dict(zip(names, total.tolist()))
+    def _number_of_micro_batches(self, own: int) -> int:
+        """Return the number that all ranks compute, of which this rank has ``own``."""
+        count = max_over_ranks(own, self._device, self.parallel.dp_group)
+        # the interleaved schedule needs a multiple of the number of stages
+        return -(-count // self.parallel.pp) * self.parallel.pp if self.parallel.vpp > 1 else count
 
     def _agree(self, metrics: Metrics, error: Exception | None) -> Metrics:
         """Return the last stage's metrics on all stages, or raise on all ranks if the objective failed on one."""

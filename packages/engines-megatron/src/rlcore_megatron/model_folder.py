@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig
 
 from rlcore.boundary import boundary
 from rlcore.engines import ModelSettings
 from rlcore.engines.settings import Head
 from rlcore.errors import EngineError
-from rlcore_kit.model_folder import checks, files
+from rlcore_kit.model_folder import files
+from rlcore_kit.model_folder.loading import read_config
 
 _FETCHED = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
 
@@ -24,19 +24,16 @@ def find_model(settings: ModelSettings, head: Head) -> tuple[Path, Any]:
     Raises:
         EngineError: the folder is missing or incomplete, or a file of it is damaged.
     """
-    path = files.model_folder(settings) or _fetch(settings)
-    checks.check_config_file(path)
-    with boundary(f"model {settings.path!r} cannot be read", EngineError):
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
-        checks.check_files(settings, config, head, path)
-    return path, config
+    folder = files.model_folder(settings) or _fetch(settings)
+    local = settings.model_copy(update={"path": str(folder), "trust_remote_code": False})
+    return folder, read_config(local, head)
 
 
 def _fetch(settings: ModelSettings) -> Path:
     from huggingface_hub import snapshot_download
 
     name = settings.path
-    with boundary(f"model {name!r} is no folder here and cannot be fetched from the Hub", EngineError):
+    with boundary(f"model {name!r} is not a local folder and cannot be fetched from the Hub", EngineError):
         fetched = settings.model_copy(update={"path": snapshot_download(name, allow_patterns=_FETCHED)})
     found = files.model_folder(fetched)
     assert found is not None

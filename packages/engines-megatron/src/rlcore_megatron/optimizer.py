@@ -16,10 +16,9 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from rlcore.engines import OptimSettings
 from rlcore.errors import EngineError
+from rlcore_kit.training.lr_schedule import check_schedule
 from rlcore_megatron.modules import PackedGPT
 from rlcore_megatron.settings import MegatronSettings
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Optimization:
@@ -31,8 +30,7 @@ class Optimization:
     """
 
     def __init__(self, modules: Sequence[PackedGPT], settings: MegatronSettings, optim: OptimSettings) -> None:
-        if optim.schedule != "constant" and optim.total_steps is None:
-            raise EngineError(f"optim.schedule {optim.schedule!r} needs optim.total_steps, the length of the schedule")
+        check_schedule(optim)
         self._optim = optim
         config = modules[0].config
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import os
 import sys
 import weakref
 from dataclasses import dataclass
@@ -13,9 +12,8 @@ import torch
 import torch.distributed as dist
 
 from rlcore.errors import EngineError
+from rlcore_kit.training import process_group
 from rlcore_megatron.settings import MegatronSettings
-
-_ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -77,14 +75,10 @@ def join_processes(device: torch.device) -> int:
     Megatron needs a process group in a single process too: it gets a group of one.
     """
     if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        if all(name in os.environ for name in _ENVIRONMENT) and int(os.environ["WORLD_SIZE"]) > 1:
-            dist.init_process_group(backend)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        # the interpreter aborts if threads of gloo outlive it
-        atexit.register(_leave_processes)
-    return dist.get_world_size()
+        atexit.register(_leave_processes)  # the interpreter aborts if threads of gloo outlive it
+    world = process_group.join_processes(device)
+    process_group.ensure_process_group(device)
+    return world
 
 
 def _leave_processes() -> None:

@@ -13,11 +13,12 @@ from megatron.core.dist_checkpointing.mapping import ShardedBase
 from rlcore.errors import CheckpointError
 from rlcore_kit.checkpoint import random_states, rank_files
 from rlcore_kit.checkpoint.background_save import BackgroundSave
-from rlcore_kit.checkpoint.rank_files import RankPart, rank_file
+from rlcore_kit.checkpoint.rank_files import MOMENTS, RankPart, rank_file
+from rlcore_kit.training.process_group import gather_objects
 from rlcore_megatron import torch_dist
-from rlcore_megatron.checkpoint import Manifest, Reader, gather_objects
+from rlcore_megatron.checkpoint import Manifest, Reader
 from rlcore_megatron.modules import PackedGPT
-from rlcore_megatron.optimizer import MOMENTS, Optimization
+from rlcore_megatron.optimizer import Optimization
 from rlcore_megatron.parallel import Parallel
 from rlcore_megatron.settings import CheckpointFormat
 from rlcore_megatron.sharded_state import LocalParameter, adam_step, local_parameters, other_states, restore_moments
@@ -72,10 +73,8 @@ class Saving:
         local = local_parameters(self._modules, self._optimization, parallel)
         shapes = _shapes(local)
         try:
-            manifest = rank_files.read_manifest(path, Manifest)
+            manifest = rank_files.read_manifest(path, Manifest, optimizer=self._optimization is not None)
             rank_files.check_shapes(path, manifest.shapes, shapes)
-            if self._optimization is not None and not manifest.optimizer:
-                raise CheckpointError(f"{path} was saved by a frozen engine: it has no optimizer states to go on with")
             rank_files.check_files(path, manifest, parallel.rank, parallel.world)
             reader = Reader(path, manifest)
             step = manifest.adam_step if self._optimization is not None else 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from rlcore.engines import WeightBucket
-from rlcore.errors import EngineError
-from rlcore_kit.model_folder.files import CONFIG, GENERATION, Origin
-from rlcore_kit.model_folder.writing import MAX_FILE_BYTES, write_model_folder
+from rlcore_kit.model_folder.files import Origin
+from rlcore_kit.model_folder.writing import MAX_FILE_BYTES, write_configuration, write_on_first_rank
+from rlcore_kit.training.process_group import gather_objects
 
 
 def write_model(
@@ -33,23 +34,8 @@ def write_model(
     Raises:
         EngineError: on every rank, if the folder could not be written.
     """
-    stream = _tensors(buckets, origin)
-    error = None
-    if dist.get_rank() == 0:
-        try:
-            write_model_folder(
-                stream, path, lambda folder, names: _write_others(hf_config, origin, folder, names), max_file_bytes
-            )
-        except EngineError as problem:
-            error = str(problem)
-    for _ in stream:  # the stream is everyone's work, to its end
-        pass
-    if dist.get_world_size() > 1:
-        box = [error]
-        dist.broadcast_object_list(box, 0)
-        error = box[0]
-    if error is not None:
-        raise EngineError(error)
+    others = partial(_write_others, hf_config, origin)
+    write_on_first_rank(_tensors(buckets, origin), path, others, dist.get_rank(), gather_objects, max_file_bytes)
 
 
 def _tensors(buckets: Iterable[WeightBucket], origin: Origin) -> Iterator[tuple[str, torch.Tensor]]:
@@ -59,15 +45,7 @@ def _tensors(buckets: Iterable[WeightBucket], origin: Origin) -> Iterator[tuple[
 
 
 def _write_others(hf_config: Any, origin: Origin, folder: Path, names: set[str]) -> None:
-    if origin.generation is not None:
-        (folder / GENERATION).write_text(origin.generation, encoding="utf-8")
-    _config(hf_config, names, origin.dtype).to_json_file(folder / CONFIG)
-
-
-def _config(hf_config: Any, names: set[str], dtype: str) -> Any:
-    """Return the configuration of the written model: its precision, and the class for its head."""
     config = copy.deepcopy(hf_config)
-    config.dtype = dtype
     classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if "score.weight" in names:
         config.num_labels = 1
@@ -75,5 +53,4 @@ def _config(hf_config: Any, names: set[str], dtype: str) -> Any:
         classes = (
             MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES if biased else MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
         )
-    config.architectures = [classes[config.model_type]]
-    return config
+    write_configuration(config, classes[config.model_type], origin, folder)

@@ -28,6 +28,8 @@ from rlcore_kit.checkpoint.random_states import RandomStates
 from rlcore_kit.checkpoint.tensor_file import flush, write_tensors
 
 MANIFEST = "checkpoint.json"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Optimizer states of a weight (AdamW's moments), by their names in checkpoints and in torch."""
 
 Gather = Callable[[Any], list[Any]]
 """Gives a value of plain data that each rank calls it with to all of them, by rank."""
@@ -121,11 +123,14 @@ def complete(
     return records
 
 
-def read_manifest(path: Path, kind: type[Manifest]) -> Manifest:
-    """The manifest of the checkpoint ``path``.
+def read_manifest(path: Path, kind: type[Manifest], optimizer: bool = False) -> Manifest:
+    """Read the manifest of the checkpoint ``path``.
+
+    Args:
+        optimizer: whether the optimizer's states are needed.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or its format is not that of ``kind``.
+        CheckpointError: there is none, it is damaged, has another format than ``kind``, or no optimizer states.
     """
     if not os.path.exists(path / MANIFEST):
         raise CheckpointError(f"{path} holds no complete checkpoint: {MANIFEST} is missing")
@@ -135,6 +140,8 @@ def read_manifest(path: Path, kind: type[Manifest]) -> Manifest:
         raise CheckpointError(
             f"{path / MANIFEST} is damaged: it has parts of {len(manifest.ranks)} ranks, but no file {min(lacking)}"
         )
+    if optimizer and not manifest.optimizer:
+        raise CheckpointError(f"{path} was saved by a frozen engine: it has no optimizer states to continue with")
     return manifest
 
 

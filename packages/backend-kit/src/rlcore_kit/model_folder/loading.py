@@ -32,7 +32,7 @@ def read_config(settings: ModelSettings, head: Head = "policy") -> Any:
         EngineError: the folder is missing or incomplete, a file of it is damaged, or its architecture is unsupported.
     """
     folder = files.model_folder(settings)
-    where = "cannot be read" if folder else "is no folder here and cannot be fetched from the Hub"
+    where = "cannot be read" if folder else "is not a local folder and cannot be fetched from the Hub"
     if folder:
         checks.check_config_file(folder)
     with boundary(f"model {settings.path!r} {where}", EngineError), quiet():

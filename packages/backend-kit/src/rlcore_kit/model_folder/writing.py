@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from rlcore.boundary import reason
 from rlcore.errors import EngineError
-from rlcore_kit.model_folder.files import ADAPTER, CONFIG, INDEX, SINGLE
+from rlcore_kit.model_folder.files import ADAPTER, CONFIG, GENERATION, INDEX, SINGLE, Origin
 
 MAX_FILE_BYTES = 4 << 30
 ADAPTERS = "adapter"
@@ -64,6 +65,48 @@ def write_model_folder(
             ) from failure
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_on_first_rank(
+    weights: Iterator[tuple[str, torch.Tensor]],
+    path: Path,
+    write_others: Callable[[Path, set[str]], None],
+    rank: int,
+    gather: Callable[[str | None], list[str | None]],
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> None:
+    """Write a stream of tensors, in which all ranks take part, as `write_model_folder` does, on rank 0.
+
+    Args:
+        gather: gives every rank the values of all.
+
+    Raises:
+        EngineError: on every rank, if the folder could not be written.
+    """
+    error = None
+    if rank == 0:
+        try:
+            write_model_folder(weights, path, write_others, max_file_bytes)
+        except EngineError as problem:
+            error = str(problem)
+    for _ in weights:  # producing the stream is collective: every rank iterates to its end
+        pass
+    if error := gather(error)[0]:
+        raise EngineError(error)
+
+
+def write_configuration(config: Any, architecture: str, origin: Origin, folder: Path) -> None:
+    """Write ``config.json``, and ``generation_config.json`` as it was in the files that the model came from.
+
+    Args:
+        config: configuration of transformers; its precision and class are changed to those of what is written.
+        architecture: class of transformers that loads the folder.
+    """
+    config.dtype = origin.dtype
+    config.architectures = [architecture]
+    if origin.generation is not None:
+        (folder / GENERATION).write_text(origin.generation, encoding="utf-8")
+    config.to_json_file(folder / CONFIG)
 
 
 def _write_weights(weights: Iterable[tuple[str, torch.Tensor]], folder: Path, max_file_bytes: int) -> set[str]:

@@ -1,4 +1,4 @@
-"""Where an engine computes."""
+"""The device of an engine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from rlcore.errors import EngineError
 
 
 def choose_device(requested: str | None) -> torch.device:
-    """CUDA by ``LOCAL_RANK`` or the CPU; CUDA if there is one where nothing is requested."""
+    """Return the CPU or the CUDA device of ``LOCAL_RANK``; without a request, CUDA if there is one.
+
+    Raises:
+        EngineError: there is no such device.
+    """
     kind = requested or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cpu":
         return torch.device("cpu")

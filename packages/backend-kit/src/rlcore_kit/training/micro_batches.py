@@ -1,0 +1,72 @@
+"""Checks of a batch, its division into micro-batches, and their results in the order of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from rlcore.batch import Batch, Jagged
+from rlcore.engines import ForwardRequest, ModelSettings
+from rlcore.engines.settings import Head
+from rlcore.errors import EngineError
+from rlcore_kit.model_folder.length import check_sequences
+
+
+def check_request(request: ForwardRequest, head: Head) -> None:
+    """Check that a model with ``head`` computes the requested outputs.
+
+    Raises:
+        EngineError: it has no such output, or the temperature is not positive.
+    """
+    known = {"logprobs", "entropy"} if head == "policy" else {"values"}
+    for name in request.outputs:
+        if name not in known:
+            raise EngineError(f"a {head} head computes {' and '.join(sorted(known))}, not {name}")
+    if request.temperature <= 0:
+        raise EngineError(f"temperature must be positive, not {request.temperature}")
+
+
+def check_batch(batch: Batch, settings: ModelSettings, config: Any, vocabulary: int) -> None:
+    """Check that the model has a position for every token of ``batch`` and an embedding for each.
+
+    Args:
+        config: configuration of transformers.
+        vocabulary: number of token ids of the model.
+
+    Raises:
+        EngineError: a sequence is too long for the rotary scaling, or a token is outside of the vocabulary.
+    """
+    check_sequences(settings, config, batch.lengths)
+    tokens = batch.flat("tokens")
+    if len(tokens) and (int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary):
+        raise EngineError(
+            f"tokens from {int(tokens.min())} to {int(tokens.max())} do not fit the vocabulary of {vocabulary} of "
+            f"{settings.path!r}; does the tokenizer belong to the model?"
+        )
+
+
+def micro_batches(batch: Batch, max_tokens: int, together: str | None, count: Callable[[int], int]) -> list[list[int]]:
+    """Divide ``batch`` under a token budget; return the indices of each micro-batch.
+
+    Args:
+        max_tokens: token budget of a micro-batch.
+        together: column whose units stay in one micro-batch; see `ForwardRequest`.
+        count: returns the number of micro-batches that all ranks compute, for the number that this rank has; the
+            missing ones are empty.
+    """
+    divided = batch.micro_batches(max_tokens, together)
+    return divided + [[] for _ in range(count(max(1, len(divided))) - len(divided))]
+
+
+def in_order(columns: Mapping[str, torch.Tensor], lengths: torch.Tensor, order: Sequence[int]) -> Batch:
+    """Return ``columns``, whose sequences have the given ``order``, as a batch in the order of samples.
+
+    Args:
+        columns: ``[T]`` each, the results of one micro-batch after another.
+        lengths: ``[B]`` lengths of the sequences in these columns.
+        order: sample of each of these sequences.
+    """
+    jagged = Batch({name: Jagged(values, lengths) for name, values in columns.items()})
+    return jagged.take(torch.tensor(order, dtype=torch.int64).argsort())

@@ -64,23 +64,24 @@ def choose_kernel(requested: str | None, device: torch.device, dtype: torch.dtyp
     Raises:
         EngineError: unknown, not installed, or not for this device and precision.
     """
-    usable: dict[str, bool] = {
+    usable: dict[Kernel, bool] = {
         "flash_attention_2": device.type == "cuda" and dtype != torch.float32 and find_spec("flash_attn") is not None,
         "varlen": device.type == "cuda" and dtype != torch.float32 and _torch_varlen() is not None,
         "sdpa": True,
     }
     if requested is None:
-        return next(kernel for kernel, works in usable.items() if works)  # type: ignore[return-value]
-    if requested not in usable:
+        return next(kernel for kernel, works in usable.items() if works)
+    chosen = next((kernel for kernel in usable if kernel == requested), None)
+    if chosen is None:
         raise EngineError(
             f"attn_implementation {requested!r} has no packed form here; known: {', '.join(usable)}, or null to choose"
         )
-    if not usable[requested]:
+    if not usable[chosen]:
         raise EngineError(
             f"attn_implementation {requested!r} needs CUDA, a 16-bit param_dtype and its library installed; this "
             f"engine computes in {str(dtype).removeprefix('torch.')} on {device.type}"
         )
-    return requested  # type: ignore[return-value]
+    return chosen
 
 
 @cache

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import torch
 from pydantic import AfterValidator, Field, model_validator
@@ -24,7 +24,7 @@ from rlcore_kit.checkpoint import random_states
 from rlcore_kit.checkpoint.rank_files import MANIFEST, RankManifest, RankPart, rank_file
 from rlcore_kit.checkpoint.rank_files import check_shapes as check_same_shapes
 
-FORMAT = 2
+FORMAT: Final = 2
 
 
 def _in_order(rows: tuple[int, int]) -> tuple[int, int]:

@@ -110,7 +110,9 @@ class FSDPTrainEngine(TrainEngine):
         self.step_count = 0
         self._in_use_for_generation = False
         self._broken = False
-        self._origin = gather_objects(files.Origin.of(spec.model, spec.head) if self.dp_rank == 0 else None)[0]
+        origin = gather_objects(files.Origin.of(spec.model, spec.head) if self.dp_rank == 0 else None)[0]
+        assert origin is not None
+        self._origin = origin
         self._verify(config)
 
     def _prepare_training(self) -> torch.optim.Optimizer | None:
@@ -224,8 +226,8 @@ class FSDPTrainEngine(TrainEngine):
 
     def _check(self, batch: Batch, request: ForwardRequest) -> None:
         check_request(request, self.spec.head)
-        vocabulary = self.model.get_input_embeddings().num_embeddings
-        check_batch(batch, self.spec.model, self.model.config, vocabulary)
+        embeddings: Any = self.model.get_input_embeddings()
+        check_batch(batch, self.spec.model, self.model.config, embeddings.num_embeddings)
 
     def _micro_batches(self, batch: Batch, together: str | None = None) -> list[list[int]]:
         return micro_batches(batch, self.spec.max_tokens, together, partial(max_over_ranks, device=torch.device("cpu")))
@@ -259,7 +261,8 @@ class FSDPTrainEngine(TrainEngine):
         assert optim is not None
         assert optimizer is not None
         parameters = [parameter for parameter in self.root.parameters() if parameter.grad is not None]
-        norm = sharding.full(nn.utils.get_total_norm([parameter.grad for parameter in parameters]))
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm = sharding.full(nn.utils.get_total_norm(gradients))
         finite = math.isfinite(float(norm))
         lr = learning_rate(self._schedule_step, optim)
         if finite:

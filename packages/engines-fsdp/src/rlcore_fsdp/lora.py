@@ -149,4 +149,9 @@ def _peft_config(settings: LoRASettings, targets: list[str]) -> Any:
         from peft import LoraConfig
     except ModuleNotFoundError as error:
         raise EngineError("the option lora needs PEFT, which is not installed: pip install 'rlcore[lora]'") from error
-    return LoraConfig(r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=targets)
+    return LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # a float is fine
+        lora_dropout=settings.dropout,
+        target_modules=targets,
+    )

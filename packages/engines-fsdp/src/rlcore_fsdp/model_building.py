@@ -56,7 +56,7 @@ def build_model(
         if settings.replicate > 1:
             raise EngineError(f"replicate {settings.replicate} needs that many processes; this is the only one")
         model = with_adapters(load_model(spec.model, config, spec.head, param_dtype, spec.seed, IMPLEMENTATION))
-        return PackedModel(model.to(device), spec.head, settings.logits_chunk)
+        return PackedModel(model.to(device), spec.head, settings.logits_chunk)  # type: ignore[arg-type]
     mesh = sharding.make_mesh(device, settings.replicate)
     source, error = None, None
     if dist.get_rank() == 0:

@@ -57,9 +57,9 @@ class PackedModel(nn.Module):
                 chunk=self.logits_chunk,
                 with_entropy="entropy" in request.outputs,
             )
-            outputs = {"logprobs": logprobs, "entropy": entropy}
+            outputs: dict[str, Any] = {"logprobs": logprobs, "entropy": entropy}
         else:
-            score = self.model.score
+            score: Any = self.model.score
             values = states.float() @ score.weight[0].float()
             outputs = {"values": values if score.bias is None else values + score.bias.float()}
         return {name: outputs[name] for name in request.outputs}

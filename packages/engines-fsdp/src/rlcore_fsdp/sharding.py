@@ -111,7 +111,7 @@ def gathered(root: PackedModel, settings: FSDPSettings) -> Iterator[None]:
     assert isinstance(root, FSDPModule)
     # A layer that is called before its root would take itself for the root; torch 2.13 has no public way to say so.
     root._get_fsdp_state()._lazy_init()
-    modules = [module for module in root.modules() if isinstance(module, FSDPModule)]
+    modules: list[Any] = [module for module in root.modules() if isinstance(module, FSDPModule)]
     unshard(root)
     root.set_reshard_after_forward(False)
     try:

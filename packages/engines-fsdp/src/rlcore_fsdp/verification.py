@@ -81,7 +81,8 @@ def _packed(
         rows = [*rows, rows[0][:_FAR_LENGTH]]
     packing = Packing(tuple(map(len, rows)), kernel, device, first)
     request = ForwardRequest(("logprobs",) if root.head == "policy" else ("values",))
-    return root(torch.cat(rows), packing, positions.to(device), request)[request.outputs[0]]
+    outputs: dict[str, torch.Tensor] = root(torch.cat(rows), packing, positions.to(device), request)
+    return outputs[request.outputs[0]]
 
 
 def _compare(root: PackedModel, ours: torch.Tensor, expected: torch.Tensor, allowed: float, what: str) -> None:

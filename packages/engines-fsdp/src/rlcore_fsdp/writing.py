@@ -21,7 +21,7 @@ def write_others(model: PreTrainedModel, origin: Origin, folder: Path) -> None:
     config = copy.deepcopy(model.config)
     with quiet():
         if model.is_remote_code():
-            custom_object_save(model, folder, config=config)
+            custom_object_save(model, folder, config=config)  # type: ignore[arg-type]
         if origin.generation is None and model.can_generate():
             model.generation_config.to_json_file(folder / GENERATION)
         write_configuration(config, type(model).__name__.removeprefix("FSDP"), origin, folder)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -23,7 +23,7 @@ from rlcore_megatron import torch_dist
 from rlcore_megatron.blocks import overlap
 from rlcore_megatron.settings import CheckpointFormat
 
-FORMAT = 2
+FORMAT: Final = 2
 
 InRankFile = tuple[FileName, str]
 """A safetensors file, and the name of a tensor in it."""
@@ -55,8 +55,11 @@ class Reader:
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self._path = path
-        known = {"safetensors": _read_overlap, torch_dist.BACKEND: torch_dist.read_overlap}
-        self._read_overlap: Callable[..., Any] = known[manifest.files_format]
+        readers: dict[str, Callable[..., Any]] = {
+            "safetensors": _read_overlap,
+            torch_dist.BACKEND: torch_dist.read_overlap,
+        }
+        self._read_overlap = readers[manifest.files_format]
         self._saved: dict[str, list[tuple[InRankFile | torch_dist.InBucket, tuple[int, ...]]]] = {}
         for where, key, offset in (block for blocks in manifest.ranks for block in blocks):
             self._saved.setdefault(key, []).append((where, offset))

@@ -146,7 +146,7 @@ def _in_megatrons_terms(
     the optimizer updates, which the engine reads; the model's weights are written in addition, for Megatron's tools.
     """
     described: list[ShardedBase] = []
-    keys = {}
+    keys: dict[str, str] = {}
     for one, kind, tensor in _share(local, kinds):
         prefix = _MEGATRONS_NAMES[kind] if one.main is not None else ""
         described.append(one.described(_copy(tensor), prefix))

@@ -25,8 +25,8 @@ from megatron.core.dist_checkpointing.mapping import CheckpointingException, Sha
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-from torch.distributed.checkpoint import Metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
 from rlcore.engines.train import FileRecord
@@ -175,7 +175,7 @@ def _blocks(part: TorchDistPart) -> Iterator[SavedBlock]:
         if result.index.fqn in part.keys:
             stored = result.storage_data
             where = (stored.relative_path, stored.offset, stored.length, shape)
-            yield where, part.keys[result.index.fqn], tuple(result.index.offset)
+            yield where, part.keys[result.index.fqn], tuple(result.index.offset or ())
 
 
 class _PlanOnly(TorchDistSaveShardedStrategy):  # type: ignore[misc]

@@ -7,6 +7,7 @@ matrix each. Other engines know the names in the files, so those travel.
 from __future__ import annotations
 
 from copy import deepcopy
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -62,9 +63,9 @@ class FromFiles:
             return next(iter(parts.values()))
         converter = deepcopy(next(one for one in self._converters if pattern in one.source_patterns))
         for name in sorted(parts, key=_by_number):  # parts are stacked in the order in which they come
-            converter.add_tensor(owner, name, renamed[name][1], parts[name])
-        fused = converter.convert(owner, model=self._model, config=self._model.config)[owner]
-        return fused[0] if isinstance(fused, list) else fused
+            converter.add_tensor(owner, name, renamed[name][1], parts[name])  # type: ignore[arg-type]
+        fused: Any = converter.convert(owner, model=self._model, config=self._model.config)[owner]
+        return fused[0] if isinstance(fused, list) else fused  # type: ignore[no-any-return]
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:

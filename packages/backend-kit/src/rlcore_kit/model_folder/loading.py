@@ -133,31 +133,35 @@ def empty_model(
 
 
 def _prepared(model: PreTrainedModel) -> PreTrainedModel:
-    """In evaluation mode, and with a gradient for every token's embedding.
+    """Put ``model`` into evaluation mode, and give every token's embedding a gradient.
 
-    transformers gives the padding token's none. A packed row has no padding: where that token stands, the policy
-    sampled it or a prompt means it (often it is also the end of a text).
+    transformers computes none for the padding token. A packed row has no padding: that token was sampled by the policy
+    or is part of a prompt (it often is also the end of a text).
     """
-    model.get_input_embeddings().padding_idx = None
-    return model.eval()
+    embeddings: Any = model.get_input_embeddings()
+    embeddings.padding_idx = None
+    model.train(False)
+    return model
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' progress bars and its reports on missing weights: `load_model` judges those itself."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(logging.CRITICAL)
-    transformers_logging.disable_progress_bar()
+    """Suppress transformers' progress bars and its reports on missing weights, which `load_model` checks itself."""
+    logger: Any = transformers_logging
+    verbosity, bars = logger.get_verbosity(), logger.is_progress_bar_enabled()
+    logger.set_verbosity(logging.CRITICAL)
+    logger.disable_progress_bar()
     try:
         yield
     finally:
-        transformers_logging.set_verbosity(verbosity)
+        logger.set_verbosity(verbosity)
         if bars:
-            transformers_logging.enable_progress_bar()
+            logger.enable_progress_bar()
 
 
 def _auto_class(settings: ModelSettings, config: Any, head: Head) -> Any:
-    """The auto class for ``head``; ``config`` is set up for one scalar per token where it has no vocabulary."""
+    """Return the auto class for ``head``; for a scalar head, set the number of labels of ``config`` to 1."""
+    cls: Any
     if head == "policy":
         cls = transformers.AutoModelForCausalLM
     else:

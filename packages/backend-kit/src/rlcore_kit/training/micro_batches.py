@@ -10,6 +10,7 @@ import torch
 from rlcore.batch import Batch, Jagged
 from rlcore.engines import ForwardRequest, ModelSettings
 from rlcore.engines.settings import Head
+from rlcore.engines.train import Output
 from rlcore.errors import EngineError
 from rlcore_kit.model_folder.length import check_sequences
 
@@ -60,7 +61,7 @@ def micro_batches(batch: Batch, max_tokens: int, together: str | None, count: Ca
     return divided + [[] for _ in range(count(max(1, len(divided))) - len(divided))]
 
 
-def in_order(columns: Mapping[str, torch.Tensor], lengths: torch.Tensor, order: Sequence[int]) -> Batch:
+def in_order(columns: Mapping[Output, torch.Tensor], lengths: torch.Tensor, order: Sequence[int]) -> Batch:
     """Return ``columns``, whose sequences have the given ``order``, as a batch in the order of samples.
 
     Args:
@@ -68,5 +69,5 @@ def in_order(columns: Mapping[str, torch.Tensor], lengths: torch.Tensor, order: 
         lengths: ``[B]`` lengths of the sequences in these columns.
         order: sample of each of these sequences.
     """
-    jagged = Batch({name: Jagged(values, lengths) for name, values in columns.items()})
+    jagged = Batch({str(name): Jagged(values, lengths) for name, values in columns.items()})
     return jagged.take(torch.tensor(order, dtype=torch.int64).argsort())

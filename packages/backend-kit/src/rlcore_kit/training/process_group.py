@@ -28,7 +28,7 @@ def join_processes(device: torch.device) -> int:
 def ensure_process_group(device: torch.device) -> None:
     """Create a process group of one for a process that is alone, where a library needs a process group."""
     if not dist.is_initialized():
-        dist.init_process_group(_backend(device), store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(_backend(device), store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
 
 
 def _backend(device: torch.device) -> str:

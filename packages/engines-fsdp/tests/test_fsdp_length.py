@@ -1,4 +1,4 @@
-"""Sequences that are long for the model: rotary scaling that depends on the longest one, and the end of positions."""
+"""Sequences that are too long for the model: rotary scaling that depends on length, and the number of positions."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlcore.batch import Batch, Jagged
-from rlcore.engines import ForwardRequest, ModelSettings, RolloutSpec, TrainEngineSpec
+from rlcore.engines import ForwardRequest, ModelSettings, TrainEngineSpec
 from rlcore.errors import EngineError, RlcoreWarning
 from rlcore_fsdp.engine import FSDPTrainEngine, build
 from rlcore_fsdp.settings import FSDPSettings
-from rlcore_inline.engine import build as build_inline
-from rlcore_inline.settings import InlineSettings
 from rlcore_kit.model_folder.length import longest_position, rope_boundary
 from rlcore_kit.testing.tiny_model import tiny_model
 from rlcore_kit.testing.train_engine import reference_outputs
@@ -25,7 +23,7 @@ BOUNDARY = 24
 
 
 def longrope() -> dict[str, Any]:
-    """Each time another dictionary: transformers write into it."""
+    """Return a new dictionary each time, because transformers writes to it."""
     return {
         "rope_type": "longrope",
         "rope_theta": 10000.0,
@@ -68,8 +66,10 @@ def batch_of(*lengths: int) -> Batch:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_rotary_scaling_within_its_boundary(models: dict[str, Path], name: str) -> None:
-    """Short factors are used, whatever the packed length; nothing crosses the boundary."""
+def test_log_probs_within_the_boundary_of_rotary_scaling_are_those_of_transformers(
+    models: dict[str, Path], name: str
+) -> None:
+    """Short factors are used for every packed length; a sequence beyond the boundary is refused."""
     engine, batch = make_engine(models[name], BOUNDARY), batch_of(5, BOUNDARY, 17, BOUNDARY, 9)
     assert batch.total_tokens > 3 * BOUNDARY
     model = AutoModelForCausalLM.from_pretrained(models[name], dtype=torch.float32, attn_implementation="eager")
@@ -82,19 +82,15 @@ def test_rotary_scaling_within_its_boundary(models: dict[str, Path], name: str) 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_runs_that_could_cross_the_boundary_are_refused(models: dict[str, Path], name: str) -> None:
-    settings = ModelSettings(path=str(models[name]))
     with pytest.raises(EngineError, match="the longest sequence of the run has 25 tokens, but beyond 24"):
         make_engine(models[name], BOUNDARY + 1)
-    build_inline(RolloutSpec(settings, InlineSettings(device="cpu"), BOUNDARY)).close()
-    with pytest.raises(EngineError, match="the longest sequence of a rollout has 25 tokens, but beyond 24"):
-        build_inline(RolloutSpec(settings, InlineSettings(device="cpu"), BOUNDARY + 1))
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_scaling_that_no_field_announces_is_noticed(
+def test_rotary_scaling_that_no_configuration_field_shows_is_detected(
     models: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The check at loading reaches the last positions, for architectures that tests cover too."""
+    """The check at loading covers the last positions, also for architectures that the tests cover."""
     monkeypatch.setattr("rlcore_fsdp.verification.rope_boundary", lambda config: None)
     monkeypatch.setattr("rlcore_fsdp.verification.longest_position", lambda config: None)
     with pytest.raises(EngineError, match="packed outputs differ from those of the sequences alone"):
@@ -107,7 +103,7 @@ def config_of(**fields: Any) -> Any:
     return config
 
 
-def test_what_configurations_say_about_length() -> None:
+def test_the_lengths_of_configurations_are_read() -> None:
     plain = config_of(max_position_embeddings=512, rope_parameters={"rope_type": "default"})
     assert (rope_boundary(plain), longest_position(plain)) == (None, 512)
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
@@ -122,10 +118,8 @@ def test_what_configurations_say_about_length() -> None:
     assert longest_position(config_of(rope_parameters=None)) is None
 
 
-def test_sequences_beyond_the_positions(tmp_path: Path) -> None:
+def test_sequences_with_more_tokens_than_positions_are_warned_about(tmp_path: Path) -> None:
     path = tiny_model(tmp_path, max_position_embeddings=16)
-    with pytest.raises(EngineError, match=r"may have 17 tokens, but the model .* has positions for 16"):
-        build_inline(RolloutSpec(ModelSettings(path=str(path)), InlineSettings(device="cpu"), 17))
     engine = make_engine(path, 17)
     engine.forward(batch_of(16), ForwardRequest())
     with pytest.warns(RlcoreWarning, match="longer than the 16 positions"):

@@ -125,7 +125,7 @@ def test_a_failing_export_keeps_the_weights(model: Path, tmp_path: Path, monkeyp
     def fail(*_: Any) -> None:
         raise ValueError("cannot be\nwritten")
 
-    monkeypatch.setattr("rlcore_fsdp.engine.write_configuration", fail)
+    monkeypatch.setattr("rlcore_fsdp.engine.write_others", fail)
     engine.model.get_input_embeddings().weight.data.fill_(2.0)
     with pytest.raises(EngineError, match=r"the weights are in .*out, but .*ValueError: written; copy config\.json"):
         engine.save_pretrained(out)

@@ -1,7 +1,7 @@
 """Attention over a packed row of sequences, as an attention implementation of transformers.
 
-A micro-batch is one row ``[1, T]`` without padding. No mask is built: what belongs together is known from the lengths,
-which travel to every layer as the forward keyword ``packing``.
+A micro-batch is one row ``[1, T]`` without padding. No mask is built: kernels divide the row by the lengths of its
+sequences, which every layer receives as the forward keyword ``packing``.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ class Packing:
 
     Attributes:
         lengths: tokens per sequence, all positive.
-        device: where the row is.
-        first: position of each sequence's first token; None if it is 0.
+        kernel: attention kernel.
+        device: device of the row.
+        first: position id of each sequence's first token; None if it is 0.
     """
 
     lengths: tuple[int, ...]
@@ -59,10 +60,10 @@ class Packing:
 
 
 def choose_kernel(requested: str | None, device: torch.device, dtype: torch.dtype) -> Kernel:
-    """The kernel for ``requested`` (an ``attn_implementation``), or the fastest correct one for None.
+    """Return the kernel for ``requested`` (an ``attn_implementation``), or the fastest correct one for None.
 
     Raises:
-        EngineError: unknown, not installed, or not for this device and precision.
+        EngineError: the kernel is unknown, not installed, or does not support the device or precision.
     """
     usable: dict[Kernel, bool] = {
         "flash_attention_2": device.type == "cuda" and dtype != torch.float32 and find_spec("flash_attn") is not None,
@@ -74,7 +75,7 @@ def choose_kernel(requested: str | None, device: torch.device, dtype: torch.dtyp
     chosen = next((kernel for kernel in usable if kernel == requested), None)
     if chosen is None:
         raise EngineError(
-            f"attn_implementation {requested!r} has no packed form here; known: {', '.join(usable)}, or null to choose"
+            f"attn_implementation {requested!r} has no packed form here; known: {', '.join(usable)}, or null"
         )
     if not usable[chosen]:
         raise EngineError(
@@ -86,7 +87,7 @@ def choose_kernel(requested: str | None, device: torch.device, dtype: torch.dtyp
 
 @cache
 def _torch_varlen() -> Any:
-    """``varlen_attn`` of torch if it knows grouped queries and windows (torch 2.11's does not), else None."""
+    """Return ``varlen_attn`` of torch if it supports grouped queries and windows (torch 2.11 does not), else None."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -106,7 +107,7 @@ def packed_attention(
     packing: Packing | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each sequence. ``query`` ``[1, H, T, D]`` → ``[1, T, H, D]``; see `Packing`."""
+    """Compute causal attention within each sequence; ``query`` ``[1, H, T, D]`` → ``[1, T, H, D]``; see `Packing`."""
     unsupported = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
     if unsupported or packing is None or dropout:
         what = f"uses {unsupported[0]}" if unsupported else "applies dropout" if dropout else "loses the packing"
@@ -165,7 +166,7 @@ def _by_sequence(
 
 
 def _band(length: int, window: int, device: torch.device) -> torch.Tensor:
-    """``[L, L]`` bool: each token sees itself and the ``window - 1`` before it."""
+    """Return a mask ``[L, L]`` with which each token attends to itself and the ``window - 1`` tokens before it."""
     ones = torch.ones(length, length, dtype=torch.bool, device=device)
     return ones.tril().triu(1 - window)
 

@@ -1,7 +1,7 @@
 """Checkpoints (`rlcore_kit.checkpoint.rank_files`) of the rows of every weight and optimizer state that a rank owns.
 
-The manifest names the rows of each rank. Any number of ranks can load it: each reads the rows that it needs from
-whichever files hold them.
+The manifest names the rows of each rank. Any number of ranks can load them: each reads the rows that it needs from the
+files that hold them.
 """
 
 from __future__ import annotations
@@ -29,55 +29,61 @@ FORMAT: Final = 2
 
 def _in_order(rows: tuple[int, int]) -> tuple[int, int]:
     if rows[0] >= rows[1]:
-        raise ValueError(f"{rows[0]} to {rows[1]} are no rows")
+        raise ValueError(f"{rows[0]} to {rows[1]} is no range of rows")
     return rows
 
 
 Rows = Annotated[tuple[Count, Count], AfterValidator(_in_order)]
-"""The first row, and the one after the last."""
+"""The first row, and the row after the last."""
 
 
 class Lora(JsonFile):
-    """What identifies adapters."""
+    """Rank and scale of adapters."""
 
-    rank: int = Field(ge=1, description="Rank.")
-    alpha: Finite = Field(gt=0, description="Scale times rank.")
+    rank: int = Field(ge=1, description="Rank of the adapters.")
+    alpha: Finite = Field(gt=0, description="Scale of the adapters times their rank.")
 
 
 class Frozen(JsonFile):
-    """Weights that are not in the checkpoint."""
+    """Fingerprint of the frozen weights, which are not in the checkpoint."""
 
-    dtype: str = Field(description="In which they were counted.")
-    number: str = Field(pattern="^[0-9a-f]{16}$", description="See `saving.base_model_fingerprint`.")
+    dtype: str = Field(description="Precision in which the fingerprint was computed.")
+    number: str = Field(
+        pattern="^[0-9a-f]{16}$", description="Fingerprint; see `rlcore_fsdp.saving.base_model_fingerprint`."
+    )
 
 
 class Manifest(RankManifest):
-    """``checkpoint.json``. Shapes and ranks are those of "weight/…" and, with an optimizer, of its moments."""
+    """Contents of ``checkpoint.json``. Tensors are named "weight/…" and, for moments of the optimizer, "exp_avg/…"."""
 
     format: Literal[2] = FORMAT
     engine: Literal["fsdp"] = "fsdp"
-    head: Head = Field(description="What the model computes.")
-    lora: Lora | None = Field(description="The adapters that are trained; null: whole weights.")
-    frozen: Frozen | None = Field(None, description="The weights beside adapters.")
-    adam_steps: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(description="By weight.")
-    ranks: list[dict[str, Rows]] = Field(min_length=1, description="The rows of each tensor that a rank wrote.")
+    head: Head = Field(description="Head of the model.")
+    lora: Lora | None = Field(description="The adapters that are trained; null if all weights are.")
+    frozen: Frozen | None = Field(None, description="The frozen weights; null if all weights are trained.")
+    adam_steps: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
+        description="Steps of the optimizer for each weight."
+    )
+    ranks: list[dict[str, Rows]] = Field(
+        min_length=1, description="For each rank the rows of each tensor that it wrote."
+    )
 
     @model_validator(mode="after")
     def _agrees(self) -> Manifest:
         if (self.lora is None) != (self.frozen is None):
-            raise ValueError("lora and frozen belong together")
+            raise ValueError("lora and frozen must be given together")
         for name, rows in ((name, rows) for rank in self.ranks for name, rows in rank.items()):
             shape = self.shapes.get(name)
             if shape is None or rows[1] > (shape[0] if shape else 1):
-                raise ValueError(f"the rows {rows[0]} to {rows[1]} of {name} are not among those of {shape}")
+                raise ValueError(f"the rows {rows[0]} to {rows[1]} of {name} are outside of its shape {shape}")
         return self
 
 
 @dataclass(frozen=True)
 class RowRange:
-    """The rows ``[start, stop)`` of a tensor of ``shape`` that this rank owns, as a live view.
+    """The rows ``[start, stop)`` of a tensor of ``shape`` that this rank owns, with a live view of them.
 
-    ``writes`` is False where another rank holds the same rows and writes them.
+    ``writes`` is False if another rank has the same rows and writes them.
     """
 
     local: torch.Tensor
@@ -88,7 +94,7 @@ class RowRange:
 
 
 def row_range(tensor: torch.Tensor, rank: int) -> RowRange:
-    """How ``tensor``, a plain one or a shard by rows, lies on this rank."""
+    """Return the rows of ``tensor``, which is plain or sharded by rows, on this rank."""
     shape = tuple(tensor.shape)
     if not isinstance(tensor, DTensor):
         return RowRange(tensor, 0, shape[0] if shape else 1, shape, rank == 0)
@@ -103,7 +109,7 @@ def row_range(tensor: torch.Tensor, rank: int) -> RowRange:
 
 
 def rank_part(tensors: Mapping[str, torch.Tensor], rank: int) -> RankPart:
-    """This rank's part of ``tensors`` (live views), with its present random states."""
+    """Return this rank's part of ``tensors`` (live views), with its current random states."""
     held: dict[str, torch.Tensor] = {}
     rows: dict[str, tuple[int, int]] = {}
     for name, tensor in tensors.items():
@@ -116,10 +122,10 @@ def rank_part(tensors: Mapping[str, torch.Tensor], rank: int) -> RankPart:
 
 
 def check_shapes(path: Path, manifest: Manifest, weights: Mapping[str, torch.Tensor]) -> None:
-    """Compare what a checkpoint holds with ``weights`` (named "weight/…").
+    """Compare the shapes in a checkpoint with those of ``weights`` (named "weight/…").
 
     Raises:
-        CheckpointError: it is of another model.
+        CheckpointError: the checkpoint is of another model.
     """
     prefix = "weight/"
     saved = {name.removeprefix(prefix): n for name, n in manifest.shapes.items() if name.startswith(prefix)}
@@ -127,7 +133,7 @@ def check_shapes(path: Path, manifest: Manifest, weights: Mapping[str, torch.Ten
 
 
 def read(path: Path, manifest: Manifest, wanted: Mapping[str, RowRange]) -> dict[str, torch.Tensor]:
-    """The rows of every wanted piece, in new CPU tensors.
+    """Read the rows of every wanted range into new CPU tensors.
 
     Raises:
         CheckpointError: a file is missing or damaged.

@@ -1,4 +1,4 @@
-"""A copy of tensors in host memory, which a thread can write while training changes them."""
+"""A copy of tensors in host memory, which a thread can write to disk while training changes the originals."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 
 
 class HostCopy:
-    """Buffers that stay for the next copy; pinned beside CUDA."""
+    """Buffers in host memory that are reused by the next copy; pinned if there are CUDA tensors."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, torch.Tensor] = {}
 
     def of(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """``tensors`` in the buffers, complete when this returns."""
+        """Copy ``tensors`` into the buffers and return these; the copy is complete when this returns."""
         self._buffers = {name: buffer for name, buffer in self._buffers.items() if name in tensors}
         cuda = {tensor.device for tensor in tensors.values() if tensor.is_cuda}
         for name, tensor in tensors.items():

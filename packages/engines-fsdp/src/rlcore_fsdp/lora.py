@@ -1,7 +1,7 @@
-"""Low-rank adapters (LoRA: Hu et al., 2021, https://arxiv.org/abs/2106.09685) beside frozen linear layers, by PEFT.
+"""Low-rank adapters (LoRA: Hu et al., 2021, https://arxiv.org/abs/2106.09685) of frozen linear layers, by PEFT.
 
-The model stays the Hugging Face one; PEFT puts its own layer around every adapted one, whose weights are then named
-``….base_layer.weight``. What leaves the engine has the names that it would have without adapters, or those of PEFT's
+The model stays the Hugging Face one; PEFT wraps every adapted layer, whose weights are then named
+``….base_layer.weight``. Exported tensors have the names that they would have without adapters, or those of PEFT's
 files.
 """
 
@@ -25,17 +25,17 @@ from rlcore_fsdp import sharding
 from rlcore_kit.model_folder.writing import ADAPTERS
 
 ADAPTER = "default"
-"""The name that PEFT knows the only adapter of every layer by."""
+"""PEFT's name for the only adapter of every layer."""
 PREFIX = "base_model.model."
-"""Before every name in PEFT's files: the modules that PEFT wraps a model in."""
+"""Prefix of every name in PEFT's files: the modules that PEFT wraps a model in."""
 SCORE = "score"
-"""The head of value and score models, which is trained whole."""
+"""Name of the head of value and score models, all of which is trained."""
 
 
 def add_adapters(model: PreTrainedModel, settings: LoRASettings, head: Head, dtype: torch.dtype, seed: int) -> None:
-    """Put adapters of ``dtype``, initialised from ``seed``, around the wanted layers of ``model`` (also a meta model).
+    """Add adapters of ``dtype``, initialised from ``seed``, to the selected layers of ``model`` (also a meta model).
 
-    B starts at zero, so that the model computes what it did; A is uniform as in the paper's code.
+    B starts at zero, so that the outputs of the model stay the same; A is uniform as in the paper's code.
 
     Raises:
         EngineError: PEFT is not installed, or the model has no such layers.
@@ -46,10 +46,10 @@ def add_adapters(model: PreTrainedModel, settings: LoRASettings, head: Head, dty
     with boundary(f"{type(model).__name__} cannot have adapters", EngineError), torch.random.fork_rng(devices=[]):
         inject_adapter_in_model(config, model, adapter_name=ADAPTER, low_cpu_mem_usage=True)
     for name, layer in adapted_layers(model):
-        if not isinstance(layer.base_layer, nn.Linear):  # PEFT adapts the experts of some models, which are no layers
+        if not isinstance(layer.base_layer, nn.Linear):  # PEFT also adapts fused experts
             raise EngineError(
-                f"{name} of {type(model).__name__} is no linear layer and cannot have adapters; name the layers that "
-                "get some in lora.target_modules (q_proj, k_proj, v_proj, o_proj …)"
+                f"{name} of {type(model).__name__} is no linear layer and cannot have adapters; list the layers "
+                "to adapt in lora.target_modules (q_proj, k_proj, v_proj, o_proj …)"
             )
     generator = torch.Generator().manual_seed(seed)
     for _, layer in adapted_layers(model):
@@ -64,7 +64,7 @@ def add_adapters(model: PreTrainedModel, settings: LoRASettings, head: Head, dty
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """PEFT's layers and the names that the layers in them have without adapters."""
+    """Yield PEFT's layers, with the names of the wrapped layers in the model without adapters."""
     for name, module in model.named_modules():
         if hasattr(module, "base_layer") and hasattr(module, "lora_A"):
             yield name, module
@@ -79,18 +79,18 @@ def trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether the parameter of this name is one of an adapter's."""
+    """Return whether the parameter of this name belongs to an adapter."""
     return ".lora_A." in name or ".lora_B." in name
 
 
 def merged(layer: Any, weight: torch.Tensor) -> torch.Tensor:
-    """W + alpha / rank · B A for the whole ``weight`` of ``layer``, computed in fp32; collective."""
+    """Return W + alpha / rank · B A for the full ``weight`` W of ``layer``, computed in fp32; collective."""
     down, up = _matrices(layer, weight.device)
     return torch.addmm(weight.float(), up, down, alpha=layer.scaling[ADAPTER]).to(weight.dtype)
 
 
 def scaled_adapters(model: nn.Module, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
-    """Whole adapters as `TrainEngine.export_adapters` names and scales them; all ranks iterate to the end."""
+    """Yield full adapters, named and scaled as in `TrainEngine.export_adapters`; all ranks iterate to the end."""
     for name, layer in adapted_layers(model):
         down, up = _matrices(layer, device)
         yield f"{PREFIX}{name}.lora_A.weight", down.to(dtype)
@@ -98,7 +98,7 @@ def scaled_adapters(model: nn.Module, dtype: torch.dtype, device: torch.device) 
 
 
 def full_adapters(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What PEFT's file holds of ``model``, in host memory; collective."""
+    """Return the contents of PEFT's file for ``model``, in host memory; collective."""
     return {
         PREFIX + name.replace(f".{ADAPTER}.", "."): sharding.full(parameter.detach()).cpu()
         for name, parameter in trained_parameters(model)
@@ -108,7 +108,7 @@ def full_adapters(model: nn.Module) -> dict[str, torch.Tensor]:
 def write_adapters(
     weights: dict[str, torch.Tensor], model: PreTrainedModel, settings: LoRASettings, base: str, folder: Path
 ) -> None:
-    """Write `ADAPTERS` in ``folder``, which ``peft.PeftModel.from_pretrained`` loads onto ``base``."""
+    """Write the subfolder `ADAPTERS` of ``folder``, which ``peft.PeftModel.from_pretrained`` loads onto ``base``."""
     config = _peft_config(settings, _targets(model, settings))
     config.base_model_name_or_path = base
     config.inference_mode = True
@@ -122,13 +122,13 @@ def write_adapters(
 
 
 def _matrices(layer: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B of ``layer``, whole, fp32; collective."""
+    """Return the full A and B of ``layer`` in fp32; collective."""
     down, up = (sharding.full(part[ADAPTER].weight.detach().to(device)) for part in (layer.lora_A, layer.lora_B))
     return down.float(), up.float()
 
 
 def _targets(model: PreTrainedModel, settings: LoRASettings) -> list[str]:
-    """The last parts of the names of the layers that get adapters."""
+    """Return the last parts of the names of the layers that get adapters."""
     head = model.get_output_embeddings()
     known = {
         name.removesuffix(".base_layer").rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""What a training step takes in memory."""
+"""Estimate of the memory that a training step takes."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ def step_memory(
     optimizer: torch.optim.Optimizer | None,
     sharded: bool,
 ) -> StepMemory:
-    """See `rlcore.engines.memory`.
+    """Estimate what a training step takes; see `rlcore.engines.memory`.
 
     Args:
-        dtype: of forward and backward.
-        sharded: parameters are shards, which are gathered where they are used.
+        device: device of the forward pass.
+        dtype: precision of forward and backward.
+        optimizer: None for a frozen model.
+        sharded: whether parameters are shards, which are gathered layer by layer.
     """
     config, trained = model.config, optimizer is not None
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]] if optimizer else []
@@ -40,11 +42,11 @@ def step_memory(
     elsewhere = device.type == "cuda" and settings.offload_params  # gradients and moments are in host memory then
     if not elsewhere:
         fixed += sum(sharding.local(parameter).nbytes for parameter in parameters)
-    if next(model.parameters()).device != device and not elsewhere:  # offloaded, until they are used
+    if next(model.parameters()).device != device and not elsewhere:  # offloaded until they are used
         fixed += sum(sharding.local(parameter).nbytes for parameter in model.parameters())
     if sharded:
         fixed += _gathered(model, dtype)
-        if not settings.reduce_every_micro_batch:  # gradients stay whole between micro-batches
+        if not settings.reduce_every_micro_batch:  # full gradients are kept between micro-batches
             fixed += 4 * sum(parameter.numel() for parameter in parameters)
     return StepMemory(
         place=place_of(device),
@@ -63,7 +65,7 @@ def _moments(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimize
 
 
 def _gathered(model: PreTrainedModel, dtype: torch.dtype) -> int:
-    """The parameters outside the layers, and those of two layers: one that computes and the next one."""
+    """Return the bytes of the parameters outside of layers, and of two layers: the current one and the next one."""
     layers = [sum(parameter.numel() for parameter in layer.parameters()) for layer in sharding.decoder_layers(model)]
     others = sum(parameter.numel() for parameter in model.parameters()) - sum(layers)
     return dtype.itemsize * (others + 2 * max(layers))

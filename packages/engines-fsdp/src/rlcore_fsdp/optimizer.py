@@ -12,7 +12,11 @@ from rlcore_kit.training.lr_schedule import check_schedule
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], settings: OptimSettings) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter, 2019); vectors (biases, norms) are not decayed."""
+    """Build AdamW (Loshchilov & Hutter, 2019) without weight decay for vectors (biases, norms).
+
+    Raises:
+        EngineError: the learning-rate schedule lacks its number of steps.
+    """
     check_schedule(settings)
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []

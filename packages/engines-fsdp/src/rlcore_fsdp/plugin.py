@@ -1,4 +1,4 @@
-"""The entry points: what this package offers to rlcore. Imports neither torch nor transformers."""
+"""Entry points of this package. Imports neither torch nor transformers."""
 
 from rlcore.plugins import Plugin
 

@@ -173,7 +173,7 @@ def check_base_model(path: Path, manifest: Manifest, lora: Lora | None, frozen: 
 
 
 def _described(lora: Lora | None) -> str:
-    return "whole weights" if lora is None else f"adapters of rank {lora.rank} and alpha {lora.alpha:g}"
+    return "all weights" if lora is None else f"adapters of rank {lora.rank} and alpha {lora.alpha:g}"
 
 
 def adam_states(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, dict[str, torch.Tensor]]:

@@ -13,10 +13,10 @@ from rlcore.engines.settings import DType
 
 
 class FSDPSettings(Config):
-    """How the model is laid out over processes, and in which precision it computes."""
+    """Sharding, precision and memory of the FSDP engine."""
 
     device: Literal["cpu", "cuda"] | None = Field(
-        None, description="Where to compute; null takes CUDA if there is one."
+        None, description="Device to compute on; null is CUDA if there is one."
     )
     param_dtype: DType | None = Field(
         None, description="Precision of forward and backward; null is bfloat16 on CUDA and float32 on the CPU."
@@ -38,7 +38,7 @@ class FSDPSettings(Config):
     )
     reduce_every_micro_batch: bool = Field(
         False,
-        description="Reduce gradients after every micro-batch instead of once a step: more communication, but only "
+        description="Reduce gradients after every micro-batch instead of once per step: more communication, but only "
         "sharded gradients are kept between micro-batches.",
     )
     gradient_checkpointing: bool = Field(
@@ -46,14 +46,16 @@ class FSDPSettings(Config):
     )
     offload_params: bool = Field(
         False,
-        description="Keep parameters, gradients and optimizer states in host memory; layers visit the GPU in turn.",
+        description="Keep parameters, gradients and optimizer states in host memory; each layer is copied to the GPU "
+        "for its computation.",
     )
     offload_optimizer: bool = Field(False, description="Keep optimizer states in host memory between optimizer steps.")
     lora: LoRASettings | None = Field(
-        None, description="Train low-rank adapters (and a new scalar head) beside frozen weights; null trains all."
+        None,
+        description="Train low-rank adapters (and a new scalar head) and freeze all weights; null trains all weights.",
     )
     logits_chunk: int | None = Field(
-        None, ge=1, description="Tokens whose logits exist at a time; null bounds the logits by memory instead."
+        None, ge=1, description="Number of tokens whose logits exist at a time; null bounds their memory instead."
     )
 
     def packages(self) -> Iterator[tuple[str, Package]]:
@@ -64,9 +66,11 @@ class FSDPSettings(Config):
     def _check(self) -> Self:
         if self.master_dtype == "bfloat16" and self.param_dtype == "float32":
             raise ValueError(
-                "master_dtype bfloat16 is narrower than param_dtype float32: the optimizer would round what the model "
-                "computes with; set master_dtype to float32 or param_dtype to bfloat16"
+                "master_dtype bfloat16 is narrower than param_dtype float32: the optimizer would round the weights of "
+                "the forward pass; set master_dtype to float32 or param_dtype to bfloat16"
             )
         if self.offload_params and self.offload_optimizer:
-            raise ValueError("offload_params moves optimizer states already; set only one of it and offload_optimizer")
+            raise ValueError(
+                "offload_params already offloads optimizer states; set only one of offload_params and offload_optimizer"
+            )
         return self

@@ -1,4 +1,4 @@
-"""FSDP2: which modules are sharded, how weights reach the shards, and full weights for a while."""
+"""FSDP2: the mesh, which modules are sharded, how weights reach the shards, and gathering full weights."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def make_mesh(device: torch.device, replicate: int) -> DeviceMesh:
 def shard(
     root: PackedModel, mesh: DeviceMesh, settings: FSDPSettings, param_dtype: torch.dtype, reduce_dtype: torch.dtype
 ) -> None:
-    """Shard every decoder layer, and what remains together with ``root``."""
+    """Shard every decoder layer, and the remaining modules together with ``root``."""
     options: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype),
@@ -49,12 +49,12 @@ def shard(
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     for layer in decoder_layers(root.model):
         fully_shard(layer, reshard_after_forward=settings.reshard_after_forward, **options)
-    # The head is the last in forward and the first in backward: freeing it in between would gain nothing.
+    # the head is the last module in forward and the first in backward: freeing it in between would gain nothing
     fully_shard(root, reshard_after_forward=False, **options)
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The repeated blocks, sharded (FSDP2 makes their classes subclasses) or not."""
+    """Return the repeated blocks, sharded (FSDP2 replaces their classes by subclasses) or not."""
     classes = set(model._no_split_modules or ())
     return [module for module in model.modules() if classes & {base.__name__ for base in type(module).__mro__}]
 
@@ -62,10 +62,14 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 def fill(
     root: PackedModel, source: PreTrainedModel | None, mesh: DeviceMesh, device: torch.device, home: torch.device
 ) -> None:
-    """Give the sharded meta parameters and the buffers of ``root`` the values of ``source`` (None but on rank 0).
+    """Fill the sharded meta parameters and the buffers of ``root`` from ``source``; collective.
 
-    Buffers live on ``device``, parameters in their ``home``.
-    One parameter at a time crosses the network, so that only rank 0 ever holds the whole model, in host memory.
+    Parameters are sent one at a time, so that only rank 0 ever holds the full model, in host memory.
+
+    Args:
+        source: the full model on rank 0, None on the other ranks.
+        device: device of the buffers.
+        home: device of the parameters.
     """
     model = root.model
     weights = dict(source.named_parameters()) if source is not None else {}
@@ -73,7 +77,7 @@ def fill(
     state: dict[str, nn.Parameter] = {}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) not in filled:  # a tied weight comes once
+        if id(parameter) not in filled:  # a tied weight is sent once
             assert isinstance(parameter, DTensor)
             if weights:
                 full = weights[names[id(parameter)]].detach().to(device, parameter.dtype)
@@ -107,9 +111,9 @@ def unshard(root: nn.Module) -> None:
 
 @contextmanager
 def gathered(root: PackedModel, settings: FSDPSettings) -> Iterator[None]:
-    """Every parameter whole, in compute precision, on the device."""
+    """Have every parameter gathered, in compute precision, on the device, while the context lasts."""
     assert isinstance(root, FSDPModule)
-    # A layer that is called before its root would take itself for the root; torch 2.13 has no public way to say so.
+    # a layer that is called before its root initialises itself as a root; torch 2.13 has no public way to prevent it
     root._get_fsdp_state()._lazy_init()
     modules: list[Any] = [module for module in root.modules() if isinstance(module, FSDPModule)]
     unshard(root)
@@ -123,10 +127,10 @@ def gathered(root: PackedModel, settings: FSDPSettings) -> Iterator[None]:
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole tensor of a shard; collective."""
+    """Return the full tensor of a shard; collective."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a tensor."""
+    """Return this rank's part of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

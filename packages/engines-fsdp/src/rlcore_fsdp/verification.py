@@ -1,8 +1,8 @@
-"""Does a model's packed forward pass compute what transformers computes for each sequence alone?
+"""Check that the packed forward pass of a model computes what transformers computes for each sequence alone.
 
-Architectures differ in ways no configuration field announces: attention sinks, scaled logits, layers that look across
-sequences, positions that depend on the longest of them. Every model is tried once when it is loaded, on short sequences
-next to one that stands at its last positions.
+Architectures differ in ways that no configuration field shows: attention sinks, scaled logits, layers that mix
+sequences, position embeddings that depend on the longest sequence. Every model is checked once when it is loaded, on
+short sequences packed together with one that has the last positions of the model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rlcore_fsdp.packed_model import PackedModel
 from rlcore_kit.model_folder.length import longest_position, rope_boundary
 
 TESTED = frozenset({"llama", "mistral", "qwen2", "qwen3"})
-"""Architectures whose forward pass the tests compare with transformers: only packing is tried."""
+"""Architectures whose forward pass the tests compare with transformers: only packing is checked here."""
 _LENGTHS = (11, 7)
 _FAR_LENGTH = 5
 _UNKNOWN_POSITIONS = 4096
@@ -30,19 +30,19 @@ def verify_packing(
     """Raise EngineError if packing changes what the model computes; collective where parameters are sharded.
 
     Args:
-        dtype: in which the model computes.
-        max_length: longest sequence that the run may make; None if unknown.
+        dtype: precision of the forward pass.
+        max_length: maximum sequence length of the run; None if unknown.
     """
     rows = _rows(root, device)
     together = _packed(root, kernel, device, rows, _last_position(root, max_length))
     alone = torch.cat([_packed(root, kernel, device, [row]) for row in rows])
-    # In 16 bits company alone moves log-probs of unlikely tokens by some hundredths; what is wrong moves them by nats.
+    # in 16 bits packing changes log-probs of unlikely tokens by some hundredths; an error changes them by nats
     _compare(root, together, alone, 1e-4 if dtype == torch.float32 else 0.15, "those of the sequences alone")
 
 
 @torch.no_grad()
 def verify_values(root: PackedModel, kernel: Kernel, device: torch.device) -> None:
-    """Raise EngineError if a policy's log-probs are not those of transformers; parameters are whole, on ``device``."""
+    """Raise EngineError if log-probs of a policy are not those of transformers; parameters are full, on ``device``."""
     model, rows = root.model, _rows(root, device)
     model.set_attn_implementation("eager")
     plain = []
@@ -61,7 +61,7 @@ def _rows(root: PackedModel, device: torch.device) -> list[torch.Tensor]:
 
 
 def _last_position(root: PackedModel, max_length: int | None) -> int:
-    """Length of the longest sequence that may come."""
+    """Return the maximum sequence length that the check must cover."""
     config = root.model.config
     boundary = rope_boundary(config)
     if boundary is not None:
@@ -73,7 +73,7 @@ def _last_position(root: PackedModel, max_length: int | None) -> int:
 def _packed(
     root: PackedModel, kernel: Kernel, device: torch.device, rows: list[torch.Tensor], last_position: int | None = None
 ) -> torch.Tensor:
-    """Outputs of ``rows``, computed together and, if ``last_position`` is given, with a sequence that ends there."""
+    """Compute outputs of ``rows`` in one packed row, after which a sequence ends at ``last_position`` if given."""
     positions = token_positions(torch.tensor([len(row) for row in rows]), head=root.head)
     first = None
     if last_position is not None:

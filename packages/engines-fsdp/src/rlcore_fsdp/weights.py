@@ -1,4 +1,4 @@
-"""Whole weights under their Hugging Face names, streamed in buckets."""
+"""Full weights under their Hugging Face names, streamed in buckets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rlcore_fsdp import lora, sharding
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and persistent buffers (shards under FSDP) in the model's order, tied ones once."""
+    """Yield parameters and persistent buffers (shards under FSDP) in the model's order, tied ones once."""
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
@@ -23,10 +23,10 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def full_weights(
     model: nn.Module, dtype_of: Callable[[str], torch.dtype], device: torch.device
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The model's weights, whole, on ``device``; all ranks iterate to the end.
+    """Yield the full weights of the model on ``device``; all ranks iterate to the end.
 
-    Those of floating-point numbers have the precision ``dtype_of(name)``. Adapters are merged into them. A
-    tensor that already is all that is not copied.
+    Floating-point weights have the precision ``dtype_of(name)``. Adapters are merged into them. A tensor that already
+    has this device, precision and shape is not copied.
     """
     adapted = dict(lora.adapted_layers(model))
     for name, tensor in named_weights(model):
@@ -41,7 +41,7 @@ def full_weights(
 
 
 def buckets(weights: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int) -> Iterator[WeightBucket]:
-    """Group tensors up to ``bucket_bytes``; a larger tensor stands alone."""
+    """Group tensors into buckets of up to ``bucket_bytes``; a larger tensor is alone in its bucket."""
     held: list[tuple[str, torch.Tensor]] = []
     size = 0
     for name, tensor in weights:

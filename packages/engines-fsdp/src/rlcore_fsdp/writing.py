@@ -1,4 +1,4 @@
-"""The files of an exported model folder that belong to its weights."""
+"""Configuration files of an exported model folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rlcore_kit.model_folder.writing import write_configuration
 def write_others(model: PreTrainedModel, origin: Origin, folder: Path) -> None:
     """Write ``config.json``, the settings for generation and the model's own code to ``folder``.
 
-    Values that transformers would refuse to write came with the model, and are written as they are.
+    Values that transformers would refuse to write are those of the original model, and are written unchanged.
     """
     config = copy.deepcopy(model.config)
     with quiet():

@@ -191,19 +191,19 @@ def _logits_gradient(
 
 
 def _columns_of(
-    targets: torch.Tensor, columns: int, shard: VocabularyShard | None
+    targets: torch.Tensor, width: int, shard: VocabularyShard | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the column of each target and whether this rank holds it (None: all of them), both ``[C, 1]``.
+    """Return the column of each target and whether it is one of this rank's ``width`` columns (None: all are).
 
-    Where the rank holds no column at all, both are ``[C, 0]``.
+    Both are ``[C, 1]``, or ``[C, 0]`` if the rank holds no column.
     """
     if shard is None:
         return targets[:, None], None
     index = targets[:, None] - shard.first
-    held = (index >= 0) & (index < columns)
-    if not columns:
+    held = (index >= 0) & (index < width)
+    if width == 0:
         return index[:, :0], held[:, :0]
-    return index.clamp(0, columns - 1), held
+    return index.clamp(0, width - 1), held
 
 
 def _where(held: torch.Tensor | None, values: torch.Tensor) -> torch.Tensor:

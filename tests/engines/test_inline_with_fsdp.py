@@ -23,7 +23,7 @@ from rlcore.engines import (
 )
 from rlcore.errors import EngineError
 from rlcore_fsdp import engine as fsdp
-from rlcore_fsdp.config import FSDPSettings
+from rlcore_fsdp.settings import FSDPSettings
 from rlcore_inline.engine import InlineRollout, build
 from rlcore_inline.settings import InlineSettings
 from rlcore_kit.testing.tiny_model import tiny_model

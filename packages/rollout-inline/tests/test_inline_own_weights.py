@@ -26,7 +26,6 @@ from rlcore_inline.engine import InlineRollout, build
 from rlcore_inline.settings import InlineSettings
 from rlcore_kit.testing.processes import RankPool
 from rlcore_kit.testing.tiny_model import tiny_model
-from rlcore_kit.training.process_group import join_processes
 
 PROMPT = (5, 6, 7)
 WAIT_S = 60

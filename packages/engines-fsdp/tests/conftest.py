@@ -1,4 +1,4 @@
-"""Two real processes for the tests that need them."""
+"""Two rank processes that all tests share."""
 
 from __future__ import annotations
 

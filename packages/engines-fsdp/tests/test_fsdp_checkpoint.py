@@ -1,4 +1,4 @@
-"""Sharded checkpoints: the files themselves, other numbers of ranks, and writing beside training."""
+"""Sharded checkpoints: their files, other numbers of ranks, and writing in the background."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def make_engine(path: Path, **options: Any) -> FSDPTrainEngine:
 
 
 def whole_state(engine: FSDPTrainEngine) -> dict[str, torch.Tensor]:
-    """Weights and Adam states, gathered from all ranks by `DTensor.full_tensor`."""
+    """Return weights and Adam states, gathered from all ranks by `DTensor.full_tensor`."""
     found = {}
     assert engine._optimizer is not None
     for name, parameter in engine.model.named_parameters():
@@ -62,7 +62,7 @@ def train_and_save(model: Path, folder: Path) -> dict[str, torch.Tensor]:
 
 
 def load_and_save(model: Path, source: Path, target: Path) -> tuple[dict[str, torch.Tensor], bool]:
-    """What an engine on these ranks holds after loading; whether it is sharded."""
+    """Return the states of an engine on these ranks after loading, and whether it is sharded."""
     engine = make_engine(model)
     engine.load(source)
     state = whole_state(engine)
@@ -84,7 +84,7 @@ def two() -> Iterator[RankPool]:
     pool.close()
 
 
-def test_two_ranks_then_one_then_four(two: RankPool, model_path: Path, tmp_path: Path) -> None:
+def test_one_and_four_ranks_load_a_checkpoint_of_two(two: RankPool, model_path: Path, tmp_path: Path) -> None:
     """Weights and Adam states are the same bits after every change of the number of ranks."""
     expected = two.run(train_and_save, model_path, tmp_path / "two")[0]
     alone, sharded = load_and_save(model_path, tmp_path / "two", tmp_path / "one")
@@ -114,14 +114,14 @@ def start_twice(model: Path, folder: Path) -> str:
     return ""
 
 
-def test_one_save_at_a_time(two: RankPool, model_path: Path, tmp_path: Path) -> None:
+def test_a_second_save_is_refused_while_one_is_unfinished(two: RankPool, model_path: Path, tmp_path: Path) -> None:
     for message in two.run(start_twice, model_path, tmp_path):
         assert f"finish_save has not been called for {tmp_path / 'first'}" in message
     assert not (tmp_path / "second").exists()
 
 
 def fail_on_rank_one(model: Path, folder: Path, background: bool) -> tuple[str, bool]:
-    """The error, and whether the engine can save again and go on."""
+    """Return the error, and whether the engine can save again and continue."""
     engine = make_engine(model)
     if engine.dp_rank == 1:
         folder.mkdir(parents=True, exist_ok=True)
@@ -152,7 +152,9 @@ def test_a_rank_that_cannot_write_fails_all(two: RankPool, model_path: Path, tmp
     assert not (folder / "checkpoint.json").exists()
 
 
-def test_a_full_disk_in_the_background(model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_by_a_background_save(
+    model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as the system reports it: without the file's name
 
@@ -166,7 +168,7 @@ def test_a_full_disk_in_the_background(model_path: Path, tmp_path: Path, monkeyp
 
 
 def test_training_does_not_wait_for_the_disk(model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that does not answer before a whole step has been made holds up neither the step nor its bits."""
+    """A disk that does not respond until a step has ended neither delays the step nor changes its result."""
     engine, control = make_engine(model_path), make_engine(model_path)
     answers, fsync = threading.Event(), os.fsync
 
@@ -204,7 +206,7 @@ def test_a_checkpoint_of_another_format_or_engine_is_refused(model_path: Path, t
 DTYPES = [dtype for dtype in tensor_file._NAMES if dtype.itemsize > 1] + [torch.uint8, torch.int8, torch.bool]
 
 
-def test_files_are_what_safetensors_reads(tmp_path: Path) -> None:
+def test_safetensors_reads_the_files(tmp_path: Path) -> None:
     tensors = {str(dtype): torch.arange(13).to(dtype) for dtype in DTYPES}
     tensors |= {
         "bytes": torch.tensor([1, 2, 3], dtype=torch.uint8),

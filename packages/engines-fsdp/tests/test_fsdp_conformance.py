@@ -22,7 +22,7 @@ class TestPlain(TrainEngineConformance):
 
 
 class TestCheckpointedUntied(TrainEngineConformance):
-    """Recomputed activations, an output head of its own, logits of seven tokens at a time."""
+    """Recomputed activations, an untied output head, logits of seven tokens at a time."""
 
     architecture = "Llama"
 
@@ -31,7 +31,7 @@ class TestCheckpointedUntied(TrainEngineConformance):
 
 
 class TestShardedOverOne(TrainEngineConformance):
-    """FSDP2 with a process group of one, by the path that several processes take."""
+    """FSDP2 with a process group of one, which uses the code for several processes."""
 
     architecture = "Qwen3"
 

@@ -1,4 +1,4 @@
-"""What cannot work says so in one sentence, before anything is computed."""
+"""Errors: one sentence each, before anything is computed."""
 
 from __future__ import annotations
 
@@ -61,19 +61,19 @@ def test_impossible_settings_are_refused_when_built(options: dict[str, Any], wor
         FSDPSettings(**options)
 
 
-def test_cuda_without_cuda(tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_is_refused_where_there_is_none(tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(EngineError, match="no CUDA device"):
         make_engine(tiny_model_path, {"device": "cuda"})
     assert make_engine(tiny_model_path, {"device": None}).device == torch.device("cpu")
 
 
-def test_more_replicas_than_processes(tiny_model_path: Path) -> None:
+def test_more_replicas_than_processes_are_refused(tiny_model_path: Path) -> None:
     with pytest.raises(EngineError, match="replicate 2 needs that many processes"):
         make_engine(tiny_model_path, {"device": "cpu", "replicate": 2})
 
 
-def test_attention_that_is_unknown_or_not_here(tiny_model_path: Path) -> None:
+def test_unknown_or_unusable_attention_is_refused(tiny_model_path: Path) -> None:
     with pytest.raises(EngineError, match="'flash' has no packed form here; known: flash_attention_2, varlen, sdpa"):
         make_engine(tiny_model_path, attn_implementation="flash")
     with pytest.raises(EngineError, match="'flash_attention_2' needs CUDA"):
@@ -90,7 +90,7 @@ def test_a_mistyped_folder_is_not_looked_for_on_the_hub(tmp_path: Path, monkeypa
     assert not any(map(names_a_folder, ("gpt2", "org/name")))
 
 
-def test_folders_that_are_no_models(tmp_path: Path) -> None:
+def test_folders_that_hold_no_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"model folder /.*nowhere does not exist"):
         make_engine(tmp_path / "nowhere")
     with pytest.raises(EngineError, match=r"has no config\.json"):
@@ -107,7 +107,7 @@ def test_folders_that_are_no_models(tmp_path: Path) -> None:
         make_engine(tmp_path)
 
 
-def test_weights_that_are_incomplete(tmp_path: Path) -> None:
+def test_incomplete_weights_are_refused(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     path = tiny_model(tmp_path)
@@ -127,7 +127,7 @@ def test_weights_that_are_incomplete(tmp_path: Path) -> None:
         ("GptOss", {"head_dim": 8, "num_local_experts": 4}, "uses s_aux in attention"),
     ],
 )
-def test_architectures_that_cannot_be_packed(
+def test_architectures_that_cannot_be_packed_are_refused(
     tmp_path: Path, architecture: str, options: dict[str, Any], words: str
 ) -> None:
     path = tiny_model(tmp_path, architecture=architecture, **options)
@@ -139,7 +139,7 @@ def test_architectures_that_cannot_be_packed(
     ("architecture", "options"),
     [("Granite", {"logits_scaling": 4.0}), ("Cohere", {"logit_scale": 0.3}), ("Phi3", {}), ("Mixtral", {})],
 )
-def test_architectures_that_are_verified_when_loaded(
+def test_architectures_are_verified_when_they_are_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, options: dict[str, Any]
 ) -> None:
     path = tiny_model(tmp_path, architecture=architecture, **options)
@@ -150,7 +150,7 @@ def test_architectures_that_are_verified_when_loaded(
             make_engine(path)
 
 
-def test_a_manifest_that_names_too_few_rows(tmp_path: Path, tiny_model_path: Path) -> None:
+def test_a_manifest_with_too_few_rows_is_refused(tmp_path: Path, tiny_model_path: Path) -> None:
     engine = make_engine(tiny_model_path)
     engine.save(tmp_path)
     file = tmp_path / "checkpoint.json"
@@ -165,7 +165,7 @@ def test_a_manifest_that_names_too_few_rows(tmp_path: Path, tiny_model_path: Pat
         engine.load(tmp_path)
 
 
-def test_folders_that_cannot_be_written(tmp_path: Path, tiny_model_path: Path) -> None:
+def test_folders_that_cannot_be_written_are_reported(tmp_path: Path, tiny_model_path: Path) -> None:
     engine = make_engine(tiny_model_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(EngineError, match="could not be written"):
@@ -175,14 +175,14 @@ def test_folders_that_cannot_be_written(tmp_path: Path, tiny_model_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_head_the_architecture_does_not_have(tmp_path: Path) -> None:
+def test_a_head_that_the_architecture_does_not_have_is_refused(tmp_path: Path) -> None:
     path = tiny_model(tmp_path, architecture="Olmo2")
     with pytest.raises(EngineError, match="AutoModelForTokenClassification"):
         make_engine(path, head="value")
 
 
 def test_a_reward_model_with_a_bias_keeps_it(tmp_path: Path) -> None:
-    """A score head reads sequence classifiers (no bias) and token classifiers (bias) alike."""
+    """A score head reads sequence classifiers (without bias) and token classifiers (with bias)."""
     critic = make_engine(tiny_model(tmp_path / "base"), head="value")
     critic.model.score.bias.data.fill_(3.0)
     critic.save_pretrained(tmp_path / "critic")
@@ -193,7 +193,7 @@ def test_a_reward_model_with_a_bias_keeps_it(tmp_path: Path) -> None:
     assert plain.model.score.bias is None
 
 
-def test_building_disturbs_no_random_state(tiny_model_path: Path) -> None:
+def test_building_an_engine_changes_no_random_state(tiny_model_path: Path) -> None:
     torch.manual_seed(0)
     expected = torch.rand(2)
     torch.manual_seed(0)
@@ -207,7 +207,7 @@ def test_loading_is_silent(tiny_model_path: Path, capfd: pytest.CaptureFixture[s
     assert capfd.readouterr() == ("", "")
 
 
-def test_schedules() -> None:
+def test_learning_rates_follow_the_schedule() -> None:
     linear = OptimSettings(lr=1.0, schedule="linear", warmup_steps=2, total_steps=6, min_lr_ratio=0.2)
     expected = [0.5, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2, 0.2]
     assert [learning_rate(step, linear) for step in range(8)] == pytest.approx(expected)

@@ -1,4 +1,4 @@
-"""LoRA: what PEFT computes, on one rank and on two; adapters alone are trained, saved and, merged, exported.
+"""LoRA: results equal those of PEFT, on one rank and on two; only adapters are trained and saved; export merges them.
 
 Tolerances: PEFT's own model differs by the order of fp32 sums. The optimizer is AdamW with ε = 1, which is nearly plain
 gradient descent, so that a step is as exact as its gradient.
@@ -38,14 +38,14 @@ def make_engine(path: Path, lora: LoRASettings | None = LORA, head: Any = "polic
 
 
 def train(engine: FSDPTrainEngine, batch: Batch) -> dict[str, float]:
-    """One step with this rank's part of ``batch``."""
+    """Make one step with this rank's part of ``batch``."""
     objective = WeightedLogprobs() if engine.spec.head == "policy" else SquaredError()
     metrics = engine.train(batch.take(batch.partition(engine.dp_size)[engine.dp_rank]), objective)
     return {name: metrics.to_dict()[name] for name in ("grad_norm", "lr", "skipped_steps")}
 
 
 def logprobs(engine: FSDPTrainEngine, batch: Batch) -> torch.Tensor:
-    """Of the whole of ``batch``, on every rank."""
+    """Compute log-probs of all of ``batch`` on every rank."""
     return engine.forward(batch.select("tokens"), ForwardRequest()).flat("logprobs")
 
 
@@ -54,7 +54,7 @@ def adapters(engine: FSDPTrainEngine) -> dict[str, torch.Tensor]:
 
 
 def run(path: Path, options: dict[str, Any], folder: Path | None = None) -> dict[str, Any]:
-    """Two steps, a checkpoint after the first; whole results on every rank."""
+    """Make two steps, with a checkpoint after the first; full results on every rank."""
     engine = make_engine(path, **options)
     metrics = [train(engine, BATCHES[0])]
     if folder is not None:
@@ -89,15 +89,15 @@ def alone(model_path: Path, checkpoint: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def fill_up_matrices(engine: FSDPTrainEngine) -> None:
-    """Adapters that do something: B starts at zero."""
+    """Give adapters an effect: B starts at zero."""
     generator = torch.Generator().manual_seed(3)
     for name, parameter in engine.model.named_parameters():
         if ".lora_B." in name:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / 10)
 
 
-def test_a_step_is_that_of_peft(model_path: Path, tmp_path: Path) -> None:
-    """Log-probs, gradients and one optimizer step."""
+def test_a_step_equals_one_with_peft(model_path: Path, tmp_path: Path) -> None:
+    """Compare log-probs, gradients and one optimizer step."""
     engine, batch = make_engine(model_path), BATCHES[0]
     fill_up_matrices(engine)
     engine.save_pretrained(tmp_path / "saved")
@@ -147,8 +147,8 @@ def test_two_ranks_equal_one(ranks: RankPool, model_path: Path, alone: dict[str,
                 torch.testing.assert_close(result[kind][name], tensor, atol=ATOL, rtol=0, msg=name)
 
 
-def test_frozen_weights_stay_as_they_are(model_path: Path, alone: dict[str, Any]) -> None:
-    """And whole weights have the names and the order that they have without adapters."""
+def test_frozen_weights_do_not_change(model_path: Path, alone: dict[str, Any]) -> None:
+    """Full weights have the names and the order of a model without adapters."""
     before = exported(make_engine(model_path, lora=None))
     assert list(alone["weights"]) == list(before)
     for name, tensor in before.items():
@@ -156,7 +156,7 @@ def test_frozen_weights_stay_as_they_are(model_path: Path, alone: dict[str, Any]
         assert torch.equal(alone["weights"][name], tensor) is not adapted, name
 
 
-def test_merged_weights_compute_what_adapters_do(model_path: Path, tmp_path: Path) -> None:
+def test_merged_weights_compute_the_same_as_adapters(model_path: Path, tmp_path: Path) -> None:
     engine = make_engine(model_path)
     fill_up_matrices(engine)
     engine.save_pretrained(tmp_path / "merged")
@@ -176,7 +176,7 @@ def test_merged_weights_compute_what_adapters_do(model_path: Path, tmp_path: Pat
     assert not (tmp_path / "merged" / "adapter").exists(), "they do not belong to these weights"
 
 
-def test_resumed_training_is_the_same(
+def test_resumed_training_gives_the_same_bits(
     ranks: RankPool, model_path: Path, alone: dict[str, Any], checkpoint: Path
 ) -> None:
     shapes = json.loads((checkpoint / "checkpoint.json").read_text())["shapes"]
@@ -198,7 +198,7 @@ def test_resumed_training_is_the_same(
     ],
     ids=["whole weights", "another rank", "another model"],
 )
-def test_checkpoints_of_something_else(
+def test_checkpoints_of_other_adapters_or_weights_are_refused(
     model_path: Path,
     alone: dict[str, Any],
     checkpoint: Path,
@@ -234,7 +234,7 @@ def test_a_critic_trains_its_head_too(ranks: RankPool, model_path: Path, tmp_pat
 
 
 def test_adapters_keep_master_precision(model_path: Path) -> None:
-    """Beside frozen weights in the precision that is computed in, which need no more."""
+    """Frozen weights have the precision of the forward pass, which needs no more."""
     engine = make_engine(model_path, param_dtype="bfloat16")
     for name, parameter in engine.model.named_parameters():
         assert parameter.dtype == (torch.float32 if ".lora_" in name else torch.bfloat16), name
@@ -243,7 +243,7 @@ def test_adapters_keep_master_precision(model_path: Path) -> None:
 
 
 def test_dropout_is_for_training_only(model_path: Path) -> None:
-    """And layers that are computed again in backward drop the same."""
+    """Layers that are recomputed in backward drop the same elements."""
     norms = []
     for options in ({"dropout": 0.0}, {"dropout": 0.5}, {"dropout": 0.5, "gradient_checkpointing": True}):
         lora = LoRASettings(rank=4, alpha=8, dropout=options.pop("dropout"))
@@ -257,7 +257,7 @@ def test_dropout_is_for_training_only(model_path: Path) -> None:
     assert norms[1] == pytest.approx(norms[2], rel=1e-5)
 
 
-def test_experts_that_are_no_layers_are_named(tmp_path: Path) -> None:
+def test_an_error_names_experts_that_are_no_layers(tmp_path: Path) -> None:
     experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
     options = {**experts, "moe_intermediate_size": 16, "head_dim": 8, "first_k_dense_replace": 1}
     path = tiny_model(tmp_path, architecture="Glm4Moe", **options)
@@ -265,7 +265,7 @@ def test_experts_that_are_no_layers_are_named(tmp_path: Path) -> None:
         make_engine(path)
 
 
-def test_mistakes_are_named(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_settings_are_reported(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EngineError, match=r"target_modules names lm_head, wait, but .* are down_proj, gate_proj, "):
         make_engine(model_path, LoRASettings(target_modules=("q_proj", "wait", "lm_head")))
     with pytest.raises(EngineError, match="trains no adapters"):
@@ -282,7 +282,7 @@ def test_mistakes_are_named(model_path: Path, monkeypatch: pytest.MonkeyPatch) -
         make_engine(model_path)
 
 
-def test_chosen_layers_only(model_path: Path) -> None:
+def test_only_selected_layers_are_adapted(model_path: Path) -> None:
     found = adapters(make_engine(model_path, LoRASettings(rank=3, target_modules=("q_proj", "v_proj"))))
     assert {name.split(".")[-3] for name in found} == {"q_proj", "v_proj"}
     assert {min(tensor.shape) for tensor in found.values()} == {3}

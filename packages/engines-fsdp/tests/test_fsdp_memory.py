@@ -1,4 +1,4 @@
-"""The estimate of a step's memory against what autograd keeps and what the optimizer allocates."""
+"""The estimate of a step's memory, compared with what autograd keeps and the optimizer allocates."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def batch() -> Batch:
 
 
 def kept_bytes(engine: FSDPTrainEngine) -> int:
-    """What a forward pass keeps for the backward pass, beyond the parameters."""
+    """Return the bytes that a forward pass keeps for the backward pass, without the parameters."""
     own = {parameter.untyped_storage().data_ptr() for parameter in engine.model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -53,14 +53,14 @@ def kept_bytes(engine: FSDPTrainEngine) -> int:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("architecture", ["Qwen2", "Qwen3", "Phi3"])
-def test_activations_are_about_those_of_the_formula(tmp_path: Path, architecture: str, dtype: str) -> None:
+def test_activations_take_about_the_estimated_memory(tmp_path: Path, architecture: str, dtype: str) -> None:
     engine = engine_of(tmp_path, architecture, param_dtype=dtype, master_dtype=dtype)
     memory = engine.step_memory()
-    estimate = TOKENS * memory.per_token * 6 / 7  # without the layer that stands for the backward pass
+    estimate = TOKENS * memory.per_token * 6 / 7  # without the layer that represents the backward pass
     assert 0.95 < estimate / kept_bytes(engine) < 1.15
 
 
-def test_what_does_not_depend_on_tokens(tmp_path: Path) -> None:
+def test_the_fixed_part_of_the_estimate(tmp_path: Path) -> None:
     engine = engine_of(tmp_path, "Qwen2", logits_chunk=100)
     parameters = sum(parameter.nbytes for parameter in engine.model.parameters())
     memory = engine.step_memory()
@@ -73,7 +73,7 @@ def test_what_does_not_depend_on_tokens(tmp_path: Path) -> None:
     assert engine.step_memory().later == 0  # they are among what is in use now
 
 
-def test_what_a_model_is_for_changes_what_it_takes(tmp_path: Path) -> None:
+def test_frozen_models_and_scalar_heads_take_less(tmp_path: Path) -> None:
     whole = engine_of(tmp_path, "Llama").step_memory()
     recomputed = engine_of(tmp_path, "Llama", gradient_checkpointing=True).step_memory()
     frozen = engine_of(tmp_path, "Llama", trained=False).step_memory()

@@ -1,4 +1,4 @@
-"""Model folders that are damaged, one sentence each; and exports that fail without losing weights."""
+"""Damaged model folders are reported in one sentence; failed exports keep the weights."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def refused(path: Path) -> str:
     ],
     ids=str,
 )
-def test_configurations_that_make_no_sense(model: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_contradictory_configurations_are_refused(model: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     refused(edited(model, tmp_path / "model", config=changes))
 
 
@@ -78,7 +78,7 @@ def test_configurations_that_make_no_sense(model: Path, tmp_path: Path, changes:
     [b"", b"{", b"[]", b"\xff\xfe{}", b"[" * 100_000, b'{"eos_token_id": 1' + b"0" * 5000 + b"}"],
     ids=lambda content: str(content[:8]),
 )
-def test_files_that_are_no_json_object(model: Path, tmp_path: Path, name: str, content: bytes) -> None:
+def test_files_without_a_json_object_are_refused(model: Path, tmp_path: Path, name: str, content: bytes) -> None:
     path = edited(model, tmp_path / "model")
     (path / name).write_bytes(content)
     assert name in refused(path)
@@ -106,13 +106,15 @@ def test_only_regular_files_are_read(model: Path, tmp_path: Path) -> None:
         ({"weight_map": {"a": "b.safetensors"}, "metadata": {}}, "has no b.safetensors, which its"),
     ],
 )
-def test_an_index_that_leads_nowhere(model: Path, tmp_path: Path, index: dict[str, Any], words: str) -> None:
+def test_an_index_that_names_missing_files_is_refused(
+    model: Path, tmp_path: Path, index: dict[str, Any], words: str
+) -> None:
     path = edited(model, tmp_path / "model", files={"model.safetensors.index.json": json.dumps(index)})
     (path / "model.safetensors").unlink()
     assert words in refused(path)
 
 
-def test_a_folder_with_nothing_but_an_adapter(model: Path, tmp_path: Path) -> None:
+def test_a_folder_with_only_an_adapter_is_refused(model: Path, tmp_path: Path) -> None:
     path = edited(model, tmp_path / "model", files={"adapter_config.json": "{}"})
     (path / "model.safetensors").rename(path / "adapter_model.safetensors")
     assert "merge it into its base model" in refused(path)

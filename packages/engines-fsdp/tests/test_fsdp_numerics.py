@@ -52,7 +52,7 @@ def padded_outputs(model: Any, batch: Batch) -> list[torch.Tensor]:
 
 
 def test_packed_padded_and_one_by_one_agree(path: Path) -> None:
-    """fp32, 2e-6: the rounding of sums in another order."""
+    """In fp32 results differ by 2e-6, because sums are rounded in another order."""
     model, batch = TrainEngineConformance.reference(path), BATCH.select("tokens")
     packed = [row["logprobs"] for row in make_engine(path).forward(batch, ForwardRequest()).rows()]
     padded = padded_outputs(model, batch)
@@ -82,7 +82,7 @@ def test_gradients_and_a_step_agree(path: Path) -> None:
 
 @pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"logits_chunk": 3}], ids=str)
 def test_options_that_save_memory_change_no_result(path: Path, options: dict[str, Any]) -> None:
-    """Recomputing is the same arithmetic; chunks change the order of a sum over tokens."""
+    """Recomputation is the same arithmetic; chunks change the order of a sum over tokens."""
     weights = []
     for chosen in ({}, options):
         engine = make_engine(path, options=chosen)
@@ -92,12 +92,12 @@ def test_options_that_save_memory_change_no_result(path: Path, options: dict[str
         torch.testing.assert_close(weights[1][name], tensor, atol=1e-6, rtol=0, msg=name)
 
 
-def test_the_window_matters() -> None:
-    """The tests above would not notice a window that nobody applies if sequences were short."""
+def test_the_sliding_window_changes_results() -> None:
+    """With shorter sequences the tests above would pass without a window."""
     assert max(BATCH.lengths.tolist()) > 3 * 6
 
 
-def test_gradient_checkpointing_runs_layers_again(tmp_path: Path) -> None:
+def test_gradient_checkpointing_recomputes_layers(tmp_path: Path) -> None:
     path = tiny_model(tmp_path)
     calls = {}
     for on in (False, True):
@@ -112,7 +112,7 @@ def test_gradient_checkpointing_runs_layers_again(tmp_path: Path) -> None:
     assert calls == {False: 1, True: 2}
 
 
-def test_a_band_holds_the_last_tokens() -> None:
+def test_a_band_covers_the_last_tokens() -> None:
     band = attention._band(5, 2, torch.device("cpu"))
     assert band.int().tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 1, 1]]
 
@@ -124,7 +124,7 @@ def test_dropout_of_the_model_is_off(tmp_path: Path) -> None:
     assert norms == {calm}
 
 
-def test_sequences_of_no_tokens_stand_between_others(tmp_path: Path) -> None:
+def test_sequences_without_tokens_may_be_between_others(tmp_path: Path) -> None:
     engine = make_engine(tiny_model(tmp_path))
     rows = [row["tokens"] for row in BATCH.rows()]
     with_gaps = Batch({"tokens": Jagged.from_list([rows[0][:0], rows[0], rows[0][:0], rows[1]], torch.int64)})

@@ -1,4 +1,4 @@
-"""Two real processes give what one gives: sharded, hybrid, offloaded, with uneven work; checkpoints change ranks.
+"""Two processes give the results of one: sharded, hybrid, offloaded, with uneven work; other ranks load checkpoints.
 
 Tolerances: fp32 sums are taken in another order over two ranks. The optimizer of most tests is AdamW with ε = 1, whose
 first steps are nearly plain gradient descent, so that weights can be compared as closely as gradients.
@@ -43,7 +43,7 @@ def make_engine(path: Path, options: dict[str, Any], **overrides: Any) -> FSDPTr
 
 
 def run(path: Path, options: dict[str, Any], batches: list[Batch], head: str = "policy") -> dict[str, Any]:
-    """Train one step per batch, then forward over the first; whole results on every rank."""
+    """Train one step per batch, then compute the first; full results on every rank."""
     engine = make_engine(path, options, head=head)
     objective = WeightedLogprobs(0.9) if head == "policy" else SquaredError()
     request = REQUEST if head == "policy" else ForwardRequest(("values",))
@@ -102,13 +102,13 @@ def test_two_ranks_equal_one(ranks: RankPool, model_path: Path, alone: dict[str,
         check_equal(result, alone, ATOL)
 
 
-def test_untied_head_and_sliding_window(ranks: RankPool, tmp_path: Path) -> None:
+def test_two_ranks_equal_one_with_an_untied_head_and_a_sliding_window(ranks: RankPool, tmp_path: Path) -> None:
     path = tiny_model(tmp_path, architecture="Mistral", tie_word_embeddings=False, sliding_window=8, head_dim=8)
     check_equal(ranks.run(run, path, {}, BATCHES)[0], run(path, {}, BATCHES), ATOL)
 
 
 @pytest.mark.parametrize("head", ["value", "score"])
-def test_scalar_heads(ranks: RankPool, model_path: Path, tmp_path: Path, head: str) -> None:
+def test_two_ranks_equal_one_with_scalar_heads(ranks: RankPool, model_path: Path, tmp_path: Path, head: str) -> None:
     path = model_path if head == "value" else tiny_model(tmp_path, head="score", intermediate_size=63)
     # Values reach some tens, and so do the gradients.
     check_equal(ranks.run(run, path, {}, BATCHES, head)[1], run(path, {}, BATCHES, head), 10 * ATOL)
@@ -120,7 +120,7 @@ def test_a_rank_without_samples_takes_part(ranks: RankPool, model_path: Path) ->
 
 
 def train_pairs(path: Path) -> dict[str, Any]:
-    """As an executor would: the dispatch of `TrainEngine.train` divides the batch."""
+    """Call `TrainEngine.train` as an executor does, whose dispatch divides the batch."""
     engine, batch, objective = make_engine(path, {}), make_pairs(), PairMargin()
     parts = partition_of_call(TrainEngine, "train", (batch, objective), {}, batch, engine.dp_size)
     engine.train(batch.take(parts[engine.dp_rank]), objective)
@@ -133,7 +133,7 @@ def test_pairs_are_on_one_rank(ranks: RankPool, model_path: Path) -> None:
         torch.testing.assert_close(tensor, expected[name], atol=ATOL, rtol=0, msg=name)
 
 
-def test_mixed_precision_over_fp32_weights(ranks: RankPool, model_path: Path, alone: dict[str, Any]) -> None:
+def test_mixed_precision_updates_fp32_weights(ranks: RankPool, model_path: Path, alone: dict[str, Any]) -> None:
     """bf16 forward and backward: 8 bits of mantissa, so about a percent; one rank and two differ less than that."""
     options = {"param_dtype": "bfloat16"}
     one, two = run(model_path, options, BATCHES), ranks.run(run, model_path, options, BATCHES)[0]
@@ -180,7 +180,7 @@ def named(engine: FSDPTrainEngine) -> list[tuple[str, torch.nn.Parameter]]:
     return list(engine.model.named_parameters())
 
 
-def test_generation_weights_are_whole_for_a_while(ranks: RankPool, model_path: Path) -> None:
+def test_generation_weights_are_full_while_they_are_lent(ranks: RankPool, model_path: Path) -> None:
     engine = make_engine(model_path, {})
     for result in ranks.run(gather_for_generation, model_path):
         assert all(result["before"].values())
@@ -191,7 +191,7 @@ def test_generation_weights_are_whole_for_a_while(ranks: RankPool, model_path: P
 
 
 def use_while_generating(path: Path, folder: Path) -> dict[str, Any]:
-    """Read the engine in every way while somebody holds the whole weights; what they then hold."""
+    """Use the engine in every way while its full weights are lent, and return these afterwards."""
     engine = make_engine(path, {})
     engine.train(make_batch(seed=engine.dp_rank), WeightedLogprobs())
     expected = exported(engine)
@@ -211,7 +211,7 @@ def use_while_generating(path: Path, folder: Path) -> dict[str, Any]:
     return {"intact": intact, "sharded": [isinstance(p, DTensor) for _, p in named(engine)]}
 
 
-def test_weights_lent_for_generating_stay_whole(ranks: RankPool, model_path: Path, tmp_path: Path) -> None:
+def test_weights_in_use_for_generation_stay_full(ranks: RankPool, model_path: Path, tmp_path: Path) -> None:
     for result in ranks.run(use_while_generating, model_path, tmp_path):
         assert result["intact"] == dict.fromkeys(("forward", "save", "export", "save_pretrained"), True)
         assert all(result["sharded"])

@@ -12,20 +12,20 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from rlcore.batch import Batch
-from rlcore.controller.dispatch import gather, partition_of_call
+from rlcore.controller.dispatch import partition_of_call
 from rlcore.engines import ForwardRequest, ModelSettings, OptimSettings, TrainEngine, TrainEngineSpec
+from rlcore.engines.settings import Head
 from rlcore.errors import CheckpointError, EngineError
 from rlcore_fsdp.engine import FSDPTrainEngine, build
 from rlcore_fsdp.settings import FSDPSettings
+from rlcore_kit.testing.layout_equality import check_equal, spread, train_and_forward
 from rlcore_kit.testing.processes import RankPool
 from rlcore_kit.testing.tiny_model import tiny_model
 from rlcore_kit.testing.train_engine import (
     PairMargin,
-    SquaredError,
     WeightedLogprobs,
     exported,
     make_batch,
@@ -42,25 +42,8 @@ def make_engine(path: Path, options: dict[str, Any], **overrides: Any) -> FSDPTr
     return build(TrainEngineSpec(ModelSettings(path=str(path)), FSDPSettings(device="cpu", **options), **settings))
 
 
-def run(path: Path, options: dict[str, Any], batches: list[Batch], head: str = "policy") -> dict[str, Any]:
-    """Train one step per batch, then compute the first; full results on every rank."""
-    engine = make_engine(path, options, head=head)
-    objective = WeightedLogprobs(0.9) if head == "policy" else SquaredError()
-    request = REQUEST if head == "policy" else ForwardRequest(("values",))
-    metrics = [spread(engine, batch, lambda part: engine.train(part, objective)).to_dict() for batch in batches]
-    out = spread(engine, batches[0], lambda part: engine.forward(part, request))
-    result = {"metrics": metrics, "weights": exported(engine)}
-    return result | {name: out.flat(name) for name in out.names}
-
-
-def spread(engine: FSDPTrainEngine, batch: Batch, call: Any) -> Any:
-    parts = batch.partition(engine.dp_size)
-    mine = call(batch.take(parts[engine.dp_rank]))
-    if engine.dp_size == 1:
-        return mine
-    results: list[Any] = [None] * engine.dp_size
-    dist.all_gather_object(results, mine)
-    return gather(results, parts)
+def run(path: Path, options: dict[str, Any], batches: list[Batch], head: Head = "policy") -> dict[str, Any]:
+    return train_and_forward(make_engine(path, options, head=head), batches, head)
 
 
 @pytest.fixture(scope="module")
@@ -75,15 +58,6 @@ BATCHES = [make_batch((50, 3, 3, 2, 31, 4), seed=1), make_batch((9, 9, 40), seed
 @pytest.fixture(scope="module")
 def alone(model_path: Path) -> dict[str, Any]:
     return run(model_path, {}, BATCHES)
-
-
-def check_equal(result: dict[str, Any], expected: dict[str, Any], atol: float) -> None:
-    for ours, theirs in zip(result["metrics"], expected["metrics"]):
-        assert ours == pytest.approx(theirs, rel=max(1e-4, atol))
-    for name, tensor in expected["weights"].items():
-        torch.testing.assert_close(result["weights"][name], tensor, atol=atol, rtol=0, msg=name)
-    for name in set(expected) - {"metrics", "weights"}:
-        torch.testing.assert_close(result[name], expected[name], atol=5 * atol, rtol=0, msg=name)
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,14 @@ import torch
 import torch.distributed as dist
 
 from rlcore.batch import Batch
-from rlcore.controller.dispatch import gather
 from rlcore.engines import ForwardRequest, ModelSettings, OptimSettings, TrainEngine, TrainEngineSpec
+from rlcore.engines.settings import Head
 from rlcore.errors import CheckpointError, EngineError
 from rlcore_kit.checkpoint.rank_files import file_record
+from rlcore_kit.testing.layout_equality import check_equal, spread, train_and_forward
 from rlcore_kit.testing.processes import RankPool
 from rlcore_kit.testing.tiny_model import tiny_model
-from rlcore_kit.testing.train_engine import SquaredError, WeightedLogprobs, exported, make_batch
+from rlcore_kit.testing.train_engine import WeightedLogprobs, exported, make_batch
 from rlcore_megatron.engine import build
 from rlcore_megatron.settings import MegatronSettings
 
@@ -38,26 +39,11 @@ def make_engine(path: Path, options: dict[str, Any], **overrides: Any) -> TrainE
     return build(TrainEngineSpec(ModelSettings(path=str(path)), MegatronSettings(device="cpu", **options), **settings))
 
 
-def run(path: Path, options: dict[str, Any], batches: list[Batch], head: str = "policy") -> dict[str, Any]:
-    """Train one step per batch, then forward over the first; whole results on every rank."""
+def run(path: Path, options: dict[str, Any], batches: list[Batch], head: Head = "policy") -> dict[str, Any]:
     engine = make_engine(path, options, head=head)
-    objective = WeightedLogprobs(0.9) if head == "policy" else SquaredError()
-    request = REQUEST if head == "policy" else ForwardRequest(("values",))
-    metrics = [spread(engine, batch, lambda part: engine.train(part, objective)).to_dict() for batch in batches]
-    out = spread(engine, batches[0], lambda part: engine.forward(part, request))
-    result = {"metrics": metrics, "weights": exported(engine)}
+    result = train_and_forward(engine, batches, head)
     engine.close()
-    return result | {name: out.flat(name) for name in out.names}
-
-
-def spread(engine: TrainEngine, batch: Batch, call: Any) -> Any:
-    """Return this rank's part, as an executor does: all ranks of a data-parallel replica get the same."""
-    parts = batch.partition(engine.dp_size)
-    mine = call(batch.take(parts[engine.dp_rank]))
-    results: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(results, (engine.dp_rank, mine))
-    by_rank = dict(reversed(results))
-    return gather([by_rank[rank] for rank in range(engine.dp_size)], parts)
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -69,15 +55,6 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(model_path: Path) -> dict[str, Any]:
     return run(model_path, {}, BATCHES)
-
-
-def check_equal(result: dict[str, Any], expected: dict[str, Any], atol: float) -> None:
-    for ours, theirs in zip(result["metrics"], expected["metrics"]):
-        assert ours == pytest.approx(theirs, rel=max(1e-4, atol))
-    for name, tensor in expected["weights"].items():
-        torch.testing.assert_close(result["weights"][name], tensor, atol=atol, rtol=0, msg=name)
-    for name in set(expected) - {"metrics", "weights"}:
-        torch.testing.assert_close(result[name], expected[name], atol=5 * atol, rtol=0, msg=name)
 
 
 LAYOUTS: dict[str, dict[str, Any]] = {

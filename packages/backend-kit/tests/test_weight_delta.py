@@ -18,7 +18,7 @@ UNSIGNED = [np.uint8, np.uint16, np.uint32, np.uint64]
 
 
 def slow_decode(old: list[int], block: delta.Block, data: bytes, width: int) -> list[int]:
-    """The format read one element at a time, with Python's integers."""
+    """Decode the format one element at a time, with Python's integers."""
     where, how, _, place_bytes, _ = block
     new = list(old)
     place, values = data[:place_bytes], data[place_bytes:]
@@ -73,7 +73,9 @@ def two_versions(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
 
 @given(two_versions())
 @settings(max_examples=400)
-def test_blocks_give_back_every_bit_and_never_exceed_the_whole(versions: tuple[np.ndarray, np.ndarray]) -> None:
+def test_blocks_give_back_every_bit_and_are_never_larger_than_the_full_block(
+    versions: tuple[np.ndarray, np.ndarray],
+) -> None:
     old, new = versions
     block, parts = encode_block(old, new)
     data = new.tobytes() if block[1] == "full" else b"".join(part.tobytes() for part in parts)
@@ -126,12 +128,12 @@ def received(payload: Payload) -> torch.Tensor:
 
 
 def exchange(encoder: DeltaEncoder, decoder: DeltaDecoder, weights: dict[str, torch.Tensor], version: int) -> Payload:
-    """One version, whole or not as the two agree; the result is compared bit by bit."""
-    whole = encoder.base is None or encoder.base != decoder.base
+    """Transfer one version, in full unless both sides hold the same base; compare the result bit by bit."""
+    full = encoder.base is None or encoder.base != decoder.base
     encoder.begin()
     decoder.begin()
     bucket = WeightBucket(tuple(weights.items()))
-    payload = encoder.encode(bucket, whole)
+    payload = encoder.encode(bucket, full)
     assert decoder.apply(payload.entries, received(payload), payload.checksum)
     decoder.finish(encoder.finish(version))
     got = dict(decoder.bucket(payload.entries, torch.device("cpu")).tensors)
@@ -181,7 +183,7 @@ def test_signed_zeros_and_not_a_numbers_are_bits() -> None:
     assert exchange(encoder, decoder, {"w": torch.full((1 << 16,), float("nan"), dtype=torch.bfloat16)}, 6).nbytes == 0
 
 
-def test_tensors_come_go_and_change_their_shape() -> None:
+def test_tensors_may_appear_disappear_and_change_shape() -> None:
     encoder, decoder = DeltaEncoder(), DeltaDecoder()
     exchange(encoder, decoder, {"a": torch.ones(5), "b": torch.ones(6)}, 1)
     exchange(encoder, decoder, {"a": torch.ones(5), "c": torch.ones(2, 3)}, 2)
@@ -190,16 +192,16 @@ def test_tensors_come_go_and_change_their_shape() -> None:
 
 def test_encoded_blocks_keep_to_their_memory() -> None:
     weights = {"w": torch.zeros(100_000, dtype=torch.float32)}
-    encoder, decoder = DeltaEncoder(most_new_bytes=1000), DeltaDecoder()
+    encoder, decoder = DeltaEncoder(max_new_bytes=1000), DeltaDecoder()
     exchange(encoder, decoder, weights, 1)
     changed = {"w": weights["w"].clone()}
     changed["w"][::5] = 0.1
     payload = exchange(encoder, decoder, changed, 2)
-    assert payload.nbytes == 400_000, "sent whole, from the copy"
+    assert payload.nbytes == 400_000, "sent in full, from the copy"
     assert payload.parts[0][0].data_ptr() == encoder._held["w"].data_ptr()
 
 
-def test_a_missed_version_is_no_base() -> None:
+def test_a_receiver_that_missed_a_version_gets_full_tensors() -> None:
     encoder, decoder, other = DeltaEncoder(), DeltaDecoder(), DeltaDecoder()
     exchange(encoder, decoder, {"w": torch.zeros(1000)}, 1)
     exchange(encoder, decoder, {"w": torch.ones(1000)}, 2)
@@ -213,7 +215,7 @@ def test_a_missed_version_is_no_base() -> None:
 
 @given(st.integers(0, 2**32), st.integers(0, 10_000))
 @settings(max_examples=200)
-def test_damage_is_noticed(seed: int, where: int) -> None:
+def test_damage_is_detected(seed: int, where: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     old = torch.randn(3000, generator=generator).bfloat16()
     new = torch.where(torch.rand(3000, generator=generator) < 0.05, old * 1.01, old)
@@ -222,12 +224,12 @@ def test_damage_is_noticed(seed: int, where: int) -> None:
     encoder.begin()
     decoder.begin()
     bucket = WeightBucket((("w", new),))
-    payload = encoder.encode(bucket, whole=False)
+    payload = encoder.encode(bucket, full=False)
     flat = received(payload)[: payload.entries[0].nbytes].clone()
     flat[where % len(flat)] ^= 1 << where % 8
     assert not decoder.apply(payload.entries, flat, payload.checksum)
-    again = encoder.whole(["w"])
-    assert decoder.apply(again.entries, received(again), again.checksum), "the whole bucket mends it"
+    again = encoder.encode_full(["w"])
+    assert decoder.apply(again.entries, received(again), again.checksum), "the full bucket repairs it"
     assert torch.equal(as_bytes(dict(decoder.bucket(again.entries, torch.device("cpu")).tensors)["w"]), as_bytes(new))
 
 

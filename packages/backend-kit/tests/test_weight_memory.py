@@ -19,7 +19,7 @@ from rlcore_kit.weight_transfer import Address, open_receiver, open_sender
 
 
 class LiveBytes(TorchDispatchMode):
-    """Most bytes that tensors made in this block occupied at one time."""
+    """Measures the maximum number of bytes of the tensors made in this block."""
 
     def __init__(self, others: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ def masters(version: int) -> dict[str, torch.Tensor]:
 
 
 def export(weights: dict[str, torch.Tensor]) -> Iterator[WeightBucket]:
-    """As the training engine makes buckets: new tensors, and the next one is made before a bucket is given away."""
+    """Make buckets as a training engine does: the next tensor exists before a bucket is yielded."""
     held: list[tuple[str, torch.Tensor]] = []
     for name, tensor in weights.items():
         converted = tensor.bfloat16()
@@ -64,7 +64,7 @@ def export(weights: dict[str, torch.Tensor]) -> Iterator[WeightBucket]:
 
 
 def warm_up() -> None:
-    """A dispatch mode imports much of torch when it is first used, which takes its time on a busy machine."""
+    """Use a dispatch mode once: the first use imports much of torch."""
     with LiveBytes():
         torch.empty(1)
 

@@ -46,7 +46,7 @@ def rank() -> int:
 
 
 def open_trainer(delta: bool) -> Address | None:
-    """Both ranks shard the model in the default group; the first one listens."""
+    """Shard the model over both ranks in the default group; the first one opens the sender."""
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
 
@@ -63,7 +63,7 @@ def open_trainer(delta: bool) -> Address | None:
 
 
 def step_and_send(version: int) -> TransferStats | None:
-    """Change the weights, gather them bucket by bucket, and give them away; then the default group still works."""
+    """Change the weights and send them bucket by bucket; then use the default group."""
     import torch.distributed as dist
 
     model = _trainer["model"]

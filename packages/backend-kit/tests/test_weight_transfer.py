@@ -1,4 +1,4 @@
-"""Weights arrive bit by bit in other processes, within two buckets of memory; whoever fails is named."""
+"""Weights arrive bit by bit in other processes, within two buckets of memory; the process that fails is named."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ import torch
 from rlcore.engines import WeightBucket
 from rlcore_kit.testing.processes import RankPool
 from rlcore_kit.weight_transfer import Address, TransferError, open_receiver, open_sender
-from rlcore_kit.weight_transfer.choice import Facts, choose
 from rlcore_kit.weight_transfer.flat import as_bytes
+from rlcore_kit.weight_transfer.transport_choice import WeightLocation, choose
 
 BUCKET_BYTES = 1 << 20
 TRANSPORTS = ["gloo", "shm"]
@@ -39,7 +39,7 @@ def pool() -> Iterator[RankPool]:
 
 
 class Running:
-    """A call that runs in all processes of a pool while this one does its part."""
+    """A call that runs in all processes of a pool at the same time as this process."""
 
     def __init__(self, pool: RankPool, function: Any, *args: Any, timeout: float = TIMEOUT_S) -> None:
         self._executor = ThreadPoolExecutor(1)
@@ -53,7 +53,7 @@ class Running:
 
 
 def weights_of(version: int) -> dict[str, torch.Tensor]:
-    """Tensors of every kind; a few elements differ from version to version."""
+    """Make tensors of every kind; a few elements differ from version to version."""
     generator = torch.Generator().manual_seed(0)
     weights = {
         "bf16": torch.randn(513, 211, generator=generator).bfloat16(),
@@ -83,7 +83,7 @@ def buckets_of(weights: dict[str, torch.Tensor], count: int = 3) -> Iterator[Wei
 
 
 def differences(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
-    """Names of tensors that are not the same to the last bit, in the same order."""
+    """Return the names of tensors that differ in any bit or are out of order."""
     if list(got) != list(expected):
         return [f"names {list(got)}"]
     return [
@@ -100,7 +100,7 @@ def rank() -> int:
 
 
 def receive_and_compare(address: Address, versions: list[int]) -> list[tuple[int, list[str]]]:
-    """Every tensor is kept to the end and compared only then."""
+    """Keep every tensor to the end and compare only then."""
     receiver = open_receiver(address, rank())
     got = []
     for _ in versions:
@@ -155,9 +155,14 @@ def take_all_on_rank_zero(address: Address, count: int) -> list[tuple[int, int]]
     return taken
 
 
-def test_the_choice_of_a_transport() -> None:
-    cpu, other = Facts("h", None), Facts("elsewhere", None)
-    a, b, c, far = Facts("h", "a"), Facts("h", "b"), Facts("h", "c"), Facts("elsewhere", "d")
+def test_the_fastest_transport_that_works_is_chosen() -> None:
+    cpu, other = WeightLocation("h", None), WeightLocation("elsewhere", None)
+    a, b, c, far = (
+        WeightLocation("h", "a"),
+        WeightLocation("h", "b"),
+        WeightLocation("h", "c"),
+        WeightLocation("elsewhere", "d"),
+    )
     assert choose(cpu, [cpu, cpu], delta=False) == "shm"
     assert choose(cpu, [cpu, other], delta=False) == "gloo"
     assert choose(a, [a, a], delta=False) == "ipc"
@@ -225,9 +230,11 @@ def test_a_damaged_bucket_is_sent_again(pool: RankPool, transport: Any) -> None:
 def test_damage_twice_in_a_row_is_an_error(pool: RankPool) -> None:
     sender, address = open_sender("shm", receivers=2, timeout_s=TIMEOUT_S, bucket_bytes=BUCKET_BYTES, delta=True)
     running = Running(pool, error_of, receive_with.__name__, (address, [1], NEVER, (1, 2)))
-    with pytest.raises(TransferError, match=r"receiver 1 of 2 failed: .*bucket \d of version 1 arrived damaged twice"):
+    with pytest.raises(
+        TransferError, match=r"receiver 1 of 2 failed: .*bucket \d of version 1 was damaged in transfer twice"
+    ):
         sender.send(buckets_of(weights_of(1)), 1)
-    assert [text is not None and "damaged twice" in text for text in running.results()] == [True, True]
+    assert [text is not None and "damaged in transfer twice" in text for text in running.results()] == [True, True]
 
 
 # Failures. Each test then moves weights over a new connection.
@@ -250,7 +257,7 @@ def check_a_new_connection(pool: RankPool, transport: Any) -> None:
 
 
 class Export:
-    """An export that knows whether it was taken to its end, and may kill or stop a process on the way."""
+    """An export that records whether it was consumed to the end, and may kill or stop a process meanwhile."""
 
     def __init__(self, signals: Iterable[tuple[int, int, int]] = (), fail_at: int = -1) -> None:
         self.finished = False
@@ -262,7 +269,7 @@ class Export:
             if index in self._signals:
                 os.kill(*self._signals[index])
             if index == self._fail_at:
-                raise RuntimeError("the trainer is unwell")
+                raise RuntimeError("the export failed")
             yield bucket
         self.finished = True
 
@@ -280,7 +287,7 @@ def pids() -> int:
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("bucket", [0, 2])
-def test_a_killed_receiver_is_named_at_once(transport: Any, bucket: int) -> None:
+def test_a_killed_receiver_is_named_immediately(transport: Any, bucket: int) -> None:
     pool = RankPool(2)
     try:
         victim = pool.run(pids)[1]
@@ -302,7 +309,7 @@ def test_a_killed_receiver_is_named_at_once(transport: Any, bucket: int) -> None
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_receiver_that_hangs_is_named_and_the_other_is_told(pool: RankPool, transport: Any) -> None:
+def test_a_receiver_that_hangs_is_named_to_all(pool: RankPool, transport: Any) -> None:
     sluggard = pool.run(pids)[0]
     sender, address = open_sender(transport, receivers=2, timeout_s=8, bucket_bytes=BUCKET_BYTES)
     running = Running(pool, error_of, "take_twice", (address,))
@@ -334,12 +341,12 @@ def take_all_on_rank_zero_or_error(address: Address) -> str | None:
     return error_of("take_all_on_rank_zero", (address, 1))
 
 
-def test_an_export_that_fails_is_the_senders_error_and_the_receivers_are_told(pool: RankPool) -> None:
+def test_an_export_that_fails_reaches_all_receivers(pool: RankPool) -> None:
     sender, address = open_sender("shm", receivers=2, timeout_s=TIMEOUT_S, bucket_bytes=BUCKET_BYTES)
     running = Running(pool, error_of, "take_twice", (address,))
-    with pytest.raises(RuntimeError, match="the trainer is unwell"):
+    with pytest.raises(RuntimeError, match="the export failed"):
         sender.send(Export(fail_at=2), 1)
-    assert running.results() == ["the weight sender failed: RuntimeError: the trainer is unwell"] * 2
+    assert running.results() == ["the weight sender failed: RuntimeError: the export failed"] * 2
 
 
 class FailingEngine:
@@ -413,7 +420,7 @@ def test_receivers_notice_that_the_sender_was_killed(pool: RankPool, transport: 
 # What can be reached from outside.
 
 
-def test_strangers_are_turned_away(pool: RankPool) -> None:
+def test_foreign_connections_are_refused(pool: RankPool) -> None:
     sender, address = open_sender("shm", receivers=2, timeout_s=TIMEOUT_S, bucket_bytes=BUCKET_BYTES)
     assert address.token not in repr(address)
     garbage = socket.create_connection((address.host, address.port))
@@ -429,7 +436,7 @@ def test_strangers_are_turned_away(pool: RankPool) -> None:
 
 
 def listeners() -> set[str]:
-    """Addresses and ports, as in /proc/net/tcp, at which this process listens for TCP."""
+    """Return the addresses and ports, as in /proc/net/tcp, at which this process listens for TCP."""
     inodes = set()
     for entry in Path("/proc/self/fd").iterdir():
         try:
@@ -457,7 +464,7 @@ def receive_and_list_listeners(address: Address) -> tuple[set[str], set[str]]:
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_nothing_listens_beyond_loopback_nor_after_the_end(pool: RankPool, transport: Any) -> None:
+def test_only_the_address_listens_and_only_until_the_end(pool: RankPool, transport: Any) -> None:
     before = listeners()
     sender, address = open_sender(transport, receivers=2, timeout_s=TIMEOUT_S, bucket_bytes=BUCKET_BYTES)
     waiting = listeners() - before
@@ -475,7 +482,7 @@ def test_nothing_listens_beyond_loopback_nor_after_the_end(pool: RankPool, trans
 
 
 def shared_memory() -> list[str]:
-    """Mappings and open files of this process that are shared memory."""
+    """Return the mappings and open files of this process that are shared memory."""
     mapped = [line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()]
     opened = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.exists()]
     return [name for name in (*mapped, *opened) if "rlcore-weights" in name or "/dev/shm" in name]
@@ -518,12 +525,12 @@ def test_shared_memory_has_no_name_and_goes_with_the_connection(pool: RankPool) 
         ({"receivers": 1, "timeout_s": 0}, "timeout_s must be"),
     ],
 )
-def test_nonsense_is_refused(arguments: dict[str, Any], reason: str) -> None:
+def test_wrong_arguments_are_refused(arguments: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         open_sender(**arguments)
 
 
-def test_nobody_listens() -> None:
+def test_a_closed_sender_cannot_be_reached() -> None:
     sender, address = open_sender("shm", receivers=1)
     sender.close()
     with pytest.raises(TransferError, match=r"receiver 0 cannot reach the weight sender at 127\.0\.0\.1"):

@@ -1,4 +1,4 @@
-"""Where a sender is found."""
+"""The network address of a weight sender."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Address:
-    """Where a sender listens; plain data, to be given to `open_receiver` in other processes.
+    """Address of a sender: plain data that `open_receiver` takes in other processes.
 
     Attributes:
-        token: shows a receiver to be invited; keep it from others.
-        timeout_s: the sender's, which receivers use too unless told otherwise.
+        host: IP address or name on which the sender listens.
+        port: TCP port on which the sender listens.
+        receivers: number of receivers that the sender waits for.
+        timeout_s: timeout of the sender, in seconds; the default of receivers.
+        token: secret that a receiver presents to be accepted; keep it confidential.
     """
 
     host: str

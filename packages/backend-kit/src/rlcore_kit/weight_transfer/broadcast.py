@@ -1,7 +1,8 @@
-"""Transports ``gloo`` and ``nccl``: pieces of a bucket are broadcast in a process group of their own.
+"""Transports ``gloo`` and ``nccl``: pieces of a bucket are broadcast in a separate process group.
 
-The group is built from its own store and is not registered anywhere: the default group belongs to the trainer. The
-store listens on the sender's host alone, and each process of a gloo group on the address it connected from.
+The process group has a separate store and is not registered with torch.distributed: the default group belongs to the
+trainer. The store listens on the sender's host only, and each process of a gloo group on the address that it connected
+from.
 """
 
 from __future__ import annotations
@@ -17,19 +18,19 @@ import torch.distributed
 
 from rlcore_kit.weight_transfer.channel import Channel, TransferError, wait_until
 from rlcore_kit.weight_transfer.flat import Payload, PieceReader
-from rlcore_kit.weight_transfer.transport import piece_ranges
+from rlcore_kit.weight_transfer.transport import ReceiverEnd, SenderEnd, piece_ranges
 
 # torch.distributed exports these without declaring it.
 c10d: Any = torch.distributed
 
-# Our own watch over the peers ends a wait first and says whom it was for.
+# `wait_until` should time out before gloo does: its error names the peer.
 _GRACE_S = 2.0
-# NCCL's watchdog ends the whole process when a collective exceeds the group's time: it must never be the first.
-_NCCL_PATIENCE = 10
+# NCCL's watchdog ends the process when a collective exceeds the group's timeout: it must never be the first to expire.
+_NCCL_TIMEOUT_FACTOR = 10
 
 
-class BroadcastSender:
-    """Rank 0 of the group. Two staging buffers: one is filled while the other is on its way."""
+class BroadcastSender(SenderEnd):
+    """Rank 0 of the process group. Of two staging buffers one is filled while the other is broadcast."""
 
     def __init__(
         self,
@@ -42,7 +43,7 @@ class BroadcastSender:
     ) -> None:
         self._backend, self._host, self._channels = backend, host, channels
         self._piece_bytes, self._device, self._timeout_s = piece_bytes, device, timeout_s
-        # TCPStore by itself listens on every interface.
+        # Without a listener, TCPStore listens on every interface.
         with socket.create_server((host, 0)) as listener:
             self._port = listener.getsockname()[1]
             self._store: Any = c10d.TCPStore(
@@ -66,7 +67,7 @@ class BroadcastSender:
                 self._backend, self._store, 0, len(self._channels) + 1, self._host, self._device, self._timeout_s
             )
         except RuntimeError as error:
-            raise _explained(error, self._channels, f"join the {self._backend} group") from error
+            raise _with_peer(error, self._channels, f"join the {self._backend} group") from error
         self._slots = [torch.empty(self._piece_bytes, dtype=torch.uint8, device=self._device) for _ in range(2)]
 
     def opened(self) -> None:
@@ -88,8 +89,8 @@ class BroadcastSender:
         self._group, self._store, self._slots = None, None, []
 
 
-class BroadcastReceiver:
-    """Another rank of the group; pieces arrive where they are wanted, without staging."""
+class BroadcastReceiver(ReceiverEnd):
+    """Another rank of the process group. Pieces arrive in the target buffer, without staging."""
 
     def __init__(
         self,
@@ -111,7 +112,7 @@ class BroadcastReceiver:
             )
             self._group: Any = _group(backend, self._store, rank + 1, offer["size"], own_host, self.device, timeout_s)
         except RuntimeError as error:
-            raise _explained(error, [channel], f"join the {backend} group") from error
+            raise _with_peer(error, [channel], f"join the {backend} group") from error
 
     def receive_into(self, flat: torch.Tensor, bucket: str) -> None:
         for start, stop in piece_ranges(flat.numel(), self._piece_bytes):
@@ -126,10 +127,10 @@ def _group(backend: str, store: Any, rank: int, size: int, host: str, device: to
     store = c10d.PrefixStore(f"weights-{backend}", store)
     if backend == "nccl":
         options = c10d.ProcessGroupNCCL.Options()
-        options._timeout = timedelta(seconds=timeout_s * _NCCL_PATIENCE)
+        options._timeout = timedelta(seconds=timeout_s * _NCCL_TIMEOUT_FACTOR)
         with torch.cuda.device(device):
             return c10d.ProcessGroupNCCL(store, rank, size, options)
-    # The device of its own spares GLOO_SOCKET_IFNAME, which would speak for the trainer's groups too.
+    # An explicit device instead of GLOO_SOCKET_IFNAME, which would also apply to the trainer's process groups.
     gloo = c10d.ProcessGroupGloo
     settings = gloo._Options()
     settings._devices = [gloo.create_device(hostname=host)]
@@ -152,11 +153,11 @@ def _finish(work: Any, channels: Sequence[Channel], timeout_s: float, awaited: s
     try:
         work.wait()
     except RuntimeError as error:
-        raise _explained(error, channels, awaited) from error
+        raise _with_peer(error, channels, awaited) from error
 
 
-def _explained(error: RuntimeError, channels: Sequence[Channel], awaited: str) -> TransferError:
-    """The error with the name of whoever caused it: its control connection closes at about the same moment."""
+def _with_peer(error: RuntimeError, channels: Sequence[Channel], awaited: str) -> TransferError:
+    """Find the peer that caused ``error``: its control connection closes at about the same moment."""
     end = time.monotonic() + _GRACE_S
     try:
         wait_until(lambda: time.monotonic() > end, channels, 2 * _GRACE_S, awaited)

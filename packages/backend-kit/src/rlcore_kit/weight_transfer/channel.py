@@ -1,7 +1,7 @@
-"""Control messages between a sender and its receivers: JSON lines with a length in front, over TCP.
+"""Control messages between a sender and its receivers: JSON objects with a length prefix, over TCP.
 
-Nothing here is a pickle. A peer that dies closes its end, so whoever waits for it learns of it at once; one that hangs
-is named when the time is over.
+No message is a pickle. A peer that dies closes its connection, which the waiting process notices immediately; a peer
+that hangs is named when the timeout expires.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from rlcore.errors import WorkerError
 Message = dict[str, Any]
 
 _HEADER = struct.Struct("!I")
-# Far above what a bucket of a hundred thousand tensors takes, and above the first words of a peer not known yet.
-MOST_BYTES = 256 << 20
-_MOST_BYTES_OF_A_STRANGER = 1 << 16
+# Limits on the length of a message: far above that of a bucket of 100,000 tensors, and that of the first message.
+MAX_MESSAGE_BYTES = 256 << 20
+_MAX_HELLO_BYTES = 1 << 16
 
 
 class TransferError(WorkerError):
-    """A weight transfer failed; the connection is closed, and a new one can be opened.
+    """A weight transfer failed. The connection is closed; a new one can be opened.
 
     Attributes:
-        receivers: ranks of the receivers whose fault it was, as far as is known.
+        receivers: ranks of the receivers that caused the failure, as far as they are known.
     """
 
     def __init__(self, message: str, receivers: Sequence[int] = ()) -> None:
@@ -38,12 +38,12 @@ class TransferError(WorkerError):
 
 
 class Channel:
-    """One end of a connection.
+    """One end of a control connection.
 
     Attributes:
-        peer: who is at the other end, for messages.
-        rank: the receiver's rank, at the sender's end.
-        most_bytes: longest message taken; small until the peer has shown that it was invited.
+        peer: name of the process at the other end, for error messages.
+        rank: rank of the receiver, at the sender's end.
+        max_message_bytes: maximum length of a message; small until the peer has presented the token.
     """
 
     def __init__(self, connection: socket.socket, peer: str, rank: int | None = None) -> None:
@@ -53,65 +53,74 @@ class Channel:
         self._inbox: deque[Message] = deque()
         self.peer = peer
         self.rank = rank
-        self.most_bytes = _MOST_BYTES_OF_A_STRANGER
+        self.max_message_bytes = _MAX_HELLO_BYTES
 
     def fileno(self) -> int:
+        """Return the file descriptor of the connection."""
         return self._connection.fileno()
 
     def send(self, message: Message, timeout_s: float) -> None:
         """Send one message.
 
         Raises:
-            TransferError: the peer is gone, or takes nothing.
+            TransferError: the peer closed the connection, or did not read the message within ``timeout_s``.
         """
         data = json.dumps(message, separators=(",", ":")).encode()
         self._connection.settimeout(timeout_s)
         try:
             self._connection.sendall(_HEADER.pack(len(data)) + data)
         except TimeoutError:
-            raise self.failure(f"{self.peer} took no message within {timeout_s:g} s") from None
+            raise self.failure(f"{self.peer} did not accept a message within {timeout_s:g} s") from None
         except OSError as error:
-            self.look("take a message")  # it may have said why it left
+            self.read_available("accept a message")  # the peer may have reported a reason
             raise self.failure(f"{self.peer} closed the connection ({error})") from None
 
     def receive(self, timeout_s: float, awaited: str) -> Message:
-        """The next message.
+        """Return the next message.
 
         Args:
-            awaited: what the peer should do, as in "{peer} did not {awaited} within 60 s".
+            awaited: expected action of the peer, as in "{peer} did not {awaited} within 60 s".
 
         Raises:
-            TransferError: the peer is gone, reported a failure, or did not answer in time.
+            TransferError: the peer closed the connection, reported a failure, or did not answer within ``timeout_s``.
         """
         deadline = time.monotonic() + timeout_s
         while not self._inbox:
             left = deadline - time.monotonic()
             if left <= 0 or not _readable([self], left):
                 raise self.failure(f"{self.peer} did not {awaited} within {timeout_s:g} s")
-            self.look(awaited)
+            self.read_available(awaited)
         return self._inbox.popleft()
 
-    def look(self, awaited: str) -> None:
-        """Take in what has come, without waiting for more.
+    def read_available(self, awaited: str) -> None:
+        """Read the messages that have arrived, without waiting.
 
         Raises:
-            TransferError: the peer is gone, or reported a failure.
+            TransferError: the peer closed the connection, or reported a failure.
         """
-        closed = self._read_what_came()
+        closed = self._read()
         for message in self._inbox:
             if "failed" in message:
                 raise self.failure(f"{self.peer} failed: {message['failed']}")
         if closed and not self._inbox:
-            raise self.failure(f"{self.peer} closed the connection (its process died?); it had to {awaited}")
+            raise self.failure(
+                f"{self.peer} closed the connection (its process died?); this process was waiting for it to {awaited}"
+            )
 
     def failure(self, text: str) -> TransferError:
+        """Make the error ``text`` that names this channel's receiver."""
         return TransferError(text, () if self.rank is None else (self.rank,))
 
+    def pop(self) -> Message | None:
+        """Return the oldest message that has been read and not returned, or None."""
+        return self._inbox.popleft() if self._inbox else None
+
     def close(self) -> None:
+        """Close the connection."""
         self._connection.close()
 
-    def _read_what_came(self) -> bool:
-        """True if the peer has closed its end."""
+    def _read(self) -> bool:
+        """Read what has arrived; return True if the peer has closed the connection."""
         closed = False
         self._connection.setblocking(False)
         try:
@@ -124,34 +133,35 @@ class Channel:
             closed = True
         while len(self._received) >= _HEADER.size:
             (size,) = _HEADER.unpack_from(self._received)
-            if size <= self.most_bytes and len(self._received) < _HEADER.size + size:
+            if size <= self.max_message_bytes and len(self._received) < _HEADER.size + size:
                 break
             try:
-                if size > self.most_bytes:
+                if size > self.max_message_bytes:
                     raise ValueError(size)
                 message = json.loads(self._received[_HEADER.size : _HEADER.size + size])
                 if not isinstance(message, dict):
                     raise ValueError(message)
             except ValueError:
-                raise self.failure(f"{self.peer} sent something that is no message of ours") from None
+                raise self.failure(f"{self.peer} sent data that is not a message of the weight transfer") from None
             self._inbox.append(message)
             del self._received[: _HEADER.size + size]
         return closed
 
 
 def gather(channels: Sequence[Channel], timeout_s: float, awaited: str) -> list[Message]:
-    """The next message of every channel.
+    """Return the next message of every channel.
 
     Raises:
-        TransferError: names the first that is gone or failed, or all that did not answer in time.
+        TransferError: names the first peer that closed its connection or failed, or all peers that did not answer
+            within ``timeout_s``.
     """
     deadline = time.monotonic() + timeout_s
     answers: dict[int, Message] = {}
     while len(answers) < len(channels):
         waiting = [index for index in range(len(channels)) if index not in answers]
         for index in waiting:
-            if channels[index]._inbox:
-                answers[index] = channels[index]._inbox.popleft()
+            if (message := channels[index].pop()) is not None:
+                answers[index] = message
         waiting = [index for index in waiting if index not in answers]
         if not waiting:
             break
@@ -163,19 +173,19 @@ def gather(channels: Sequence[Channel], timeout_s: float, awaited: str) -> list[
                 [rank for index in waiting if (rank := channels[index].rank) is not None],
             )
         for channel in ready:
-            channel.look(awaited)
+            channel.read_available(awaited)
     return [answers[index] for index in range(len(channels))]
 
 
 def wait_until(done: Callable[[], bool], channels: Sequence[Channel], timeout_s: float, awaited: str) -> None:
-    """Wait for something that cannot be selected on, while the peers are watched.
+    """Wait for ``done`` by polling, while the connections of the peers are watched.
 
     Raises:
-        TransferError: a peer is gone or failed, or it took longer than ``timeout_s``.
+        TransferError: a peer closed its connection or failed, or ``timeout_s`` expired.
     """
     deadline = time.monotonic() + timeout_s
     pause = 0.0002
-    silent = list(channels)  # a peer that has spoken already would be readable all the time
+    silent = list(channels)  # a channel with unread data would be readable all the time
     while not done():
         if time.monotonic() > deadline:
             raise TransferError(
@@ -183,7 +193,7 @@ def wait_until(done: Callable[[], bool], channels: Sequence[Channel], timeout_s:
                 [rank for channel in silent or channels if (rank := channel.rank) is not None],
             )
         for channel in _readable(silent, pause):
-            channel.look(awaited)
+            channel.read_available(awaited)
             silent.remove(channel)
         if not silent:
             time.sleep(pause)

@@ -1,6 +1,6 @@
-"""Transport ``ipc``: slots in the memory of one GPU, between processes that use it.
+"""Transport ``ipc``: slots in the memory of one GPU that all processes use.
 
-The handles of both slots are exchanged once, when the connection is opened. The bytes are copied on the device.
+The sender exports the handles of both slots once, when the connection is opened. The bytes are copied on the device.
 """
 
 from __future__ import annotations
@@ -14,15 +14,18 @@ from torch.multiprocessing import reductions
 from rlcore_kit.weight_transfer.channel import Channel
 from rlcore_kit.weight_transfer.flat import Payload
 from rlcore_kit.weight_transfer.slots import receive_through_slots, send_through_slots
+from rlcore_kit.weight_transfer.transport import ReceiverEnd, SenderEnd
 
 
-class CudaIpcSender:
+class CudaIpcSender(SenderEnd):
+    """The sender's end of the transport ``ipc``."""
+
     def __init__(self, channels: Sequence[Channel], piece_bytes: int, device: torch.device, timeout_s: float) -> None:
         self._channels, self._piece_bytes, self._device, self._timeout_s = channels, piece_bytes, device, timeout_s
         self._slots = [torch.empty(piece_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
 
     def offer(self, rank: int) -> dict[str, Any]:
-        # Handles are made for each receiver: torch counts the takers of each.
+        # One handle for each receiver: torch counts the references of each handle.
         return {"piece_bytes": self._piece_bytes, "slots": [_handle(slot) for slot in self._slots]}
 
     def open(self) -> None:
@@ -39,7 +42,9 @@ class CudaIpcSender:
         self._slots = []
 
 
-class CudaIpcReceiver:
+class CudaIpcReceiver(ReceiverEnd):
+    """A receiver's end of the transport ``ipc``."""
+
     def __init__(self, offer: dict[str, Any], channel: Channel, device: torch.device, timeout_s: float) -> None:
         self.device = device
         self._channel, self._timeout_s = channel, timeout_s
@@ -71,7 +76,7 @@ _FIELDS = (
 
 
 def _handle(slot: torch.Tensor) -> dict[str, Any]:
-    """What `torch.multiprocessing` would pickle, as JSON values."""
+    """Return what `torch.multiprocessing` would pickle, as JSON values."""
     _, arguments = reductions.reduce_tensor(slot)  # type: ignore[no-untyped-call]
     (_, size, _, offset, _, _, _, handle, storage_bytes, storage_offset, _, counter, counter_offset, event, sync) = (
         arguments

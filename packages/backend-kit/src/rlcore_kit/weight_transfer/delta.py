@@ -1,22 +1,26 @@
 """Lossless sparse deltas: only the elements whose bits changed since the last version.
 
-Both sides keep the weights as they were sent last, on the host. Tensors are cut into blocks, and each block takes the
-smallest of several encodings. All compare bits as unsigned integers, so that NaN, -0.0 and every other pattern is
-kept.
+Use deltas where the network between trainer and rollouts is slow; between processes of one host a full transfer is two
+to three times faster.
 
-Which elements (``n`` in the block, ``c`` changed):
+Both sides keep the weights that were sent last, on the host. Tensors are divided into blocks, and each block uses the
+smallest of several encodings. All of them compare bits as unsigned integers, so that NaN, -0.0 and every other bit
+pattern is preserved.
+
+Positions of the changed elements (``n`` elements in the block, ``c`` changed):
 
 ======== ==============================================================================
 ``all``  every element has a value: 0 bytes
 ``bits`` one bit per element: ``n / 8`` bytes
-``gap1`` the number of unchanged elements before each changed one, in bytes; 255 stands
-         for "255, and more follows": about ``c`` bytes if every 50th element changed
+``gap1`` the number of unchanged elements before each changed one, in bytes; 255 means
+         "255, and more follows": about ``c`` bytes if every 50th element changed
 ``gap2`` the same in 16-bit numbers
 ======== ==============================================================================
 
-Their values: ``raw`` (the new bits), or ``step``: the difference of new and old bits as one signed byte, with the raw
-bits of those that it does not hold behind. A small optimizer step moves a number to a neighbour in its format, so most
-fit. A block of which none of it is smaller goes ``full``, and one without changes takes nothing.
+Values of the changed elements: ``raw`` (the new bits), or ``step``: the difference of new and old bits as one signed
+byte, followed by the raw bits of the elements whose difference does not fit. A small optimizer step moves a number to a
+neighbour in its format, so most fit. A block for which neither is smaller is sent ``full``; a block without changes
+takes no bytes.
 """
 
 from __future__ import annotations
@@ -34,11 +38,11 @@ from rlcore.engines.weight_bucket import WeightBucket
 from rlcore_kit.weight_transfer.flat import Entry, Payload, as_bytes, offsets
 
 Bits = npt.NDArray[Any]
-# Which, how, count of changed elements, bytes of the positions, bytes of the values.
+# Encoding of positions, encoding of values, number of changed elements, bytes of the positions, bytes of the values.
 Block = tuple[str, str, int, int, int]
 Base = tuple[str, int]
 
-# Small enough for the caches and for little scratch memory, large enough for numpy and for the description of a block.
+# Small enough for CPU caches and for little temporary memory, large enough to make the cost per block negligible.
 _BLOCK_ELEMENTS = 1 << 18
 _SAME: Block = ("none", "raw", 0, 0, 0)
 _GAPS: dict[str, type[np.unsignedinteger[Any]]] = {"gap1": np.uint8, "gap2": np.uint16}
@@ -48,49 +52,50 @@ _NO_STEP = -128
 
 
 class DeltaEncoder:
-    """The sender's side.
+    """The sender's side: compares the weights with a copy and encodes the differences.
 
     Args:
-        most_new_bytes: most memory for one bucket's encoded blocks; whatever exceeds it is sent whole, from memory that
-            is there anyway.
+        max_new_bytes: maximum memory for the encoded blocks of one bucket; blocks beyond it are sent in full, from
+            memory that exists anyway.
 
     Attributes:
-        base: which weights the copy holds: this encoder's random name and their version; None if they are no version.
-        changed: elements that differed, and
-        compared: elements looked at, since `begin`.
+        base: identity of the weights in the copy: this encoder's random name and their version; None while the copy is
+            incomplete.
+        changed: number of elements that differed since `begin`.
+        compared: number of elements compared since `begin`.
     """
 
-    def __init__(self, most_new_bytes: int = 1 << 62) -> None:
+    def __init__(self, max_new_bytes: int = 1 << 62) -> None:
         self.base: Base | None = None
         self.changed = self.compared = 0
         self._name = uuid4().hex
-        self._most_new_bytes = most_new_bytes
+        self._max_new_bytes = max_new_bytes
         self._held: dict[str, torch.Tensor] = {}
         self._seen: set[str] = set()
 
     def begin(self) -> None:
-        """Start a version; until `finish` the copy is none."""
+        """Start a version; the copy is incomplete until `finish`."""
         self.base = None
         self.changed = self.compared = 0
         self._seen = set()
 
-    def encode(self, bucket: WeightBucket, whole: bool) -> Payload:
-        """What to send for the bucket; its tensors may go afterwards.
+    def encode(self, bucket: WeightBucket, full: bool) -> Payload:
+        """Return what to send for the bucket; its tensors are not needed afterwards.
 
         Args:
-            whole: the receivers do not hold `base`: send every tensor whole.
+            full: send every tensor in full, because the receivers do not hold `base`.
         """
         payload = Payload(checksum=0)
-        left = self._most_new_bytes
+        left = self._max_new_bytes
         for name, tensor in bucket.tensors:
             self._seen.add(name)
             held = self._held.get(name)
             known = held is not None and held.dtype == tensor.dtype and held.shape == tensor.shape
             if held is None or not known:
                 held = self._held[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
-            if whole or not known:
+            if full or not known:
                 held.copy_(tensor.detach())
-                entry, parts = _whole(name, held)
+                entry, parts = _full_entry(name, held)
             else:
                 blocks, parts, new_bytes = self._encode_blocks(held, tensor.detach(), left)
                 left -= new_bytes
@@ -101,18 +106,18 @@ class DeltaEncoder:
         payload.checksum = _checksum(self._held[name] for name, _ in bucket.tensors)
         return payload
 
-    def whole(self, names: Iterable[str]) -> Payload:
-        """Tensors of the version under way, whole."""
+    def encode_full(self, names: Iterable[str]) -> Payload:
+        """Return the named tensors of the version that is being sent, in full."""
         names = list(names)
         payload = Payload(checksum=_checksum(self._held[name] for name in names))
         for name in names:
-            entry, parts = _whole(name, self._held[name])
+            entry, parts = _full_entry(name, self._held[name])
             payload.entries.append(entry)
             payload.parts.append(parts)
         return payload
 
     def finish(self, version: int) -> Base:
-        """All buckets were taken by all receivers."""
+        """End the version, after all receivers have all buckets; return the new `base`."""
         self._held = {name: tensor for name, tensor in self._held.items() if name in self._seen}
         self.base = (self._name, version)
         return self.base
@@ -130,7 +135,7 @@ class DeltaEncoder:
             block, arrays = encode_block(old, new)
             size = sum(array.nbytes for array in arrays)
             if used + size > left:
-                block = _full(block[2])
+                block = _full_block(block[2])
             old[:] = new
             self.changed += block[2]
             self.compared += len(new)
@@ -144,10 +149,10 @@ class DeltaEncoder:
 
 
 class DeltaDecoder:
-    """A receiver's side.
+    """The receiver's side: applies encoded differences to a copy of the weights.
 
     Attributes:
-        base: which weights the copy holds; None if they are no version.
+        base: identity of the weights in the copy, see `DeltaEncoder`; None while the copy is incomplete.
     """
 
     def __init__(self) -> None:
@@ -156,15 +161,15 @@ class DeltaDecoder:
         self._seen: set[str] = set()
 
     def begin(self) -> None:
-        """Start a version; until `finish` the copy is none."""
+        """Start a version; the copy is incomplete until `finish`."""
         self.base = None
         self._seen = set()
 
     def apply(self, entries: Sequence[Entry], flat: torch.Tensor, checksum: int | None) -> bool:
-        """Take over a bucket from its bytes (``[n]``, on the host).
+        """Update the copy with a bucket's bytes ``flat`` (``[n]``, on the host).
 
         Returns:
-            False if the result is not what the sender has: the bucket must come again, whole.
+            False if the result differs from the sender's weights: the bucket must be sent again in full.
         """
         data = flat.numpy()
         for entry, start in zip(entries, offsets(entries)):
@@ -185,25 +190,25 @@ class DeltaDecoder:
                 size = bits.nbytes if block[1] == "full" else block[3] + block[4]
                 try:
                     decode_block(bits, block, source[at : at + size])
-                except (ValueError, IndexError):  # positions or lengths that cannot be: the bytes are damaged
+                except (ValueError, IndexError):  # impossible positions or lengths: the bytes are damaged
                     return False
                 at += size
         return _checksum(self._held[entry.name] for entry in entries) == checksum
 
     def bucket(self, entries: Sequence[Entry], device: torch.device) -> WeightBucket:
-        """Copies of the tensors: the receiver may keep them while the next version comes."""
+        """Return copies of the tensors, which the receiver may keep while the next version arrives."""
         return WeightBucket(
             tuple((entry.name, self._held[entry.name].to(device, copy=True)) for entry in entries),
         )
 
     def finish(self, base: Base) -> None:
-        """All buckets have come."""
+        """End the version, after the last bucket."""
         self._held = {name: tensor for name, tensor in self._held.items() if name in self._seen}
         self.base = base
 
 
 def encode_block(old: Bits, new: Bits) -> tuple[Block, list[Bits]]:
-    """The smallest encoding of ``new`` (bits ``[n]``) given ``old``, and its bytes."""
+    """Return the smallest encoding of ``new`` (bits ``[n]``) given ``old``, and its bytes."""
     n, itemsize = len(new), new.itemsize
     differs = old != new
     changed = np.flatnonzero(differs)
@@ -214,7 +219,7 @@ def encode_block(old: Bits, new: Bits) -> tuple[Block, list[Bits]]:
     beyond = _beyond(old_values, new_values)
     exceptions = int(np.count_nonzero(beyond)) * itemsize
     positions = {"bits": -(-n // 8)}
-    if count < positions["bits"]:  # otherwise gaps take more
+    if count < positions["bits"]:  # otherwise gaps take more bytes
         gaps = np.diff(changed, prepend=-1) - 1
         for kind, dtype in _GAPS.items():
             positions[kind] = (count + int((gaps // np.iinfo(dtype).max).sum())) * np.dtype(dtype).itemsize
@@ -227,49 +232,49 @@ def encode_block(old: Bits, new: Bits) -> tuple[Block, list[Bits]]:
     }
     match min(sizes, key=lambda kind: sizes[kind]):
         case "full":
-            return _full(count), []
+            return _full_block(count), []
         case "all":
             arrays = _steps(old, new)
             return ("all", "step", count, 0, sum(array.nbytes for array in arrays)), arrays
-    place = np.packbits(differs) if where == "bits" else _encode_gaps(gaps, _GAPS[where])
+    encoded = np.packbits(differs) if where == "bits" else _encode_gaps(gaps, _GAPS[where])
     arrays = [new_values] if how == "raw" else _steps(old_values, new_values)
-    return (where, how, count, place.nbytes, sum(array.nbytes for array in arrays)), [place, *arrays]
+    return (where, how, count, encoded.nbytes, sum(array.nbytes for array in arrays)), [encoded, *arrays]
 
 
 def decode_block(bits: Bits, block: Block, data: npt.NDArray[np.uint8]) -> None:
-    """Make ``bits`` (``[n]``, in place) what `encode_block` was given as new.
+    """Change ``bits`` (``[n]``) from the old to the new bits of `encode_block`, in place.
 
     Raises:
         ValueError, IndexError: the data cannot belong to this block; ``bits`` may be partly changed.
     """
-    where, how, count, place_bytes, _ = block
+    where, how, count, position_bytes, _ = block
     if where == "none":
         return
     if how == "full":
         bits[:] = data.view(bits.dtype)
         return
-    place, values = data[:place_bytes], data[place_bytes:]
+    positions, values = data[:position_bytes], data[position_bytes:]
     if where == "all":
         bits[:] = _unsteps(bits, values)
         return
     if where == "bits":
-        changed = np.flatnonzero(np.unpackbits(place, count=len(bits)))
+        changed = np.flatnonzero(np.unpackbits(positions, count=len(bits)))
     else:
-        changed = _decode_gaps(place.view(_GAPS[where]))
+        changed = _decode_gaps(positions.view(_GAPS[where]))
     if len(changed) != count:
         raise ValueError(f"{len(changed)} positions instead of {count}")
     bits[changed] = values.view(bits.dtype) if how == "raw" else _unsteps(bits[changed], values)
 
 
-def _full(count: int) -> Block:
+def _full_block(count: int) -> Block:
     return ("all", "full", count, 0, 0)
 
 
 def _encode_gaps(gaps: npt.NDArray[np.int64], dtype: type[np.unsignedinteger[Any]]) -> Bits:
-    most = np.iinfo(dtype).max
-    ends = np.cumsum(gaps // most + 1) - 1
-    codes = np.full(int(ends[-1]) + 1, most, dtype)
-    codes[ends] = (gaps % most).astype(dtype)
+    maximum = np.iinfo(dtype).max
+    ends = np.cumsum(gaps // maximum + 1) - 1
+    codes = np.full(int(ends[-1]) + 1, maximum, dtype)
+    codes[ends] = (gaps % maximum).astype(dtype)
     return codes
 
 
@@ -284,7 +289,7 @@ def _difference(old: Bits, new: Bits) -> Bits:
 
 
 def _beyond(old: Bits, new: Bits) -> npt.NDArray[np.bool_]:
-    """Which differences a signed byte does not hold; one value is kept to say so."""
+    """Mark the differences that do not fit in a signed byte; `_NO_STEP` is reserved as their marker."""
     difference = _difference(old, new)
     beyond: npt.NDArray[np.bool_] = (difference <= _NO_STEP) | (difference > 127)
     return beyond
@@ -305,7 +310,7 @@ def _unsteps(old: Bits, data: npt.NDArray[np.uint8]) -> Bits:
 
 
 def _bits(data: torch.Tensor, itemsize: int) -> Bits:
-    """The bytes ``[m * itemsize]`` as unsigned integers ``[m]``, in place; complex numbers as their parts."""
+    """View the bytes ``[m * itemsize]`` as unsigned integers ``[m]``; complex numbers as their parts."""
     return data.numpy().view(_UNSIGNED[min(itemsize, 8)])
 
 
@@ -315,7 +320,7 @@ def _block_ranges(nbytes: int, itemsize: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, nbytes)
 
 
-def _whole(name: str, held: torch.Tensor) -> tuple[Entry, list[torch.Tensor]]:
+def _full_entry(name: str, held: torch.Tensor) -> tuple[Entry, list[torch.Tensor]]:
     return Entry(name, held.dtype, tuple(held.shape), held.nbytes), [held]
 
 

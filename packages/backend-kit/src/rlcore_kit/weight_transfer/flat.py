@@ -1,4 +1,4 @@
-"""Buckets as one run of bytes: what is sent, where each tensor lies in it, and how to get it back."""
+"""The byte layout of buckets: pack tensors into one run of bytes, and unpack them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ _DTYPES = {str(value).removeprefix("torch."): value for value in vars(torch).val
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a bucket and the number of bytes that travel for it.
+    """Description of one tensor in a payload.
 
     Attributes:
-        blocks: None if the bytes are the tensor's own; else how they are encoded (see
-            `rlcore_kit.weight_transfer.delta`).
+        nbytes: number of bytes that are sent for it.
+        blocks: None if these bytes are the tensor's; otherwise the encoding of its blocks
+            (`rlcore_kit.weight_transfer.delta`).
     """
 
     name: str
@@ -34,23 +35,26 @@ class Entry:
 
     @property
     def full_bytes(self) -> int:
+        """Size of the tensor in bytes."""
         return prod(self.shape) * self.dtype.itemsize
 
     def to_json(self) -> list[Any]:
+        """Return the fields as JSON values."""
         return [self.name, str(self.dtype).removeprefix("torch."), self.shape, self.nbytes, self.blocks]
 
     @classmethod
     def from_json(cls, fields: Sequence[Any]) -> Entry:
+        """Make an entry from what `to_json` returned."""
         name, dtype, shape, nbytes, blocks = fields
         return cls(name, _DTYPES[dtype], tuple(shape), nbytes, None if blocks is None else tuple(map(tuple, blocks)))
 
 
 @dataclass
 class Payload:
-    """Entries and, for each, the tensors whose bytes make it up, one after the other.
+    """What is sent for one bucket: entries and, for each, the tensors whose concatenated bytes are sent.
 
     Attributes:
-        checksum: of what the receiver must hold afterwards; None if nothing is verified.
+        checksum: CRC-32 of the tensors that the receiver must hold afterwards; None if nothing is verified.
     """
 
     entries: list[Entry] = field(default_factory=list)
@@ -59,12 +63,12 @@ class Payload:
 
     @property
     def nbytes(self) -> int:
-        """Length of the run of bytes, gaps for alignment included."""
+        """Length of the run of bytes, including the gaps for alignment."""
         return flat_bytes(self.entries)
 
 
 def pack(bucket: WeightBucket) -> Payload:
-    """The bucket's own bytes; nothing is copied yet."""
+    """Describe the bucket's bytes as a payload; nothing is copied yet."""
     payload = Payload()
     for name, tensor in bucket.tensors:
         payload.entries.append(Entry(name, tensor.dtype, tuple(tensor.shape), tensor.nbytes))
@@ -73,7 +77,7 @@ def pack(bucket: WeightBucket) -> Payload:
 
 
 def unpack(flat: torch.Tensor, entries: Sequence[Entry]) -> WeightBucket:
-    """Tensors that are views of ``flat`` (bytes ``[n]``)."""
+    """Return the tensors as views of ``flat`` (bytes ``[n]``)."""
     return WeightBucket(
         tuple(
             (entry.name, _view(flat[start : start + entry.nbytes], entry))
@@ -83,7 +87,7 @@ def unpack(flat: torch.Tensor, entries: Sequence[Entry]) -> WeightBucket:
 
 
 def offsets(entries: Sequence[Entry]) -> list[int]:
-    """Where each entry starts."""
+    """Return the byte at which each entry starts."""
     starts, end = [], 0
     for entry in entries:
         starts.append(end)
@@ -92,20 +96,21 @@ def offsets(entries: Sequence[Entry]) -> list[int]:
 
 
 def flat_bytes(entries: Sequence[Entry]) -> int:
+    """Return the length of the run of bytes of all entries."""
     return sum(_aligned(entry.nbytes) for entry in entries)
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor's bytes ``[nbytes]``: a view if it is contiguous, else of a contiguous copy."""
+    """Return the tensor's bytes ``[nbytes]``: a view of the tensor if it is contiguous, otherwise of a copy."""
     if tensor.is_conj() or tensor.is_neg():
         tensor = tensor.resolve_conj().resolve_neg()
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 class PieceReader:
-    """Reads a payload from its beginning to its end into pieces of any size.
+    """Reads a payload sequentially, in pieces of any size.
 
-    A tensor that is not contiguous is copied when its turn comes, one at a time.
+    A tensor that is not contiguous is copied when it is read, one at a time.
     """
 
     def __init__(self, payload: Payload) -> None:
@@ -114,7 +119,7 @@ class PieceReader:
         self._at = 0
 
     def read_into(self, piece: torch.Tensor) -> None:
-        """Fill ``piece`` (bytes ``[n]``, on any device); bytes between tensors stay as they are."""
+        """Fill ``piece`` (bytes ``[n]``, on any device); bytes between tensors are left unchanged."""
         filled = 0
         while filled < piece.numel():
             size = self._chunk if isinstance(self._chunk, int) else self._chunk.numel()
@@ -129,7 +134,7 @@ class PieceReader:
 
     @staticmethod
     def _all_chunks(payload: Payload) -> Iterator[torch.Tensor | int]:
-        """The bytes of every part, and between them the number of bytes to skip."""
+        """Yield the bytes of every part, and between them the number of bytes to skip."""
         for entry, parts in zip(payload.entries, payload.parts):
             for part in parts:
                 yield as_bytes(part)
@@ -141,6 +146,6 @@ def _aligned(size: int) -> int:
 
 
 def _view(data: torch.Tensor, entry: Entry) -> torch.Tensor:
-    if data.numel() == 0:  # whose offset may not fit the dtype's alignment rules
+    if data.numel() == 0:  # its offset may violate the alignment of the dtype
         return torch.empty(entry.shape, dtype=entry.dtype, device=data.device)
     return data.view(entry.dtype).view(entry.shape)

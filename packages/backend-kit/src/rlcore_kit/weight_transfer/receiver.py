@@ -1,4 +1,4 @@
-"""A rollout process: `open_receiver`, then `WeightReceiver.load_into` for every version."""
+"""The receiving side, in a rollout process: `open_receiver`, then `WeightReceiver.load_into` for every version."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from rlcore.engines.rollout import RolloutEngine
 from rlcore.engines.weight_bucket import WeightBucket
 from rlcore_kit.weight_transfer.address import Address
 from rlcore_kit.weight_transfer.broadcast import BroadcastReceiver
-from rlcore_kit.weight_transfer.channel import MOST_BYTES, Channel, TransferError
-from rlcore_kit.weight_transfer.choice import Transport, facts_here
+from rlcore_kit.weight_transfer.channel import MAX_MESSAGE_BYTES, Channel, TransferError
 from rlcore_kit.weight_transfer.cuda_ipc import CudaIpcReceiver
 from rlcore_kit.weight_transfer.delta import DeltaDecoder
 from rlcore_kit.weight_transfer.flat import Entry, flat_bytes, unpack
 from rlcore_kit.weight_transfer.shared_memory import SharedMemoryReceiver
 from rlcore_kit.weight_transfer.transport import ReceiverEnd
+from rlcore_kit.weight_transfer.transport_choice import Transport, local_weight_location
 
 
 class WeightReceiver:
-    """Takes weights from a sender; see `open_receiver`.
+    """Receives weights from a sender; see `open_receiver`.
 
-    After an error, and after `close`, it is of no use any more: open another one.
+    It is closed by an error and by `close`; open a new one then.
 
     Attributes:
-        version: the version that the last `receive` began.
-        transport: by which the bytes come; None before the first `receive`.
+        version: version of the weights that the last `receive` began to receive; −1 before the first.
+        transport: the transport of the bytes; None before the first `receive`.
     """
 
     def __init__(self, channel: Channel, address: Address, rank: int, own_host: str, device: torch.device) -> None:
@@ -43,26 +43,30 @@ class WeightReceiver:
         self.transport: Transport | None = None
 
     def load_into(self, engine: RolloutEngine) -> int:
-        """Take the next version into ``engine`` and return it; the sender learns of it if the engine fails.
+        """Load the next version into ``engine`` and return its number; if the engine fails, report it to the sender.
 
         Raises:
-            TransferError: the sender died, failed, or did not send in time.
+            TransferError: the sender died, failed, or did not send within the timeout.
         """
         buckets = self.receive()
         try:
             engine.update_weights(buckets, self.version)
-            for _ in buckets:  # an engine that stops early would leave the others waiting
-                raise TransferError(f"{type(engine).__name__}.update_weights did not take all buckets")
+            for _ in buckets:  # the other receivers would wait for an engine that stops early
+                raise TransferError(
+                    f"{type(engine).__name__}.update_weights did not take all buckets; it must iterate to the end"
+                )
         except BaseException as error:
             self.abort(error)
             raise
         return self.version
 
     def receive(self) -> Iterator[WeightBucket]:
-        """The next version's buckets, whose tensors are the caller's to keep; `version` is known when this returns.
+        """Begin to receive the next version: set `version`, and return an iterator of its buckets.
+
+        The caller may keep the tensors.
 
         Raises:
-            TransferError: the sender died, failed, or did not begin in time.
+            TransferError: the sender died, failed, or did not begin within the timeout.
         """
         self.connect()
         try:
@@ -79,9 +83,9 @@ class WeightReceiver:
         return self._buckets()
 
     def connect(self) -> None:
-        """Wait until the sender has all its receivers, and open the transport; the first `receive` does it too."""
+        """Wait until all receivers are connected to the sender, and open the transport; `receive` calls it."""
         if self._closed:
-            raise TransferError("this receiver is closed; open a new one")
+            raise TransferError("this weight receiver is closed; open a new one (open_receiver)")
         if self._end is not None:
             return
         try:
@@ -91,7 +95,7 @@ class WeightReceiver:
             raise
 
     def _open(self) -> None:
-        offer = self._channel.receive(self._timeout_s, "offer a transport (are all receivers there?)")
+        offer = self._channel.receive(self._timeout_s, "offer a transport (are all receivers connected?)")
         transport: Transport = offer["transport"]
         match transport:
             case "shm":
@@ -109,9 +113,9 @@ class WeightReceiver:
         self._channel.send({"opened": transport}, self._timeout_s)
 
     def abort(self, error: BaseException) -> None:
-        """Tell the sender that this receiver cannot go on, and close."""
+        """Report to the sender that this receiver cannot continue, and close."""
         if not self._closed:
-            with contextlib.suppress(TransferError):  # it may be the sender that is gone
+            with contextlib.suppress(TransferError):  # the sender may have died
                 self._channel.send({"failed": f"{type(error).__name__}: {error}"}, timeout_s=1)
         self.close()
 
@@ -131,7 +135,7 @@ class WeightReceiver:
                 message = self._channel.receive(self._timeout_s, f"send bucket {taken + 1} of version {self.version}")
                 if "end" in message:
                     break
-                again = message["bucket"] < taken  # another receiver asked for it; harmless to take twice
+                again = message["bucket"] < taken  # another receiver requested it; taking it twice is harmless
                 bucket = self._take(message)
                 if not again:
                     taken += 1
@@ -141,7 +145,7 @@ class WeightReceiver:
                 self._decoder.finish((message["base"][0], message["base"][1]))
             self._channel.send({"done": self.version}, self._timeout_s)
         except GeneratorExit:
-            self.abort(TransferError("it stopped before the last bucket"))
+            self.abort(TransferError("the receiving engine stopped before the last bucket"))
             raise
         except BaseException as error:
             self.abort(error)
@@ -157,8 +161,8 @@ class WeightReceiver:
             message = self._channel.receive(self._timeout_s, f"send {name} again")
             entries, flat = self._take_bytes(message, name)
             if not self._decoder.apply(entries, flat.cpu(), message["checksum"]):
-                raise TransferError(f"{name} arrived damaged twice")
-        del flat  # before the copies are made: at most two buckets exist, the one before included
+                raise TransferError(f"{name} was damaged in transfer twice")
+        del flat  # before the copies are made: at most two buckets exist, including the previous one
         return self._decoder.bucket(entries, self._device)
 
     def _take_bytes(self, message: dict[str, Any], name: str) -> tuple[list[Entry], torch.Tensor]:
@@ -172,14 +176,15 @@ class WeightReceiver:
 def open_receiver(
     address: Address, rank: int, *, device: torch.device | str = "cpu", timeout_s: float | None = None
 ) -> WeightReceiver:
-    """Connect to a sender, in a rollout process; does not wait for the other receivers.
+    """Connect to a sender, in a rollout process, without waiting for the other receivers.
 
     Args:
-        rank: 0 to ``address.receivers - 1``, each once.
-        device: where the received tensors shall be.
+        rank: number of this receiver, 0 to ``address.receivers - 1``; each is used once.
+        device: device of the received tensors.
+        timeout_s: timeout of each wait, in seconds; None uses that of ``address``.
 
     Raises:
-        TransferError: nobody listens there.
+        TransferError: no sender listens at ``address``.
     """
     if timeout_s is None:
         timeout_s = address.timeout_s
@@ -192,6 +197,6 @@ def open_receiver(
         ) from error
     device = torch.device(device)
     channel = Channel(connection, "the weight sender")
-    channel.most_bytes = MOST_BYTES
-    channel.send({"token": address.token, "rank": rank, "facts": vars(facts_here(device))}, timeout_s)
+    channel.max_message_bytes = MAX_MESSAGE_BYTES
+    channel.send({"token": address.token, "rank": rank, "location": vars(local_weight_location(device))}, timeout_s)
     return WeightReceiver(channel, address, rank, connection.getsockname()[0], device)

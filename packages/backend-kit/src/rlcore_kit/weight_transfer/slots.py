@@ -1,7 +1,7 @@
-"""Two slots of memory that a sender and its receivers see at once; transports ``shm`` and ``ipc`` stand on it.
+"""Two slots of memory that a sender shares with its receivers; the base of the transports ``shm`` and ``ipc``.
 
-The sender fills a slot and announces it; every receiver copies it out and says so; then the slot is filled anew. One
-slot is being filled while the other is being read.
+The sender fills a slot and announces it; every receiver copies the slot and confirms; then the sender reuses the slot.
+The sender fills one slot while receivers read the other.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ def send_through_slots(
     timeout_s: float,
     written: Callable[[], None],
 ) -> None:
-    """Move a payload; returns when every receiver has read all of it.
+    """Send a payload; return when every receiver has read all of it.
 
     Args:
+        bucket: name of the payload in errors.
         slots: bytes ``[n]`` each, of equal length.
-        written: called after a slot was filled and before it is announced; waits until the bytes are really there.
+        channels: connections to the receivers.
+        timeout_s: timeout of each wait, in seconds.
+        written: called after a slot was filled and before it is announced; waits until the bytes are in memory.
     """
     reader = PieceReader(payload)
     pieces = list(piece_ranges(payload.nbytes, slots[0].numel()))
@@ -50,9 +53,11 @@ def receive_through_slots(
     timeout_s: float,
     read: Callable[[int, torch.Tensor], None],
 ) -> None:
-    """Fill ``flat``.
+    """Fill ``flat`` (bytes ``[n]``) with the payload that the sender sends.
 
     Args:
+        bucket: name of the payload in errors.
+        slot_bytes: length of a slot.
         read: ``read(slot, into)`` copies the slot's first bytes and returns when the slot may be overwritten.
     """
     for index, (start, stop) in enumerate(piece_ranges(flat.numel(), slot_bytes)):

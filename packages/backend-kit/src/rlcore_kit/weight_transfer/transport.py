@@ -1,4 +1,4 @@
-"""What moves the bytes of a bucket: the two ends that every transport implements."""
+"""Interface of the transports, which move the bytes of buckets: a sender's end and a receiver's end."""
 
 from __future__ import annotations
 
@@ -11,47 +11,45 @@ from rlcore_kit.weight_transfer.flat import Payload
 
 
 class SenderEnd(Protocol):
-    """Gives payloads to all receivers."""
+    """Sends payloads to all receivers."""
 
     def offer(self, rank: int) -> dict[str, Any]:
-        """What receiver ``rank`` needs to open its end, as JSON values."""
+        """Return what receiver ``rank`` needs to open its end, as JSON values."""
         ...
 
     def open(self) -> None:
-        """Called after every receiver has got its offer; may wait for them."""
+        """Open this end, after every receiver has received its offer; may wait for the receivers."""
         ...
 
     def opened(self) -> None:
-        """Called when every receiver has opened its end."""
+        """Release what only opening needed, after every receiver has opened its end."""
         ...
 
     def send(self, payload: Payload, bucket: str) -> None:
-        """Give the payload's bytes to every receiver. ``bucket`` names it in errors."""
+        """Send the payload's bytes to every receiver; ``bucket`` names the payload in errors."""
         ...
 
     def close(self) -> None:
-        """Let go of everything; idempotent."""
+        """Release all resources; idempotent."""
         ...
 
 
 class ReceiverEnd(Protocol):
-    """Takes payloads."""
+    """Receives payloads."""
 
-    @property
-    def device(self) -> torch.device:
-        """Where `receive_into` wants its buffers."""
-        ...
+    device: torch.device
+    """Device of the buffers that `receive_into` fills."""
 
     def receive_into(self, flat: torch.Tensor, bucket: str) -> None:
-        """Fill ``flat`` (bytes ``[n]`` on `device`) with what the sender's `send` of ``n`` bytes gave."""
+        """Fill ``flat`` (bytes ``[n]`` on `device`) with the ``n`` bytes of the sender's `send`."""
         ...
 
     def close(self) -> None:
-        """Let go of everything; idempotent."""
+        """Release all resources; idempotent."""
         ...
 
 
 def piece_ranges(nbytes: int, piece_bytes: int) -> Iterator[tuple[int, int]]:
-    """The pieces, ``(start, stop)``, in which both ends move ``nbytes`` bytes."""
+    """Yield the pieces, ``(start, stop)``, in which both ends move ``nbytes`` bytes."""
     for start in range(0, nbytes, piece_bytes):
         yield start, min(start + piece_bytes, nbytes)

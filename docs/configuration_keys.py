@@ -14,16 +14,15 @@ from typing import NamedTuple
 from rlcore import plugins
 from rlcore.config.keys import Key, Section, sections
 
-BAR = "\\|"
 HEADER = """\
 # Configuration keys
 
 Every key of every recipe, with the sections of the backends, rewards and trackers that rlcore ships. The page is
 generated from the pydantic models that check a configuration, so it shows what the code accepts.
 [Configuration](../configuration.md) explains files, overrides and the syntax of values;
-`rlcore run grpo --help actor.optim` prints the same rows in a terminal.
+`rlcore run grpo --help actor.optim` prints the same in a terminal.
 
-A key whose default is "required" has to be given. A section with `[]` or `<name>` in its path is repeated for each
+Each key is listed with its type, range and default. A section with `[]` or `<name>` in its path is repeated for each
 element of a list, or for each name that you choose.
 """
 
@@ -48,13 +47,13 @@ class Table(NamedTuple):
 
 
 def page() -> str:
-    """Return the page as Markdown: a heading and a table for each section of keys."""
+    """Return the page as Markdown: a heading and a list for each section of keys."""
     found = tables()
     titles = Counter(table.title for table in found)
     lines = [HEADER]
     for table in found:
         several = titles[table.title] > 1
-        lines += [f"## {table.title}" + (f" in {', '.join(table.recipes)}" if several else ""), "", *rows(table)]
+        lines += [f"## {table.title}" + (f" in {', '.join(table.recipes)}" if several else ""), "", *entries(table)]
     return "\n".join(lines) + "\n"
 
 
@@ -86,21 +85,23 @@ def tables() -> list[Table]:
     return [table for path in sorted(found, key=lambda path: path.split(".")) for table in found[path]]
 
 
-def rows(table: Table) -> Iterator[str]:
-    """Yield the Markdown lines of a section below its heading."""
+def entries(table: Table) -> Iterator[str]:
+    """Yield the Markdown lines of a section below its heading: a definition list of its keys."""
     section = table.section
     description = table.algorithm[1] if table.algorithm else section.description
     if description and section.path:
         yield f"{escaped(description).rstrip('.')}.\n"
     yield f"Recipes: {', '.join(f'`{recipe}`' for recipe in table.recipes)}.\n"
-    if section.keys:
-        yield "| Key | Type | Range | Default | Description |\n|---|---|---|---|---|"
     for key in section.keys:
         kind, bounds = type_and_range(key)
-        name = f"{section.path}.{key.name}" if section.path else key.name
-        default = "required" if key.default is None else code(key.default)
-        yield f"| `{name}` | {escaped(kind)} | {bounds} | {default} | {escaped(key.description)} |"
-    yield ""
+        facts = [f"*{escaped(kind)}*"]
+        if bounds:
+            facts.append(f"range {escaped(bounds)}")
+        if key.default is None:
+            facts.append("**required**")
+        elif key.default:
+            facts.append(f"default `{key.default}`")
+        yield f"`{f'{section.path}.{key.name}'.lstrip('.')}`\n: {' · '.join(facts)}\n\n  {escaped(key.description)}\n"
 
 
 def type_and_range(key: Key) -> tuple[str, str]:
@@ -108,17 +109,12 @@ def type_and_range(key: Key) -> tuple[str, str]:
     if key.type == "text" and key.options:
         return " | ".join(key.options), ""
     found = re.fullmatch(r"(.*?) ([<>≤≥].*?)( \| null)?", key.type)
-    return (found[1] + (found[3] or ""), escaped(found[2])) if found else (key.type, "")
-
-
-def code(text: str) -> str:
-    """Return ``text`` as code in a cell of a table."""
-    return f"`{text.replace('|', BAR)}`" if text else ""
+    return (found[1] + (found[3] or ""), found[2]) if found else (key.type, "")
 
 
 def escaped(text: str) -> str:
-    """Return ``text`` as it can stand in a cell of a table."""
-    return " ".join(text.split()).replace("|", BAR).replace("<", "\\<").replace("*", "\\*")
+    """Return ``text`` on one line, without characters that Markdown interprets."""
+    return " ".join(text.split()).replace("<", "\\<").replace("*", "\\*")
 
 
 if __name__ == "__main__":

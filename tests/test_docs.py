@@ -292,9 +292,9 @@ def test_page_of_configuration_keys_has_every_key() -> None:
             assert section.model is not None, f"{section.path}: {section.description}"
             for key in section.keys:
                 name = f"{section.path}.{key.name}".lstrip(".")
-                assert f"\n| `{name}` | " in page
+                assert f"\n`{name}`\n: " in page
     for name in ("actor.fsdp.", "actor.megatron.", "rollout.inline.", "rollout.vllm.", "rollout.sglang."):
-        assert f"| `{name}" in page
+        assert f"\n`{name}" in page
 
 
 def resolves(name: str) -> bool:

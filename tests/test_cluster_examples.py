@@ -265,7 +265,7 @@ def free(port: int) -> bool:
 
 
 def submit(environment: Mapping[str, str]) -> subprocess.Popen[str]:
-    """Run the script as Slurm does, from a copy, in a process group of its own."""
+    """Run the script as Slurm does, from a copy, in a new process group."""
     copied = Path(environment["FOLDER"]) / "slurm_script"
     shutil.copy(environment["SCRIPT"], copied)
     command = ["bash", str(copied), "trainer.out_dir=runs/a"]
@@ -554,7 +554,7 @@ def test_a_misspelt_skypilot_field_is_found(path: tuple[str, ...]) -> None:
 
 
 def test_skypilot_reads_the_task(tmp_path: Path) -> None:
-    """Where it is installed, in this environment or (``SKYPILOT_PYTHON``) in one of its own."""
+    """Where it is installed, in this environment or (``SKYPILOT_PYTHON``) in a separate one."""
     python = os.environ.get("SKYPILOT_PYTHON", sys.executable)
     if subprocess.run([python, "-c", "import sky"], capture_output=True, timeout=120).returncode:
         pytest.skip("needs skypilot, here or in the environment of SKYPILOT_PYTHON")

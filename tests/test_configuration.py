@@ -84,7 +84,7 @@ def test_numbers_and_text_refuse_what_is_neither(value: Any) -> None:
             assert refusal(model, name, value) is not None, f"{model.__name__}.{name} takes {value!r}"
 
 
-def test_counts_that_are_multiplied_have_bounds_of_their_own() -> None:
+def test_counts_that_are_multiplied_have_upper_bounds() -> None:
     for model, name, _ in fields():
         if name in ("n", "workers", "processes", "replicas", "tensor_parallel_size", "tp_size"):
             assert refusal(model, name, 10**9) is not None, f"{model.__name__}.{name}"
@@ -133,7 +133,7 @@ def test_a_function_by_its_path_replaces_the_reward_of_every_shipped_configurati
         ),
         ("trainer.total_steps=1e400", "trainer.total_steps: must be a finite number, not .inf"),
         ("actor.optim.lr=1e400", "actor.optim.lr: must be a finite number, not .inf"),
-        ("trainer.checkpoint_dir=~nobody-of-that-name/x", "there is no home folder ~nobody-of-that-name"),
+        ("trainer.checkpoint_dir=~no-such-user/x", "there is no home folder ~no-such-user"),
         ("temperature=1", "temperature: unknown key; did you mean rollout.temperature or rollout.validation.temper"),
         ("weight_decay=0", "weight_decay: unknown key; did you mean actor.optim.weight_decay?"),
         ("actor.lr=1", "actor.lr: unknown key; did you mean actor.optim.lr?"),

@@ -176,7 +176,7 @@ def test_custom_recipe_rewards_short_right_answers() -> None:
 
 
 def test_third_party_reward_is_found_scores_and_conforms(folder: Path, tmp_path: Path) -> None:
-    # installed beside the environment, which stays as it is
+    # installed outside the environment, which stays as it is
     pip = tmp_path / "bin" / "pip"
     pip.parent.mkdir()
     site = tmp_path / "site"

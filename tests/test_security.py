@@ -44,7 +44,7 @@ def is_true(node: ast.expr | None) -> bool:
 
 
 def imported(tree: ast.AST) -> dict[str, str]:
-    """What local names stand for: ``{"loads": "pickle.loads", "np": "numpy"}``."""
+    """Return what local names refer to: ``{"loads": "pickle.loads", "np": "numpy"}``."""
     found = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -261,7 +261,7 @@ def own_sockets(engine: Any = None) -> list[str]:
 
 @pytest.mark.slow
 def test_workers_of_a_cluster_bind_to_its_address_only(by_value: None) -> None:
-    """What Ray opens in its processes is the business of whoever started it; what we open beside that is ours."""
+    """Ports that Ray opens in its processes are the responsibility of its operator; all others are checked here."""
     import ray
     from ray.cluster_utils import Cluster
 

@@ -64,7 +64,7 @@ def test_staleness_is_bounded_and_sequences_cross_updates(
     assert lines[0]["rollout/staleness_max"] == 0
     assert any(line["rollout/later_version_ratio"] > 0 for line in lines), "no sequence has tokens of two versions"
     assert any(name.startswith("val-core/") for name in lines[-1])
-    # what the rollout says of its own tokens is true of those that several versions made, too
+    # the rollout's log-probs are right for tokens of several versions, too
     assert max(line["actor/rollout_kl_k3"] for line in lines) < 0.01
 
 
@@ -185,7 +185,7 @@ def kill(out_dir: Path, name: str) -> int:
                 return int(entry.name)
         except OSError:
             continue
-    raise AssertionError(f"nobody writes to {log}")
+    raise AssertionError(f"no process writes to {log}")
 
 
 # --- command line ---------------------------------------------------------------------------------------------------

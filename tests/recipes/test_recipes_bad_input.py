@@ -72,7 +72,7 @@ def test_one_clear_error(task: Any, tmp_path: Path, case: str) -> None:
     fails(task, tmp_path / "out", changes, *texts)
 
 
-def test_all_problems_at_once(task: Any, tmp_path: Path) -> None:
+def test_all_problems_are_reported_together(task: Any, tmp_path: Path) -> None:
     changes = {"actor.mini_batch_size": 3, "critic.mini_batch_size": 5, "trainer.test_freq": 1, "data.val_files": "[]"}
     texts = ["actor.mini_batch_size=3", "critic.mini_batch_size=5", "data.val_files is empty"]
     fails(task, tmp_path, changes, *texts, recipe="ppo")

@@ -157,7 +157,7 @@ def strike(process: subprocess.Popen[str], find: Callable[[], psutil.Process | N
     """Kill what ``find`` finds, as soon as there is something."""
     victim = wait_until(lambda: find() or process.poll() is not None)
     assert process.poll() is None, ended(process)
-    assert victim, "nobody to kill"
+    assert victim, "no process to kill"
     victim.send_signal(signal.SIGKILL)
     return victim.pid
 

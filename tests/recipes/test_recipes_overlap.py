@@ -1,4 +1,4 @@
-"""Roles on pools of their own work at the same time, and the trace of the run shows it."""
+"""Roles on separate pools work at the same time, and the trace of the run shows it."""
 
 from __future__ import annotations
 

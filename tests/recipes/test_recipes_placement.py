@@ -35,7 +35,7 @@ PLACED = {
         {"all": {"processes": 2}},
         dict.fromkeys(["actor", "ref", "rollout", "reward_model", "reward", "compute"], "all"),
     ),
-    "rollout apart, with a reward model beside it": (
+    "disaggregated rollout, with a reward model on its pool": (
         "grpo",
         {"train": {"processes": 2}, "gen": {"processes": 1}},
         {"actor": "train", "ref": "train", "rollout": "gen", "reward_model": "gen"},
@@ -83,7 +83,7 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def score_model(path: Path, vocab_size: int | None = None) -> Path:
-    """A random reward model for the tokens of `tiny_model`, without a tokenizer of its own."""
+    """A random reward model for the tokens of `tiny_model`, without a tokenizer."""
     import torch
     from transformers import Qwen2Config, Qwen2ForSequenceClassification
 

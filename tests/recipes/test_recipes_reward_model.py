@@ -20,7 +20,7 @@ COEFF = -0.5
 
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random reward model with a tokenizer of its own, equal to the policy's."""
+    """A random reward model with a separate tokenizer, equal to the policy's."""
     from transformers import AutoModelForSequenceClassification
 
     path = tiny_model(tmp_path_factory.mktemp("judge"), architecture="Llama", seed=5)

@@ -41,7 +41,7 @@ with _on_loopback():
                 node = cluster.add_node(num_cpus=int(line.split()[1]), node_ip_address="127.0.0.1")
             elif line.startswith("remove") and node is not None:
                 raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-                gone = raylet.children(recursive=True)  # with a machine go all of its processes, at once
+                gone = raylet.children(recursive=True)  # a machine fails with all of its processes, together
                 cluster.remove_node(node, allow_graceful=False)
                 for process in gone:
                     with contextlib.suppress(psutil.NoSuchProcess):
@@ -56,7 +56,7 @@ REWARD = """
 import os, time
 
 def compute_score(data_source, solution_str, ground_truth, extra_info=None):
-    '''The share of lower-case letters. After the second step it waits until it is told to go on.'''
+    '''The share of lower-case letters. After the second step it waits for a signal to continue.'''
     metrics = {metrics!r}
     if {waits} and os.path.exists(metrics) and len(open(metrics).readlines()) >= 2:
         if not os.path.exists({go!r}):
@@ -79,7 +79,7 @@ RUN = {
 
 
 # Ray (2.60) gives its daemons 30 seconds to start, and aborts where a busy machine needs longer.
-PATIENCE = {
+TIMEOUTS = {
     "OMP_NUM_THREADS": "1",
     "RAY_raylet_start_wait_time_s": "200",
     "RAY_agent_register_timeout_ms": "200000",
@@ -95,7 +95,7 @@ class Nodes:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, **PATIENCE},
+            env={**os.environ, **TIMEOUTS},
         )
         assert self.process.stdout is not None
         self.address = self.process.stdout.readline().strip()

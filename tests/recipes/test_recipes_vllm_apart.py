@@ -1,4 +1,4 @@
-"""Recipes whose vLLM engines have a Ray pool of their own: step by step, one step off, and with tensor parallelism."""
+"""Recipes whose vLLM engines have a separate Ray pool: step by step, one step off, and with tensor parallelism."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipes that generate with SGLang on the CPU: on a server of their own, and on one that runs already."""
+"""Recipes that generate with SGLang on the CPU: on a managed server, and on one that runs already."""
 
 from __future__ import annotations
 

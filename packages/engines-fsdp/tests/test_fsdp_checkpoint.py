@@ -43,8 +43,8 @@ def whole_state(engine: FSDPTrainEngine) -> dict[str, torch.Tensor]:
         tensors = {"weight": parameter.detach(), **engine._optimizer.state[parameter]}
         assert tensors.keys() == {"weight", "step", *MOMENTS}
         for kind, tensor in tensors.items():
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            found[f"{kind}/{name}"] = whole.clone()
+            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            found[f"{kind}/{name}"] = full.clone()
     return found
 
 

@@ -60,8 +60,8 @@ def run(path: Path, options: dict[str, Any], folder: Path | None = None) -> dict
     if folder is not None:
         engine.save(folder)
     metrics.append(train(engine, BATCHES[1]))
-    whole = exported(engine) if engine.spec.head == "policy" else {}
-    return {"metrics": metrics, "adapters": adapters(engine), "weights": whole}
+    weights = exported(engine) if engine.spec.head == "policy" else {}
+    return {"metrics": metrics, "adapters": adapters(engine), "weights": weights}
 
 
 def resume(path: Path, folder: Path) -> dict[str, torch.Tensor]:
@@ -192,11 +192,11 @@ def test_resumed_training_gives_the_same_bits(
 @pytest.mark.parametrize(
     ("lora", "other_weights", "message"),
     [
-        (None, False, "trains adapters of rank 3 and alpha 6; this one trains whole weights"),
+        (None, False, "trains adapters of rank 3 and alpha 6; this one trains all weights"),
         (LoRASettings(rank=2, alpha=8), False, "rank 3 and alpha 6; this one trains adapters of rank 2 and alpha 8"),
         (LORA, True, "holds adapters for other frozen weights than those of model.path"),
     ],
-    ids=["whole weights", "another rank", "another model"],
+    ids=["all weights", "another rank", "another model"],
 )
 def test_checkpoints_of_other_adapters_or_weights_are_refused(
     model_path: Path,

@@ -74,9 +74,9 @@ def test_the_fixed_part_of_the_estimate(tmp_path: Path) -> None:
 
 
 def test_frozen_models_and_scalar_heads_take_less(tmp_path: Path) -> None:
-    whole = engine_of(tmp_path, "Llama").step_memory()
+    trained = engine_of(tmp_path, "Llama").step_memory()
     recomputed = engine_of(tmp_path, "Llama", gradient_checkpointing=True).step_memory()
     frozen = engine_of(tmp_path, "Llama", trained=False).step_memory()
-    assert frozen.per_token < recomputed.per_token < whole.per_token
-    assert frozen.later == 0 < whole.later
-    assert frozen.fixed < whole.fixed
+    assert frozen.per_token < recomputed.per_token < trained.per_token
+    assert frozen.later == 0 < trained.later
+    assert frozen.fixed < trained.fixed

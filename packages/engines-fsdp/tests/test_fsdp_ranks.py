@@ -143,11 +143,11 @@ def gather_for_generation(path: Path) -> dict[str, Any]:
     sharded = {name: type(p) is not torch.nn.Parameter or isinstance(p, DTensor) for name, p in named(engine)}
     with engine.generation_weights() as model:
         assert not model.training
-        whole = {name: p.detach().clone() for name, p in model.named_parameters()}
+        full = {name: p.detach().clone() for name, p in model.named_parameters()}
         assert not any(isinstance(p, DTensor) for p in model.parameters())
     again = {name: isinstance(p, DTensor) for name, p in named(engine)}
     trained = engine.train(make_batch(seed=engine.dp_rank), WeightedLogprobs()).to_dict()
-    return {"before": sharded, "whole": whole, "after": again, "norm": trained["grad_norm"], "steps": engine.step_count}
+    return {"before": sharded, "full": full, "after": again, "norm": trained["grad_norm"], "steps": engine.step_count}
 
 
 def named(engine: FSDPTrainEngine) -> list[tuple[str, torch.nn.Parameter]]:
@@ -161,7 +161,7 @@ def test_generation_weights_are_full_while_they_are_lent(ranks: RankPool, model_
         assert all(result["after"].values())
         assert result["steps"] == 1
         for name, parameter in named(engine):
-            assert torch.equal(result["whole"][name], parameter), name
+            assert torch.equal(result["full"][name], parameter), name
 
 
 def use_while_generating(path: Path, folder: Path) -> dict[str, Any]:

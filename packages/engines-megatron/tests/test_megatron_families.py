@@ -225,10 +225,10 @@ def test_a_new_family_is_a_small_declaration(tmp_path: Path) -> None:
     config = config_of("Llama", num_hidden_layers=1)
     shapes = {"attn.q": 64, "attn.k": 32, "attn.v": 32, "mlp.gate": 48, "mlp.up": 48}
     tensors = {f"model.layers.0.{name}.weight": torch.randn(rows, 32) for name, rows in shapes.items()}
-    whole = {"model.embed_tokens.weight": torch.randn(70, 32), **tensors, "model.norm.weight": torch.randn(32)}
+    full = {"model.embed_tokens.weight": torch.randn(70, 32), **tensors, "model.norm.weight": torch.randn(32)}
     from safetensors.torch import save_file
 
-    save_file(whole, tmp_path / "model.safetensors")
+    save_file(full, tmp_path / "model.safetensors")
     modules = [
         module_of(
             {
@@ -242,5 +242,5 @@ def test_a_new_family_is_a_small_declaration(tmp_path: Path) -> None:
     ]
     load_pretrained(modules, family, config, tmp_path, alone())
     streamed = [pair for bucket in export(modules, family, config, alone(), 1 << 20) for pair in bucket.tensors]
-    assert [name for name, _ in streamed] == list(whole)
-    assert all(torch.equal(tensor, whole[name]) for name, tensor in streamed)
+    assert [name for name, _ in streamed] == list(full)
+    assert all(torch.equal(tensor, full[name]) for name, tensor in streamed)

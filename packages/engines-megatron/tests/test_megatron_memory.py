@@ -35,17 +35,17 @@ def memory(trained: bool = True, stepped: bool = False, data_parallel: int = 1, 
 
 
 def test_each_kind_of_parallelism_saves_its_part() -> None:
-    whole = memory()
+    undivided = memory()
     layer = 2 * (4 * 64 + 4 * 64 + 3 * 32 + 4 * 256) + 4 * (2 * 64 + 64 + 32)
-    assert whole.per_token == 9 * layer
-    assert (whole.later, whole.parameters) == (8 * 10_000, 10_000)
-    assert whole.fixed == 16 * 10 * 1000 + 8 * 1000 * 64
+    assert undivided.per_token == 9 * layer
+    assert (undivided.later, undivided.parameters) == (8 * 10_000, 10_000)
+    assert undivided.fixed == 16 * 10 * 1000 + 8 * 1000 * 64
     tensor = memory(tensor_parallel=2)
     assert tensor.per_token == 9 * (2 * (4 * 64 + (4 * 64 + 3 * 32 + 4 * 256) // 2) + 4 * (2 * 64 + 48))
-    assert tensor.fixed == whole.fixed // 2
-    assert memory(context_parallel=2).per_token == -(-whole.per_token // 2)
-    assert memory(pipeline_parallel=2).per_token == whole.per_token
-    assert memory(pipeline_parallel=2, virtual_pipeline=2).per_token == whole.per_token * 5 // 4
+    assert tensor.fixed == undivided.fixed // 2
+    assert memory(context_parallel=2).per_token == -(-undivided.per_token // 2)
+    assert memory(pipeline_parallel=2).per_token == undivided.per_token
+    assert memory(pipeline_parallel=2, virtual_pipeline=2).per_token == undivided.per_token * 5 // 4
     assert memory(recompute="full").per_token == 2 * layer + 8 * 2 * 64
     assert memory(trained=False).per_token == layer
 

@@ -155,7 +155,7 @@ def test_a_replica_without_samples_takes_part(ranks: RankPool, model_path: Path,
     )
 
 
-@pytest.mark.parametrize("options", [{}, {"distributed_optimizer": False}], ids=["divided", "whole"])
+@pytest.mark.parametrize("options", [{}, {"distributed_optimizer": False}], ids=["divided", "undivided"])
 def test_mixed_precision_updates_fp32_weights(
     ranks: RankPool, model_path: Path, alone: dict[str, Any], options: dict[str, Any]
 ) -> None:

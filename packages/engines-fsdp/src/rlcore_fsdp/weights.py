@@ -34,10 +34,10 @@ def full_weights(
             continue
         layer, inside, kind = name.rpartition(".base_layer.")
         plain = f"{layer}.{kind}" if inside else name
-        whole = sharding.full(tensor.to(device, dtype_of(plain) if tensor.is_floating_point() else tensor.dtype))
+        full = sharding.full(tensor.to(device, dtype_of(plain) if tensor.is_floating_point() else tensor.dtype))
         if inside and kind == "weight":
-            whole = lora.merged(adapted[layer], whole)
-        yield plain, whole
+            full = lora.merged(adapted[layer], full)
+        yield plain, full
 
 
 def buckets(weights: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int) -> Iterator[WeightBucket]:

@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 
-Part = Literal["whole", "query", "key", "value", "gate", "up"]
+Part = Literal["entire", "query", "key", "value", "gate", "up"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Weight:
 
     hf: str
     megatron: str
-    part: Part = "whole"
+    part: Part = "entire"
     split: int | None = None
     vocabulary: bool = False
 
@@ -57,7 +57,7 @@ def view(tensor: torch.Tensor, part: Part, heads: Heads) -> torch.Tensor:
         a view that holds the share of the Hugging Face tensor in its order: queries as
         ``[groups, per_group, width, …]``, keys and values as ``[groups, width, …]``, all else as it is.
     """
-    if part == "whole":
+    if part == "entire":
         return tensor
     if part in ("gate", "up"):
         return tensor.chunk(2)[part == "up"]
@@ -69,7 +69,7 @@ def view(tensor: torch.Tensor, part: Part, heads: Heads) -> torch.Tensor:
 
 def share_shape(shape: torch.Size, part: Part, heads: Heads) -> torch.Size:
     """Return the shape of a process's share of a Hugging Face tensor, for a Megatron parameter of ``shape``."""
-    if part == "whole":
+    if part == "entire":
         return shape
     if part in ("gate", "up"):
         return torch.Size((shape[0] // 2, *shape[1:]))

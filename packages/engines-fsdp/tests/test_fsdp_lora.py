@@ -194,7 +194,7 @@ def test_resumed_training_gives_the_same_bits(
     [
         (None, False, "trains adapters of rank 3 and alpha 6; this one trains all weights"),
         (LoRASettings(rank=2, alpha=8), False, "rank 3 and alpha 6; this one trains adapters of rank 2 and alpha 8"),
-        (LORA, True, "holds adapters for other frozen weights than those of model.path"),
+        (LORA, True, "holds adapters of another base model than model.path"),
     ],
     ids=["all weights", "another rank", "another model"],
 )

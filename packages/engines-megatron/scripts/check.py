@@ -1,11 +1,10 @@
-"""Does the engine compute what transformers computes, in one layout on this machine?
+"""Check that the engine computes what transformers computes, in one layout on this machine.
 
     torchrun --nproc-per-node 4 scripts/check.py --model MODEL tensor_parallel=2 pipeline_parallel=2
 
-Prints, on rank 0, the largest difference of a log-prob from those of transformers (in fp32 on the CPU), the gradient
-norm, how far one step moves the log-probs, and the peak memory. Exits with 1 if log-probs differ by more than
-``--atol``.
-``device=cpu`` tries a layout on a laptop.
+Prints, on rank 0, the largest difference of a log-prob from that of transformers (in fp32 on the CPU), the gradient
+norm, the mean change of log-probs by one step, and the peak memory. Exits with 1 if log-probs differ by more than
+``--atol``. With ``device=cpu`` a layout runs on a laptop.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
@@ -37,14 +36,14 @@ from rlcore_fsdp.verification import TESTED, verify_packing, verify_values
 from rlcore_fsdp.weights import buckets, full_weights
 from rlcore_fsdp.writing import write_others
 from rlcore_kit.model_folder import files
-from rlcore_kit.model_folder.file_names import in_files
+from rlcore_kit.model_folder.file_names import to_model_files
 from rlcore_kit.model_folder.length import check_rope
 from rlcore_kit.model_folder.loading import read_config
 from rlcore_kit.model_folder.writing import write_on_first_rank
 from rlcore_kit.training.device import choose_device
 from rlcore_kit.training.lr_schedule import learning_rate
 from rlcore_kit.training.micro_batches import check_batch, check_request, in_order, micro_batches
-from rlcore_kit.training.process_group import gather_objects, join_processes, max_over_ranks, sum_over_ranks
+from rlcore_kit.training.process_group import gather_objects, join_processes, max_over_ranks, own_rank, sum_over_ranks
 
 
 def build(spec: TrainEngineSpec) -> FSDPTrainEngine:
@@ -91,19 +90,9 @@ class FSDPTrainEngine(TrainEngine):
             world=self._world,
             param_dtype=self.param_dtype,
             master_dtype=self.master_dtype,
-            gather=gather_objects,
         )
         self._optimizer = self._prepare_training()
-        self._saving = Saving(
-            self.model,
-            self._optimizer,
-            head=spec.head,
-            lora=settings.lora,
-            dtype=self.param_dtype,
-            rank=self.dp_rank,
-            world=self._world,
-            gather=gather_objects,
-        )
+        self._saving = Saving(self.model, self._optimizer, head=spec.head, lora=settings.lora, dtype=self.param_dtype)
         self._schedule_step = 0
         movable = self._device.type != "cpu" and not settings.offload_params
         self._offloading = Offloading(self.root, self._optimizer, self._device, movable)
@@ -145,7 +134,7 @@ class FSDPTrainEngine(TrainEngine):
 
     @property
     def dp_rank(self) -> int:
-        return dist.get_rank() if self._world > 1 else 0
+        return own_rank()
 
     @property
     def dp_size(self) -> int:
@@ -318,7 +307,7 @@ class FSDPTrainEngine(TrainEngine):
         """
         self.onload("params")
         with self._as_shards():
-            yield from buckets(self._in_files(lambda name: self.param_dtype), bucket_bytes)
+            yield from buckets(self._as_model_files(lambda name: self.param_dtype), bucket_bytes)
 
     @torch.no_grad()
     def export_adapters(self, bucket_bytes: int = 512 << 20) -> Iterator[WeightBucket]:
@@ -338,14 +327,14 @@ class FSDPTrainEngine(TrainEngine):
         """
         with self._as_shards():
             adapters = lora.full_adapters(self.model) if self.settings.lora is not None else {}
-            stream = self._in_files(lambda name: getattr(torch, self._origin.dtype_of(name)))
+            stream = self._as_model_files(lambda name: getattr(torch, self._origin.dtype_of(name)))
             others = partial(self._write_others, adapters)
             write_on_first_rank(stream, Path(path), others, self.dp_rank, gather_objects)
 
-    def _in_files(self, dtype_of: Callable[[str], torch.dtype]) -> Iterator[tuple[str, torch.Tensor]]:
+    def _as_model_files(self, dtype_of: Callable[[str], torch.dtype]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield full weights under the names and in the form of model files; all ranks iterate to the end."""
         for name, tensor in full_weights(self.model, dtype_of, self._device):
-            yield from in_files(self.model, name, tensor).items()
+            yield from to_model_files(self.model, name, tensor).items()
 
     def _write_others(self, adapters: dict[str, torch.Tensor], folder: Path, names: set[str]) -> None:
         if self.settings.lora is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from rlcore.engines import TrainEngineSpec
@@ -14,8 +13,8 @@ from rlcore_fsdp import lora, sharding
 from rlcore_fsdp.attention import IMPLEMENTATION
 from rlcore_fsdp.packed_model import PackedModel
 from rlcore_fsdp.settings import FSDPSettings
-from rlcore_kit.checkpoint.rank_files import Gather
 from rlcore_kit.model_folder.loading import empty_model, load_model
+from rlcore_kit.training.process_group import gather_objects, own_rank
 
 
 def needs_sharding(settings: FSDPSettings, device: torch.device, world: int, mixed_precision: bool) -> bool:
@@ -32,7 +31,6 @@ def build_model(
     world: int,
     param_dtype: torch.dtype,
     master_dtype: torch.dtype,
-    gather: Gather,
 ) -> PackedModel:
     """Build the model with its weights on ``device``: sharded over ``world`` ranks, or the plain module; collective.
 
@@ -40,7 +38,6 @@ def build_model(
         config: configuration of transformers.
         param_dtype: precision of forward and backward.
         master_dtype: precision of the weights that the optimizer updates.
-        gather: gives every rank the values of all.
 
     Raises:
         EngineError: on all ranks, if the model cannot be loaded or divided.
@@ -59,12 +56,12 @@ def build_model(
         return PackedModel(model.to(device), spec.head, settings.logits_chunk)  # type: ignore[arg-type]
     mesh = sharding.make_mesh(device, settings.replicate)
     source, error = None, None
-    if dist.get_rank() == 0:
+    if own_rank() == 0:
         try:
             source = with_adapters(load_model(spec.model, config, spec.head, "auto", spec.seed, IMPLEMENTATION))
         except EngineError as problem:
             error = str(problem)
-    if error := gather(error)[0]:
+    if error := gather_objects(error)[0]:
         raise EngineError(error)
     frozen_dtype = param_dtype if lora_settings else master_dtype
     model = with_adapters(empty_model(spec.model, config, spec.head, frozen_dtype, IMPLEMENTATION))

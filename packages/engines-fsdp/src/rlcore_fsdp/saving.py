@@ -25,7 +25,8 @@ from rlcore_fsdp.lora import adapted_layers, trained_parameters
 from rlcore_fsdp.weights import named_weights
 from rlcore_kit.checkpoint import random_states, rank_files
 from rlcore_kit.checkpoint.background_save import BackgroundSave
-from rlcore_kit.checkpoint.rank_files import MOMENTS, Gather, RankPart
+from rlcore_kit.checkpoint.rank_files import MOMENTS, RankPart
+from rlcore_kit.training.process_group import gather_objects, number_of_ranks, own_rank
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -46,18 +47,15 @@ class Saving:
         head: Head,
         lora: LoRASettings | None,
         dtype: torch.dtype,
-        rank: int,
-        world: int,
-        gather: Gather,
     ) -> None:
         self._model = model
         self._optimizer = optimizer
         self._head: Head = head
         self._lora = None if lora is None else Lora(rank=lora.rank, alpha=lora.alpha)
         self._dtype = dtype
-        self._rank, self._world, self._gather = rank, world, gather
+        self._rank = own_rank()
         self._host_copy = HostCopy()
-        self._background: BackgroundSave[RankPart] = BackgroundSave(rank, gather)
+        self._background: BackgroundSave[RankPart] = BackgroundSave(self._rank, gather_objects)
         self.done, self.finish = self._background.done, self._background.finish
 
     def save(self, path: Path, schedule_step: int) -> None:
@@ -88,12 +86,12 @@ class Saving:
             wanted = {name: checkpoint.row_range(tensor, self._rank) for name, tensor in weights.items()}
             adam = self._adam_steps(manifest)
             wanted |= {f"{moment}/{name}": wanted[f"weight/{name}"] for name in adam for moment in MOMENTS}
-            rank_files.check_files(path, manifest, self._rank, self._world)
+            rank_files.check_files(path, manifest, self._rank, number_of_ranks())
             values = checkpoint.read(path, manifest, wanted)
             states = rank_files.read_random_states(path, manifest, self._rank)
         except CheckpointError as problem:
             error = problem
-        rank_files.agree(error, path, self._gather)  # from here on nothing fails
+        rank_files.agree(error, path, gather_objects)  # from here on nothing fails
         for name, tensor in weights.items():
             sharding.local(tensor).copy_(values[name])
         if self._optimizer is None:
@@ -131,7 +129,7 @@ class Saving:
         """The weights that checkpoints do not hold, None if they hold all; collective."""
         if self._lora is None:
             return None
-        fingerprint = base_model_fingerprint(self._model, self._rank, self._gather)
+        fingerprint = base_model_fingerprint(self._model)
         return Frozen(dtype=str(self._dtype), number=fingerprint)
 
 
@@ -142,7 +140,7 @@ def kept_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     return named_weights(model)
 
 
-def base_model_fingerprint(model: nn.Module, rank: int, gather: Gather) -> str:
+def base_model_fingerprint(model: nn.Module) -> str:
     """Return a number, in hexadecimal, for the weights that checkpoints do not hold; collective.
 
     It is the sum of their bits as integers, modulo 2^64, and thus the same on any number of ranks.
@@ -150,11 +148,11 @@ def base_model_fingerprint(model: nn.Module, rank: int, gather: Gather) -> str:
     kept = {name for name, _ in kept_weights(model)}
     total = 0
     for name, tensor in named_weights(model):
-        own = checkpoint.row_range(tensor, rank)
+        own = checkpoint.row_range(tensor, own_rank())
         if name not in kept and own.writes:
             bits = own.local.detach().contiguous().view(_INTEGERS[own.local.element_size()])
             total += int(bits.sum(dtype=torch.int64))
-    return f"{sum(gather(total)) % 2**64:016x}"
+    return f"{sum(gather_objects(total)) % 2**64:016x}"
 
 
 def check_base_model(path: Path, manifest: Manifest, lora: Lora | None, frozen: Frozen | None) -> None:
@@ -169,7 +167,7 @@ def check_base_model(path: Path, manifest: Manifest, lora: Lora | None, frozen: 
         raise CheckpointError(f"{path} was saved by an engine that trains {there}; this one trains {here}")
     theirs = manifest.frozen
     if theirs is not None and frozen is not None and theirs.dtype == frozen.dtype and theirs != frozen:
-        raise CheckpointError(f"{path} holds adapters for other frozen weights than those of model.path here")
+        raise CheckpointError(f"{path} holds adapters of another base model than model.path")
 
 
 def _described(lora: Lora | None) -> str:

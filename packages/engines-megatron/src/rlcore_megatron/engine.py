@@ -62,7 +62,9 @@ def build(spec: TrainEngineSpec) -> MegatronEngine:
 
         cpu_emulation.install()
     elif _EMULATION in sys.modules and sys.modules[_EMULATION].installed():
-        raise EngineError("this process has used megatron-core on the CPU and cannot use it on CUDA; start another one")
+        raise EngineError(
+            "this process has used megatron-core on the CPU and cannot use it on CUDA; start a new process"
+        )
     return MegatronEngine(spec, spec.options, device)
 
 

@@ -13,7 +13,7 @@ from rlcore.engines import ModelSettings
 from rlcore.engines.weight_bucket import WeightBucket
 from rlcore.errors import EngineError
 from rlcore_inline.settings import InlineSettings
-from rlcore_kit.model_folder.file_names import FromFiles
+from rlcore_kit.model_folder.file_names import FromModelFiles
 from rlcore_kit.model_folder.loading import load_model, read_config
 from rlcore_kit.training.device import choose_device
 
@@ -56,7 +56,7 @@ class OwnWeights:
         """
         own = self.model.state_dict(keep_vars=True)
         came: set[int] = set()
-        from_files = FromFiles(self.model)
+        from_files = FromModelFiles(self.model)
         for bucket in buckets:
             for name, tensor in filter(None, starmap(from_files.add, bucket.tensors)):
                 target = own.get(name)

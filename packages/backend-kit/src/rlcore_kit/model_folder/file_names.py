@@ -1,7 +1,7 @@
-"""Weights as model files hold them, which transformers' modules do not always do.
+"""Tensors of model files and parameters of transformers' modules, which are not always the same.
 
 transformers (5 and later) fuses the experts of a layer into one parameter when it reads a model's files, which hold one
-matrix each. Other engines know the names in the files, so those travel.
+matrix per expert. Rollout engines know the names in the files, so weights are sent under these names.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from transformers.core_model_loading import (
 )
 
 
-def in_files(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What files hold of the parameter ``name``: ``tensor`` itself, under its name there, or its parts."""
+def to_model_files(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the tensors of model files for the parameter ``name``: ``tensor`` under its name there, or its parts."""
     return revert_weight_conversion(model, {name: tensor})  # type: ignore[no-any-return]
 
 
-class FromFiles:
-    """Makes a model's tensors of what files hold, as it comes in any order.
+class FromModelFiles:
+    """Assembles the parameters of a model from tensors of model files, which come in any order.
 
-    At most the parts of unfinished parameters are held.
+    Only parts of incomplete parameters are kept in memory.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -39,19 +39,19 @@ class FromFiles:
         self._parts: dict[str, set[str]] = {}
         self._owner: dict[str, str] = {}
         for name, tensor in model.state_dict().items() if conversions else ():
-            parts = in_files(model, name, tensor.to("meta"))
+            parts = to_model_files(model, name, tensor.to("meta"))
             if name not in parts:
                 self._parts[name] = set(parts)
                 self._owner |= dict.fromkeys(parts, name)
         self._held: dict[str, dict[str, torch.Tensor]] = {}
 
     def add(self, name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor] | None:
-        """The model's name and tensor that ``tensor`` is, or completes; None if other parts are still to come."""
+        """Return name and value of the parameter that ``tensor`` is or completes; None if other parts are missing."""
         owner = self._owner.get(name)
         if owner is None:
             return name, tensor
         held = self._held.setdefault(owner, {})
-        held[name] = tensor.clone()  # the sender may use its memory again
+        held[name] = tensor.clone()  # the sender may reuse its memory
         if len(held) < len(self._parts[owner]):
             return None
         return owner, self._fused(owner, self._held.pop(owner))
@@ -62,7 +62,7 @@ class FromFiles:
         if pattern is None:
             return next(iter(parts.values()))
         converter = deepcopy(next(one for one in self._converters if pattern in one.source_patterns))
-        for name in sorted(parts, key=_by_number):  # parts are stacked in the order in which they come
+        for name in sorted(parts, key=_by_number):  # parts are stacked in the order in which they are added
             converter.add_tensor(owner, name, renamed[name][1], parts[name])  # type: ignore[arg-type]
         fused: Any = converter.convert(owner, model=self._model, config=self._model.config)[owner]
         return fused[0] if isinstance(fused, list) else fused  # type: ignore[no-any-return]

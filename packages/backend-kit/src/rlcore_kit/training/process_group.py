@@ -40,6 +40,11 @@ def number_of_ranks(process_group: dist.ProcessGroup | None = None) -> int:
     return dist.get_world_size(process_group) if dist.is_initialized() else 1
 
 
+def own_rank() -> int:
+    """Return the rank of this process among all; 0 for a process without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def gather_objects(value: T) -> list[T]:
     """Return the ``value`` of every rank, in rank order; collective. Values are plain data of the engine."""
     if number_of_ranks() == 1:

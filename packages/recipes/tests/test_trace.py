@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlcore.controller import Event
-from rlcore_recipes.trace import TraceFile
+from rlcore_recipes.run.trace_file import TraceFile
 
 EPOCH = 1.7e9
 

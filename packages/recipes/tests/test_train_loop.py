@@ -9,7 +9,6 @@ import re
 import signal
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,9 +26,10 @@ from rlcore.progress import report
 from rlcore_kit.checkpoint.rank_files import file_record
 from rlcore_recipes.ranks import executor
 from rlcore_recipes.run.folder import Replaced, check_free, write_config
-from rlcore_recipes.run.loop import Run, due, train
+from rlcore_recipes.run.loop import due, train
+from rlcore_recipes.run.timing import Timings
+from rlcore_recipes.run.trainable import Run, Validation
 from rlcore_recipes.settings import TrainerSettings
-from rlcore_recipes.step.validation import Validation
 from rlcore_recipes.trackers import Trackers
 
 
@@ -70,6 +70,7 @@ class Counter(SimpleNamespace):
 
 
 class RunConfig(Config):
+    seed: int = 3
     trainer: TrainerSettings
     lr: float = 0.1
 
@@ -86,19 +87,19 @@ def make(tmp_path: Path, *keys: str, recipe: str = "number", steps: int = 4, par
 
     validates = config.trainer.test_freq > 0
     check_free(config.trainer, config)
-    return Run(
-        recipe=recipe,
+    session: Any = SimpleNamespace(
         config=config,
-        trainer=config.trainer,
-        seed=3,
+        executor=executor,
         total_steps=steps,
-        step=step,
-        validate=(lambda: Validation({"val/score": model.value}, ("text",), [["hi"]])) if validates else None,
+        timed=Timings(),
+        max_error_ratio=1.0,
         engines={"actor": executor.group(TrainEngine, model, "actor")},  # type: ignore[type-abstract]
         parts={"counter": counter} if parts else {},
-        resumed=lambda done: None,
         save_tokenizer=lambda folder: (folder / "tokenizer").write_text("words"),
-    ), model
+        about=list,
+    )
+    validate = (lambda: Validation({"val/score": model.value}, ("text",), [["hi"]])) if validates else None
+    return Run(recipe, session, step, validate), model
 
 
 def lines(folder: Path) -> list[dict[str, float]]:
@@ -127,7 +128,7 @@ def test_a_tokenizer_that_cannot_be_written_is_one_sentence_about_the_model(tmp_
     def fail(folder: Path) -> None:
         raise ValueError("several\nlines")
 
-    run = replace(run, save_tokenizer=fail)
+    run.session.save_tokenizer = fail  # type: ignore[method-assign]
     with pytest.raises(DataError, match=r"^the model is in .*/model, but its tokenizer .* ValueError: lines$"):
         train(run)
     assert (tmp_path / "model" / "weights").exists()
@@ -389,7 +390,7 @@ def test_configuration_is_written_once(tmp_path: Path) -> None:
 def faulty(tmp_path: Path, metrics: Mapping[str, list[float]], *keys: str, steps: int = 20) -> tuple[Run, int]:
     """A run whose steps have ``metrics``, the last of each for ever; and the steps that it made before it ended."""
     run, _ = make(tmp_path, *keys, steps=steps)
-    plain, run.max_error_ratio, made = run.step, 0.5, 0
+    plain, run.session.max_error_ratio, made = run.step, 0.5, 0  # type: ignore[misc]
 
     def step(number: int) -> dict[str, float]:
         nonlocal made

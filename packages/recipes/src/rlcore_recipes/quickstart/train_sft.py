@@ -55,7 +55,7 @@ def train_sft(base: Path, out: Path, config: GRPOConfig, report: Callable[[int, 
         rollouts = executor.group(RolloutEngine, rollout)  # type: ignore[type-abstract]
         workers = RolloutWorkers(executor, rollouts, executor.group(Scorer, scorer), None, Timings(), False)
         for number in range(1, settings.SFT_MOST_STEPS + 1):
-            metrics = sft.step(engine, next(batches), SFTObjectiveSettings())
+            metrics = sft.learn(engine, next(batches), SFTObjectiveSettings())
             if number % settings.SFT_CHECK_EVERY:
                 continue
             sync_weights(engine, rollout, version=number)

@@ -22,8 +22,9 @@ CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 MODEL = "model"
 LOGS = "logs"
-TRACE = "trace.json"
-TRACES = (CONFIG, CHECKPOINTS, METRICS)  # what a run leaves behind
+TIMELINE = "trace.json"
+RUN_FILES = (CONFIG, CHECKPOINTS, METRICS)
+"""Files by which the folder of a run is recognised."""
 _LARGEST_CONFIG = 16 << 20  # bytes
 
 
@@ -42,12 +43,12 @@ def check_free(trainer: TrainerSettings, config: Config) -> None:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"trainer.out_dir={folder} is a file; name a folder")
     _check_inputs(trainer, config)
-    traces = [name for name in TRACES if os.path.lexists(folder / name)]
-    if not traces:
+    found = [name for name in RUN_FILES if os.path.lexists(folder / name)]
+    if not found:
         _check_model(trainer)
     elif trainer.resume == "never":
         raise ConfigError(
-            f"trainer.out_dir={folder} holds a run already ({', '.join(traces)}) and trainer.resume is never; name "
+            f"trainer.out_dir={folder} holds a run already ({', '.join(found)}) and trainer.resume is never; name "
             "another folder, or continue the run with trainer.resume=auto"
         )
     elif trainer.resume == "auto":
@@ -62,7 +63,7 @@ def check_free(trainer: TrainerSettings, config: Config) -> None:
         or Place.of(trainer.resume).root == normal(trainer.checkpoint_root)
     ):
         raise ConfigError(
-            f"trainer.out_dir={folder} holds a run already ({', '.join(traces)}), and trainer.resume={trainer.resume} "
+            f"trainer.out_dir={folder} holds a run already ({', '.join(found)}), and trainer.resume={trainer.resume} "
             "is of another; name another folder, or continue the run that is there with trainer.resume=auto"
         )
 

@@ -4,79 +4,28 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Protocol
 from warnings import warn
 
 import torch
 
 from rlcore.boundary import boundary
-from rlcore.config import Config
-from rlcore.engines import TrainEngine
 from rlcore.errors import ConfigError, RlcoreWarning
-from rlcore.json_file import JsonFile
 from rlcore.progress import listening
 from rlcore.tracking import RunInfo, Tracker
 from rlcore_recipes.checkpoint import CheckpointManager, RunState
-from rlcore_recipes.ranks import all_gather, executor, is_main, on_rank_zero
+from rlcore_recipes.ranks import all_gather, is_main, on_rank_zero
 from rlcore_recipes.run.banner import print_end, print_start
 from rlcore_recipes.run.folder import MODEL
 from rlcore_recipes.run.health import Health
 from rlcore_recipes.run.resume import resumed
 from rlcore_recipes.run.seeds import seed_generators
 from rlcore_recipes.run.stopping import exit_code, stop_asked_for, stop_signals
-from rlcore_recipes.run.timing import Timings
-from rlcore_recipes.settings import TrainerSettings
-from rlcore_recipes.step.validation import Validation
+from rlcore_recipes.run.trainable import Run
 from rlcore_recipes.trackers import open_trackers
-
-
-class Stateful(Protocol):
-    """A small part of a run's state, as plain values (JSON), which ``described_by`` describes with their ranges."""
-
-    @property
-    def described_by(self) -> type[JsonFile]: ...
-
-    def state(self) -> dict[str, Any]: ...
-
-    def restore(self, state: Mapping[str, Any], /) -> None: ...
-
-
-@dataclass
-class Run:
-    """What the loop needs to know of a recipe.
-
-    Attributes:
-        step: makes the step of that number (from 1) and returns its metrics, ``perf/total_num_tokens`` among them.
-        validate: None where nothing is validated.
-        engines: what they hold is in every checkpoint, under their names. "actor" is exported at the end.
-        parts: further state by name, restored with the engines'.
-        resumed: called after a checkpoint was loaded, with the number of steps done.
-        save_tokenizer: writes the tokenizer into a folder, beside an exported model.
-        apply: runs a function in all processes of an engine (an executor's ``apply``).
-        about: what the run consists of, for the start banner; called in every process, after a checkpoint was loaded.
-        max_error_ratio: share of samples whose reward may fail over some steps (see `Health`).
-    """
-
-    recipe: str
-    config: Config
-    trainer: TrainerSettings
-    seed: int
-    total_steps: int
-    step: Callable[[int], dict[str, float]]
-    validate: Callable[[], Validation] | None
-    engines: Mapping[str, TrainEngine]
-    parts: Mapping[str, Stateful]
-    resumed: Callable[[int], None]
-    save_tokenizer: Callable[[Path], Any]
-    timed: Timings = field(default_factory=Timings)
-    apply: Callable[..., list[Any]] = executor.apply
-    about: Callable[[], Sequence[tuple[str, str]]] = tuple
-    max_error_ratio: float = 1.0
 
 
 def train(run: Run) -> None:
@@ -87,12 +36,13 @@ def train(run: Run) -> None:
     Raises:
         TrainingError: rewards failed, or updates were skipped, for too long.
     """
-    trainer = run.trainer
+    session = run.session
+    trainer, total_steps = session.config.trainer, session.total_steps
     checkpoints, done, run_id = resumed(run)
-    complete = done >= run.total_steps
+    complete = done >= total_steps
     if not complete:
-        print_start(run.recipe, run.about(), trainer, done, run.total_steps)
-    health = Health(trainer, run.max_error_ratio)
+        print_start(run.recipe, session.about(), trainer, done, total_steps)
+    health = Health(trainer, session.max_error_ratio)
     with (
         tracking(run, run_id, done) as tracker,
         stop_signals(trainer.grace_s, checkpoints) as received,
@@ -102,10 +52,10 @@ def train(run: Run) -> None:
             metrics = validated(run, tracker, 0)
             tracker.log(metrics, 0)
             health.check_validation(metrics)
-        while done < run.total_steps:
+        while done < total_steps:
             done += 1
             metrics = timed_step(run, tracker, done)
-            last, stop = done == run.total_steps, stop_asked_for(received)
+            last, stop = done == total_steps, stop_asked_for(received)
             if run.validate is not None and due(trainer.test_freq, done, last):
                 metrics |= validated(run, tracker, done)
             # logged first: a run killed while it saves repeats the step, one killed after it does not log it again
@@ -114,34 +64,34 @@ def train(run: Run) -> None:
             # before the checkpoint: after that of the last step, the same command would call the run complete
             health.check(metrics, last)
             if trainer.save_freq > 0:
-                with run.timed("save_checkpoint"):  # reported with the next step
+                with session.timed("save_checkpoint"):  # reported with the next step
                     checkpoints.poll()
                     if due(trainer.save_freq, done, last or stop is not None):
                         saved = state(run, done, run_id)
-                        checkpoints.start(done, run.engines, saved, metrics, background=trainer.async_save)
+                        checkpoints.start(done, session.engines, saved, metrics, background=trainer.async_save)
                     if last or stop is not None or not trainer.async_save:
                         checkpoints.finish()
             if stop is not None and not last:
-                raise SystemExit(exit_code(stop, trainer, done, run.total_steps))
+                raise SystemExit(exit_code(stop, trainer, done, total_steps))
         if trainer.save_hf:
             export(run, trainer.out_dir / MODEL)
     if trainer.save_hf or not complete:
-        print_end(trainer, run.total_steps)
+        print_end(trainer, total_steps)
 
 
 def timed_step(run: Run, tracker: Tracker, number: int) -> dict[str, float]:
-    seed_generators(run.seed, number)
-    with run.timed("step"), showing(tracker, number):
+    seed_generators(run.session.config.seed, number)
+    with run.session.timed("step"), showing(tracker, number):
         metrics = run.step(number)
-    seconds = run.timed.seconds("step")
+    seconds = run.session.timed.seconds("step")
     metrics |= {"training/global_step": number, "perf/time_per_step": seconds, **memory()}
-    metrics["perf/throughput"] = metrics["perf/total_num_tokens"] / seconds / run.engines["actor"].dp_size
+    metrics["perf/throughput"] = metrics["perf/total_num_tokens"] / seconds / run.session.engines["actor"].dp_size
     return metrics
 
 
 def timings(run: Run, metrics: Mapping[str, float]) -> dict[str, float]:
     """Seconds of each part, and for the step's parts their milliseconds per token of its batch."""
-    seconds = run.timed.take()
+    seconds = run.session.timed.take()
     tokens = max(metrics["perf/total_num_tokens"], 1.0)
     found = {f"timing_s/{name}": value for name, value in seconds.items()}
     return found | {
@@ -153,9 +103,9 @@ def timings(run: Run, metrics: Mapping[str, float]) -> dict[str, float]:
 
 def validated(run: Run, tracker: Tracker, step: int) -> dict[str, float]:
     assert run.validate is not None
-    with run.timed("testing"), showing(tracker, step):
+    with run.session.timed("testing"), showing(tracker, step):
         outcome = run.validate()
-    best = run.trainer.best_metric
+    best = run.session.config.trainer.best_metric
     if best is not None and best.startswith("val") and best not in outcome.metrics:
         close = get_close_matches(best, outcome.metrics, n=3) or list(outcome.metrics)
         raise ConfigError(f"trainer.best_metric={best} is no validation metric; did you mean {' or '.join(close)}?")
@@ -189,7 +139,7 @@ def memory() -> dict[str, float]:
 
 
 def state(run: Run, step: int, run_id: str) -> RunState:
-    parts = {name: part.state() for name, part in run.parts.items()}
+    parts = {name: part.state() for name, part in run.session.parts.items()}
     return RunState(recipe=run.recipe, step=step, run_id=run_id, parts=parts)
 
 
@@ -213,11 +163,11 @@ def completing(checkpoints: CheckpointManager, alone: bool) -> Iterator[None]:
 
 
 def export(run: Run, folder: Path) -> None:
-    run.engines["actor"].save_pretrained(folder)
+    run.session.engines["actor"].save_pretrained(folder)
 
     def save_tokenizer() -> None:
         with boundary(f"the model is in {folder}, but its tokenizer (copy that of model.path) cannot be written there"):
-            run.save_tokenizer(folder)
+            run.session.save_tokenizer(folder)
 
     on_rank_zero(save_tokenizer)
 
@@ -236,14 +186,14 @@ def tracking(run: Run, run_id: str, done: int) -> Iterator[Tracker]:
     if not is_main():
         yield _Silent()
         return
-    trainer = run.trainer
+    config, trainer = run.session.config, run.session.config.trainer
     info = RunInfo(
         out_dir=trainer.out_dir,
         project=trainer.project,
         name=trainer.name or trainer.out_dir.resolve().name,
         run_id=run_id,
-        total_steps=run.total_steps,
-        config=run.config.model_dump(mode="json"),
+        total_steps=run.session.total_steps,
+        config=config.model_dump(mode="json"),
         start_step=done,
     )
     tracker = open_trackers({name: trainer.options_of(name) for name in trainer.trackers}, info)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from rlcore.algorithms.kl import kl_controller
 from rlcore.controller import Executor
 from rlcore.errors import ConfigError
-from rlcore_recipes.data.end_tokens import missing_ends, model_tokens, save_tokenizer
+from rlcore_recipes.data.end_tokens import missing_ends, model_tokens
 from rlcore_recipes.data.loader import PromptLoader
 from rlcore_recipes.data.prompts import PromptDataset, load_prompts
 from rlcore_recipes.data.tokenizer import load_tokenizer
@@ -25,16 +25,15 @@ from rlcore_recipes.rollouts.reward_model import RewardModel
 from rlcore_recipes.rollouts.source import GroupSource
 from rlcore_recipes.rollouts.synchronous import SynchronousGroups
 from rlcore_recipes.rollouts.workers import RolloutWorkers
-from rlcore_recipes.run.banner import model_rows
-from rlcore_recipes.run.loop import Run, Stateful, train
+from rlcore_recipes.run.loop import train
 from rlcore_recipes.run.micro_batches import MicroBatches
 from rlcore_recipes.run.other_models import check_other_models
 from rlcore_recipes.run.preflight import check_sources
 from rlcore_recipes.run.roles import Roles, build_roles, open_executor
-from rlcore_recipes.run.session import SavedKL, Session
+from rlcore_recipes.run.session import Session
 from rlcore_recipes.run.timing import Timings, open_trace
+from rlcore_recipes.run.trainable import Run, Validation
 from rlcore_recipes.settings import RLConfig
-from rlcore_recipes.step.validation import Validation
 from rlcore_recipes.step.weights import sync_weights
 
 C = TypeVar("C", bound=RLConfig)
@@ -62,26 +61,13 @@ def train_rl(recipe: str, config: C, step: Step[C], validate: Validate[C] | None
             "(validate_completions if its steps train on single completions)"
         )
     with open_session(config) as session:
-        parts: dict[str, Stateful] = {"prompts": session.groups, "micro_batches": session.micro_batches}
-        if session.kl is not None:
-            parts["kl"] = SavedKL(session.kl)
         train(
             Run(
                 recipe=recipe,
-                config=config,
-                trainer=config.trainer,
-                seed=config.seed,
-                total_steps=session.total_steps,
+                session=session,
                 step=partial(step, session),
                 validate=None if validate is None or session.val_prompts is None else partial(validate, session),
-                engines=session.roles.trained(),
-                parts=parts,
-                resumed=lambda done: sync_weights(session, version=done),
-                save_tokenizer=partial(save_tokenizer, session.tokenizer, session.stop_tokens),
-                timed=session.timed,
-                apply=session.executor.apply,
-                about=lambda: about(session),
-                max_error_ratio=config.reward.max_error_ratio,
+                resumed=partial(sync_weights, session),
             )
         )
 
@@ -203,14 +189,3 @@ def follow_replacements(session: Session[Any]) -> None:
             sync_weights(session, session.version)
 
     session.executor.on_replaced(catch_up)
-
-
-def about(session: Session[Any]) -> list[tuple[str, str]]:
-    """Return what the run consists of, for its start banner."""
-    config, size = session.config, session.config.data.train_batch_size
-    prompts = f"{session.prompts.samples:,} prompts; {size} × {config.rollout.n} completions in a step"
-    if session.val_prompts is not None:
-        prompts += f"; {len(session.val_prompts):,} prompts for validation"
-    actor, budgets = session.roles.actor, session.micro_batches
-    models = model_rows(session.executor, actor, config.model, budgets, session.tokenizer, session.end_tokens)
-    return [*models, ("data", prompts)]

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import sys
 import uuid
-from typing import TYPE_CHECKING
 
 from rlcore.errors import CheckpointError
 from rlcore_recipes.checkpoint import Checkpoint, CheckpointManager
 from rlcore_recipes.ranks import executor, is_main, on_rank_zero
 from rlcore_recipes.run.folder import write_config
-
-if TYPE_CHECKING:
-    from rlcore_recipes.run.loop import Run
+from rlcore_recipes.run.trainable import Run
 
 NAMED_KEYS = 10
 """Changed keys that are named."""
@@ -27,26 +24,26 @@ def resumed(run: Run) -> tuple[CheckpointManager, int, str]:
     Raises:
         CheckpointError: no checkpoint is whole, it is of another kind of run, or something is in the way of new ones.
     """
-    trainer = run.trainer
+    trainer = run.session.config.trainer
     checkpoints = CheckpointManager(
         trainer.checkpoint_root,
         trainer.keep_checkpoints,
         best_metric=trainer.best_metric,
         best_mode=trainer.best_mode,
         ranks=executor,
-        apply=run.apply,
-        parts={name: part.described_by for name, part in run.parts.items()},
+        apply=run.session.executor.apply,
+        parts={name: part.described_by for name, part in run.session.parts.items()},
     )
-    found = checkpoints.resume_from(trainer.resume, run.engines)
+    found = checkpoints.resume_from(trainer.resume, run.session.engines)
     if found is None and not checkpoints.is_empty():
         raise CheckpointError(
             f"no checkpoint in {checkpoints.root} is whole (the warnings say why); move them away to start from the "
             "beginning"
         )
     if trainer.save_freq > 0:
-        checkpoints.check_room(0 if found is None else found.state.step, run.total_steps)
+        checkpoints.check_room(0 if found is None else found.state.step, run.session.total_steps)
     done, run_id = _loaded(run, checkpoints, found)
-    replaced = on_rank_zero(lambda: write_config(trainer.out_dir, run.config, done))
+    replaced = on_rank_zero(lambda: write_config(trainer.out_dir, run.session.config, done))
     if is_main():
         if found is not None:
             print(_how(run, found), file=sys.stderr)
@@ -63,13 +60,12 @@ def _listed(keys: list[str]) -> str:
 
 
 def _how(run: Run, found: Checkpoint) -> str:
-    if found.state.step < run.total_steps:
+    trainer, total_steps = run.session.config.trainer, run.session.total_steps
+    if found.state.step < total_steps:
         return f"continuing after step {found.state.step} from {found.location}"
-    key = "total_epochs" if run.trainer.total_steps is None else "total_steps"
-    return (
-        f"the run in {run.trainer.out_dir} is complete: step {run.total_steps} was its last; raise trainer.{key} "
-        "to train longer"
-    )
+    key = "total_epochs" if trainer.total_steps is None else "total_steps"
+    complete = f"the run in {trainer.out_dir} is complete: step {total_steps} was its last"
+    return f"{complete}; raise trainer.{key} to train longer"
 
 
 def _loaded(run: Run, checkpoints: CheckpointManager, found: Checkpoint | None) -> tuple[int, str]:
@@ -80,12 +76,13 @@ def _loaded(run: Run, checkpoints: CheckpointManager, found: Checkpoint | None) 
     try:
         _check_origin(run, found)
     except CheckpointError:
-        checkpoints.release(found, run.engines)
+        checkpoints.release(found, run.session.engines)
         raise
-    for name, part in run.parts.items():
+    for name, part in run.session.parts.items():
         part.restore(saved.parts[name])
-    checkpoints.load(found, run.engines)
-    run.resumed(saved.step)
+    checkpoints.load(found, run.session.engines)
+    if run.resumed is not None:
+        run.resumed(saved.step)
     return saved.step, saved.run_id
 
 
@@ -94,9 +91,9 @@ def _check_origin(run: Run, found: Checkpoint) -> None:
     saved = found.state
     if saved.recipe != run.recipe:
         raise CheckpointError(f"{found.location} is of the recipe {saved.recipe}, not {run.recipe}")
-    missing = [name for name in run.engines if name not in found.files]
-    if missing or set(saved.parts) != set(run.parts):
-        lacking = missing + sorted(set(saved.parts) ^ set(run.parts))
+    missing = [name for name in run.session.engines if name not in found.files]
+    if missing or set(saved.parts) != set(run.session.parts):
+        lacking = missing + sorted(set(saved.parts) ^ set(run.session.parts))
         raise CheckpointError(
             f"{found.location} was written under another configuration: it and this run differ in {', '.join(lacking)}"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 from warnings import warn
 
@@ -11,16 +12,20 @@ from pydantic import Field
 
 from rlcore.algorithms.kl import KLController
 from rlcore.controller import Executor
+from rlcore.engines import TrainEngine
 from rlcore.errors import RlcoreWarning
 from rlcore.json_file import Finite, JsonFile
+from rlcore_recipes.data.end_tokens import save_tokenizer
 from rlcore_recipes.data.loader import PromptLoader
 from rlcore_recipes.data.prompts import PromptDataset
 from rlcore_recipes.ranks import is_main
 from rlcore_recipes.rollouts.source import GroupSource
 from rlcore_recipes.rollouts.workers import RolloutWorkers
+from rlcore_recipes.run.banner import model_rows
 from rlcore_recipes.run.micro_batches import MicroBatches
 from rlcore_recipes.run.roles import Roles
 from rlcore_recipes.run.timing import Timings
+from rlcore_recipes.run.trainable import Stateful
 from rlcore_recipes.settings import RLConfig
 
 C = TypeVar("C", bound=RLConfig)
@@ -60,6 +65,37 @@ class Session(Generic[C]):
     stop_tokens: tuple[int, ...] = ()
     version: int = 0
     warned: set[str] = field(default_factory=set)
+
+    @property
+    def max_error_ratio(self) -> float:
+        """Share of samples whose reward may fail over some steps."""
+        return self.config.reward.max_error_ratio
+
+    @property
+    def engines(self) -> dict[str, TrainEngine]:
+        """The engines whose state is in every checkpoint."""
+        return self.roles.trained()
+
+    @property
+    def parts(self) -> dict[str, Stateful]:
+        """Further state of a checkpoint: the position in the data, token budgets, the coefficient of the KL penalty."""
+        kl: dict[str, Stateful] = {} if self.kl is None else {"kl": SavedKL(self.kl)}
+        return {"prompts": self.groups, "micro_batches": self.micro_batches, **kl}
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Write the tokenizer, with all tokens that end a completion, into ``folder``."""
+        save_tokenizer(self.tokenizer, self.stop_tokens, folder)
+
+    def about(self) -> list[tuple[str, str]]:
+        """Return what the run consists of, for its start banner."""
+        config = self.config
+        sizes = f"{config.data.train_batch_size} × {config.rollout.n} completions in a step"
+        prompts = f"{self.prompts.samples:,} prompts; {sizes}"
+        if self.val_prompts is not None:
+            prompts += f"; {len(self.val_prompts):,} prompts for validation"
+        actor, budgets = self.roles.actor, self.micro_batches
+        models = model_rows(self.executor, actor, config.model, budgets, self.tokenizer, self.end_tokens)
+        return [*models, ("data", prompts)]
 
     def warn_once(self, subject: str, message: str) -> None:
         """Warn with ``message``, unless the run was warned about ``subject`` before."""

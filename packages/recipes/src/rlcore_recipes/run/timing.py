@@ -12,8 +12,8 @@ from rlcore.boundary import boundary
 from rlcore.controller import Event, Executor
 from rlcore.errors import ConfigError
 from rlcore_recipes.ranks import is_main
-from rlcore_recipes.run.folder import TRACE
-from rlcore_recipes.trace import CONTROLLER, TraceFile
+from rlcore_recipes.run.folder import TIMELINE
+from rlcore_recipes.run.trace_file import CONTROLLER, TraceFile
 
 
 class Timings:
@@ -86,7 +86,7 @@ def open_trace(out_dir: Path, stack: ExitStack) -> Callable[[list[Event]], None]
     """
     if not is_main():
         return None
-    with boundary(f"the trace {out_dir / TRACE} cannot be written; move away what is there", ConfigError):
-        trace = TraceFile(out_dir / TRACE)
+    with boundary(f"the trace {out_dir / TIMELINE} cannot be written; move away what is there", ConfigError):
+        trace = TraceFile(out_dir / TIMELINE)
     stack.callback(trace.close)
     return trace.append

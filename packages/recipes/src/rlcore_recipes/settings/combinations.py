@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 from rlcore.algorithms.aggregation import ConstantLengthParams
 from rlcore.algorithms.off_policy import USUAL_HIGH, USUAL_LOW, MISParams
 from rlcore.algorithms.sequence_losses import GSPOParams
-
-if TYPE_CHECKING:
-    from rlcore_recipes.settings.reinforcement import RLConfig
+from rlcore_recipes.settings.sections import RLSections
 
 Doubt = tuple[str, str]
 """A dotted key, and why its value does not fit the others."""
@@ -24,13 +21,13 @@ WITHOUT_RATIO = ("reinforce", "gpg")
 WIDEST_SEQUENCE_CLIP = 0.1  # mean log-ratios of sequences are hundreds of times smaller than those of tokens
 
 
-def doubts(config: RLConfig) -> Iterator[Doubt]:
+def doubts(config: RLSections) -> Iterator[Doubt]:
     """All doubtful combinations in ``config``."""
     for combination in COMBINATIONS:
         yield from combination(config)
 
 
-def sequence_ratio_by_tokens(config: RLConfig) -> Iterator[Doubt]:
+def sequence_ratio_by_tokens(config: RLSections) -> Iterator[Doubt]:
     objective = config.actor.objective
     loss, aggregation = objective.policy_loss, objective.aggregation
     if "sequence_ratio" in loss.entry.traits and aggregation.name in WEIGHTED_BY_LENGTH:
@@ -41,7 +38,7 @@ def sequence_ratio_by_tokens(config: RLConfig) -> Iterator[Doubt]:
         )
 
 
-def sequence_clip_for_tokens(config: RLConfig) -> Iterator[Doubt]:
+def sequence_clip_for_tokens(config: RLSections) -> Iterator[Doubt]:
     params = config.actor.objective.policy_loss.params
     if not isinstance(params, GSPOParams):
         return
@@ -53,7 +50,7 @@ def sequence_clip_for_tokens(config: RLConfig) -> Iterator[Doubt]:
         )
 
 
-def mean_of_token_advantages(config: RLConfig) -> Iterator[Doubt]:
+def mean_of_token_advantages(config: RLSections) -> Iterator[Doubt]:
     loss, advantage = config.actor.objective.policy_loss, config.algorithm.advantage
     per_token = "values" in advantage.entry.needs or config.algorithm.kl_in_reward is not None
     if loss.name == "gmpo" and per_token and "compares_group" not in advantage.entry.traits:
@@ -64,7 +61,7 @@ def mean_of_token_advantages(config: RLConfig) -> Iterator[Doubt]:
         )
 
 
-def gpg_with_a_ratio(config: RLConfig) -> Iterator[Doubt]:
+def gpg_with_a_ratio(config: RLSections) -> Iterator[Doubt]:
     loss, advantage = config.actor.objective.policy_loss, config.algorithm.advantage
     if advantage.name == "gpg" and "importance_ratio" in loss.entry.traits:
         yield (
@@ -74,7 +71,7 @@ def gpg_with_a_ratio(config: RLConfig) -> Iterator[Doubt]:
         )
 
 
-def off_policy_without_a_ratio(config: RLConfig) -> Iterator[Doubt]:
+def off_policy_without_a_ratio(config: RLSections) -> Iterator[Doubt]:
     actor, updates = config.actor, config.updates_per_step
     from_rollout = actor.old_logprobs == "rollout"
     weighed = actor.objective.correction is not None
@@ -91,7 +88,7 @@ def off_policy_without_a_ratio(config: RLConfig) -> Iterator[Doubt]:
         )
 
 
-def asynchronous_without_correction(config: RLConfig) -> Iterator[Doubt]:
+def asynchronous_without_correction(config: RLSections) -> Iterator[Doubt]:
     actor, k = config.actor, config.asynchronous.max_staleness
     if k > 0 and actor.old_logprobs == "recompute" and actor.objective.correction is None:
         ratio = "importance_ratio" in actor.objective.policy_loss.entry.traits
@@ -102,7 +99,7 @@ def asynchronous_without_correction(config: RLConfig) -> Iterator[Doubt]:
         )
 
 
-def kl_loss_without_gradient(config: RLConfig) -> Iterator[Doubt]:
+def kl_loss_without_gradient(config: RLSections) -> Iterator[Doubt]:
     kl = config.actor.objective.kl_loss
     if kl.coeff > 0 and kl.estimator.name == "k1":
         yield (
@@ -112,7 +109,7 @@ def kl_loss_without_gradient(config: RLConfig) -> Iterator[Doubt]:
         )
 
 
-def constant_length(config: RLConfig) -> Iterator[Doubt]:
+def constant_length(config: RLSections) -> Iterator[Doubt]:
     params, longest = config.actor.objective.aggregation.params, config.data.max_response_length
     if isinstance(params, ConstantLengthParams) and params.max_length != longest:
         yield (
@@ -122,7 +119,7 @@ def constant_length(config: RLConfig) -> Iterator[Doubt]:
         )
 
 
-def ratios_of_truncated_samples(config: RLConfig) -> Iterator[Doubt]:
+def ratios_of_truncated_samples(config: RLSections) -> Iterator[Doubt]:
     rollout, actor = config.rollout, config.actor
     usual = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
     cut = [f"{key}={getattr(rollout, key)}" for key, off in usual.items() if getattr(rollout, key) != off]
@@ -136,7 +133,7 @@ def ratios_of_truncated_samples(config: RLConfig) -> Iterator[Doubt]:
         )
 
 
-def geometric_mean_with_token_bounds(config: RLConfig) -> Iterator[Doubt]:
+def geometric_mean_with_token_bounds(config: RLSections) -> Iterator[Doubt]:
     correction = config.actor.objective.correction
     params = None if correction is None else correction.params
     if not isinstance(params, MISParams) or params.level != "geometric":
@@ -149,7 +146,7 @@ def geometric_mean_with_token_bounds(config: RLConfig) -> Iterator[Doubt]:
         )
 
 
-def unused_reference(config: RLConfig) -> Iterator[Doubt]:
+def unused_reference(config: RLSections) -> Iterator[Doubt]:
     if config.ref.model is not None and not config.needs_ref:
         yield (
             "ref.model",
@@ -158,7 +155,7 @@ def unused_reference(config: RLConfig) -> Iterator[Doubt]:
         )
 
 
-COMBINATIONS: tuple[Callable[[RLConfig], Iterator[Doubt]], ...] = (
+COMBINATIONS: tuple[Callable[[RLSections], Iterator[Doubt]], ...] = (
     sequence_ratio_by_tokens,
     sequence_clip_for_tokens,
     mean_of_token_advantages,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
 from typing import Any
@@ -19,19 +18,11 @@ from rlcore_recipes.rollouts.plan import validation_plan
 from rlcore_recipes.rollouts.source import joined
 from rlcore_recipes.rollouts.synchronous import roll_out_together
 from rlcore_recipes.run.session import Session
+from rlcore_recipes.run.trainable import Validation
 from rlcore_recipes.step.rollout import add_scores
 
 GENERATION_COLUMNS = ("prompt", "completion", "ground_truth", "score", "data_source", "finish_reason", "error")
 LOGGED_ORDER_SEED = 42  # the same prompts are shown at every validation
-
-
-@dataclass(frozen=True)
-class Validation:
-    """Metrics, and completions as a table."""
-
-    metrics: dict[str, float]
-    columns: Sequence[str] = ()
-    rows: Sequence[Sequence[Any]] = ()
 
 
 def validate_completions(session: Session[Any]) -> Validation:
@@ -98,8 +89,8 @@ def validation_metrics(batch: Batch) -> dict[str, float]:
             found |= group_metrics(f"val-aux/{source}/{name}", [group for group in values if group])
         if "reward_model_score" in batch:
             model_scores = batch["reward_model_score"].tolist()
-            judged = [[model_scores[i] for i in group] for group in groups.values()]
-            found |= group_metrics(f"val-aux/{source}/reward_model_score", judged)
+            of_model = [[model_scores[i] for i in group] for group in groups.values()]
+            found |= group_metrics(f"val-aux/{source}/reward_model_score", of_model)
     lengths: torch.Tensor = batch["response_length"]
     found["val-aux/response_length/mean"] = float(lengths.float().mean())
     found["val-aux/response_length/clip_ratio"] = batch["finish_reason"].count("length") / len(batch)

@@ -1,0 +1,174 @@
+"""The sections that every reinforcement-learning recipe's configuration has, and what follows from their values."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from rlcore.engines import ModelSettings, WeightSyncSettings
+from rlcore_recipes.data.settings import DataSettings
+from rlcore_recipes.settings.algorithm import AlgorithmSettings, DynamicSamplingSettings
+from rlcore_recipes.settings.asynchronous import AsyncSection, AsyncSettings
+from rlcore_recipes.settings.columns import CREDITED, ON_DEMAND, SAMPLED, SCORED
+from rlcore_recipes.settings.controller import ControllerSettings
+from rlcore_recipes.settings.roles import (
+    ActorSettings,
+    CriticSettings,
+    RefSettings,
+    RewardModelSettings,
+    RewardRole,
+    RolloutSettings,
+)
+from rlcore_recipes.settings.trainer import TrainerSettings
+
+
+class RLSections(AsyncSection):  # type: ignore[misc,valid-type]
+    """One run of reinforcement learning; `rlcore_recipes.settings.RLConfig` adds the rules that span its sections.
+
+    Attributes:
+        own_columns: names of the columns that the recipe's step adds to its batches, for advantage estimators and
+            policy losses that need them.
+    """
+
+    own_columns: ClassVar[frozenset[str]] = frozenset()
+
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of everything: data order, new heads, every completion.")
+    model: ModelSettings = Field(description="The model to train.")
+    data: DataSettings = Field(description="Prompts; train_batch_size counts prompts.")
+    actor: ActorSettings = Field(default_factory=ActorSettings, description="The policy under training.")
+    ref: RefSettings = Field(default_factory=RefSettings, description="The frozen reference policy.")
+    rollout: RolloutSettings = Field(default_factory=RolloutSettings, description="Generation.")
+    reward: RewardRole = Field(description="How completions are scored.")
+    reward_model: RewardModelSettings | None = Field(
+        None, description="Model whose scores are added to the reward's; null: none."
+    )
+    algorithm: AlgorithmSettings = Field(
+        default_factory=AlgorithmSettings, description="Advantages and reward shaping."
+    )
+    trainer: TrainerSettings = Field(description="Length, validation, checkpoints, tracking.")
+    controller: ControllerSettings = Field(default_factory=ControllerSettings, description="What runs the engines.")
+
+    weight_sync: WeightSyncSettings = Field(
+        default_factory=WeightSyncSettings, description="From the actor into rollout engines of other processes."
+    )
+    trace: bool = Field(
+        False, description="Write what every process did, and when, to out_dir/trace.json (Chrome trace format)."
+    )
+
+    @property
+    def asynchronous(self) -> AsyncSettings:
+        """The section ``async``."""
+        settings: AsyncSettings = getattr(self, "async")
+        return settings
+
+    @property
+    def roles(self) -> list[str]:
+        """What takes part in the run."""
+        models = ["actor"] + ["critic"] * self.has_critic + ["ref"] * self.needs_ref
+        models += ["reward_model"] * (self.reward_model is not None)
+        return [*models, "rollout", "reward", "compute"]
+
+    @property
+    def arithmetic(self) -> list[tuple[str, str, str]]:
+        """What `rlcore plan` prints of the sizes of a step: what, how it is counted, the number."""
+        data, n = self.data, self.rollout.n
+        prompts, sizes = data.train_batch_size, [("actor", self.mini_batch_size, self.actor.epochs)]
+        if self.has_critic:
+            sizes.append(("critic", *self.critic_sizes))
+        rows = [("samples of a step", f"{prompts} prompts × {n} completions", f"{prompts * n}")]
+        for role, size, epochs in sizes:
+            rows += [
+                (f"mini-batch of the {role}", f"{size} prompts × {n} completions", f"{size * n} samples"),
+                (
+                    f"optimizer steps of the {role} in a step",
+                    f"{prompts} / {size} mini-batches × {epochs} epochs",
+                    f"{prompts // size * epochs}",
+                ),
+            ]
+        rows.append(
+            (
+                "longest sequence",
+                f"{data.max_prompt_length} + {data.max_response_length} tokens; token budget of micro-batches: "
+                f"{self.actor.max_tokens_per_micro_batch}",
+                f"{data.longest_sequence} tokens",
+            )
+        )
+        return [*rows, ("steps", *self.trainer.length)]
+
+    @property
+    def critic_role(self) -> CriticSettings | None:
+        """Settings of the critic; None without one. Recipes with a critic override it."""
+        return None
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether a critic takes part."""
+        return self.critic_role is not None
+
+    @property
+    def critic_sizes(self) -> tuple[int, int]:
+        """The critic's mini-batch in prompts, and its epochs."""
+        critic = self.critic_role
+        assert critic is not None
+        return critic.mini_batch_size or self.mini_batch_size, critic.epochs or self.actor.epochs
+
+    @property
+    def dynamic_sampling(self) -> DynamicSamplingSettings | None:
+        """Settings of dynamic sampling; None if steps train on all groups. Recipes that offer it override it."""
+        return None
+
+    @property
+    def needs_ref(self) -> bool:
+        """Whether a reference policy takes part."""
+        return (
+            self.algorithm.kl_in_reward is not None
+            or self.actor.objective.kl_loss.coeff > 0
+            or "ref_logprobs" in self.needed_columns
+        )
+
+    @property
+    def needs_old_logprobs(self) -> bool:
+        """Whether the log-probs of the sampling policy must be known before the update.
+
+        They are not if the whole batch makes one optimizer step: until then the policy is still the one that sampled.
+        """
+        return (
+            self.actor.old_logprobs == "rollout"
+            or self.updates_per_step > 1
+            or self.algorithm.kl_in_reward is not None
+            or "old_logprobs" in self.needed_columns
+        )
+
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether the entropy of the policy must be known before the update."""
+        return "entropy" in self.algorithm.advantage.entry.needs
+
+    @property
+    def needed_columns(self) -> frozenset[str]:
+        """The columns that the advantage estimator and the policy loss declare."""
+        return self.algorithm.advantage.entry.needs | self.actor.objective.policy_loss.entry.needs
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """The columns that a batch can have before advantages are estimated."""
+        return (
+            SAMPLED
+            | SCORED
+            | ON_DEMAND
+            | CREDITED
+            | self.own_columns
+            | ({"values"} if self.has_critic else frozenset())
+            | ({"reward_model_score"} if self.reward_model is not None else frozenset())
+        )
+
+    @property
+    def mini_batch_size(self) -> int:
+        """Prompts per optimizer step of the actor."""
+        return self.actor.mini_batch_size or self.data.train_batch_size
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps of the actor for one batch."""
+        return self.data.train_batch_size // self.mini_batch_size * self.actor.epochs

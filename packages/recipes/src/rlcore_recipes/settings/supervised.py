@@ -1,0 +1,53 @@
+"""The configuration of supervised fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pydantic import Field
+
+from rlcore.algorithms.objectives import SFTObjectiveSettings
+from rlcore.config import Config
+from rlcore.engines import ModelSettings, OptimSettings
+from rlcore_recipes.data.settings import SFTDataSettings
+from rlcore_recipes.settings.controller import ControllerSettings, unused
+from rlcore_recipes.settings.roles import ModelRole
+from rlcore_recipes.settings.trainer import TrainerSettings
+
+
+class SFTActorSettings(ModelRole):
+    """The model under training. One step is one optimizer step over one batch."""
+
+    optim: OptimSettings = Field(default_factory=lambda: OptimSettings(lr=1e-5), description="Optimizer and schedule.")
+    objective: SFTObjectiveSettings = Field(default_factory=SFTObjectiveSettings, description="Loss.")
+
+
+class SFTConfig(Config):
+    """One run of supervised fine-tuning."""
+
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of the data order.")
+    model: ModelSettings = Field(description="The model to train.")
+    data: SFTDataSettings = Field(description="What to learn; train_batch_size counts samples.")
+    actor: SFTActorSettings = Field(default_factory=SFTActorSettings, description="The model under training.")
+    trainer: TrainerSettings = Field(description="Length, validation, checkpoints, tracking.")
+    controller: ControllerSettings = Field(default_factory=ControllerSettings, description="What runs the engines.")
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.trainer.test_freq > 0 and not self.data.val_files:
+            yield "trainer.test_freq", f"is {self.trainer.test_freq}, but data.val_files is empty"
+        if self.trainer.log_val_generations:
+            yield "trainer.log_val_generations", "sft validates by the loss and generates nothing; set it to 0"
+        yield from unused(self.controller, self.roles)
+
+    @property
+    def roles(self) -> list[str]:
+        """What takes part in the run."""
+        return ["actor"]
+
+    @property
+    def arithmetic(self) -> list[tuple[str, str, str]]:
+        """What `rlcore plan` prints of the sizes of a step: what, how it is counted, the number."""
+        return [
+            ("samples of a step", "data.train_batch_size, one optimizer step", str(self.data.train_batch_size)),
+            ("steps", *self.trainer.length),
+        ]

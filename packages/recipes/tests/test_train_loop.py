@@ -455,7 +455,7 @@ def test_a_run_says_what_it_is_and_where_it_wrote(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], keys: list[str], writes: str, ends: str
 ) -> None:
     run, _ = make(tmp_path, *keys)
-    run.about = lambda: [("model", "a number")]
+    run.session.about = lambda: [("model", "a number")]  # type: ignore[method-assign]
     train(run)
     start, end = capsys.readouterr().err.split("finished after step 4: ")
     assert start.startswith("number\n  model   a number\n  steps   4\n  writes  metrics in")

@@ -77,8 +77,8 @@ def update(way: str, url: str, model: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     from rlcore.engines import ModelSettings, RolloutSpec, WeightBucket
-    from rlcore_sglang.config import SGLangSettings
     from rlcore_sglang.engine import build
+    from rlcore_sglang.settings import SGLangSettings
 
     settings = SGLangSettings(
         urls=(url,), api_key_env=KEY, weights=way, weights_dir=folder / "weights", keep_weights=False
@@ -119,8 +119,8 @@ async def bare(url: str, key: str, requests: list[Any]) -> None:
 
 def start(folder: Path, model: Path) -> Any:
     from rlcore.engines import ModelSettings, RolloutSpec
-    from rlcore_sglang.config import SGLangSettings
     from rlcore_sglang.engine import build
+    from rlcore_sglang.settings import SGLangSettings
 
     settings = SGLangSettings(
         device="cpu",

@@ -99,8 +99,8 @@ def make_model(folder: Path, hidden: int) -> None:
 
 def start_ours(folder: Path) -> Any:
     from rlcore.engines import ModelSettings, RolloutSpec
-    from rlcore_vllm.config import VLLMSettings
     from rlcore_vllm.engine import build
+    from rlcore_vllm.settings import VLLMSettings
 
     settings = VLLMSettings(kv_cache_memory_bytes=128 << 20)
     return build(RolloutSpec(ModelSettings(path=str(folder)), settings, max_model_len=512))

@@ -153,8 +153,8 @@ class Link:
 
 def start_engine(folder: Path, mode: str) -> Any:
     from rlcore.engines import ModelSettings, RolloutSpec
-    from rlcore_vllm.config import VLLMSettings
     from rlcore_vllm.engine import build
+    from rlcore_vllm.settings import VLLMSettings
 
     settings = VLLMSettings(mode=mode, dtype="bfloat16", kv_cache_memory_bytes=64 << 20)
     return build(RolloutSpec(ModelSettings(path=str(folder)), settings, max_model_len=256))

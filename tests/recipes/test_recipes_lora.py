@@ -67,8 +67,8 @@ def test_vllm_generates_with_adapters_of_every_step(model: Path) -> None:
     pytest.importorskip("vllm")
     from rlcore_fsdp.engine import build as build_trainer
     from rlcore_fsdp.settings import FSDPSettings
-    from rlcore_vllm.config import VLLMSettings
     from rlcore_vllm.engine import build
+    from rlcore_vllm.settings import VLLMSettings
 
     named = ModelSettings(path=str(model))
     options = FSDPSettings(device="cpu", lora=LoRASettings(rank=2, alpha=8))

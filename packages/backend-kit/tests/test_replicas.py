@@ -111,16 +111,18 @@ class MemoryEngine(RolloutEngine):
 
 
 class Factory:
-    """Builds peers; ``refuse`` makes it fail for the time being."""
+    """Builds engines; ``refuse`` makes it fail for the time being, ``die`` makes the engines fail."""
 
     def __init__(self) -> None:
         self.built: list[MemoryEngine] = []
         self.refuse: str | None = None
+        self.die: str | None = None
 
     def __call__(self) -> MemoryEngine:
         if self.refuse:
             raise EngineError(self.refuse)
         self.built.append(MemoryEngine())
+        self.built[-1].dead = self.die
         return self.built[-1]
 
 
@@ -208,7 +210,7 @@ def test_balance_against_plain_bookkeeping(actions, slack):
 
 
 def test_few_groups_are_remembered():
-    balance = Balance(slack=1000, most_groups=2)
+    balance = Balance(slack=1000, max_groups=2)
     for replica in range(2):
         balance.add(replica)
     where = [balance.assign(group, 1, group) for group in range(3)]
@@ -258,7 +260,7 @@ def test_a_stream_is_taken_to_its_end_without_readers():
     fan_out = FanOut({0: "slow"}, 0.05)
     fan_out.feed(made.append(index) or weights(index)[0] for index in range(3))
     assert made == [0, 1, 2]
-    with pytest.raises(WorkerError, match=r"slow was left behind: it did not take bucket 0 within 0\.05 s"):
+    with pytest.raises(WorkerError, match=r"slow was dropped from the update: it did not take bucket 0 within 0\.05 s"):
         next(fan_out.reader(0))
 
 
@@ -282,7 +284,7 @@ def test_a_broken_stream_is_told_to_the_readers():
     with pytest.raises(RuntimeError, match="no more"):
         fan_out.feed(stream())
     thread.join(WAIT_S)
-    assert caught == ["the stream of weights broke off: no more"]
+    assert caught == ["the stream of weights broke: no more"]
 
 
 # --- generating ------------------------------------------------------------------------------------------------------
@@ -410,8 +412,8 @@ def test_nobody_comes_back_in_time():
     factory.built[0].dead = "connection reset"
     with pytest.raises(
         EngineError,
-        match=r"no rollout replica is left \(none came back within 0\.5 s\): only: connection reset; started anew, it "
-        "failed: connection refused",
+        match=r"no rollout replica is left \(none came back within 0\.5 s\): only: connection reset; "
+        "its restart failed: connection refused",
     ):
         replicas.generate_batch([request()])
     replicas.close()
@@ -728,3 +730,42 @@ def test_many_deaths_lose_nothing():
 
     assert [completion.tokens for completion in run(scenario())] == expected(requests)
     replicas.close()
+
+
+def test_a_rebuilt_engine_that_cannot_join_is_closed():
+    """Otherwise every retry would leave an engine, with its processes and memory, behind."""
+    factory = Factory()
+    replicas = Replicas([factory, MemoryEngine()], names=["a", "b"])
+    replicas.pause()
+    original, factory.die = factory.built[0], "broken pipe"
+    original.dead = "killed"
+    replicas.abort()  # finds the death
+    deadline = time.monotonic() + WAIT_S
+    while "its restart failed: broken pipe" not in replicas.reasons.get("a", ""):
+        assert time.monotonic() < deadline, replicas.reasons
+        time.sleep(0.01)
+    assert factory.built[1].closed
+    factory.die = None
+    replicas.wait_until_running(WAIT_S)
+    while "a" in replicas.reasons:
+        assert time.monotonic() < deadline, replicas.reasons
+        time.sleep(0.05)
+    assert [engine.closed for engine in factory.built] == [True] * (len(factory.built) - 1) + [False]
+    replicas.close()
+    assert factory.built[-1].closed
+
+
+def test_an_engine_that_starts_after_the_timeout_is_closed():
+    release, late = threading.Event(), MemoryEngine()
+
+    def slow() -> MemoryEngine:
+        release.wait(WAIT_S)
+        return late
+
+    with pytest.raises(EngineError, match=r"b: it did not start within 0\.2 s"):
+        Replicas([MemoryEngine, slow], names=["a", "b"], start_together=True, start_timeout_s=0.2)
+    release.set()
+    deadline = time.monotonic() + WAIT_S
+    while not late.closed:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

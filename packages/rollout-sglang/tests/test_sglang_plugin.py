@@ -12,9 +12,9 @@ from rlcore.engines import ModelSettings, RolloutSpec
 from rlcore.errors import EngineError
 from rlcore_sglang import quirks
 from rlcore_sglang.arguments import problems, server_arguments
-from rlcore_sglang.config import SGLangSettings
 from rlcore_sglang.engine import build
-from rlcore_sglang.process import reason_in
+from rlcore_sglang.server_process import reason_in
+from rlcore_sglang.settings import SGLangSettings
 
 
 def spec(**options) -> RolloutSpec:
@@ -29,9 +29,8 @@ def test_is_found_with_its_settings():
 
 
 def test_settings_import_neither_torch_nor_sglang_nor_httpx():
-    code = (
-        "import sys, rlcore_sglang.plugin, rlcore_sglang.config; print({'torch', 'sglang', 'httpx'} & set(sys.modules))"
-    )
+    modules = "rlcore_sglang.plugin, rlcore_sglang.settings"
+    code = f"import sys, {modules}; print({{'torch', 'sglang', 'httpx'}} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
 
 
@@ -40,7 +39,7 @@ def test_settings_import_neither_torch_nor_sglang_nor_httpx():
     [
         ({"tpsize": 2}, "did you mean tp_size"),
         ({"urls": ["http://10.1.2.3:8000"]}, "http://10.1.2.3:8000 is not on this machine; set allow_remote"),
-        ({"urls": ["localhost:8000"]}, "'localhost:8000' is no URL of a server; write http://host:port"),
+        ({"urls": ["localhost:8000"]}, "'localhost:8000' is not the URL of a server; write http://host:port"),
         ({"urls": ["http://localhost:1/", "http://localhost:1"]}, "urls names a server twice"),
         ({"urls": ["http://localhost:1"], "router": "http://example.org"}, "example.org is not on this machine"),
         ({"router": "http://localhost:1"}, "the servers behind the router get their weights directly"),

@@ -10,7 +10,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import httpx
@@ -23,12 +23,12 @@ from rlcore.engines import Completion, GenerationRequest, ModelSettings, Rollout
 from rlcore.engines.weight_bucket import WeightBucket
 from rlcore.errors import EngineError
 from rlcore_kit.serving.replicas import Replicas
-from rlcore_kit.serving.versions import FRESH, UNKNOWN, Versions
+from rlcore_kit.serving.weight_labels import FRESH, UNKNOWN, WeightLabels
 from rlcore_kit.testing.rollout_engine import PROMPT, RolloutEngineConformance
 from rlcore_kit.testing.tiny_model import tiny_model
-from rlcore_sglang.config import SGLangSettings
 from rlcore_sglang.engine import build
-from rlcore_sglang.server import ServerRollout
+from rlcore_sglang.rollout import SGLangServerRollout, connect
+from rlcore_sglang.settings import SGLangSettings
 
 MAX_MODEL_LEN = 8192  # thousands of tokens are made in the time of a few requests by HTTP
 KEY_VARIABLE = "RLCORE_TEST_SGLANG_KEY"
@@ -58,10 +58,10 @@ class Server:
     _environment: pytest.MonkeyPatch = field(repr=False)
 
     @property
-    def rollout(self) -> ServerRollout:
+    def rollout(self) -> SGLangServerRollout:
         """The engine's only replica, when it is there."""
-        engine = self.engine._replicas[0].engine
-        assert isinstance(engine, ServerRollout), self.engine.reasons
+        engine = self.engine.engines.get("SGLang server 0")
+        assert isinstance(engine, SGLangServerRollout), self.engine.reasons
         return engine
 
     @property
@@ -70,12 +70,12 @@ class Server:
 
     def spec(self, *urls: str, model: Path | None = None, max_model_len: int = MAX_MODEL_LEN, **settings):
         """For another client of the server, as if it ran already."""
-        self._environment.setenv(KEY_VARIABLE, self.rollout._process.api_key)
+        self._environment.setenv(KEY_VARIABLE, self.rollout.process.api_key)
         options = SGLangSettings(urls=urls or (self.url,), api_key_env=KEY_VARIABLE, **settings)
         return RolloutSpec(ModelSettings(path=str(model or self.model)), options, max_model_len)
 
     def post(self, path: str, **body) -> None:
-        headers = {"Authorization": f"Bearer {self.rollout._process.api_key}"}
+        headers = {"Authorization": f"Bearer {self.rollout.process.api_key}"}
         httpx.post(self.url + path, json=body, headers=headers, timeout=60).raise_for_status()
 
 
@@ -194,7 +194,7 @@ def test_weights_that_sleep_dropped(server, clients):
     rollout = clients(sleep_level=2)
     rollout.update_weights(weights_of(server.other), 1)
     rollout.sleep()
-    with pytest.raises(EngineError, match="sleep_level 2 dropped the weights; update them before requests"):
+    with pytest.raises(EngineError, match=r"sleep dropped the weights of .* \(sleep_level 2\); update them"):
         rollout.generate_batch([request()])
     rollout.update_weights(weights_of(server.model), 2)
     completions = rollout.generate_batch([request()])
@@ -259,35 +259,27 @@ def test_a_refusal_ends_the_update_at_once(server, clients, proxy, tmp_path, way
         rollout.update_weights(weights_of(server.other, buckets=2), 1)
     assert time.monotonic() - start < 30
     proxy.faults.clear()
-    _await_return(rollout)
+    rollout.wait_until_running(60)
     rollout.update_weights(weights_of(server.model), 2)
     assert largest_difference(server.model, [request()], rollout.generate_batch([request()])) < 1e-4
-
-
-def _await_return(rollout) -> None:
-    """Until the client that failed is replaced by another, which waits for weights or has joined."""
-    deadline = time.monotonic() + 60
-    while rollout._replicas[0].engine is None:
-        assert time.monotonic() < deadline, rollout.reasons
-        time.sleep(0.05)
 
 
 def test_versions_are_those_of_the_run(server):
     """Another run's weights, and a mixture that a dead client left, are not taken for a version of ours. A run begins
     with the model's own weights."""
-    spec, versions = server.spec(), Versions()
-    connect = lambda: ServerRollout(server.url, spec, spec.options, versions)  # noqa: E731
-    first = connect()
+    spec, labels = server.spec(), WeightLabels()
+    client = partial(connect, server.url, spec, spec.options)
+    first = client(labels)
     assert first.version == 0
     first.update_weights(weights_of(server.other), 9)
-    again = connect()
+    again = client(labels)
     assert again.version == 9
-    server.post("/update_weight_version", new_version=versions.updating, abort_all_requests=False)
-    broken = connect()
+    server.post("/update_weight_version", new_version=labels.updating, abort_all_requests=False)
+    broken = client(labels)
     assert broken.version == UNKNOWN
     server.post("/update_weight_version", new_version="another:3", abort_all_requests=False)
-    assert connect().version == UNKNOWN
-    stranger = ServerRollout(server.url, spec, spec.options, Versions())
+    assert client(labels).version == UNKNOWN
+    stranger = client(WeightLabels())
     assert stranger.version == 0
     made = stranger.generate_batch([request()])
     assert made[0].versions == [(0, 20)]
@@ -415,7 +407,7 @@ def router(server):
         for probe in (first, second):
             probe.bind(("127.0.0.1", 0))
         port, metrics = first.getsockname()[1], second.getsockname()[1]
-    key = server.rollout._process.api_key
+    key = server.rollout.process.api_key
     where = ["--host", "127.0.0.1", "--port", str(port), "--prometheus-host", "127.0.0.1"]
     options = [*where, "--prometheus-port", str(metrics), "--worker-urls", server.url, "--api-key", key]
     process = subprocess.Popen([sys.executable, "-m", "sglang_router.launch_router", *options])
@@ -462,7 +454,7 @@ def test_sglangs_router(server, clients, router):
 
 def test_wrong_key_model_and_length(server, clients, tmp_path, monkeypatch):
     with pytest.raises(
-        EngineError, match=r"takes sequences of 8195 tokens, but 20000 are wanted.*--context-length 20008"
+        EngineError, match=r"accepts sequences of 8195 tokens, but this run needs 20000.*--context-length 20008"
     ):
         clients(max_model_len=20000)
     with pytest.raises(EngineError, match=r"serves another model than .*hidden_size 32 instead of 64"):
@@ -470,10 +462,10 @@ def test_wrong_key_model_and_length(server, clients, tmp_path, monkeypatch):
     spec = server.spec()
     monkeypatch.setenv(KEY_VARIABLE, "open barley")
     with pytest.raises(EngineError, match=r"refuses access \(401: Unauthorized\); set api_key_env"):
-        ServerRollout(server.url, spec, spec.options, Versions())
+        connect(server.url, spec, spec.options, WeightLabels())
     monkeypatch.delenv(KEY_VARIABLE)
     with pytest.raises(EngineError, match=f"{KEY_VARIABLE} .*holds no API key"):
-        ServerRollout(server.url, spec, spec.options, Versions())
+        connect(server.url, spec, spec.options, WeightLabels())
 
 
 # --- faults ----------------------------------------------------------------------------------------------------------
@@ -482,9 +474,9 @@ FAULTS = {
     "error": r"failed to complete request '0' \(500\): the scheduler met an exception",
     "reset": r"closed the connection before it could complete request '0'",
     "half": r"closed the connection before it could complete request '0'",
-    "hang": r"completed a request not within 2 s \(timeout_s\)",
-    "garbage": r"answered something else than JSON when it should complete request '0': '<html>gateway</html>'",
-    "strange": r"answered a request in a form that is not /generate's",
+    "hang": r"did not complete request '0' within 2 s \(timeout_s\)",
+    "garbage": r"did not answer in JSON when asked to complete request '0': '<html>gateway</html>'",
+    "strange": r"sent an answer that is not in the format of /generate",
 }
 
 
@@ -523,7 +515,7 @@ def test_a_server_that_hangs_is_found_out_before_its_time(clients, proxy):
     engine = clients(proxy.url, health_interval_s=0.5, rejoin_timeout_s=1.0)
     proxy.faults |= {"/generate": "hang", "/health": "error"}
     start = time.monotonic()
-    with pytest.raises(EngineError, match=r"hangs: .*failed to say whether it is well"):
+    with pytest.raises(EngineError, match=r"hangs: .*failed to report its health"):
         engine.generate_batch([request()])
     assert time.monotonic() - start < 60
 
@@ -543,7 +535,7 @@ def test_arguments_that_the_installed_version_does_not_know(server, tmp_path):
 
 
 def test_nobody_else_sees_the_key(server):
-    process = server.rollout._process
+    process = server.rollout.process
     arguments = server.log.with_suffix(".json")
     assert process.api_key in arguments.read_text()
     assert [file.stat().st_mode & 0o077 for file in (arguments, server.log)] == [0, 0]
@@ -585,7 +577,7 @@ def test_a_server_that_is_killed_is_started_anew_with_the_current_weights(server
     undisturbed = [made.tokens for made in engine.generate_batch(requests)]
     (scheduler,) = (
         process
-        for process in psutil.Process(killed._process._process.pid).children(recursive=True)
+        for process in psutil.Process(killed.process._process.pid).children(recursive=True)
         if "scheduler" in process.name()
     )
 
@@ -602,6 +594,6 @@ def test_a_server_that_is_killed_is_started_anew_with_the_current_weights(server
     assert all(made.versions == [(7, 400)] for made in completions)
     assert largest_difference(server.other, requests, completions) < 1e-4
     assert engine.version == 7
-    assert not psutil.pid_exists(killed._process._process.pid)
+    assert not psutil.pid_exists(killed.process._process.pid)
     engine.close()
     assert not [process for process in psutil.Process().children(recursive=True) if "sglang" in process.name()]

@@ -24,8 +24,8 @@ from rlcore.engines import (
 from rlcore.errors import EngineError
 from rlcore_kit.testing.rollout_engine import MAX_MODEL_LEN, RolloutEngineConformance
 from rlcore_kit.testing.tiny_model import tiny_model
-from rlcore_vllm.config import VLLMSettings
 from rlcore_vllm.engine import VLLMRollout, build
+from rlcore_vllm.settings import VLLMSettings
 
 KV_CACHE_BYTES = 64 << 20
 BLOCK = 128

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 from rlcore.engines import Completion, GenerationRequest, ModelSettings, RolloutSpec, SamplingParams, WeightBucket
 from rlcore.errors import EngineError, WorkerDied
 from rlcore_kit.testing.tiny_model import tiny_model
-from rlcore_vllm.config import VLLMSettings
 from rlcore_vllm.engine import VLLMRollout, build
+from rlcore_vllm.settings import VLLMSettings
 
 KV_CACHE_BYTES = 32 << 20
 

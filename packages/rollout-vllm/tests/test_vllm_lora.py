@@ -21,8 +21,8 @@ from rlcore.engines import (
 )
 from rlcore.errors import EngineError
 from rlcore_kit.testing.tiny_model import tiny_model
-from rlcore_vllm.config import VLLMSettings
 from rlcore_vllm.engine import build
+from rlcore_vllm.settings import VLLMSettings
 
 RANK = 4
 PREFIX = "base_model.model."

@@ -11,8 +11,8 @@ from rlcore.config import Config
 from rlcore.engines import ModelSettings, RolloutSpec
 from rlcore.errors import EngineError
 from rlcore_vllm import quirks
-from rlcore_vllm.config import VLLMSettings
 from rlcore_vllm.engine import build
+from rlcore_vllm.settings import VLLMSettings
 
 
 def test_is_found_with_its_settings():
@@ -23,7 +23,7 @@ def test_is_found_with_its_settings():
 
 
 def test_settings_import_neither_torch_nor_vllm():
-    code = "import sys, rlcore_vllm.plugin, rlcore_vllm.config; print({'torch', 'vllm'} & set(sys.modules))"
+    code = "import sys, rlcore_vllm.plugin, rlcore_vllm.settings; print({'torch', 'vllm'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
 
 

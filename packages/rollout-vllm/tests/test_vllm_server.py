@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -19,13 +20,13 @@ from rlcore.engines import GenerationRequest, ModelSettings, RolloutEngine, Roll
 from rlcore.engines.weight_bucket import WeightBucket
 from rlcore.errors import EngineError
 from rlcore_kit.serving.replicas import Replicas
-from rlcore_kit.serving.versions import UNKNOWN, Versions
+from rlcore_kit.serving.weight_labels import UNKNOWN, WeightLabels
 from rlcore_kit.testing.rollout_engine import PROMPT, RolloutEngineConformance
 from rlcore_kit.testing.tiny_model import tiny_model
-from rlcore_vllm.config import VLLMSettings
 from rlcore_vllm.server import build
-from rlcore_vllm.server.engine import ServerRollout
+from rlcore_vllm.server.rollout import connect
 from rlcore_vllm.server.settings import ServerSettings
+from rlcore_vllm.settings import VLLMSettings
 
 START_S = 600
 MAX_MODEL_LEN = 16384  # the server makes a thousand tokens and more in the time of a few requests by HTTP
@@ -227,7 +228,7 @@ def test_weights_by_every_way(server, tmp_path, way):
             weights = weights_of(server.model, buckets=7)
             weights[0].tensors[0][1][0, 0] += 1
             rollout.update_weights(iter(weights), 5)
-            stats = rollout._replicas[0].engine._weights.stats
+            stats = next(iter(rollout.engines.values())).transfer_stats
             assert stats.delta
             assert stats.sent_bytes < stats.full_bytes / 1000
     finally:
@@ -277,23 +278,23 @@ def test_the_trainers_failure_in_mid_update(server, rollout):
 
 def test_versions_are_those_of_the_run(server):
     """Another run's weights, and a mixture that a dead client left, are not taken for a version of ours."""
-    versions = Versions()
+    labels = WeightLabels()
     settings = server.spec().options.server
-    connect = lambda: ServerRollout(server.url, server.spec(), settings, versions)  # noqa: E731
-    first = connect()
+    client = partial(connect, server.url, server.spec(), settings)
+    first = client(labels)
     assert first.version == 0
     first.update_weights(weights_of(server.model), 9)
-    again = connect()
+    again = client(labels)
     assert again.version == 9
-    server.post("/update_weight_version", json={"new_version": versions.updating})
+    server.post("/update_weight_version", json={"new_version": labels.updating})
     server.post("/pause", params={"mode": "keep"})
-    broken = connect()
+    broken = client(labels)
     assert broken.version == UNKNOWN
     assert server.get("/is_paused") == {"is_paused": True}
     server.post("/update_weight_version", json={"new_version": "another:3"})
-    assert connect().version == UNKNOWN
+    assert client(labels).version == UNKNOWN
     first.update_weights(weights_of(server.other), 10)
-    stranger = ServerRollout(server.url, server.spec(), settings, Versions())
+    stranger = client(WeightLabels())
     assert stranger.version == 0
     assert server.get("/is_paused") == {"is_paused": False}
     completions = stranger.generate_batch([request()])
@@ -368,7 +369,7 @@ def test_waiting_for_a_pause_is_not_hanging(server):
 def test_wrong_key_model_and_length(server, tmp_path, monkeypatch):
     with pytest.raises(EngineError, match=r"serves policy, not other \(model_name\)"):
         build(server.spec(model_name="other"))
-    with pytest.raises(EngineError, match=r"takes sequences of 16384 tokens, but 20000 are wanted"):
+    with pytest.raises(EngineError, match=r"accepts sequences of 16384 tokens, but this run needs 20000"):
         build(server.spec(max_model_len=20000))
     narrow = tiny_model(tmp_path / "narrow")
     with pytest.raises(EngineError, match=r"serves another model than .*hidden_size 128 instead of 32"):

@@ -16,9 +16,9 @@ from pydantic import ValidationError
 from rlcore.engines import GenerationRequest, ModelSettings, RolloutSpec, SamplingParams, WeightBucket
 from rlcore.errors import EngineError
 from rlcore_kit.testing.tiny_model import tiny_model
-from rlcore_vllm.config import VLLMSettings
 from rlcore_vllm.server import build
 from rlcore_vllm.server.settings import ServerSettings
+from rlcore_vllm.settings import VLLMSettings
 
 WAIT_S = 60
 
@@ -216,9 +216,9 @@ FAULTS = {
     "error": r"failed to complete request '0' \(500\): EngineCore encountered an issue\.",
     "reset": r"closed the connection before it could complete request '0'",
     "half": r"closed the connection before it could complete request '0'",
-    "hang": r"completed a request not within 1 s: its HTTP side says that all is well, so its engine hangs",
-    "garbage": r"answered something else than JSON when it should complete request '0': '<html>gateway</html>'",
-    "strange": r"answered a request in a form that is not /inference/v1/generate's",
+    "hang": r"did not complete request '0' within 1 s \(timeout_s\): its health endpoint answers, so its engine hangs",
+    "garbage": r"did not answer in JSON when asked to complete request '0': '<html>gateway</html>'",
+    "strange": r"sent an answer that is not in the format of /inference/v1/generate",
 }
 
 
@@ -322,7 +322,7 @@ def test_a_server_that_was_not_started_for_training(engines):
 
 def test_several_models(engines):
     with peers(served=["policy", "judge"]) as (peer,):
-        with pytest.raises(EngineError, match="serves policy, judge; choose one by model_name"):
+        with pytest.raises(EngineError, match="serves policy, judge; choose one with model_name"):
             engines(peer.url)
         engine = engines(peer.url, model_name="judge")
         engine.generate_batch([request()])
@@ -349,7 +349,7 @@ def test_a_refused_update_ends_before_anything_is_sent(engines):
     [
         ({"urls": ["http://10.1.2.3:8000"]}, "http://10.1.2.3:8000 is not on this machine; set allow_remote"),
         ({"urls": ["http://example.org"]}, "http://example.org is not on this machine"),
-        ({"urls": ["localhost:8000"]}, "'localhost:8000' is no URL of a server; write http://host:port"),
+        ({"urls": ["localhost:8000"]}, "'localhost:8000' is not the URL of a server; write http://host:port"),
         ({"urls": ["http://localhost:1/", "http://localhost:1"]}, "urls names a server twice"),
         ({"urls": []}, "urls"),
         ({"urls": ["http://localhost:1"], "weights": "reload"}, "weights 'reload' needs weights_dir"),

@@ -24,8 +24,8 @@ from rlcore.engines import GenerationRequest, ModelSettings, RolloutSpec, Sampli
 from rlcore.errors import EngineError
 from rlcore_kit.testing.tiny_model import tiny_model
 from rlcore_vllm import arguments
-from rlcore_vllm.config import VLLMSettings
 from rlcore_vllm.engine import VLLMRollout
+from rlcore_vllm.settings import VLLMSettings
 from rlcore_vllm.vllm_transfer import VLLMTransfer
 
 BY_HAND = "by_hand"

@@ -49,8 +49,8 @@ RECIPES: dict[str, dict[str, Any]] = {"grpo": {}, "dapo": {"algorithm.overlong":
 def running(task: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """Options of the engine over a server that runs already."""
     from rlcore.engines import ModelSettings, RolloutSpec
-    from rlcore_sglang.config import SGLangSettings
     from rlcore_sglang.engine import build
+    from rlcore_sglang.settings import SGLangSettings
 
     settings = SGLangSettings(**STARTED, log_dir=tmp_path_factory.mktemp("logs"))
     engine: Any = build(RolloutSpec(ModelSettings(path=str(task.model)), settings, max_model_len=256))

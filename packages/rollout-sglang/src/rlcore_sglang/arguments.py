@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from rlcore.engines.settings import RolloutSpec
-from rlcore_sglang.config import SGLangSettings
+from rlcore_sglang.settings import SGLangSettings
 
 SERVER_FIELDS = (
     "tp_size",

@@ -1,4 +1,4 @@
-"""`build`: one `RolloutEngine` over SGLang servers, started here or running already."""
+"""`build`: one `RolloutEngine` over SGLang servers that are started here or run already."""
 
 from __future__ import annotations
 
@@ -9,50 +9,50 @@ from typing import cast
 
 from rlcore.engines.rollout import RolloutEngine
 from rlcore.engines.settings import RolloutSpec
-from rlcore_kit.serving.versions import Versions
+from rlcore_kit.serving.weight_labels import WeightLabels
 from rlcore_sglang import quirks
 from rlcore_sglang.arguments import server_arguments
-from rlcore_sglang.config import SGLangSettings
-from rlcore_sglang.process import ServerProcess
-from rlcore_sglang.server import ServerRollout
-from rlcore_sglang.supervision import Supervised
+from rlcore_sglang.rollout import SGLangServerRollout, connect
+from rlcore_sglang.server_process import ServerProcess
+from rlcore_sglang.settings import SGLangSettings
+from rlcore_sglang.supervision import SupervisedReplicas
 
 
 def build(spec: RolloutSpec) -> RolloutEngine:
-    """All servers of ``spec.options`` behind one engine.
+    """Build one engine over all servers of ``spec.options``.
 
     Raises:
-        EngineError: a server does not start, is not there, or serves another model; sglang is missing or too old.
+        EngineError: a server does not start, is unreachable, or serves another model; sglang is missing or too old.
     """
     settings = cast(SGLangSettings, spec.options)
-    versions = Versions()
+    labels = WeightLabels()
     if settings.starts_servers:
         quirks.require_sglang()
         folder = settings.log_dir or Path(tempfile.mkdtemp(prefix="rlcore-sglang-"))
         folder.mkdir(parents=True, exist_ok=True)
         names = [f"SGLang server {index}" for index in range(settings.replicas)]
-        factories = [partial(_started, index, folder, spec, settings, versions) for index in range(settings.replicas)]
-        patience_s = settings.start_timeout_s
+        factories = [partial(_started, index, folder, spec, settings, labels) for index in range(settings.replicas)]
+        rejoin_timeout_s = settings.start_timeout_s
     else:
         names = [url.rstrip("/") for url in settings.urls]
-        factories = [partial(ServerRollout, url, spec, settings, versions) for url in names]
-        patience_s = settings.rejoin_timeout_s
-    return Supervised(
+        factories = [partial(connect, url, spec, settings, labels) for url in names]
+        rejoin_timeout_s = settings.rejoin_timeout_s
+    return SupervisedReplicas(
         factories,
         names=names,
-        keep=settings.keep_weights,
+        keep_weights=settings.keep_weights,
         seed=spec.seed,
         start_together=True,
         start_timeout_s=settings.start_timeout_s + settings.control_timeout_s,
         timeout_s=settings.weights_timeout_s,
-        rejoin_timeout_s=patience_s,
+        rejoin_timeout_s=rejoin_timeout_s,
     )
 
 
 def _started(
-    index: int, folder: Path, spec: RolloutSpec, settings: SGLangSettings, versions: Versions
-) -> ServerRollout:
-    """The server ``index``, which has GPUs of its own and a log that goes on when it is started anew."""
+    index: int, folder: Path, spec: RolloutSpec, settings: SGLangSettings, labels: WeightLabels
+) -> SGLangServerRollout:
+    """Start the server ``index`` on its own GPUs and connect to it; a restarted server appends to the same log."""
     on_cpu = _on_cpu(settings)
     arguments = server_arguments(spec, settings, on_cpu)
     arguments["context_length"] += quirks.CONTEXT_SLACK
@@ -68,7 +68,7 @@ def _started(
         settings.start_timeout_s,
     )
     try:
-        return ServerRollout(process.url, spec, settings, versions, process)
+        return connect(process.url, spec, settings, labels, process)
     except BaseException:
         process.stop()
         raise

@@ -4,7 +4,7 @@ from rlcore.plugins import Plugin
 
 rollout_engine = Plugin(
     interface=1,
-    config="rlcore_sglang.config:SGLangSettings",
+    config="rlcore_sglang.settings:SGLangSettings",
     factory="rlcore_sglang.engine:build",
     summary="SGLang servers, started and supervised here or running already, one or several, tensor parallel",
 )

@@ -1,12 +1,11 @@
-"""New weights for one server, by the way that ``weights`` names.
+"""Weight updates of one server: posted, broadcast, or written to files, as the setting ``weights`` says.
 
-The server is paused meanwhile; `rlcore_sglang.server` sees to that, to the cache and to the label of the version.
+The server is paused meanwhile; `rlcore_kit.serving.server_rollout` pauses it, resets caches and labels the version.
 """
 
 from __future__ import annotations
 
 import contextlib
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,32 +16,37 @@ import torch
 from rlcore.engines.weight_bucket import WeightBucket
 from rlcore.errors import EngineError, WorkerError
 from rlcore_kit.serving.connection import Connection
+from rlcore_kit.serving.weight_files import write_weights
 from rlcore_sglang import payload
-from rlcore_sglang.config import SGLangSettings
-from rlcore_sglang.group import UpdateGroup
+from rlcore_sglang.settings import SGLangSettings
+from rlcore_sglang.update_group import UpdateGroup
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Delivery(ABC):
-    """One way of giving the server behind ``connection`` all tensors of a stream."""
+    """Gives the server behind ``connection`` all tensors of a stream."""
 
     def __init__(self, connection: Connection, settings: SGLangSettings) -> None:
         self._connection, self._settings = connection, settings
 
     def prepare(self, device: torch.device) -> None:  # noqa: B027 - most have nothing to prepare
-        """Have everything ready that the server could refuse, before it is paused and anything is sent."""
+        """Connect everything that the server could refuse, before it is paused and anything is sent.
+
+        Args:
+            device: of the weights.
+        """
 
     @abstractmethod
     def send(self, buckets: Iterable[WeightBucket]) -> None:
         """Replace the weights.
 
         Raises:
-            EngineError, WorkerError: the server did not take them all, and may hold a mixture now.
+            EngineError, WorkerError: the server did not take them all, and may hold a mixture.
         """
 
     def close(self) -> None:  # noqa: B027
-        """Give up what `prepare` made; idempotent."""
+        """Disconnect what `prepare` connected; idempotent."""
 
     def _post(self, path: str, what: str, body: Any) -> None:
         limit = self._settings.weights_timeout_s
@@ -50,7 +54,7 @@ class Delivery(ABC):
 
     @contextlib.contextmanager
     def _session(self) -> Iterator[None]:
-        """What the server demands around tensors. One that an earlier update left open is closed first."""
+        """Hold a session of weight updates on the server; one that an earlier update left open is closed first."""
         try:
             self._post("/begin_weight_update", "begin a weight update", {})
         except EngineError as error:
@@ -61,14 +65,14 @@ class Delivery(ABC):
         try:
             yield
         except BaseException:
-            with contextlib.suppress(EngineError, WorkerError):  # what went wrong is on its way already
+            with contextlib.suppress(EngineError, WorkerError):  # the first failure is reported
                 self._post("/end_weight_update", "end a weight update", {})
             raise
         self._post("/end_weight_update", "end a weight update", {})
 
 
 class Posted(Delivery):
-    """Flattened buckets by HTTP: bytes from the CPU, handles of memory from a GPU that the server shares."""
+    """Posts flattened buckets by HTTP: bytes from the CPU, handles of memory from a GPU that the server shares."""
 
     def __init__(self, connection: Connection, settings: SGLangSettings, workers: int) -> None:
         super().__init__(connection, settings)
@@ -79,7 +83,7 @@ class Posted(Delivery):
             for bucket in buckets:
                 for piece in _pieces(bucket, self._settings.bucket_mb << 20):
                     body = {
-                        # every worker reads one of its own, and takes its part of it
+                        # every worker reads a separate copy, and takes its shard
                         "serialized_named_tensors": [payload.serialized(piece)] * self._workers,
                         "load_format": payload.FORMAT,
                         "flush_cache": False,
@@ -88,22 +92,22 @@ class Posted(Delivery):
 
 
 class Broadcast(Delivery):
-    """Flattened buckets by broadcast, NCCL or gloo."""
+    """Broadcasts flattened buckets by NCCL or gloo."""
 
     def __init__(self, connection: Connection, settings: SGLangSettings, workers: int) -> None:
         super().__init__(connection, settings)
         self._workers = workers
-        self._group: UpdateGroup | None = None
+        self._update_group: UpdateGroup | None = None
         self._on_gpu = False
 
     def prepare(self, device: torch.device) -> None:
-        if self._group is None:
+        if self._update_group is None:
             settings = self._settings
             backend = settings.weights_backend
             if backend == "auto":
                 backend = "nccl" if device.type == "cuda" else "gloo"
             self._on_gpu = backend == "nccl"
-            self._group = UpdateGroup(
+            self._update_group = UpdateGroup(
                 self._connection, backend, settings.weights_host, self._workers, settings.weights_timeout_s
             )
 
@@ -114,18 +118,18 @@ class Broadcast(Delivery):
                     for piece in _pieces(bucket, self._settings.bucket_mb << 20):
                         self._broadcast(piece)
         except BaseException:
-            self.close()  # the workers may be anywhere in it
+            self.close()  # the workers may be in the middle of a broadcast
             raise
 
     def _broadcast(self, piece: list[tuple[str, torch.Tensor]]) -> None:
-        assert self._group is not None
+        assert self._update_group is not None
         flat = payload.flattened(piece)
         flat = flat.cuda() if self._on_gpu else flat.cpu()
         body = {
             "names": [name for name, _ in piece],
             "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in piece],
             "shapes": [list(tensor.shape) for _, tensor in piece],
-            "group_name": self._group.name,
+            "group_name": self._update_group.name,
             "load_format": payload.FORMAT,
             "flush_cache": False,
         }
@@ -133,35 +137,26 @@ class Broadcast(Delivery):
         taking = self._connection.submit(
             self._connection.request("POST", "/update_weights_from_distributed", what, body=body)
         )
-        self._group.broadcast(flat, taking, what)
+        self._update_group.broadcast(flat, taking, what)
 
     def close(self) -> None:
-        if self._group is not None:
-            self._group.close()
-            self._group = None
+        if self._update_group is not None:
+            self._update_group.close()
+            self._update_group = None
 
 
 class Written(Delivery):
-    """Files in a folder that this process and the server see."""
+    """Writes files to a folder that this process and the server see."""
 
     def send(self, buckets: Iterable[WeightBucket]) -> None:
-        from safetensors.torch import save_file
-
         assert self._settings.weights_dir is not None
-        name = self._connection.url.partition("://")[2]
-        folder = self._settings.weights_dir / "".join(letter if letter.isalnum() else "-" for letter in name)
-        if folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True)
-        for index, bucket in enumerate(buckets):
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in bucket.tensors}
-            save_file(tensors, folder / f"model-{index:05d}.safetensors")
-        body = {"model_path": str(folder.resolve()), "load_format": "safetensors", "flush_cache": False}
+        folder = write_weights(self._settings.weights_dir, self._connection.url, buckets)
+        body = {"model_path": str(folder), "load_format": "safetensors", "flush_cache": False}
         self._post("/update_weights_from_disk", f"read the weights in {folder}", body)
 
 
 def open_delivery(connection: Connection, settings: SGLangSettings, workers: int) -> Delivery:
-    """The way that ``settings.weights`` names, to a server that divides its model among ``workers`` processes."""
+    """Return the `Delivery` that ``settings.weights`` names, to a server whose model ``workers`` processes share."""
     if settings.weights == "tensor":
         return Posted(connection, settings, workers)
     if settings.weights == "distributed":
@@ -170,7 +165,7 @@ def open_delivery(connection: Connection, settings: SGLangSettings, workers: int
 
 
 def shapes_of(model: str) -> Shapes:
-    """Names and shapes of all tensors in a model's folder; empty if this process cannot read it."""
+    """Return names and shapes of all tensors in a model's folder; empty if this process cannot read it."""
     from safetensors import safe_open
 
     shapes: dict[str, tuple[int, ...]] = {}
@@ -182,10 +177,10 @@ def shapes_of(model: str) -> Shapes:
 
 
 def checked(buckets: Iterable[WeightBucket], shapes: Shapes) -> Iterator[WeightBucket]:
-    """The stream, if it holds what the model's folder holds.
+    """Yield ``buckets`` after comparing them with the names and ``shapes`` of the model's folder.
 
-    SGLang (0.5) skips tensors that it does not know, keeps the old weights for those that are missing, and ends the
-    whole server at a tensor of another shape.
+    SGLang (0.5) skips tensors that it does not know, keeps old weights where tensors are missing, and ends the whole
+    server at a tensor of another shape.
 
     Raises:
         EngineError: a tensor is unknown, has another shape, or is missing at the end.
@@ -211,14 +206,14 @@ def checked(buckets: Iterable[WeightBucket], shapes: Shapes) -> Iterator[WeightB
 
 
 _HEAD = "lm_head.weight"
-"""Where it is tied to the embedding, folders lack it, and trainers may send it."""
+"""Missing in folders if it is tied to the embedding; trainers may send it all the same."""
 
 
-def _pieces(bucket: WeightBucket, most_bytes: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """Parts of the bucket of at most so many bytes; a larger tensor is a part of its own."""
+def _pieces(bucket: WeightBucket, max_bytes: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Yield parts of the bucket of at most ``max_bytes`` bytes; a larger tensor is a separate part."""
     piece: list[tuple[str, torch.Tensor]] = []
     for name, tensor in bucket.tensors:
-        if piece and sum(other.nbytes for _, other in piece) + tensor.nbytes > most_bytes:
+        if piece and sum(other.nbytes for _, other in piece) + tensor.nbytes > max_bytes:
             yield piece
             piece = []
         piece.append((name, tensor))

@@ -10,7 +10,7 @@ from typing import Any, cast
 from rlcore.engines.settings import RolloutSpec
 from rlcore.errors import EngineError
 from rlcore_vllm.adapters import lora_arguments
-from rlcore_vllm.config import VLLMSettings
+from rlcore_vllm.settings import VLLMSettings
 
 WORKER_EXTENSION = "rlcore_vllm.worker.WorkerExtension"
 CPU_KV_CACHE_BYTES = 1 << 30

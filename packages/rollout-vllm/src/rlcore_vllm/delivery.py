@@ -10,6 +10,7 @@ import torch
 
 from rlcore.engines.weight_bucket import WeightBucket
 from rlcore.errors import EngineError
+from rlcore_kit.serving.weight_stream import with_device
 from rlcore_kit.weight_transfer import TransferError, WeightSender, open_sender
 from rlcore_vllm.backend import Backend
 
@@ -55,17 +56,14 @@ class Delivery:
 
     def _send(self, buckets: Iterable[WeightBucket], version: int) -> None:
         """To worker processes, by shared memory, CUDA IPC or whatever the sender finds that reaches them all."""
-        iterator = iter(buckets)
-        first = next(iterator, None)
-        if first is None:
-            raise EngineError("the weight update is empty")
+        device, stream = with_device(buckets)
         if self._sender is None:
-            self._connect(first.tensors[0][1].device)
+            self._connect(device)
         sender = self._sender
         assert sender is not None
         received = _Receiving(self._backend, version, self._timeout_s)
         try:
-            sender.send(_chained(first, iterator), version)
+            sender.send(stream, version)
         except TransferError as error:
             self.close()
             received.wait(quietly=True)
@@ -115,9 +113,3 @@ class _Receiving:
                     raise EngineError(f"vLLM's workers cannot use the weight update {version}: {taken}")
         except Exception as error:
             self._error = error
-
-
-def _chained(first: WeightBucket | None, rest: Iterable[WeightBucket]) -> Iterable[WeightBucket]:
-    yield first  # type: ignore[misc]
-    first = None
-    yield from rest

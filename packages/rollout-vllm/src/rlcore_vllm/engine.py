@@ -20,9 +20,9 @@ from rlcore_kit.serving.prompts import check_prompt
 from rlcore_kit.serving.replicas import Replicas
 from rlcore_vllm import quirks
 from rlcore_vllm.backend import Backend
-from rlcore_vllm.config import VLLMSettings
 from rlcore_vllm.delivery import Delivery
-from rlcore_vllm.requests import NO_OVERRIDES, completion, sampling_params
+from rlcore_vllm.request_conversion import NO_OVERRIDES, completion, sampling_params
+from rlcore_vllm.settings import VLLMSettings
 from rlcore_vllm.vllm_transfer import VLLMTransfer
 
 logger = logging.getLogger(__name__)
@@ -324,7 +324,7 @@ def _start_backend(spec: RolloutSpec, settings: VLLMSettings, index: int) -> Bac
         spec, current_platform.device_type, sleep_mode=current_platform.is_sleep_mode_available(), replica=index
     )
     if settings.mode == "process":
-        from rlcore_vllm.process import OwnProcess
+        from rlcore_vllm.engine_process import OwnProcess
 
         return OwnProcess(arguments, settings.start_timeout_s)
     from rlcore_vllm.in_process import InProcess

@@ -4,7 +4,7 @@ from rlcore.plugins import Plugin
 
 rollout_engine = Plugin(
     interface=1,
-    config="rlcore_vllm.config:VLLMSettings",
+    config="rlcore_vllm.settings:VLLMSettings",
     factory="rlcore_vllm.engine:build",
     summary="vLLM in the trainer's process or one of its own, tensor parallel, or running vLLM servers",
 )

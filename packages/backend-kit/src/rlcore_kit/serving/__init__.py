@@ -1,1 +1,1 @@
-"""What rollout engines over inference servers share, whatever the servers are."""
+"""Rollout serving: replicas behind one engine, and clients of inference servers."""

@@ -1,40 +1,45 @@
-"""The requests that one server works at, and their aborts."""
+"""Requests that one server has not answered yet, and their aborts."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from rlcore.engines import GenerationRequest
+from rlcore.engines.rollout import Completion, GenerationRequest
 
-INSIST_S = 0.5
-"""After which time an abort is repeated for a request that was still on its way to the server."""
+REPEAT_ABORT_S = 0.5
+"""Seconds after which an abort is repeated, for a request that had not arrived at the server."""
 
 
 @dataclass(eq=False)
 class Call:
-    """One request; changed on the connection's thread.
+    """One request; changed on the connection's thread only.
 
     Attributes:
-        task: works at it.
-        server_id: the server's name of it; empty while it is not there.
+        task: awaits the answer.
+        server_id: id under which the server knows the request; empty while it was not sent.
         aborted: by the caller.
+        completion: what was generated before the server ended the request early.
     """
 
     request: GenerationRequest
     task: asyncio.Task[Any] | None
     server_id: str = ""
     aborted: bool = False
+    completion: Completion = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.completion = Completion([], [], "abort", request_id=self.request.request_id)
 
 
 class Calls:
-    """Those that are open; used on the connection's thread.
+    """Unanswered calls; used on the connection's thread only.
 
     Args:
-        abort: has the server abort what it was sent.
+        abort: aborts calls on the server.
     """
 
     def __init__(self, abort: Callable[[Sequence[Call]], Awaitable[None]]) -> None:
@@ -46,7 +51,7 @@ class Calls:
 
     @contextlib.contextmanager
     def begin(self, request: GenerationRequest) -> Iterator[Call]:
-        """A call of the current task, open until the context is left."""
+        """Register a call of the current task until the context is left."""
         call = Call(request, asyncio.current_task())
         self._open.add(call)
         try:
@@ -55,7 +60,7 @@ class Calls:
             self._open.discard(call)
 
     async def abort(self, request_ids: Sequence[str] | None) -> None:
-        """Abort these, or all. The server is told of those that it has; the tasks of the others are cancelled."""
+        """Abort the given requests, or all: calls that were sent on the server, others by cancelling their task."""
         calls = [call for call in self._open if request_ids is None or call.request.request_id in request_ids]
         for call in calls:
             call.aborted = True
@@ -64,20 +69,20 @@ class Calls:
         sent = [call for call in calls if call.server_id]
         if sent:
             await self._abort_sent(sent)
-            insisting = asyncio.ensure_future(self._insist(sent))
-            insisting.add_done_callback(_ignore)
+            repeating = asyncio.ensure_future(self._repeat_abort(sent))
+            repeating.add_done_callback(_ignore_exception)
 
-    async def _insist(self, calls: Sequence[Call]) -> None:
+    async def _repeat_abort(self, calls: Sequence[Call]) -> None:
         """Repeat an abort for requests that had not arrived at the server yet."""
         while True:
-            await asyncio.sleep(INSIST_S)
+            await asyncio.sleep(REPEAT_ABORT_S)
             left = [call for call in calls if call in self._open and call.server_id]
             if not left:
                 return
             await self._abort_sent(left)
 
 
-def _ignore(task: asyncio.Future[None]) -> None:
-    """A server that dies while it is asked again has its requests to tell of it."""
+def _ignore_exception(task: asyncio.Future[None]) -> None:
+    # if the server dies, its requests fail and report it
     with contextlib.suppress(asyncio.CancelledError):
         task.exception()

@@ -1,6 +1,6 @@
-"""HTTP to one server: pooled connections on a thread of their own, and every failure as one readable error.
+"""HTTP to one server: pooled connections on a separate thread, and every failure as one readable error.
 
-A `WorkerError` says that the server is gone, hangs or is broken; an `EngineError`, that it refuses what it was asked.
+A `WorkerError` means that the server is gone, hangs or is broken; an `EngineError`, that it refuses the request.
 """
 
 from __future__ import annotations
@@ -19,24 +19,26 @@ from rlcore.errors import EngineError, WorkerDied, WorkerError
 T = TypeVar("T")
 
 KEEP_ALIVE_S = 2.0
-"""Idle connections are closed after this time: before the server does (vLLM and SGLang after 5 s), if this process is
-not too busy to notice; then a request may meet a connection that the server has just closed."""
+"""Idle connections are closed after this time, before the server closes them (vLLM and SGLang after 5 s). If this
+process is too busy to do so in time, a request may use a connection that the server has just closed."""
 FIRST_RETRY_S = 0.2
-MOST_WORDS = 600
-"""Characters of a server's error that are repeated."""
+MAXIMUM_QUOTE = 600
+"""Characters of a server's error that a message quotes."""
 GRACE_S = 5.0
-"""How much longer than its own timeout a call from another thread waits for the connection's thread."""
+"""Seconds that a call from another thread waits in addition to the timeout of its request."""
 
 
 class Connection:
-    """A client of the server at ``url``. Methods may be called from any thread; coroutines run on its own.
+    """A client of the server at ``url``.
+
+    Methods may be called from any thread; coroutines run on the connection's thread.
 
     Args:
         api_key: sent as a bearer token; None sends none.
-        most: connections at a time.
-        retries: further attempts while no connection comes about, on a kept connection that was closed before an answer
-            began, and for calls that ask only.
-        timeout_s: the usual limit of `ask`.
+        max_connections: maximum number of simultaneous connections.
+        retries: further attempts if no connection can be established, if a kept connection was closed before an answer
+            began, and for GET requests.
+        timeout_s: default timeout of `ask`.
     """
 
     def __init__(
@@ -44,7 +46,7 @@ class Connection:
         url: str,
         *,
         api_key: str | None = None,
-        most: int = 256,
+        max_connections: int = 256,
         retries: int = 3,
         timeout_s: float = 60,
         connect_timeout_s: float = 10,
@@ -57,9 +59,13 @@ class Connection:
         self._client = httpx.AsyncClient(
             base_url=self.url,
             headers={} if api_key is None else {"Authorization": f"Bearer {api_key}"},
-            limits=httpx.Limits(max_connections=most, max_keepalive_connections=most, keepalive_expiry=KEEP_ALIVE_S),
+            limits=httpx.Limits(
+                max_connections=max_connections,
+                max_keepalive_connections=max_connections,
+                keepalive_expiry=KEEP_ALIVE_S,
+            ),
             timeout=httpx.Timeout(None, connect=connect_timeout_s),
-            trust_env=False,  # a proxy of the environment is not for servers on this machine
+            trust_env=False,  # a proxy in the environment does not reach servers on this machine
         )
         self._thread = threading.Thread(target=self._run, name=f"client of {self.url}", daemon=True)
         self._thread.start()
@@ -72,12 +78,14 @@ class Connection:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def wait_for(self, work: Coroutine[Any, Any, T], what: str, timeout_s: float | None = None) -> T:
-        """The result of ``work`` on the connection's thread, which is cancelled after ``timeout_s`` (the usual limit).
+        """Return the result of ``work``, which runs on the connection's thread and is cancelled after ``timeout_s``.
+
+        The default leaves each request of ``work`` time for its own timeout and retries.
 
         Raises:
             WorkerDied: it took longer.
         """
-        limit = self.timeout_s if timeout_s is None else timeout_s
+        limit = self._limit_with_retries(self.timeout_s) if timeout_s is None else timeout_s
         working = self.submit(work)
         try:
             return working.result(limit)
@@ -96,10 +104,13 @@ class Connection:
         timeout_s: float | None = None,
         plain: bool = False,
     ) -> Any:
-        """What the server answers, waiting in this thread; see `request`."""
+        """Return the server's answer, waiting in this thread; see `request`."""
         limit = self.timeout_s if timeout_s is None else timeout_s
         work = self.request(method, path, what, params=params, body=body, timeout_s=limit, plain=plain)
-        return self.wait_for(work, what, (self._retries + 1) * limit + GRACE_S)
+        return self.wait_for(work, what, self._limit_with_retries(limit))
+
+    def _limit_with_retries(self, timeout_s: float) -> float:
+        return (self._retries + 1) * timeout_s + GRACE_S
 
     async def request(
         self,
@@ -112,34 +123,34 @@ class Connection:
         timeout_s: float | None = None,
         plain: bool = False,
     ) -> Any:
-        """The decoded answer (None if it is empty), on the connection's thread.
+        """Send a request, on the connection's thread, and return the decoded answer, None if it is empty.
 
         Args:
             what: completes "the server did not …" in messages.
-            timeout_s: longest wait for the answer; None leaves it to the caller.
+            timeout_s: timeout of the answer; None waits without limit.
             plain: the answer is text, not JSON.
 
         Raises:
-            WorkerDied: nobody accepts connections, or the connection broke off, or no answer came in time.
-            WorkerError: the server failed (5xx); the message holds its own words.
-            EngineError: the server refuses (4xx); the message holds its own words.
+            WorkerDied: no connection was accepted, the connection broke, or no answer came in time.
+            WorkerError: the server failed (5xx); the message quotes it.
+            EngineError: the server refuses (4xx); the message quotes it.
         """
         wait = FIRST_RETRY_S
         for left in range(self._retries, -1, -1):
-            course = _Course()
+            trace = _RequestTrace()
             try:
                 async with asyncio.timeout(timeout_s):
                     response = await self._client.request(
-                        method, path, params=params, json=body, extensions={"trace": course.note}
+                        method, path, params=params, json=body, extensions={"trace": trace.note}
                     )
                 return response.text if plain and response.is_success else self._decoded(response, what)
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:  # nothing was sent
-                failure = WorkerDied(f"{self.url} accepts no connection: {_words(error)}")
+                failure = WorkerDied(f"{self.url} accepts no connection: {_reason(error)}")
             except TimeoutError:
                 raise WorkerDied(f"{self.url} did not {what} within {timeout_s:g} s") from None
             except httpx.TransportError as error:
-                failure = WorkerDied(f"{self.url} closed the connection before it could {what}: {_words(error)}")
-                if method != "GET" and not course.stale:
+                failure = WorkerDied(f"{self.url} closed the connection before it could {what}: {_reason(error)}")
+                if method != "GET" and not trace.stale:
                     raise failure from error
             if not left:
                 raise failure
@@ -148,7 +159,7 @@ class Connection:
         raise AssertionError("unreachable")
 
     def close(self) -> None:
-        """Break off what is under way and end the thread; idempotent."""
+        """Cancel requests and end the thread; idempotent."""
         if self._closed:
             return
         self._closed = True
@@ -179,18 +190,21 @@ class Connection:
                 return response.json() if response.content else None
             except ValueError:
                 raise WorkerError(
-                    f"{self.url} answered something else than JSON when it should {what}: {response.text[:80]!r}"
+                    f"{self.url} did not answer in JSON when asked to {what}: {response.text[:80]!r}"
                 ) from None
-        status, words = response.status_code, _server_words(response)
+        status, message = response.status_code, _error_message(response)
         if status == 401:
-            raise EngineError(f"{self.url} refuses access ({status}: {words}); set api_key_env to the key's variable")
+            raise EngineError(
+                f"{self.url} refuses access ({status}: {message}); set api_key_env to the environment variable that "
+                "holds the API key"
+            )
         if status >= 500:
-            raise WorkerError(f"{self.url} failed to {what} ({status}): {words}")
-        raise EngineError(f"{self.url} refuses to {what} ({status}): {words}")
+            raise WorkerError(f"{self.url} failed to {what} ({status}): {message}")
+        raise EngineError(f"{self.url} refuses to {what} ({status}): {message}")
 
 
-class _Course:
-    """What httpcore says of one request: whether its connection was new, and whether an answer began."""
+class _RequestTrace:
+    """Events that httpcore reports for one request: whether its connection was new, and whether an answer began."""
 
     def __init__(self) -> None:
         self._new = self._answered = False
@@ -201,16 +215,16 @@ class _Course:
 
     @property
     def stale(self) -> bool:
-        """Whether the failure can be that of a kept connection, which the server gave up before it saw the request."""
+        """Whether the server may have closed a kept connection before it saw the request."""
         return not self._new and not self._answered
 
 
-def _words(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _server_words(response: httpx.Response) -> str:
-    """The server's own message, from the shapes in which vLLM, SGLang and FastAPI give it."""
+def _error_message(response: httpx.Response) -> str:
+    """Return the error message in a response of vLLM, SGLang or FastAPI."""
     try:
         answer = response.json()
     except ValueError:
@@ -220,4 +234,4 @@ def _server_words(response: httpx.Response) -> str:
     if isinstance(answer, dict):
         answer = answer.get("message", answer)
     text = " ".join(str(answer).split()) or response.reason_phrase
-    return text if len(text) <= MOST_WORDS else text[:MOST_WORDS] + " …"
+    return text if len(text) <= MAXIMUM_QUOTE else text[:MAXIMUM_QUOTE] + " …"

@@ -1,4 +1,4 @@
-"""One stream of buckets to several readers at the pace of the slowest, so that no more of it exists than for one."""
+"""Broadcast a stream of weight buckets to several readers in lockstep, so that memory stays that of one reader."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from rlcore.errors import WorkerError
 from rlcore_kit.serving.threaded_calls import ThreadedCall, failures_of
 
 
-class StreamBroke(Exception):
-    """The stream of weights failed, which is the trainer's fault, and what that did to the engines."""
+class BrokenStream(Exception):
+    """The trainer's stream of weights failed; holds its error, and the resulting failures of engines by key."""
 
     def __init__(self, error: Exception, failures: dict[int, Exception]) -> None:
         super().__init__(str(error))
@@ -24,15 +24,16 @@ class StreamBroke(Exception):
 def update_all(
     engines: Mapping[int, tuple[str, RolloutEngine]], buckets: Iterable[WeightBucket], version: int, timeout_s: float
 ) -> dict[int, Exception]:
-    """Have all ``engines``, each with a name for messages, take ``buckets`` as ``version``; what went wrong where.
+    """Update the weights of all ``engines``; return failures by key.
 
-    ``buckets`` are taken to their end in the caller's thread whatever happens.
+    ``buckets`` are consumed to the end in the caller's thread in any case.
 
     Args:
-        timeout_s: longest wait for an engine or the stream; see `FanOut`.
+        engines: by key, each with a name for messages.
+        timeout_s: timeout of an engine and of the stream; see `FanOut`.
 
     Raises:
-        StreamBroke: ``buckets`` failed.
+        BrokenStream: ``buckets`` failed.
     """
     fan_out = FanOut({key: name for key, (name, _) in engines.items()}, timeout_s)
 
@@ -45,7 +46,7 @@ def update_all(
             if engine.version != version:
                 raise WorkerError(f"it attests version {engine.version} after an update to {version}")
         finally:
-            fan_out.drop(key, "it was done")
+            fan_out.drop(key, "it had finished")
 
     threads = {
         key: ThreadedCall(f"weights of {name}", partial(take, key, engine)) for key, (name, engine) in engines.items()
@@ -53,35 +54,35 @@ def update_all(
     try:
         fan_out.feed(buckets)
     except Exception as error:
-        raise StreamBroke(error, failures_of(threads, timeout_s, "give up the weights")) from error
+        raise BrokenStream(error, failures_of(threads, timeout_s, "give up the weights")) from error
     return failures_of(threads, timeout_s, "take the weights")
 
 
 class FanOut:
-    """Hands every bucket of a stream to every reader.
+    """Gives every bucket of a stream to every reader.
 
-    The next bucket is taken from the stream when all readers have asked for it, so they are through with the one
-    before. Readers run in threads of their own; `feed` runs where the stream must be consumed.
+    The next bucket is taken from the stream when all readers have asked for it, and have therefore finished with the
+    previous one. Readers run in separate threads; `feed` runs where the stream must be consumed.
 
     Args:
         readers: names for messages, by the key that `reader` and `drop` take.
-        timeout_s: longest wait for a reader to take a bucket, and for the stream to make one.
+        timeout_s: timeout for a reader to take a bucket, and for the stream to produce one.
     """
 
     def __init__(self, readers: Mapping[int, str], timeout_s: float) -> None:
         self._names, self._timeout_s = dict(readers), timeout_s
         self._changed = threading.Condition()
-        self._asked = dict.fromkeys(readers, 0)  # how many buckets each has asked for
+        self._asked = dict.fromkeys(readers, 0)  # number of buckets that each has asked for
         self._dropped: dict[int, str] = {}
         self._bucket: WeightBucket | None = None
         self._given = 0
         self._end: BaseException | bool = False
 
     def reader(self, key: int) -> Iterator[WeightBucket]:
-        """The stream for one reader.
+        """Yield the buckets for one reader.
 
         Raises:
-            WorkerError: the stream broke off, made no bucket in time, or this reader was dropped.
+            WorkerError: the stream broke, produced no bucket in time, or this reader was dropped.
         """
         taken = 0
         while True:
@@ -89,19 +90,19 @@ class FanOut:
                 if key in self._asked:
                     self._asked[key] = taken + 1
                     self._changed.notify_all()
-                # Twice: the slowest of the others may take its time before the stream does.
-                fine = self._changed.wait_for(partial(self._ready, key, taken), 2 * self._timeout_s)
+                # Twice the timeout: the slowest other reader may use one, and the stream another.
+                arrived = self._changed.wait_for(partial(self._ready, key, taken), 2 * self._timeout_s)
                 if key in self._dropped:
-                    raise WorkerError(f"{self._names[key]} was left behind: {self._dropped[key]}")
+                    raise WorkerError(f"{self._names[key]} was dropped from the update: {self._dropped[key]}")
                 if self._given > taken:
                     assert self._bucket is not None
                     bucket = self._bucket
                 elif self._end is True:
                     return
-                elif fine:
-                    raise WorkerError(f"the stream of weights broke off: {self._end}")
+                elif arrived:
+                    raise WorkerError(f"the stream of weights broke: {self._end}")
                 else:
-                    raise WorkerError(f"no bucket {taken + 1} came within {2 * self._timeout_s:g} s")
+                    raise WorkerError(f"bucket {taken + 1} did not arrive within {2 * self._timeout_s:g} s")
             taken += 1
             yield bucket
             del bucket
@@ -110,14 +111,14 @@ class FanOut:
         return self._given > taken or self._end is not False or key in self._dropped
 
     def drop(self, key: int, reason: str) -> None:
-        """Wait for this reader no longer."""
+        """Stop waiting for a reader."""
         with self._changed:
             if self._asked.pop(key, None) is not None:
                 self._dropped[key] = reason
                 self._changed.notify_all()
 
     def feed(self, buckets: Iterable[WeightBucket]) -> None:
-        """Give all ``buckets`` to all readers, and take them to their end whatever becomes of the readers."""
+        """Give all ``buckets`` to all readers; consume them to the end even if every reader fails."""
         try:
             stream = iter(buckets)
             while True:

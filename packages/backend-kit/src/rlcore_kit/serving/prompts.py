@@ -1,4 +1,4 @@
-"""What a prompt must be for any rollout engine."""
+"""Checks of a prompt that all rollout engines share."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from rlcore.errors import EngineError
 
 
 def check_prompt(request: GenerationRequest, max_model_len: int, vocabulary: int) -> None:
-    """Raise `EngineError` if there is nothing to generate from, no room, or a token that the model does not know.
+    """Raise `EngineError` if the prompt is empty, leaves no room for a completion, or has a token that does not exist.
 
     Args:
-        vocabulary: number of tokens that the model knows.
+        max_model_len: maximum number of tokens of prompt and completion together.
+        vocabulary: number of tokens of the model.
     """
     prompt = request.prompt
     if not len(prompt):

@@ -1,100 +1,54 @@
-"""`Replicas`: several rollout engines behind one, which outlive each other.
+"""`Replicas`: several rollout engines behind one interface; if one fails, the others take over its requests.
 
-A `WorkerError` of a replica means the replica: it is drained, what it had not finished is made by the others with the
-same seeds, and its factory builds it anew in the background. An `EngineError` means the request, and goes to whoever
-made it.
+A `WorkerError` concerns the replica: it is drained, other replicas generate its unfinished requests with the same
+seeds, and its factory rebuilds it in the background. An `EngineError` concerns the request and is raised to its caller.
+
+Modules: `replica_state` (shared state), `replica_generation` (routing of requests), `replica_lifecycle` (start, drain,
+rebuild, close).
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import logging
-import random
-import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, Literal
 
 from rlcore.engines.rollout import Completion, GenerationRequest, RolloutEngine
 from rlcore.engines.weight_bucket import WeightBucket
-from rlcore.errors import EngineError, RlcoreError, WorkerError
-from rlcore_kit.serving.fan_out import StreamBroke, update_all
-from rlcore_kit.serving.request_balance import Balance
+from rlcore.errors import EngineError, RlcoreError
+from rlcore_kit.serving.fan_out import BrokenStream, update_all
+from rlcore_kit.serving.replica_generation import RequestRouter
+from rlcore_kit.serving.replica_lifecycle import ReplicaLifecycle
+from rlcore_kit.serving.replica_state import Factory, ReplicaPool, State, Target
 from rlcore_kit.serving.threaded_calls import ThreadedCall, failures_of
 
-logger = logging.getLogger(__name__)
-
-Factory = Callable[[], RolloutEngine]
-
-_FIRST_RETRY_S = 1.0
-_LONGEST_RETRY_S = 30.0
-_SEED_BITS = 63  # what any backend's generator takes
-_LATE_S = 0.1  # what a drained replica has finished may just be on its way here
-_CANCEL_S = 5.0  # longest wait for an engine to forget a cancelled request
-_LOOK_S = 0.2  # how often a request without any replica looks for one
-
-
-@dataclass(eq=False)
-class _Replica:
-    """One replica; everything is changed under the lock of `Replicas`.
-
-    Attributes:
-        state: "up" takes requests; "stale" lives, but with other weights, and waits for `update_weights`; "down" is
-            gone, and under repair if it has a factory.
-        life: counts the engines that it had, so that an old one's failure is not laid to the new one.
-        progress: when it last finished something, or began to work.
-    """
-
-    name: str
-    factory: Factory | None
-    engine: RolloutEngine | None = None
-    state: Literal["up", "stale", "down"] = "down"
-    reason: str = "it was never started"
-    life: int = 0
-    progress: float = 0.0
-
-    def build(self) -> None:
-        if self.factory is not None:
-            self.engine = self.factory()
-
-
-@dataclass(eq=False)
-class _Call:
-    """One unfinished request, wherever it is made."""
-
-    request: GenerationRequest
-    loop: asyncio.AbstractEventLoop
-    lost: asyncio.Future[str] | None = None  # why the replica that makes it was drained
-    aborted: bool = False
+_POLL_S = 0.2
 
 
 class Replicas(RolloutEngine):
-    """Spreads requests over replicas by outstanding tokens, groups together; see `Balance`.
+    """Balances requests over replicas by outstanding tokens, and keeps groups together; see `Balance`.
 
-    Methods may be called from any thread. Calls to the replicas' control methods are made from threads of their own. A
-    request without a seed is given one: replicas that were started alike would draw the same.
+    Methods may be called from any thread. Control methods of the replicas are called from separate threads. A request
+    without a seed is given one: replicas that were started alike would draw the same tokens.
 
     Args:
-        replicas: engines, or what builds them. Only what has a factory is built anew.
+        replicas: engines, or factories that build them. Only a replica with a factory is rebuilt after a failure.
         names: for messages, e.g. URLs.
-        refresh: gives an engine that was built anew the current weights. Without it, or if it fails, an engine whose
-            ``version`` is not the current one waits for the next `update_weights`.
-        seed: of the seeds of requests that have none.
+        refresh: gives a rebuilt engine the current weights. Without it, or if it fails, an engine whose ``version`` is
+            not the current one waits for the next `update_weights`.
+        seed: of the generator of seeds for requests that have none.
         slack: see `Balance`.
-        attempts: replicas that may die of one request before it is given up.
-        timeout_s: longest wait for a replica to do anything but generate, and for a bucket of weights.
-        start_together: build all at once, in threads: for replicas in processes or on machines of their own. One after
-            the other is for models that are loaded in this process, which threads cannot do at the same time.
-        start_timeout_s: longest wait for replicas that start together.
-        stall_timeout_s: a replica that has requests, is not paused and finishes none for so long is taken for hung;
-            None leaves it to the engines.
-        rejoin_timeout_s: longest wait of a request for a replica to come back when none is left.
+        attempts: maximum number of replicas that may fail at one request before the request fails.
+        timeout_s: timeout of every control method of a replica and of one bucket of weights.
+        start_together: start all replicas concurrently, in threads, as is right for replicas in other processes or on
+            other machines. Models that are loaded in this process must be started one after the other.
+        start_timeout_s: timeout of a concurrent start.
+        stall_timeout_s: a replica that has requests, is not paused and finishes none within this time is drained as
+            hung; None leaves that to the engines.
+        rejoin_timeout_s: timeout of a request that waits for a replica to come back when none is left.
 
     Raises:
-        EngineError: some could not be built, or do not hold the same weights.
+        EngineError: a replica could not be built, or replicas hold weights of several versions.
     """
 
     def __init__(
@@ -115,428 +69,176 @@ class Replicas(RolloutEngine):
         if not replicas:
             raise EngineError("there must be at least one replica")
         names = names if names is not None else [f"replica {index}" for index in range(len(replicas))]
-        self._replicas = [
-            _Replica(name, None, entry) if isinstance(entry, RolloutEngine) else _Replica(name, entry)
-            for name, entry in zip(names, replicas, strict=True)
-        ]
-        self._refresh, self._attempts = refresh, attempts
-        self._timeout_s, self._stall_s, self._rejoin_s = timeout_s, stall_timeout_s, rejoin_timeout_s
-        self._balance = Balance(slack)
-        self._seeds = random.Random(seed)
-        self._calls: set[_Call] = set()
-        self._version = 0
-        self._paused = self._asleep = self._updating = False
-        self._lock = threading.RLock()
-        self._updates = threading.Lock()  # held while weights change or a replica joins; before self._lock
-        self._closed = threading.Event()
-        self._start(start_together, start_timeout_s)
+        self._pool = ReplicaPool(replicas, names, slack)
+        self._timeout_s = timeout_s
+        self._lifecycle = ReplicaLifecycle(self._pool, refresh)
+        self._router = RequestRouter(
+            self._pool,
+            self._lifecycle.drain,
+            seed=seed,
+            attempts=attempts,
+            stall_timeout_s=stall_timeout_s,
+            rejoin_timeout_s=rejoin_timeout_s,
+        )
+        try:
+            self._lifecycle.start(together=start_together, timeout_s=start_timeout_s)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def version(self) -> int:
-        """What all replicas attest.
+        """Version that all replicas attest.
 
         Raises:
-            EngineError: they do not attest the same.
+            EngineError: replicas attest several versions.
         """
-        with self._lock:
-            if not self._updating:
-                self._check_versions({r.name: r.engine.version for r in self._replicas if r.state == "up" and r.engine})
-            return self._version
+        pool = self._pool
+        with pool.lock:
+            if not pool.updating:
+                pool.check_versions({r.name: r.engine.version for r in pool.replicas if r.state == "up" and r.engine})
+            return pool.version
 
     @property
     def shares_weights(self) -> bool:
-        return all(r.engine is not None and r.engine.shares_weights for r in self._replicas)
+        """True if all replicas generate with the trainer's own tensors."""
+        return all(r.engine is not None and r.engine.shares_weights for r in self._pool.replicas)
 
     @property
     def takes_adapters(self) -> bool:
-        return any(r.engine is not None and r.engine.takes_adapters for r in self._replicas)
+        """True if updates bring adapters."""
+        return any(r.engine is not None and r.engine.takes_adapters for r in self._pool.replicas)
+
+    @property
+    def engines(self) -> dict[str, RolloutEngine]:
+        """The engines of replicas that are not down, by name."""
+        with self._pool.lock:
+            return {r.name: r.engine for r in self._pool.replicas if r.engine is not None}
 
     @property
     def reasons(self) -> dict[str, str]:
         """Why each replica that takes no requests does not, by name."""
-        with self._lock:
-            return {r.name: r.reason for r in self._replicas if r.state != "up"}
-
-    # --- generating --------------------------------------------------------------------------------------------------
+        return self._pool.reasons()
 
     async def generate(self, request: GenerationRequest) -> Completion:
-        """Make one completion, on another replica if the first dies.
+        """Generate one completion, on another replica if the first fails.
 
         Raises:
-            EngineError: the request is impossible, several replicas died of it, or no replica is left; the message
-                then names each and why.
+            EngineError: the request is impossible, several replicas failed at it, or no replica is left; the message
+                then names each replica and its reason.
         """
-        with self._lock:
-            if request.sampling.seed is None:
-                seed = self._seeds.getrandbits(_SEED_BITS)
-                request = replace(request, sampling=replace(request.sampling, seed=seed))
-            call = _Call(request, asyncio.get_running_loop())
-            self._asleep = False
-            self._calls.add(call)
-        deaths: list[str] = []
-        try:
-            while True:
-                replica = await self._place(call)
-                if replica is None:
-                    return Completion([], [], "abort", request_id=request.request_id)
-                made = await self._generate_on(replica, call)
-                if isinstance(made, Completion):
-                    return made
-                deaths.append(f"{replica.name}: {made}")
-                if len(deaths) >= self._attempts:
-                    raise EngineError(
-                        f"request {request.request_id!r} was given up after {len(deaths)} replicas failed at it: "
-                        + "; ".join(deaths)
-                    )
-        finally:
-            with self._lock:
-                self._balance.finish(call)
-                self._calls.discard(call)
+        return await self._router.generate(request)
 
-    async def _place(self, call: _Call) -> _Replica | None:
-        """The replica that shall make it, as soon as there is one; None if it was aborted meanwhile."""
-        request = call.request
-        cost = len(request.prompt) + request.sampling.max_tokens
-        deadline = time.monotonic() + self._rejoin_s
-        while True:
-            with self._lock:
-                if call.aborted:
-                    return None
-                index = self._balance.assign(call, cost, request.group)
-                if index is not None:
-                    replica = self._replicas[index]
-                    if self._balance.load(index) == cost:  # it was idle
-                        replica.progress = time.monotonic()
-                    call.lost = call.loop.create_future()
-                    return replica
-                if self._closed.is_set() or not any(r.factory and r.state == "down" for r in self._replicas):
-                    raise self._none_left()
-            if time.monotonic() > deadline:
-                raise self._none_left(f" (none came back within {self._rejoin_s:g} s)")
-            await asyncio.sleep(_LOOK_S)
+    def wait_until_running(self, timeout_s: float) -> None:
+        """Wait until at least one replica is not down.
 
-    async def _generate_on(self, replica: _Replica, call: _Call) -> Completion | str:
-        """The completion, or why the replica was drained."""
-        with self._lock:
-            engine, life, lost = replica.engine, replica.life, call.lost
-        assert engine is not None
-        assert lost is not None
-        making = asyncio.ensure_future(_unless_aborted(call, engine))
-        either: set[asyncio.Future[Any]] = {making, lost}
-        patience = None if self._stall_s is None else self._stall_s / 4
-        try:
-            while not making.done() and not lost.done():
-                await asyncio.wait(either, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
-                if not making.done():
-                    self._check_stall(replica, life)
-            if not making.done():
-                await asyncio.wait({making}, timeout=_LATE_S)
-            if not making.done():
-                return lost.result()
-            if making.cancelled():  # by the engine, which was closed
-                raise WorkerError("it gave up the request")
-            completion = making.result()
-        except WorkerError as error:
-            if lost.done():
-                return lost.result()
-            self._drain(replica, life, str(error))
-            return str(error)
-        except EngineError:
-            with self._lock:
-                drained = replica.life != life
-            if not drained:
-                raise
-            return await lost  # the engine refused because it was closed under the request
-        finally:
-            if not making.done():
-                making.add_done_callback(_forget)
-                making.cancel()
-                if not lost.done():  # it is the caller who cancels: the engine forgets the request before we return
-                    await asyncio.wait({making}, timeout=_CANCEL_S)
-        with self._lock:
-            self._balance.finish(call)
-            replica.progress = time.monotonic()
-        return completion
-
-    def _check_stall(self, replica: _Replica, life: int) -> None:
-        if self._stall_s is None:
-            return
-        with self._lock:
-            standing = self._paused or self._asleep or self._updating
-            stalled = not standing and time.monotonic() - replica.progress > self._stall_s
-        if stalled:
-            self._drain(replica, life, f"it finished nothing within {self._stall_s:g} s")
-
-    # --- control -----------------------------------------------------------------------------------------------------
+        Raises:
+            EngineError: none is within ``timeout_s``, or the replicas were closed.
+        """
+        deadline = time.monotonic() + timeout_s
+        while all(replica.state == "down" for replica in self._pool.replicas):
+            if self._pool.closed.is_set() or time.monotonic() > deadline:
+                raise self._pool.none_left(f" (none came back within {timeout_s:g} s)")
+            time.sleep(_POLL_S)
 
     def update_weights(self, buckets: Iterable[WeightBucket], version: int) -> None:
-        """Give all replicas the weights, bucket by bucket, and let those that waited for them join.
+        """Give all replicas the weights, bucket by bucket; replicas that waited for weights join.
 
-        A replica that fails is drained. ``buckets`` are taken to their end in the caller's thread whatever happens.
+        A replica that fails is drained. ``buckets`` are consumed to the end in the caller's thread in any case.
 
         Raises:
-            EngineError: no replica took them.
+            EngineError: no replica took the weights.
         """
-        with self._updates:
-            with self._lock:
-                targets = {
-                    index: (r, r.engine, r.life)
-                    for index, r in enumerate(self._replicas)
-                    if r.state != "down" and r.engine is not None
-                }
-                self._updating = True
+        pool = self._pool
+        with pool.update_lock:
+            targets = pool.targets(("up", "stale"))
+            pool.updating = True
             try:
-                engines = {index: (r.name, engine) for index, (r, engine, _) in targets.items()}
-                failures = update_all(engines, buckets, version, self._timeout_s)
-                for index, error in failures.items():
-                    replica, _, life = targets[index]
-                    self._drain(replica, life, f"it did not take version {version}: {error}", _after(error))
-                taken = [entry for index, entry in targets.items() if index not in failures]
-                if not taken:
-                    users = [error for error in failures.values() if isinstance(error, RlcoreError)]
-                    raise users[0] if users else self._none_left()
-                with self._lock:
-                    self._version = version
-                    self._balance.forget_groups()
-                for replica, _, life in taken:
-                    self._join_or_drain(replica, life)
-            except StreamBroke as broken:
+                self._update(targets, buckets, version)
+            except BrokenStream as broken:
                 for index, error in broken.failures.items():
-                    replica, _, life = targets[index]
-                    self._drain(replica, life, f"its update to version {version} broke off: {error}", "stale")
+                    replica, _, generation = targets[index]
+                    reason = f"its update to version {version} broke off: {error}"
+                    self._lifecycle.drain(replica, generation, reason, "stale")
                 raise broken.error from None
             finally:
-                self._updating = False
-                self._touch()
+                pool.updating = False
+                pool.restart_stall_timers()
+
+    def _update(self, targets: dict[int, Target], buckets: Iterable[WeightBucket], version: int) -> None:
+        pool = self._pool
+        engines = {index: (target.replica.name, target.engine) for index, target in targets.items()}
+        failures = update_all(engines, buckets, version, self._timeout_s)
+        for index, error in failures.items():
+            replica, _, generation = targets[index]
+            # an engine that refused the weights runs, and may take the next ones
+            state: State = "stale" if isinstance(error, RlcoreError) else "down"
+            self._lifecycle.drain(replica, generation, f"it did not take version {version}: {error}", state)
+        updated = [target for index, target in targets.items() if index not in failures]
+        if not updated:
+            refusals = [error for error in failures.values() if isinstance(error, RlcoreError)]
+            raise refusals[0] if refusals else pool.none_left()
+        with pool.lock:
+            pool.version = version
+            pool.balance.forget_groups()
+        for target in updated:
+            self._lifecycle.join(target)
 
     def pause(self) -> None:
-        with self._lock:
-            self._paused = True
-        self._each("pause", lambda engine: engine.pause())
+        """Pause all replicas."""
+        with self._pool.lock:
+            self._pool.paused = True
+        self._call_all("pause", lambda engine: engine.pause())
 
     def resume(self) -> None:
-        self._each("resume", lambda engine: engine.resume())
-        with self._lock:
-            self._paused = False
-            self._touch()
+        """Resume all replicas."""
+        self._call_all("resume", lambda engine: engine.resume())
+        with self._pool.lock:
+            self._pool.paused = False
+            self._pool.restart_stall_timers()
 
     def abort(self, request_ids: Sequence[str] | None = None) -> None:
-        with self._lock:
-            for call in self._calls:
-                if request_ids is None or call.request.request_id in request_ids:
-                    call.aborted = True
-        self._each("abort", lambda engine: engine.abort(request_ids))
+        """Abort unfinished requests (all by default) on every replica, and those that wait for one."""
+        with self._pool.lock:
+            for unfinished in self._pool.unfinished:
+                if request_ids is None or unfinished.request.request_id in request_ids:
+                    unfinished.aborted = True
+        self._call_all("abort", lambda engine: engine.abort(request_ids))
 
     def sleep(self) -> None:
-        with self._lock:
-            self._asleep = True
-        self._each("sleep", lambda engine: engine.sleep())
+        """Release the device memory of all replicas."""
+        with self._pool.lock:
+            self._pool.asleep = True
+        self._call_all("sleep", lambda engine: engine.sleep())
 
     def wake(self) -> None:
-        self._each("wake up", lambda engine: engine.wake())
-        with self._lock:
-            self._asleep = False
-            self._touch()
+        """Undo `sleep`."""
+        self._call_all("wake up", lambda engine: engine.wake())
+        with self._pool.lock:
+            self._pool.asleep = False
+            self._pool.restart_stall_timers()
 
     def close(self) -> None:
-        """Close all replicas; what they say about it is only logged."""
-        self._closed.set()
-        with self._lock:
-            engines = {index: r.engine for index, r in enumerate(self._replicas) if r.engine is not None}
-            for replica in self._replicas:
-                replica.engine, replica.state, replica.reason = None, "down", "it was closed"
-        threads = {index: ThreadedCall("closing", engine.close) for index, engine in engines.items()}
-        for index, error in failures_of(threads, self._timeout_s, "close").items():
-            logger.warning("%s: %s", self._replicas[index].name, error)
+        """Close all replicas; failures are logged."""
+        self._lifecycle.close(self._timeout_s)
 
-    def _each(self, what: str, act: Callable[[RolloutEngine], None]) -> None:
-        """Do it on all replicas that take requests; one that fails is drained.
+    def _call_all(self, what: str, act: Callable[[RolloutEngine], None]) -> None:
+        """Call ``act`` with the engine of every replica that takes requests; drain a replica that fails.
 
         Raises:
-            RlcoreError: what the first replica refused, after all were asked.
+            RlcoreError: the first refusal of a replica, after all were called.
         """
-        with self._lock:
-            targets = {
-                index: (r, r.engine, r.life)
-                for index, r in enumerate(self._replicas)
-                if r.state == "up" and r.engine is not None
-            }
+        targets = self._pool.targets(("up",))
         threads = {
-            index: ThreadedCall(f"{what} {replica.name}", partial(act, engine))
-            for index, (replica, engine, _) in targets.items()
+            index: ThreadedCall(f"{what} {target.replica.name}", partial(act, target.engine))
+            for index, target in targets.items()
         }
-        refused: RlcoreError | None = None
+        refusal: RlcoreError | None = None
         for index, error in failures_of(threads, self._timeout_s, what).items():
             if isinstance(error, RlcoreError):
-                refused = refused or error
+                refusal = refusal or error
             else:
-                replica, _, life = targets[index]
-                self._drain(replica, life, f"it did not {what}: {error}")
-        if refused is not None:
-            raise refused
-
-    # --- coming and going --------------------------------------------------------------------------------------------
-
-    def _start(self, together: bool, timeout_s: float) -> None:
-        """Build all replicas; all must work."""
-        failures: dict[int, Exception] = {}
-        if together:
-            threads = {index: ThreadedCall(f"start {r.name}", r.build) for index, r in enumerate(self._replicas)}
-            failures = failures_of(threads, timeout_s, "start")
-        else:
-            for index, replica in enumerate(self._replicas):
-                try:
-                    replica.build()
-                except Exception as error:
-                    failures[index] = error
-                    break
-        try:
-            if len(self._replicas) == 1 and isinstance(failures.get(0), RlcoreError):
-                raise failures[0]
-            if failures:
-                named = (f"{self._replicas[index].name}: {error}" for index, error in failures.items())
-                raise EngineError(
-                    f"{len(failures)} of {len(self._replicas)} rollout replicas did not start: " + "; ".join(named)
-                )
-            versions = {r.name: r.engine.version for r in self._replicas if r.engine is not None}
-            self._version = next(iter(versions.values()))
-            self._check_versions(versions)
-        except BaseException:
-            self.close()
-            raise
-        for replica in self._replicas:
-            self._join(replica)
-
-    def _check_versions(self, versions: Mapping[str, int]) -> None:
-        if any(version != self._version for version in versions.values()):
-            text = ", ".join(f"{name} has {version}" for name, version in versions.items())
-            raise EngineError(f"the rollout replicas do not hold weights of one version: {text}; update their weights")
-
-    def _join(self, replica: _Replica) -> None:
-        """Let it take requests, in the state in which the others are."""
-        with self._lock:
-            if replica.state == "up" or replica.engine is None or self._closed.is_set():
-                return
-            engine, paused, asleep = replica.engine, self._paused, self._asleep
-        if paused:
-            engine.pause()
-        if asleep:
-            engine.sleep()
-        with self._lock:
-            if self._closed.is_set() or replica.engine is not engine:
-                return
-            replica.state, replica.reason, replica.progress = "up", "", time.monotonic()
-            self._balance.add(self._replicas.index(replica))
-            changed = self._paused != paused
-            paused = self._paused
-        if changed:
-            engine.pause() if paused else engine.resume()
-
-    def _join_or_drain(self, replica: _Replica, life: int) -> None:
-        try:
-            self._join(replica)
-        except WorkerError as error:
-            self._drain(replica, life, f"it could not join the others: {error}")
-
-    def _drain(self, replica: _Replica, life: int, reason: str, state: Literal["stale", "down"] = "down") -> None:
-        """Give it nothing any more, and what it was at to the others."""
-        with self._lock:
-            if replica.life != life or replica.state == "down":
-                return
-            engine = replica.engine
-            replica.state, replica.reason = state, reason
-            if state == "down":
-                replica.engine, replica.life = None, life + 1
-            orphans = self._balance.remove(self._replicas.index(replica))
-            for call in orphans:
-                assert isinstance(call, _Call)
-                if call.lost is not None:
-                    with contextlib.suppress(RuntimeError):  # its event loop is closed
-                        call.loop.call_soon_threadsafe(_settle, call.lost, reason)
-            closed = self._closed.is_set()
-        logger.warning("%s is drained, %d requests go to other replicas: %s", replica.name, len(orphans), reason)
-        if state == "down" and not closed:
-            threading.Thread(
-                target=self._replace, args=(replica, engine), name=f"replace {replica.name}", daemon=True
-            ).start()
-
-    def _replace(self, replica: _Replica, old: RolloutEngine | None) -> None:
-        """Close what is left of it, and build it anew until that works."""
-        if old is not None:
-            with contextlib.suppress(Exception):  # it is broken, and why is known
-                old.close()
-        wait = _FIRST_RETRY_S
-        while replica.factory is not None and not self._closed.is_set():
-            try:
-                engine = replica.factory()
-                self._admit(replica, engine)
-                return
-            except Exception as error:
-                with self._lock:
-                    replica.reason = f"{replica.reason.split(_AGAIN)[0]}{_AGAIN}{error}"
-                    if replica.state == "down":
-                        replica.engine = None
-                self._closed.wait(wait)
-                wait = min(2 * wait, _LONGEST_RETRY_S)
-
-    def _admit(self, replica: _Replica, engine: RolloutEngine) -> None:
-        """Have it join with the current weights, or wait for the next ones."""
-        with self._updates:
-            version, refused = self._version, ""
-            if engine.version != version and self._refresh is not None:
-                try:
-                    self._refresh(engine)
-                except Exception as error:
-                    refused = f" ({error})"
-            found = engine.version
-            with self._lock:
-                closed = self._closed.is_set()
-                if not closed:
-                    replica.engine = engine
-                if not closed and found != version:
-                    replica.state = "stale"
-                    replica.reason = (
-                        f"it is back with weights of version {found}, not {version}{refused}, and joins at the next "
-                        f"update_weights; it was drained because {replica.reason}"
-                    )
-                    logger.warning("%s: %s", replica.name, replica.reason)
-                    return
-            if closed:
-                engine.close()
-                return
-            self._join(replica)
-        logger.warning("%s is back", replica.name)
-
-    def _none_left(self, waited: str = "") -> EngineError:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in self.reasons.items())
-        return EngineError(f"no rollout replica is left{waited}: {reasons}")
-
-    def _touch(self) -> None:
-        """What stood still until now was not hung."""
-        with self._lock:
-            for replica in self._replicas:
-                replica.progress = time.monotonic()
-
-
-_AGAIN = "; started anew, it failed: "
-
-
-def _after(error: Exception) -> Literal["stale", "down"]:
-    """What a replica is after an update that failed so: one that refused it lives, and may take the next."""
-    return "stale" if isinstance(error, RlcoreError) else "down"
-
-
-async def _unless_aborted(call: _Call, engine: RolloutEngine) -> Completion:
-    if call.aborted:
-        return Completion([], [], "abort", request_id=call.request.request_id)
-    return await engine.generate(call.request)
-
-
-def _settle(lost: asyncio.Future[str], reason: str) -> None:
-    if not lost.done():
-        lost.set_result(reason)
-
-
-def _forget(task: asyncio.Future[Completion]) -> None:
-    if not task.cancelled():
-        task.exception()  # so that asyncio does not report it
+                replica, _, generation = targets[index]
+                self._lifecycle.drain(replica, generation, f"it did not {what}: {error}")
+        if refusal is not None:
+            raise refusal

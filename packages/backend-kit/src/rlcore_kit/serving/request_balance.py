@@ -1,4 +1,4 @@
-"""Which replica takes which request: bookkeeping without threads, clocks or engines."""
+"""Load balancing of requests over replicas: bookkeeping without threads, clocks or engines."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ class _Running:
 
 
 class Balance:
-    """Requests over replicas, by outstanding tokens and with a group on one replica.
+    """Assigns requests to replicas by outstanding tokens, and all requests of a group to one replica.
 
-    A request costs its prompt plus the tokens that it may generate. It goes to the replica with the fewest outstanding
-    tokens; but where a request of its group went before, unless that replica has more outstanding tokens than the least
-    loaded one by over ``slack`` such requests. The group then moves.
+    A request costs its prompt plus its maximum number of new tokens. It goes to the replica with the fewest outstanding
+    tokens, except that a group stays on its replica (whose cached prefix serves it) until that replica has more
+    outstanding tokens than the least loaded one by over ``slack`` such requests. The group then moves.
 
     Args:
-        slack: requests' worth of tokens that a group's replica may be ahead.
-        most_groups: groups whose replica is remembered; the longest unused are forgotten first.
+        slack: number of requests by whose cost a group's replica may be ahead.
+        max_groups: maximum number of groups whose replica is remembered; the least recently used are forgotten first.
     """
 
-    def __init__(self, slack: float = 16, most_groups: int = 100_000) -> None:
-        self._slack, self._most_groups = slack, most_groups
+    def __init__(self, slack: float = 16, max_groups: int = 100_000) -> None:
+        self._slack, self._max_groups = slack, max_groups
         self._load: dict[int, int] = {}
         self._running: dict[Hashable, _Running] = {}
         self._homes: OrderedDict[int, int] = OrderedDict()
 
     @property
     def replicas(self) -> tuple[int, ...]:
-        """Those that take requests."""
+        """Replicas that take requests."""
         return tuple(self._load)
 
     def load(self, replica: int) -> int:
-        """Outstanding tokens of ``replica``."""
+        """Return the outstanding tokens of ``replica``."""
         return self._load[replica]
 
     def add(self, replica: int) -> None:
-        """Let ``replica`` take requests."""
+        """Route requests to ``replica`` too."""
         self._load.setdefault(replica, 0)
 
     def remove(self, replica: int) -> list[Hashable]:
-        """Give ``replica`` nothing any more; returns the keys of what it was at, which are assigned to nobody now."""
+        """Stop routing to ``replica``; return the keys of its unfinished requests, which are now unassigned."""
         if self._load.pop(replica, None) is None:
             return []
         orphans = [key for key, running in self._running.items() if running.replica == replica]
@@ -55,9 +55,9 @@ class Balance:
         return orphans
 
     def assign(self, key: Hashable, cost: int, group: int | None = None) -> int | None:
-        """The replica for the request ``key`` of ``cost`` tokens, which counts as outstanding from now on.
+        """Assign the request ``key`` of ``cost`` tokens to a replica and return it; None if there is no replica.
 
-        None if there is no replica.
+        The tokens count as outstanding until `finish`.
         """
         if not self._load:
             return None
@@ -69,18 +69,18 @@ class Balance:
                 chosen = home
             self._homes[group] = chosen
             self._homes.move_to_end(group)
-            if len(self._homes) > self._most_groups:
+            if len(self._homes) > self._max_groups:
                 self._homes.popitem(last=False)
         self._load[chosen] += cost
         self._running[key] = _Running(chosen, cost)
         return chosen
 
     def finish(self, key: Hashable) -> None:
-        """The request ``key`` is no longer outstanding; nothing happens if its replica was removed."""
+        """Stop counting the request ``key``; nothing happens if its replica was removed."""
         running = self._running.pop(key, None)
         if running is not None:
             self._load[running.replica] -= running.cost
 
     def forget_groups(self) -> None:
-        """Groups have no replica any more, as after an update of the weights, when no prefix is cached."""
+        """Forget the replicas of all groups; an update of the weights discards their cached prefixes."""
         self._homes.clear()

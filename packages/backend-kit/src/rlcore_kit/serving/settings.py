@@ -1,4 +1,4 @@
-"""Settings of every client of inference servers. Imports no httpx."""
+"""Settings that all clients of inference servers share. Imports no httpx."""
 
 from __future__ import annotations
 
@@ -14,59 +14,61 @@ from rlcore.errors import EngineError
 
 
 class ServerClientSettings(Config):
-    """How servers are reached, and how long they may take."""
+    """Connection and timeouts of a client of inference servers."""
 
     api_key_env: str | None = Field(
         None, description="Environment variable that holds the servers' API key; null sends none."
     )
     allow_remote: bool = Field(
-        False, description="Talk to servers that are not on this machine; prompts and completions leave it then."
+        False, description="Allow servers on other machines; prompts, completions and weights then leave this machine."
     )
-    max_connections: int = Field(256, ge=1, description="Requests that one server works at; more wait on this side.")
+    max_connections: int = Field(
+        256, ge=1, description="Maximum number of concurrent requests per server; further ones wait."
+    )
     timeout_s: Seconds = Field(
         600.0,
         gt=0,
-        description="Seconds one completion may take, pauses not counted; then its server counts as hung.",
+        description="Timeout of one completion in seconds, pauses excluded; its server then counts as hung.",
     )
-    control_timeout_s: Seconds = Field(60.0, gt=0, description="Seconds a server may take to answer anything else.")
-    connect_timeout_s: Seconds = Field(10.0, gt=0, description="Seconds a server may take to accept a connection.")
+    control_timeout_s: Seconds = Field(60.0, gt=0, description="Timeout of every other request in seconds.")
+    connect_timeout_s: Seconds = Field(10.0, gt=0, description="Timeout of a connection attempt in seconds.")
     retries: int = Field(
-        3, ge=0, description="Further attempts where nothing was sent yet, or asking twice changes nothing."
+        3, ge=0, description="Further attempts of a request that did not reach the server, or that only reads."
     )
-    bucket_mb: int = Field(512, gt=0, description="Weights that travel at a time, in MiB; two exist at most.")
-    weights_timeout_s: Seconds = Field(300.0, gt=0, description="Seconds any one step of a weight update may take.")
+    bucket_mb: int = Field(512, gt=0, description="Size of a weight bucket in MiB; at most two exist at a time.")
+    weights_timeout_s: Seconds = Field(300.0, gt=0, description="Timeout of each step of a weight update in seconds.")
     rejoin_timeout_s: Seconds = Field(
-        300.0, gt=0, description="Seconds to wait for a server to come back when none is left."
+        300.0, gt=0, description="Timeout of requests while no server is available, in seconds."
     )
 
     def api_key(self) -> str | None:
-        """The key that ``api_key_env`` names.
+        """Return the API key in the environment variable ``api_key_env``; None if no variable is set.
 
         Raises:
-            EngineError: the variable is not set.
+            EngineError: the variable does not exist or is empty.
         """
         if self.api_key_env is None:
             return None
         key = os.environ.get(self.api_key_env)
         if not key:
-            raise EngineError(f"the environment variable {self.api_key_env} (api_key_env) holds no API key")
+            raise EngineError(f"the environment variable {self.api_key_env} (api_key_env) holds no API key; export it")
         return key
 
 
 def url_problems(urls: Sequence[str], allow_remote: bool) -> Iterator[str]:
-    """What is wrong with the servers' base URLs."""
+    """Yield what is wrong with the servers' base URLs."""
     for url in urls:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            yield f"{url!r} is no URL of a server; write http://host:port"
+            yield f"{url!r} is not the URL of a server; write http://host:port"
         elif not allow_remote and not is_loopback(parts.hostname):
-            yield f"{url} is not on this machine; set allow_remote to true if you mean it"
+            yield f"{url} is not on this machine; set allow_remote to true to allow that"
     if len({url.rstrip("/") for url in urls}) < len(urls):
         yield "urls names a server twice"
 
 
 def is_loopback(host: str) -> bool:
-    """Whether ``host``, a name or an address, means this machine."""
+    """Return whether ``host``, a name or an address, is this machine's loopback interface."""
     if host == "localhost":
         return True
     try:

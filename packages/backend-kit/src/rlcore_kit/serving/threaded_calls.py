@@ -1,4 +1,4 @@
-"""Calls that may hang, each in a thread of its own, and what became of them."""
+"""Concurrent calls that may hang, each in a separate thread, and their failures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from rlcore.errors import WorkerError
 
 
 class ThreadedCall:
-    """A call under way in a daemon thread, which may be left behind if it hangs."""
+    """A call that runs in a daemon thread; if it hangs, the thread is abandoned.
+
+    Attributes:
+        error: exception of the call; None while it runs and if it succeeded.
+        done: set when the call has ended.
+    """
 
     def __init__(self, name: str, act: Callable[[], Any]) -> None:
         self.error: Exception | None = None
@@ -29,7 +34,7 @@ class ThreadedCall:
 
 
 def failures_of(threads: Mapping[int, ThreadedCall], timeout_s: float, what: str) -> dict[int, Exception]:
-    """Wait for all; what each failed with, by its key."""
+    """Wait for all ``threads`` and return their exceptions by key; a call that does not end is a `WorkerError`."""
     deadline = time.monotonic() + timeout_s
     failures: dict[int, Exception] = {}
     for index, thread in threads.items():

@@ -7,21 +7,16 @@ from.
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed
 
+from rlcore_kit.weight_transfer import process_group
 from rlcore_kit.weight_transfer.channel import Channel, TransferError, wait_until
 from rlcore_kit.weight_transfer.flat import Payload, PieceReader
 from rlcore_kit.weight_transfer.transport import ReceiverEnd, SenderEnd, piece_ranges
-
-# torch.distributed exports these without declaring it.
-c10d: Any = torch.distributed
 
 # `wait_until` should time out before gloo does: its error names the peer.
 _GRACE_S = 2.0
@@ -43,17 +38,7 @@ class BroadcastSender(SenderEnd):
     ) -> None:
         self._backend, self._host, self._channels = backend, host, channels
         self._piece_bytes, self._device, self._timeout_s = piece_bytes, device, timeout_s
-        # Without a listener, TCPStore listens on every interface.
-        with socket.create_server((host, 0)) as listener:
-            self._port = listener.getsockname()[1]
-            self._store: Any = c10d.TCPStore(
-                host,
-                self._port,
-                is_master=True,
-                wait_for_workers=False,
-                timeout=timedelta(seconds=timeout_s),
-                master_listen_fd=listener.detach(),
-            )
+        self._store, self._port = process_group.listening_store(host, timeout_s)
         self._group: Any = None
         self._slots: list[torch.Tensor] = []
 
@@ -80,7 +65,7 @@ class BroadcastSender(SenderEnd):
             slot = self._slots[index % 2]
             _finish(under_way[index % 2], self._channels, self._timeout_s, f"take {bucket}")
             reader.read_into(slot[: stop - start])
-            under_way[index % 2] = _broadcast(self._group, slot[: stop - start])
+            under_way[index % 2] = process_group.broadcast(self._group, slot[: stop - start])
         for work in under_way:
             _finish(work, self._channels, self._timeout_s, f"take {bucket}")
 
@@ -107,16 +92,19 @@ class BroadcastReceiver(ReceiverEnd):
         self._piece_bytes = offer["piece_bytes"]
         self.device = device if backend == "nccl" else torch.device("cpu")
         try:
-            self._store: Any = c10d.TCPStore(
-                host, offer["port"], wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
-            )
+            self._store: Any = process_group.connected_store(host, offer["port"], timeout_s)
             self._group: Any = _group(backend, self._store, rank + 1, offer["size"], own_host, self.device, timeout_s)
         except RuntimeError as error:
             raise _with_peer(error, [channel], f"join the {backend} group") from error
 
     def receive_into(self, flat: torch.Tensor, bucket: str) -> None:
         for start, stop in piece_ranges(flat.numel(), self._piece_bytes):
-            _finish(_broadcast(self._group, flat[start:stop]), [self._channel], self._timeout_s, f"send {bucket}")
+            _finish(
+                process_group.broadcast(self._group, flat[start:stop]),
+                [self._channel],
+                self._timeout_s,
+                f"send {bucket}",
+            )
 
     def close(self) -> None:
         _abort(self._group)
@@ -124,26 +112,11 @@ class BroadcastReceiver(ReceiverEnd):
 
 
 def _group(backend: str, store: Any, rank: int, size: int, host: str, device: torch.device, timeout_s: float) -> Any:
-    store = c10d.PrefixStore(f"weights-{backend}", store)
+    store = process_group.prefixed(store, f"weights-{backend}")
     if backend == "nccl":
-        options = c10d.ProcessGroupNCCL.Options()
-        options._timeout = timedelta(seconds=timeout_s * _NCCL_TIMEOUT_FACTOR)
         with torch.cuda.device(device):
-            return c10d.ProcessGroupNCCL(store, rank, size, options)
-    # An explicit device instead of GLOO_SOCKET_IFNAME, which would also apply to the trainer's process groups.
-    gloo = c10d.ProcessGroupGloo
-    settings = gloo._Options()
-    settings._devices = [gloo.create_device(hostname=host)]
-    settings._timeout = timedelta(seconds=timeout_s + _GRACE_S)
-    return gloo(store, rank, size, settings)
-
-
-def _broadcast(group: Any, piece: torch.Tensor) -> Any:
-    options = c10d.BroadcastOptions()
-    options.rootRank = 0
-    options.rootTensor = 0
-    options.asyncOp = True
-    return group.broadcast([piece], options)
+            return process_group.nccl_group(store, rank, size, timeout_s * _NCCL_TIMEOUT_FACTOR)
+    return process_group.gloo_group(store, rank, size, host, timeout_s + _GRACE_S)
 
 
 def _finish(work: Any, channels: Sequence[Channel], timeout_s: float, awaited: str) -> None:

@@ -23,7 +23,7 @@ def model_tokens(model: ModelSettings) -> tuple[int, frozenset[int]]:
     Raises:
         DataError: it cannot be read.
     """
-    from rlcore_kit.serving.model import vocabulary
+    from rlcore_kit.model_folder.vocabulary import vocabulary
 
     with boundary(f"model.path={model.path[:200]}: the model's configuration cannot be read"):
         return vocabulary(model)

@@ -10,11 +10,11 @@ if TYPE_CHECKING:
 
 
 def build(spec: RolloutSpec) -> RolloutEngine:
-    """One `RolloutEngine` over the servers of ``spec.options.server``.
+    """Build one `RolloutEngine` over the servers of ``spec.options.server``.
 
     Raises:
-        EngineError: a server is not there, serves another model, or was started in a way that cannot serve training.
+        EngineError: a server is unreachable, serves another model, or was started in a way that cannot serve training.
     """
-    from rlcore_vllm.server import engine
+    from rlcore_vllm.server import rollout
 
-    return engine.build(spec)
+    return rollout.build(spec)

@@ -133,7 +133,7 @@ class ServerProcess:
     def _wait(self) -> None:
         """Until it answers to its name, which no other server on the port would."""
         deadline = time.monotonic() + self._timeout_s
-        connection = Connection(self.url, api_key=self.api_key, retries=0, most=2)
+        connection = Connection(self.url, api_key=self.api_key, retries=0, max_connections=2)
         try:
             while True:
                 with contextlib.suppress(WorkerError, EngineError):

@@ -74,11 +74,12 @@ def shared_memory() -> set[str]:
 
 def family() -> list[psutil.Process]:
     """Return the running processes that a test started: what descends from this process, without `STANDING`."""
-    started = [process for process in psutil.Process().children() if process not in STANDING]
-    for process in tuple(started):
+    found, standing = psutil.Process().children(recursive=True), {process.pid for process in STANDING}
+    for process in found:  # parents come before their children
         with suppress(psutil.NoSuchProcess):
-            started += process.children(recursive=True)
-    return [process for process in started if alive(process)]
+            if process.ppid() in standing:
+                standing.add(process.pid)
+    return [process for process in found if process.pid not in standing and alive(process)]
 
 
 def alive(process: psutil.Process) -> bool:

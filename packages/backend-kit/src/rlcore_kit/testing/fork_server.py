@@ -99,6 +99,7 @@ def become(request: Request) -> None:
 
 
 def main(path: str, *modules: str) -> None:
+    """Import the modules, say "ready", and serve the socket at ``path``."""
     for module in modules:
         importlib.import_module(module)
     gc.collect()

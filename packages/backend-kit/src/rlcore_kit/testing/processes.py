@@ -133,7 +133,7 @@ def _serve(connection: Connection, rank: int, world_size: int, port: int) -> Non
 
 
 def _load(file: str) -> ModuleType:
-    """The module of a file, which need not be importable by name (pytest's importlib mode)."""
+    """Import the module of a file, which need not be importable by name (pytest's importlib mode)."""
     name = f"rlcore_ranks_{Path(file).stem}"
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None

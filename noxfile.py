@@ -82,15 +82,18 @@ def everything(session: nox.Session) -> None:
     files.unlink(missing_ok=True)
     environment = {**os.environ, "FILE_SECONDS": str(files)}
 
-    def run(name: str) -> tuple[int, float]:
+    def run(name: str) -> tuple[int, float, float]:
+        """Return the exit code, the minutes and the minutes of CPU time."""
         print(f"{name}: started", flush=True)
         start = time.monotonic()
         with (logs / f"{name}.log").open("w") as log:
             command = [sys.executable, "-m", "nox", "--session", name, "--", *session.posargs]
-            code = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
-        return code, time.monotonic() - start
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        return process.returncode, (time.monotonic() - start) / 60, (usage.ru_utime + usage.ru_stime) / 60
 
-    ended: dict[str, tuple[int, float]] = {}
+    ended: dict[str, tuple[int, float, float]] = {}
     with ThreadPoolExecutor(LANES) as lanes:
         started = {lanes.submit(run, name): name for name in names}
         for future in as_completed(started):
@@ -104,10 +107,10 @@ def everything(session: nox.Session) -> None:
     print("\nslowest files")
     for file, spent in seconds.most_common(10):
         print(f"{spent:7.1f} s  {file}")
-    print("\nsessions")
-    for name, (code, spent) in sorted(ended.items(), key=lambda item: -item[1][1]):
-        print(f"{spent / 60:7.1f} min  {name}{'' if code == 0 else '  FAILED'}")
-    if failed := [name for name, (code, _) in ended.items() if code != 0]:
+    print("\nminutes  of CPU time")
+    for name, (code, minutes, cpu) in sorted(ended.items(), key=lambda item: -item[1][1]):
+        print(f"{minutes:7.1f} {cpu:7.1f}  {name}{'' if code == 0 else '  FAILED'}")
+    if failed := [name for name, (code, *_) in ended.items() if code != 0]:
         session.error(f"failed: {', '.join(sorted(failed))}")
 
 

@@ -148,7 +148,7 @@ class Started:
         reward.write_text(REWARD.format(metrics=metrics, go=str(self.go), waiting=str(self.waiting), waits=waits))
         ray_keys = {"controller.kind": "ray", "controller.address": nodes.address, "controller.call_timeout_s": 600}
         keys = {**RUN, "reward.path": f"{reward}:compute_score", **ray_keys, **changes}
-        self.process = task.start("grpo", self.out_dir, keys)
+        (self.process,) = task.fork("grpo", self.out_dir, keys)
 
     def wait_until_it_waits(self) -> None:
         deadline = time.monotonic() + WAIT_S
@@ -257,7 +257,8 @@ def test_trainers_that_find_no_place_any_more_end_with_what_is_missing(
     nodes: Nodes, second: Callable[[int], None], start: Callable[..., Started]
 ) -> None:
     second(2)
-    run = start({**TRAINERS_APART, "controller.restart_backoff_s": 0.5, "controller.max_restarts": 2})
+    pools = {"train": {"processes": 2, "strategy": "strict_spread"}}
+    run = start({"controller.pools": pools, "controller.restart_backoff_s": 0.5, "controller.max_restarts": 2})
     run.wait_until_it_waits()
     nodes.tell("remove")
     run.go_on()

@@ -44,7 +44,7 @@ sys.stdin.read()
 
 
 @pytest.fixture(scope="module")
-def cluster():
+def cluster(forked_workers):
     """A node with 2 CPUs, one with 2 CPUs and a GPU, one with 4 CPUs and 2 GPUs; this process is connected."""
     from ray.cluster_utils import Cluster
 

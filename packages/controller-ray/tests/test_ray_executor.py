@@ -135,7 +135,7 @@ LENGTHS = (5, 1, 4, 2, 3, 3, 9)
 
 
 @pytest.fixture(scope="module")
-def workers() -> Iterator[RayExecutor]:
+def workers(forked_workers: None) -> Iterator[RayExecutor]:
     module = sys.modules[__name__]
     ray.cloudpickle.register_pickle_by_value(module)  # workers cannot import the modules of tests
     before = set(psutil.Process().children(recursive=True))

@@ -101,7 +101,7 @@ def take_adapters(engine: Generator, takes: bool) -> None:
 
 
 @pytest.fixture(scope="module")
-def run() -> Iterator[tuple[RayExecutor, Any, Any]]:
+def run(forked_workers: None) -> Iterator[tuple[RayExecutor, Any, Any]]:
     executor = RayExecutor(POOLS, {"actor": "train", "rollout": "gen", "compute": "gen"}, call_timeout_s=WAIT_S)
     try:
         actor, rollout = executor.build("actor", Trainer, Trainer), executor.build("rollout", Generator, Generator)

@@ -21,7 +21,7 @@ examples = settings(max_examples=150, deadline=None)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _cluster() -> Iterator[None]:
+def _cluster(forked_workers: None) -> Iterator[None]:
     own = cluster.connect(None, {})
     yield
     if own:

@@ -116,7 +116,7 @@ class VLLMConformance(RolloutEngineConformance):
         finished = list[int]()
 
         async def generate(index: int, priority: int) -> None:
-            await engine.generate(replace(request(8, seed=index), priority=priority))
+            await engine.generate(replace(request(32, seed=index), priority=priority))
             finished.append(index)
 
         async def scenario() -> None:

@@ -54,7 +54,7 @@ def test_a_failing_part_costs_its_share(tmp_path: Path) -> None:
     ("rewards", "message"),
     [
         ([], "at least 1"),
-        ([{"name": "gsm8k"}, {"name": "gsm8k"}], "several rewards are called 'gsm8k'"),
+        ([{"name": "gsm8k"}, {"name": "gsm8k"}], "several rewards have the label 'gsm8k'"),
         ([{"name": "gsm8"}], "did you mean 'gsm8k'"),
         ([{"name": "gsm8k", "gsm8k": {"methud": "strict"}}], "methud"),
         ([{"name": "gsm8k", "weight": float("nan")}], "finite"),

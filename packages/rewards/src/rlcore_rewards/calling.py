@@ -1,4 +1,4 @@
-"""Finding a user's reward function and calling it; imported in workers only."""
+"""Find a user's reward function and call it; imported in workers only."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ KEYWORDS: dict[str, Callable[[RewardSample], Any]] = {
     "ground_truth": lambda sample: sample.ground_truth,
     "extra_info": lambda sample: _extra_info(sample.extra),
 }
-"""The keyword arguments of verl's ``compute_score``, and what they are here."""
+"""The keyword arguments of verl's ``compute_score``, and their values from a sample."""
 
 BATCHED = ("completions", "prompts")
 """First parameters of functions that score a list of samples in one call."""
 
 
 def load(options: Mapping[str, Any]) -> Callable[[RewardSample], Any]:
-    """The function ``name`` in the file or module ``home``, ready to be called with a sample.
+    """Return the function ``name`` in the file or module ``home``, ready to be called with a sample.
 
     It takes either some of `KEYWORDS` by name, ``solution_str`` among them, or one `RewardSample`, plus ``kwargs``.
     It may be a coroutine function; all calls share one event loop.
 
     Raises:
-        WorkerFailure: it does not exist or takes something else.
+        WorkerFailure: the function does not exist or takes other arguments.
     """
     home, name, kwargs = options["home"], options["name"], options["kwargs"]
     module = _from_file(Path(home)) if home.endswith(".py") else _from_import(home)
@@ -60,12 +60,12 @@ def load(options: Mapping[str, Any]) -> Callable[[RewardSample], Any]:
 
 
 def _from_file(file: Path) -> ModuleType:
-    sys.path.insert(0, str(file.parent))  # its neighbours can be imported, as in a script
+    sys.path.insert(0, str(file.parent))  # modules of its folder can be imported, as in a script
     spec = spec_from_file_location(f"reward_function_{file.stem}", file)
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses and the like look for their own module
+    sys.modules[spec.name] = module  # where dataclasses look up the module of a class
     spec.loader.exec_module(module)
     return module
 
@@ -102,7 +102,7 @@ def _adapt(function: Callable[..., Any], kwargs: dict[str, Any]) -> Callable[[Re
         raise WorkerFailure(
             "startup",
             f"it must take {', '.join(KEYWORDS)} as keyword arguments (those it needs, at least solution_str) or one "
-            f"RewardSample, but {_name_of(function)}{signature} cannot be called so"
+            f"RewardSample, but {_name_of(function)}{signature} cannot be called in this way"
             f"{f' with kwargs {sorted(kwargs)}' if kwargs else ''}: {error}",
         ) from None
     if by_keyword:
@@ -111,14 +111,14 @@ def _adapt(function: Callable[..., Any], kwargs: dict[str, Any]) -> Callable[[Re
 
 
 def _name_of(function: Callable[..., Any]) -> str:
-    """A name for messages: of the function in a partial object, of the class of a callable object."""
+    """Return a name for messages: of the function in a partial object, of the class of a callable object."""
     if isinstance(function, partial):
         return _name_of(function.func)
     return getattr(function, "__name__", type(function).__name__)
 
 
 def _extra_info(extra: Mapping[str, Any]) -> dict[str, Any]:
-    """The data file's remaining fields; those under its column ``extra_info``, if it has one, on the same level."""
+    """Return the data file's remaining fields; the fields of its column ``extra_info``, if any, on the same level."""
     nested = extra.get("extra_info")
     if not isinstance(nested, Mapping):
         return dict(extra)

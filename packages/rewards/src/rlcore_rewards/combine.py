@@ -15,18 +15,18 @@ from rlcore.engines.settings import RewardSettings
 
 
 class Part(PluginSections):
-    """One of the rewards. Its own options stand in a section of its name, such as ``function``."""
+    """One of the rewards. Its options are in a section of its name, such as ``function``."""
 
     plugin_group: ClassVar[str] = "rlcore.rewards"
     plugin_field: ClassVar[str] = "name"
 
     name: str = Field(description="Reward (`rlcore plugins` lists the installed ones).")
     weight: float = Field(1.0, description="Factor of its score in the sum.")
-    label: str = Field("", description="What its score is called in the logs; its name when empty.")
+    label: str = Field("", description="Name of its score in the metrics; empty: the name of the reward.")
 
 
 class CombineOptions(Config):
-    """Which rewards."""
+    """Options of `combine`."""
 
     rewards: tuple[Part, ...] = Field(min_length=1, description="The rewards and their weights.")
 
@@ -35,16 +35,19 @@ class CombineOptions(Config):
     def _labels_differ(cls, rewards: tuple[Part, ...]) -> tuple[Part, ...]:
         twice = [label for label, count in Counter(map(label_of, rewards)).items() if count > 1]
         if twice:
-            raise ValueError(f"several rewards are called {', '.join(map(repr, twice))}; give each another label")
+            raise ValueError(
+                f"several rewards have the label {', '.join(map(repr, twice))}; set a different label for each"
+            )
         return rewards
 
 
 def label_of(part: Part) -> str:
+    """Return the name of a part's score in the metrics."""
     return part.label or part.name
 
 
 class CombinedReward(Reward):
-    """Σ weight·score. Extras: each part's score under ``<label>/score`` and its extras under ``<label>/…``.
+    """Reward Σ weight·score. Extras: each part's score under ``<label>/score`` and its extras under ``<label>/…``.
 
     A part that fails on a sample contributes its error score; the result names the first such failure. The answer is
     that of the first part that reads one.
@@ -73,7 +76,7 @@ class CombinedReward(Reward):
         return RewardResult(total, extras, answer, error)
 
     def stats(self) -> dict[str, int]:
-        """Sums over the parts: a sample counts once in each."""
+        """Return sums over the parts: a sample counts once in each."""
         total: Counter[str] = Counter({"samples": 0, "errors": 0})
         for _, reward in self._parts.values():
             total.update(reward.stats())

@@ -1,4 +1,4 @@
-"""`function`: a Python function of the user's, run in the pool. `rlcore_rewards.calling` is the workers' side."""
+"""`function`: a Python function of the user's, run in the pool. Workers use `rlcore_rewards.calling`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PATH = re.compile(r"(.+\.py|[A-Za-z_][\w.]*):([A-Za-z_][\w.]*)")
 
 
 class FunctionOptions(Config):
-    """Which function."""
+    """Options of `function`."""
 
     path: FileName = Field(description="'file.py:function' or 'package.module:function'.")
     kwargs: dict[str, JsonValue] = Field({}, description="Further keyword arguments of every call.")
@@ -34,10 +34,10 @@ class FunctionOptions(Config):
 
 
 def function_reward(options: FunctionOptions, settings: RewardSettings) -> PooledReward:
-    """The function as a reward; see `rlcore_rewards.calling.load` for what it may take and return.
+    """Return the function as a reward; see `rlcore_rewards.calling.load` for its arguments and results.
 
     Raises:
-        ConfigError: there is no such file, module or function, or it cannot be called with a sample.
+        ConfigError: the file, module or function does not exist, or it cannot be called with a sample.
     """
     home, _, name = options.path.rpartition(":")
     if is_url(home):

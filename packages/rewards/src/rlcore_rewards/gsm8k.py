@@ -1,6 +1,6 @@
 """`gsm8k`: grade-school arithmetic, whose answers are numbers after ``####`` (Cobbe et al., 2021).
 
-The check is a regular expression of ours over text: it runs in the trainer's process, not in the pool.
+The check is a regular expression that takes linear time, so it runs in the trainer's process, not in the pool.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TAIL = 300
 
 
 class GSM8KOptions(Config):
-    """How the answer is read and scored."""
+    """Options of `gsm8k`: how the answer is read and scored."""
 
     method: Literal["strict", "flexible"] = Field(
         "strict",
@@ -40,7 +40,7 @@ class GSM8KOptions(Config):
 
 
 def read_answer(completion: str, method: Literal["strict", "flexible"]) -> Decimal | None:
-    """The number a completion gives as its answer, or None."""
+    """Return the number that a completion gives as its answer, or None."""
     if method == "strict":
         numbers = _MARKED.findall(completion[-TAIL:])
     else:
@@ -49,10 +49,10 @@ def read_answer(completion: str, method: Literal["strict", "flexible"]) -> Decim
 
 
 def read_ground_truth(ground_truth: Any) -> Decimal:
-    """The number in a ground truth: a number, its text, or a whole gold answer that ends in ``#### number``.
+    """Return the number in a ground truth: a number, its text, or a complete gold answer that ends in ``#### number``.
 
     Raises:
-        ValueError: it holds none.
+        ValueError: the ground truth has no number.
     """
     text = str(ground_truth)
     marked = _MARKED.findall(text)
@@ -69,7 +69,7 @@ def _value(number: str) -> Decimal:
 
 
 class GSM8KReward(Reward):
-    """1 for the right number, ``format_score`` for a wrong one, 0 for none.
+    """Reward 1 for the right number, ``format_score`` for a wrong one, 0 for none.
 
     Extras: ``correct`` and ``answered``, each 0 or 1.
     """
@@ -94,6 +94,6 @@ class GSM8KReward(Reward):
 
 
 def _canonical(number: Decimal) -> str:
-    """Equal numbers, equal strings: 18, 18.0 and 18.00 are "18"."""
+    """Return equal strings for equal numbers: 18, 18.0 and 18.00 are "18"."""
     text = f"{number or Decimal():f}"
     return text.rstrip("0").rstrip(".") if "." in text else text

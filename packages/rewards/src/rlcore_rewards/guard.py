@@ -1,11 +1,11 @@
-"""The small process between the trainer and one worker: whatever the worker does, the guard outlives and cleans up.
+"""The small process between the trainer and one worker, which outlives the worker and cleans up after it.
 
 The guard forks the worker and never runs a line of the user's code. It is the *subreaper* of everything that descends
 from the worker (prctl(2)), so that a child which changes its session or loses its parent still belongs to it. It kills
 all of them when
 
-- the worker ends, for whatever reason;
-- the control pipe says so or is closed: the trainer wants the worker gone, or has itself died;
+- the worker ends, for any reason;
+- the control pipe receives `QUIT` or is closed: the trainer ends the worker, or has died;
 - a byte on the control pipe asks for a check, and the family has too many processes or too much memory.
 
 The worker in turn dies with its guard (parent-death signal). Linux only.
@@ -45,8 +45,8 @@ def run_guarded(
         pipes: descriptors that belong to the worker alone.
         owner: process id of the trainer, the parent of this process.
         control: read end of the control pipe.
-        memory: bytes that the worker and its descendants may hold together, and that each may allocate.
-        processes: how many they may be.
+        memory: maximum bytes that the worker and its descendants hold together, and that each allocates.
+        processes: maximum number of the worker and its descendants.
     """
     wake, waker = os.pipe()
     os.set_blocking(wake, False)
@@ -55,7 +55,7 @@ def run_guarded(
         signal.signal(number, lambda *_: None)  # a handler of any kind makes signals reach the pipe
     signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
-    # The signal also comes when the trainer's *thread* that started us ends, hence the question who our parent is.
+    # The signal is also sent when the trainer's *thread* that started this process ends, so `_watch` checks the parent.
     _prctl(_PR_SET_PDEATHSIG, signal.SIGUSR1)
     guard = os.getpid()
     worker = os.fork()
@@ -84,8 +84,8 @@ def _become_worker(guard: int, memory: int) -> None:
     if os.getppid() != guard:
         os._exit(1)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # RLIMIT_DATA counts private writable memory. RLIMIT_AS would also count what is only reserved, which for numerical
-    # libraries and threads is many times what they use; RLIMIT_RSS has no effect on Linux.
+    # RLIMIT_DATA counts private writable memory. RLIMIT_AS would also count reserved address space, which for numerical
+    # libraries and threads is many times the used memory; RLIMIT_RSS has no effect on Linux.
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
 
 
@@ -152,7 +152,7 @@ def _descendants(pid: int) -> Iterator[int]:
 
 
 def _private_memory(pid: int) -> int:
-    """Resident bytes that are not file pages; pages shared after a fork count in each process."""
+    """Return resident bytes that are not file pages; pages shared after a fork count in each process."""
     try:
         with open(f"/proc/{pid}/statm") as file:
             _, resident, shared, *_ = map(int, file.read().split())

@@ -1,4 +1,4 @@
-"""`math`: mathematical equality, by math-verify, in the pool. `rlcore_rewards.math_answers` is the workers' side."""
+"""`math`: mathematical equality, by math-verify, in the pool. Workers use `rlcore_rewards.math_answers`."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from rlcore_rewards.reply import WorkerFailure
 
 
 class MathOptions(Config):
-    """How the answer is read and scored."""
+    """Options of `math`: how the answer is read and scored."""
 
     extraction: Literal["boxed", "any"] = Field(
         "any",
         description=r"'boxed': the content of the last \boxed{}; 'any': that or, without one, the last expression.",
     )
     max_chars: int = Field(
-        20_000, gt=0, description="How much of the end of a completion is searched for the answer, in characters."
+        20_000,
+        gt=0,
+        description="Maximum number of characters at the end of a completion that are searched for the answer.",
     )
     format_score: float = Field(
         0.0, description="Score of an answer that can be read but is wrong; a right one scores 1."
@@ -33,7 +35,7 @@ class MathOptions(Config):
 
 
 def math_reward(options: MathOptions, settings: RewardSettings) -> PooledReward:
-    """1 for an equal expression, ``format_score`` for another one, 0 for none.
+    """Reward 1 for an equal expression, ``format_score`` for another one, 0 for none.
 
     Extras: ``correct`` and ``answered``, each 0 or 1.
 

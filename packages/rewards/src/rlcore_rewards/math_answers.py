@@ -1,7 +1,7 @@
-"""Reading and comparing mathematical answers with math-verify; imported in workers only.
+"""Read and compare mathematical answers with math-verify; imported in workers only.
 
-math-verify's own time limits are switched off: they are alarms, which a long operation in C never sees, and they turn
-"too slow" into "wrong" without a trace. The pool's limit kills the worker and is counted.
+math-verify's timeouts are disabled: they are alarms, which do not interrupt a long operation in C, and they report
+"too slow" as "wrong". The pool's timeout kills the worker and is counted.
 """
 
 from __future__ import annotations
@@ -26,12 +26,17 @@ _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|emph|oper
 
 
 def load(options: Mapping[str, Any]) -> Callable[[RewardSample], RewardResult]:
-    """The scoring function for the fields of `rlcore_rewards.math.MathOptions`."""
+    """Return the scoring function for the fields of `rlcore_rewards.math.MathOptions`."""
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it logs whole completions
     return lambda sample: score(sample, **options)
 
 
 def score(sample: RewardSample, extraction: str, max_chars: int, format_score: float) -> RewardResult:
+    """Score a sample; the arguments are the fields of `rlcore_rewards.math.MathOptions`.
+
+    Raises:
+        WorkerFailure: the ground truth cannot be read.
+    """
     golds = read_ground_truth(sample.ground_truth)
     text = sample.completion[-max_chars:]
     boxed = last_boxed(text)
@@ -53,7 +58,7 @@ class Gold:
     """One right answer.
 
     Attributes:
-        expressions: what math-verify reads in it.
+        expressions: the expressions that math-verify reads in it.
         words: the answer in lower case if it is words ("no", "no solution"); None for anything else.
     """
 
@@ -62,12 +67,12 @@ class Gold:
 
 
 def read_ground_truth(ground_truth: Any) -> list[Gold]:
-    r"""The right answers: a number, a boolean, a text, or a list of such, any of which is right.
+    r"""Return the right answers: a number, a boolean, a text, or a list of these, each of which is right.
 
     A text is plain LaTeX ("\frac{1}{2}"), words, or a solution with \boxed{} or "#### answer".
 
     Raises:
-        WorkerFailure: it is something else, or nothing can be read from it.
+        WorkerFailure: the ground truth is something else, or has no expression.
     """
     answers = ground_truth if isinstance(ground_truth, list | tuple) else [ground_truth]
     if not answers:
@@ -100,9 +105,9 @@ def _equal(gold: Gold, answer: list[Any], words: str | None) -> bool:
 
 
 def _words(text: str) -> str | None:
-    r"""``text``, or what \text{} holds in it, in lower case if it is words; None otherwise.
+    r"""Return ``text``, or the content of its \text{}, in lower case if it is words; None otherwise.
 
-    A word of its own has at least two letters, and one of several at least three: "a b" and "ab c" are products.
+    A single word has at least two letters, and one of several at least three: "a b" and "ab c" are products.
     """
     text = text.strip().strip("$").strip()
     found = _TEXT.fullmatch(text)
@@ -114,7 +119,7 @@ def _words(text: str) -> str | None:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What stands between the braces of the \boxed{} or \fbox{} that opens last among the closed; None without one."""
+    r"""Return the content of the last opened \boxed{} or \fbox{} that is closed; None without one."""
     open_braces: list[tuple[int, bool]] = []
     best = None
     for brace in _BRACES.finditer(text):

@@ -1,9 +1,9 @@
 """Rewards that run in a pool of worker processes, so that no sample can take the trainer down.
 
 Each thread of a small pool borrows one worker at a time and asks it for one sample within the limits of
-`RewardSettings`. A worker that breaks a limit, dies or answers nonsense is killed with everything it started and costs
-the sample it was on its score; a fresh one takes its place when it is needed. If it was killed by SIGKILL, as a rule
-from outside (a machine that is short of memory, an operator), the sample gets a second chance.
+`RewardSettings`. A worker that breaks a limit, dies or sends a malformed answer is killed with all processes it
+started, and its sample fails; a new worker replaces it when it is needed. If it was killed by SIGKILL, usually from
+outside (the kernel's memory killer, an operator), the sample is retried once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rlcore_rewards.worker_process import WorkerProcess
 
 
 class PooledReward(Reward):
-    """Scores with a function in worker processes.
+    """Score with a function in worker processes.
 
     The first worker starts immediately and shows whether the function loads; others start as calls overlap.
 
@@ -59,7 +59,7 @@ class PooledReward(Reward):
 
     def close(self) -> None:
         """End all workers; samples that are being scored fail."""
-        if self._closed or os.getpid() != self._owner:  # in a fork of the trainer the workers are not ours
+        if self._closed or os.getpid() != self._owner:  # in a fork of the trainer the workers belong to the trainer
             return
         with self._lock:
             self._closed = True
@@ -87,11 +87,11 @@ class PooledReward(Reward):
         return self._tally.scored(result)
 
     def _ask(self, worker: WorkerProcess, request: bytes) -> bytes:
-        """The worker's reply to a pickled sample, within the sample's time limit.
+        """Return the worker's reply to a pickled sample, within the sample's timeout.
 
         A worker's first call may import what the function needs, so it has up to ``startup_timeout_s``. Once first
-        calls have been answered, it has ``timeout_s`` and twice the time of the slowest of these: a sample that never
-        ends must not cost each new worker the whole start-up limit.
+        calls have been answered, it has ``timeout_s`` and twice the time of the slowest of these: a sample that hangs
+        must not cost each new worker the full start-up timeout.
         """
         seconds, limit = self._settings.timeout_s, f"timeout_s={self._settings.timeout_s:g}"
         if worker.answered:

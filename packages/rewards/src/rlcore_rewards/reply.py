@@ -1,4 +1,4 @@
-"""What a worker answers: JSON, because the trainer must never unpickle what a process that ran foreign code wrote."""
+"""Replies of workers: JSON, because the trainer must never unpickle data of a process that ran user code."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any
 from rlcore.engines.reward import RewardResult, result_problem
 
 MAX_BYTES = 1 << 20
-"""Size of the largest reply that the trainer reads."""
+"""Maximum size of a reply."""
 
 
 HARMLESS = frozenset({"exception", "exit", "result", "ground_truth"})
-"""Kinds of failure after which a worker can go on."""
+"""Kinds of failure after which a worker continues."""
 
 REPORTED = HARMLESS | {"memory", "startup"}
-"""Kinds that a worker reports itself; the trainer sees the others from outside."""
+"""Kinds that a worker reports; the trainer observes the others from outside."""
 
 
 class WorkerFailure(Exception):
-    """Why there is no result: a ``kind`` to count, and a message to log.
+    """A sample has no result: a ``kind`` to count, and a message to log.
 
     Attributes:
-        killed: the worker was ended by SIGKILL, which need not be the sample's fault.
+        killed: the worker was ended by SIGKILL, possibly not because of the sample.
     """
 
     def __init__(self, kind: str, message: str, killed: bool = False) -> None:
@@ -34,7 +34,7 @@ class WorkerFailure(Exception):
 
 
 def encode_result(value: Any) -> bytes:
-    """The reply for what a reward function returned.
+    """Return the reply for the return value of a reward function.
 
     Args:
         value: a number, a `RewardResult`, or a mapping with ``score``. Of a mapping, other finite numbers become
@@ -71,14 +71,15 @@ def encode_result(value: Any) -> bytes:
 
 
 def encode_failure(kind: str, message: str) -> bytes:
+    """Return the reply that reports a failure."""
     return json.dumps({"failure": kind, "message": message}).encode()
 
 
 def decode(reply: bytes) -> RewardResult:
-    """The result in a reply, checked again: the worker may hold code that writes to the pipe itself.
+    """Return the result in a reply, checked again: user code in the worker may write to the pipe.
 
     Raises:
-        WorkerFailure: the reply reports one, or is malformed (kind "protocol").
+        WorkerFailure: the reply reports a failure, or is malformed (kind "protocol").
     """
     try:
         fields = json.loads(reply)
@@ -99,7 +100,7 @@ def decode(reply: bytes) -> RewardResult:
 
 
 def _finite(value: Any) -> float:
-    """``value`` as a finite float: Python's, NumPy's and torch's numbers, but no text."""
+    """Return ``value`` as a finite float: Python's, NumPy's and torch's numbers, but no text."""
     try:
         if isinstance(value, str | bytes | bytearray):
             raise TypeError

@@ -1,4 +1,4 @@
-"""Counting samples and failures; every kind of failure is logged once, with its message."""
+"""Count samples and failures; every kind of failure is logged once, with its message."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 class Tally:
-    """What `rlcore.engines.reward.Reward.stats` reports, and what a failed sample gets."""
+    """Counts for `rlcore.engines.reward.Reward.stats`, and the result of failed samples. Thread-safe."""
 
     def __init__(self, reward: str, error_score: float) -> None:
         self.reward = reward
@@ -22,6 +22,7 @@ class Tally:
         self._lock = Lock()
 
     def scored(self, result: RewardResult) -> RewardResult:
+        """Count a scored sample and return its result."""
         with self._lock:
             self._samples += 1
         return result
@@ -44,6 +45,7 @@ class Tally:
         return RewardResult(self.error_score, error=kind)
 
     def stats(self) -> dict[str, int]:
+        """Return the number of samples, of failures, and of failures by kind."""
         with self._lock:
             kinds = {f"errors/{kind}": count for kind, count in sorted(self._failures.items())}
             return {"samples": self._samples, "errors": self._failures.total(), **kinds}

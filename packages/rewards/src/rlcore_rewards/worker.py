@@ -1,7 +1,7 @@
 """The worker process: ``python -m rlcore_rewards.worker``, started by `rlcore_rewards.worker_process`.
 
 It reads pickled requests, which the trainer wrote, and writes replies (`rlcore_rewards.reply`), each after its length
-in four bytes. The first request says which function to load.
+in four bytes. The first request names the function to load.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ MAX_MESSAGE = 4000
 
 
 def main() -> None:
+    """Run the worker that the command-line arguments describe (`rlcore_rewards.worker_process`)."""
     requests, replies, control, owner, memory, processes = map(int, sys.argv[1:])
     for descriptor in (requests, replies, control):
         os.set_inheritable(descriptor, False)
@@ -70,7 +71,7 @@ def _load(setup: dict[str, Any]) -> tuple[Callable[[Any], Any] | None, bytes]:
         return None, encode_failure(failure.kind, str(failure))
     except BaseException as error:
         text = str(error).partition("\n")[0][:MAX_MESSAGE]
-        if not isinstance(error, SyntaxError):  # which says where it is itself
+        if not isinstance(error, SyntaxError):  # its message has the line
             where = traceback.extract_tb(error.__traceback__)[-1]
             text += f" ({where.filename}, line {where.lineno})"
         message = f"importing it fails with {type(error).__name__}: {text}"

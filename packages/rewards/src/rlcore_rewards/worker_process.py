@@ -1,4 +1,4 @@
-"""The trainer's end of one worker process: start it, ask it within limits, kill it. Blocking; used from one thread."""
+"""The trainer's side of one worker process: start, request within limits, kill. Blocking; used from one thread."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from rlcore_rewards.reply import MAX_BYTES, WorkerFailure, decode
 from rlcore_rewards.worker import LENGTH, READY
 
 CHECK_INTERVAL = 0.1
-"""Seconds between looks at a busy worker's family (how many processes, how much memory)."""
+"""Seconds between checks of the number of processes and the memory of a busy worker."""
 
 LAST_WORDS = 2000
 """Bytes of a dead worker's output that are logged."""
 
 _ENVIRONMENT = ("PATH", "HOME", "USER", "LOGNAME", "TMPDIR", "LANG", "TZ", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
 _ENVIRONMENT_PREFIXES = ("LC_", "PYTHON")
-# Workers are many: one thread each; and the GPUs are the trainer's.
+# one thread each, because there are many workers; the GPUs belong to the trainer
 _ENVIRONMENT_SET = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
@@ -38,10 +38,10 @@ _ENVIRONMENT_SET = {
 
 
 class WorkerProcess:
-    """One worker; `start` must be called before it can be asked.
+    """One worker; call `start` before `ask`.
 
     Attributes:
-        answered: it has replied to a sample.
+        answered: whether the worker has replied to a sample.
     """
 
     def __init__(self, settings: RewardSettings) -> None:
@@ -87,26 +87,26 @@ class WorkerProcess:
             decode(reply)
 
     def ask(self, request: bytes, seconds: float, limit: str) -> bytes:
-        """The reply to a pickled sample.
+        """Return the reply to a pickled sample.
 
         Args:
-            limit: where ``seconds`` come from, for the message.
+            limit: the setting that ``seconds`` come from, for the message.
 
         Raises:
-            WorkerFailure: there is none; the worker must be killed then.
+            WorkerFailure: there is no reply; kill the worker then.
         """
         reply = self._exchange(request, seconds, limit)
         self.answered = True
         return reply
 
     def idle(self) -> bool:
-        """True if the worker lives and has said nothing unasked."""
+        """Return whether the worker lives and has sent no data without a request."""
         poll = select.poll()
         poll.register(self._replies, select.POLLIN)
         return not poll.poll(0)
 
     def interrupt(self) -> None:
-        """End the worker from another thread than the one that uses it, which then sees it die."""
+        """End the worker from another thread than the one that uses it; calls in that thread then fail."""
         with self._closing:
             if not self._closed:
                 self._tell(QUIT)
@@ -129,7 +129,7 @@ class WorkerProcess:
             os.close(descriptor)
 
     def _exchange(self, request: bytes, seconds: float, limit: str) -> bytes:
-        """Write a request, read its reply, and drain what the worker prints, all within ``seconds``."""
+        """Write a request, read its reply, and drain the worker's output, all within ``seconds``."""
         now = time.monotonic()
         deadline, check = now + seconds, now + CHECK_INTERVAL
         outgoing = memoryview(LENGTH.pack(len(request)) + request)
@@ -162,7 +162,7 @@ class WorkerProcess:
                         if len(reply) == expected:
                             return bytes(reply[LENGTH.size :])
                         if len(reply) > expected or expected > LENGTH.size + MAX_BYTES:
-                            raise WorkerFailure("protocol", "the worker sent something else than one reply")
+                            raise WorkerFailure("protocol", "the worker sent more or less than one reply")
             now = time.monotonic()
             if now >= deadline:
                 raise WorkerFailure("timeout", f"took longer than {limit}")
@@ -177,7 +177,7 @@ class WorkerProcess:
     def _write(self, outgoing: memoryview) -> memoryview:
         try:
             return outgoing[os.write(self._requests, outgoing) :]
-        except BrokenPipeError:  # its death shows on the other pipe
+        except BrokenPipeError:  # the other pipe reports its death
             return outgoing[:0]
 
     def _death(self, last_words: bytes) -> WorkerFailure:
@@ -199,7 +199,7 @@ class WorkerProcess:
 
 
 def environment(passed: tuple[str, ...]) -> dict[str, str]:
-    """What a worker sees of the trainer's environment: no keys or tokens unless they are named in ``passed``."""
+    """Return the part of the trainer's environment for a worker: no keys or tokens unless ``passed`` names them."""
     kept = {
         name: value
         for name, value in os.environ.items()

@@ -127,6 +127,11 @@ def test_modules_are_named_after_their_subject() -> None:
     assert named == []
 
 
+def test_configuration_models_are_in_modules_called_settings() -> None:
+    named = [str(path) for path in source_checks.sources() if path.name == "config.py"]
+    assert named == ["packages/core/src/rlcore/cli/config.py"]  # the command `rlcore config`
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_packages_are_complete(module: str) -> None:
     package = PACKAGES / MODULES[module]

@@ -115,8 +115,9 @@ def everything(session: nox.Session) -> None:
 
 
 def tests_with(session: nox.Session, resolution: str) -> None:
-    """The tests of all that ``rlcore[fsdp]`` installs, with versions of dependencies that are not the lock file's."""
-    packages = [Path("packages", name).absolute() for name in ("core", "engines-fsdp", "rewards", "recipes")]
+    """Test what ``rlcore[fsdp,ray]`` installs, with versions of dependencies that are not those of the lock file."""
+    names = ("core", "backend-kit", "controller-ray", "rollout-inline", "engines-fsdp", "rewards", "recipes")
+    packages = [Path("packages", name).absolute() for name in names]
     editable = [argument for package in packages for argument in ("--editable", str(package))]
     group = f"{packages[-1] / 'pyproject.toml'}:test"  # the recipes' tests need every other package's too
     # from outside the workspace, whose constraints would choose torch and transformers

@@ -59,7 +59,7 @@ def run(task: Any, model: Path, metrics_of: Callable[[Path], Steps], cluster: No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", ["ppo", "dapo"])  # grpo: the tests of several processes, and of a killed one
 def test_step_by_step(run: Run, recipe: str) -> None:
     steps = run(recipe, RECIPES[recipe])
     assert len(steps) == STEPS

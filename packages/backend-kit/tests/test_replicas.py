@@ -1,4 +1,4 @@
-"""Several replicas behind one engine: balance, groups, deaths, returns, weights."""
+"""Several replicas behind one engine: load balancing, groups, failures, restarts, weights."""
 
 import asyncio
 import random
@@ -23,7 +23,7 @@ WAIT_S = 60
 
 
 class MemoryEngine(RolloutEngine):
-    """A peer in memory: tokens are drawn by seed, weights and what came before, one at a time.
+    """An engine in memory: each token is drawn from seed, weights and preceding tokens.
 
     ``die`` makes it fail like an engine whose process is gone, ``hang`` makes it stand still.
     """
@@ -165,7 +165,7 @@ steps = st.lists(
 
 @settings(deadline=None)
 @given(steps, st.sampled_from([0.0, 2.0, 16.0]))
-def test_balance_against_plain_bookkeeping(actions, slack):
+def test_balance_equals_plain_bookkeeping(actions, slack):
     balance = Balance(slack)
     replicas: set[int] = set()
     running: dict[int, tuple[int, int]] = {}
@@ -209,7 +209,7 @@ def test_balance_against_plain_bookkeeping(actions, slack):
         assert all(balance.load(replica) == load(replica) for replica in replicas)
 
 
-def test_few_groups_are_remembered():
+def test_the_least_recently_used_group_is_forgotten():
     balance = Balance(slack=1000, max_groups=2)
     for replica in range(2):
         balance.add(replica)
@@ -224,7 +224,7 @@ def test_few_groups_are_remembered():
 # --- FanOut ----------------------------------------------------------------------------------------------------------
 
 
-def test_no_more_buckets_exist_than_for_one_reader():
+def test_at_most_two_buckets_exist_with_several_readers():
     alive: list[weakref.ref] = []
     most = 0
 
@@ -255,7 +255,7 @@ def test_no_more_buckets_exist_than_for_one_reader():
     assert most <= 2
 
 
-def test_a_stream_is_taken_to_its_end_without_readers():
+def test_a_stream_is_consumed_to_the_end_without_readers():
     made = []
     fan_out = FanOut({0: "slow"}, 0.05)
     fan_out.feed(made.append(index) or weights(index)[0] for index in range(3))
@@ -264,7 +264,7 @@ def test_a_stream_is_taken_to_its_end_without_readers():
         next(fan_out.reader(0))
 
 
-def test_a_broken_stream_is_told_to_the_readers():
+def test_a_broken_stream_is_an_error_of_the_readers():
     fan_out = FanOut({0: "a"}, WAIT_S)
     caught = []
 
@@ -287,7 +287,7 @@ def test_a_broken_stream_is_told_to_the_readers():
     assert caught == ["the stream of weights broke: no more"]
 
 
-# --- generating ------------------------------------------------------------------------------------------------------
+# --- generation ------------------------------------------------------------------------------------------------------
 
 
 def test_requests_are_spread_and_groups_stay_together():
@@ -309,20 +309,20 @@ def test_requests_without_a_seed_differ_between_replicas():
     assert completions[0].tokens != completions[1].tokens
 
 
-def test_a_large_group_is_spread_all_the_same():
+def test_a_large_group_moves_to_other_replicas():
     engines = [MemoryEngine() for _ in range(2)]
     Replicas(engines, slack=4).generate_batch([request(index, group=0) for index in range(40)])
     assert min(len(engine.seen) for engine in engines) >= 15
 
 
-def test_tokens_count_not_requests():
+def test_load_is_measured_in_tokens():
     engines = [MemoryEngine() for _ in range(2)]
     Replicas(engines).generate_batch([request(0, 200), *(request(index, 10) for index in range(1, 12))])
     assert [len(engine.seen) for engine in engines] == [1, 11]
 
 
-def test_a_replica_dies_in_mid_generation():
-    """What was finished is kept, the rest is made by the other with the same seeds, and the dead one is rebuilt."""
+def test_other_replicas_take_over_when_one_dies():
+    """Finished completions are kept, the other replica generates the rest with the same seeds, and one is rebuilt."""
     factories = [Factory(), Factory()]
     replicas = Replicas(factories, names=["left", "right"])
     requests = [request(index, 3 if index < 4 else 60) for index in range(20)]
@@ -348,8 +348,8 @@ def test_a_replica_dies_in_mid_generation():
     replicas.close()
 
 
-def test_requests_that_the_closing_of_a_dead_replica_refuses_go_to_the_other():
-    """One request tells of the death; the engine is closed under the others, which it then refuses."""
+def test_requests_that_a_closed_replica_refuses_go_to_another():
+    """One request fails with the death; the engine is closed while it has the others, and refuses them."""
 
     class Dying(MemoryEngine):
         async def generate(self, request: GenerationRequest) -> Completion:
@@ -367,7 +367,7 @@ def test_requests_that_the_closing_of_a_dead_replica_refuses_go_to_the_other():
     replicas.close()
 
 
-def test_requests_of_a_hung_replica_go_to_the_other():
+def test_requests_of_a_hung_replica_go_to_another():
     factories = [Factory(), Factory()]
     replicas = Replicas(factories, stall_timeout_s=0.5)
     factories[0].built[0].hung = True
@@ -379,7 +379,7 @@ def test_requests_of_a_hung_replica_go_to_the_other():
     replicas.close()
 
 
-def test_a_paused_replica_is_not_taken_for_hung():
+def test_a_paused_replica_does_not_count_as_hung():
     engines = [MemoryEngine(), MemoryEngine()]
     replicas = Replicas(engines, stall_timeout_s=0.4)
 
@@ -395,7 +395,7 @@ def test_a_paused_replica_is_not_taken_for_hung():
     assert replicas.reasons == {}
 
 
-def test_nobody_is_left():
+def test_requests_fail_if_no_replica_is_left():
     engines = [MemoryEngine(), MemoryEngine()]
     replicas = Replicas(engines, names=["http://a", "http://b"])
     engines[0].dead, engines[1].dead = "connection reset", "the process got signal 11"
@@ -405,7 +405,7 @@ def test_nobody_is_left():
         replicas.generate_batch([request(index) for index in range(4)])
 
 
-def test_nobody_comes_back_in_time():
+def test_requests_fail_if_no_replica_comes_back_in_time():
     factory = Factory()
     replicas = Replicas([factory], names=["only"], rejoin_timeout_s=0.5)
     factory.refuse = "connection refused"
@@ -427,7 +427,7 @@ def test_a_request_waits_for_the_only_replica():
     replicas.close()
 
 
-def test_a_request_that_kills_is_given_up():
+def test_a_request_that_kills_replicas_fails():
     class Fragile(MemoryEngine):
         async def generate(self, entry):
             if entry.request_id == "13":
@@ -440,7 +440,7 @@ def test_a_request_that_kills_is_given_up():
     replicas.close()
 
 
-def test_an_impossible_request_is_the_callers_alone():
+def test_an_impossible_request_drains_no_replica():
     engines = [MemoryEngine(), MemoryEngine()]
     replicas = Replicas(engines)
     with pytest.raises(EngineError, match="empty prompt"):
@@ -448,7 +448,7 @@ def test_an_impossible_request_is_the_callers_alone():
     assert replicas.reasons == {}
 
 
-def test_cancelled_requests_weigh_nothing():
+def test_cancelled_requests_do_not_count_as_load():
     engines = [MemoryEngine(), MemoryEngine()]
     replicas = Replicas(engines)
 
@@ -488,7 +488,7 @@ def test_abort_by_name_and_all():
         assert completion.tokens
 
 
-def test_an_aborted_request_is_not_made_elsewhere():
+def test_an_aborted_request_is_not_retried():
     factories = [Factory()]
     replicas = Replicas(factories)
 
@@ -506,7 +506,7 @@ def test_an_aborted_request_is_not_made_elsewhere():
     replicas.close()
 
 
-def test_control_reaches_all_and_drains_what_does_not_answer():
+def test_control_reaches_all_replicas_and_drains_those_that_fail():
     factories = [Factory(), Factory(), Factory()]
     replicas = Replicas(factories, names=["a", "b", "c"], timeout_s=0.5)
     engines = [factory.built[0] for factory in factories]
@@ -523,7 +523,7 @@ def test_control_reaches_all_and_drains_what_does_not_answer():
     while "b" in replicas.reasons:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert factories[1].built[1].paused, "a replica that joins a paused crowd must be paused"
+    assert factories[1].built[1].paused, "a replica that joins paused ones must be paused"
     replicas.resume()
     assert not factories[1].built[1].paused
     replicas.sleep()
@@ -537,7 +537,7 @@ def test_control_reaches_all_and_drains_what_does_not_answer():
 
 
 @pytest.mark.parametrize("together", [False, True])
-def test_all_must_start(together):
+def test_all_replicas_must_start(together):
     def broken():
         raise EngineError("no such model")
 
@@ -547,14 +547,14 @@ def test_all_must_start(together):
     assert first.closed
 
 
-def test_starting_has_an_end():
+def test_a_start_has_a_timeout():
     slow = threading.Event()
     with pytest.raises(EngineError, match=r"1 of 2 .* did not start: b: it did not start within 0\.2 s"):
         Replicas([MemoryEngine, slow.wait], names=["a", "b"], start_together=True, start_timeout_s=0.2)
     slow.set()
 
 
-def test_one_or_none():
+def test_the_error_of_a_single_replica_and_of_none():
     def broken():
         raise EngineError("no such model")
 
@@ -567,7 +567,7 @@ def test_one_or_none():
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
-def test_weights_reach_all():
+def test_weights_reach_all_replicas():
     engines = [MemoryEngine() for _ in range(3)]
     replicas = Replicas(engines)
     replicas.update_weights(iter(weights(2.5, 5)), 7)
@@ -592,8 +592,8 @@ def test_versions_that_differ_are_an_error():
         _ = replicas.version
 
 
-def test_a_replica_that_takes_no_weights_is_drained():
-    """The whole stream is taken, since other ranks of the trainer wait for that; the others go on."""
+def test_a_replica_that_fails_an_update_is_drained():
+    """The stream is consumed to the end, because other ranks of the trainer wait for that."""
     engines = [MemoryEngine() for _ in range(4)]
 
     class Deaf(MemoryEngine):
@@ -622,7 +622,7 @@ def test_a_replica_that_takes_no_weights_is_drained():
     engines[2].hung = False
 
 
-def test_nobody_takes_the_weights():
+def test_an_update_that_all_refuse_fails():
     engine = MemoryEngine()
     replicas = Replicas([engine], names=["only"])
     engine.failing_update = EngineError("no tensor named w")
@@ -633,7 +633,7 @@ def test_nobody_takes_the_weights():
     assert replicas.version == 1
 
 
-def test_the_trainers_failure_is_the_trainers():
+def test_a_failure_of_the_trainer_is_raised():
     def stream():
         yield weights(1.0)[0]
         raise RuntimeError("NaN in the weights")
@@ -642,7 +642,7 @@ def test_the_trainers_failure_is_the_trainers():
     with pytest.raises(RuntimeError, match="NaN in the weights"):
         replicas.update_weights(stream(), 1)
     with pytest.raises(EngineError, match=r"its update to version 1 broke off: .*NaN in the weights"):
-        replicas.generate_batch([request()])  # nobody knows what weights they hold
+        replicas.generate_batch([request()])  # it is unknown which weights they hold
     replicas.update_weights(weights(1.0), 1)
     assert replicas.generate_batch([request()])[0].versions == [(1, 10)]
 
@@ -671,7 +671,7 @@ def test_a_replica_with_old_weights_waits_for_the_next_update():
     replicas.close()
 
 
-def test_a_replica_is_given_the_current_weights_before_it_is_asked():
+def test_a_rebuilt_replica_gets_the_current_weights_before_requests():
     factories = [Factory(), Factory()]
     refreshed = []
 
@@ -696,7 +696,7 @@ def test_a_replica_is_given_the_current_weights_before_it_is_asked():
     replicas.close()
 
 
-def test_weights_that_come_under_way():
+def test_unfinished_requests_continue_with_new_weights():
     engines = [MemoryEngine(), MemoryEngine()]
     replicas = Replicas(engines)
 
@@ -714,8 +714,8 @@ def test_weights_that_come_under_way():
         assert sum(count for _, count in completion.versions) == len(completion.tokens)
 
 
-def test_many_deaths_lose_nothing():
-    """Replicas die and come back all the time; every request is answered once, with its own tokens."""
+def test_no_request_is_lost_when_replicas_keep_dying():
+    """Replicas die and come back; every request is answered once, with the tokens of its seed."""
     factories = [Factory() for _ in range(3)]
     replicas = Replicas(factories, attempts=50)
     requests = [request(index, 5 + index % 30, group=index // 4) for index in range(120)]
@@ -733,7 +733,7 @@ def test_many_deaths_lose_nothing():
 
 
 def test_a_rebuilt_engine_that_cannot_join_is_closed():
-    """Otherwise every retry would leave an engine, with its processes and memory, behind."""
+    """Otherwise every retry would leak an engine with its processes and memory."""
     factory = Factory()
     replicas = Replicas([factory, MemoryEngine()], names=["a", "b"])
     replicas.pause()

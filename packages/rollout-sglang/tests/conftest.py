@@ -1,4 +1,4 @@
-"""A proxy in front of a real server, for faults that servers seldom have."""
+"""A proxy in front of a real server that injects faults."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import pytest
 
 
 class FaultyProxy(ThreadingHTTPServer):
-    """Passes requests on to the server, and fails where it is told to.
+    """Forwards requests to the server, except where ``faults`` holds a fault.
 
     Attributes:
         faults: what happens at a path: "error" a 500, "refuse" a 400, "reset" the connection is closed before the
             answer, "half" in the middle of it, "hang" no answer, "garbage" no JSON, "strange" JSON of another form.
-        good: requests for completions that are passed on before the faults begin.
+        good: number of requests for completions that are forwarded before the faults begin.
         asked: path and body of all requests.
     """
 
@@ -41,7 +41,7 @@ class FaultyProxy(ThreadingHTTPServer):
         self.client.close()
 
     def handle_error(self, request, client_address) -> None:
-        """Clients go away in these tests."""
+        """Ignore clients that disconnect."""
 
 
 class _Handler(BaseHTTPRequestHandler):

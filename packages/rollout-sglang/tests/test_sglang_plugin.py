@@ -1,4 +1,4 @@
-"""The plugin and its settings, which cost nothing to import."""
+"""Plugin, settings and arguments, without a server."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ def spec(**options) -> RolloutSpec:
     return RolloutSpec(ModelSettings(path="anywhere"), SGLangSettings(**options), 64, seed=7)
 
 
-def test_is_found_with_its_settings():
+def test_the_plugin_is_found_with_its_settings():
     model = plugins.get("rlcore.rollout_engines", "sglang").config_class()
     assert issubclass(model, Config)
     assert model is SGLangSettings
@@ -42,30 +42,30 @@ def test_settings_import_neither_torch_nor_sglang_nor_httpx():
         ({"urls": ["localhost:8000"]}, "'localhost:8000' is not the URL of a server; write http://host:port"),
         ({"urls": ["http://localhost:1/", "http://localhost:1"]}, "urls names a server twice"),
         ({"urls": ["http://localhost:1"], "router": "http://example.org"}, "example.org is not on this machine"),
-        ({"router": "http://localhost:1"}, "the servers behind the router get their weights directly"),
-        ({"urls": ["http://localhost:1"], "replicas": 2}, "servers are started only where urls names none"),
+        ({"router": "http://localhost:1"}, "weights go directly to the servers behind the router"),
+        ({"urls": ["http://localhost:1"], "replicas": 2}, "servers are started only if urls is empty"),
         ({"weights": "disk"}, "weights 'disk' needs a folder"),
     ],
 )
-def test_settings_that_make_no_sense(options, message):
+def test_invalid_settings_are_refused(options, message):
     with pytest.raises(ValidationError, match=message):
         SGLangSettings(**options)
 
 
-def test_without_sglang_it_says_what_to_install(monkeypatch):
+def test_the_error_without_sglang_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(EngineError, match=r"pip install 'rlcore\[sglang\]', or name running servers"):
         build(spec())
 
 
-def test_a_version_that_is_too_old(monkeypatch):
+def test_an_old_version_is_refused(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.5.9.post2")
     with pytest.raises(EngineError, match=r"sglang 0\.5\.9\.post2 is too old: .* needs 0\.5\.21 or newer"):
         quirks.require_sglang()
 
 
-def test_arguments_of_a_server():
+def test_arguments_follow_the_settings_and_the_device():
     wanted = spec(tp_size=2, mem_fraction_static=0.5, args={"chunked_prefill_size": 512, "log_level": "debug"})
     made = server_arguments(wanted, wanted.options, on_cpu=False)
     assert made["dtype"] == "bfloat16"
@@ -81,14 +81,14 @@ def test_arguments_of_a_server():
     assert not server_arguments(deep, deep.options, on_cpu=False)["enable_weights_cpu_backup"]
 
 
-def test_further_arguments_that_are_wrong():
+def test_unknown_and_reserved_arguments_are_explained():
     known = ["chunked_prefill_size", "quantization", "tp_size", "port"]
     found = problems({"chunked_prefil_size": 1, "zzz": 1, "port": 1, "tp_size": 2, "quantization": "fp8"}, known)
     assert found == [
         "the installed SGLang has no argument chunked_prefil_size; did you mean chunked_prefill_size?",
-        "the installed SGLang has no argument zzz; see `sglang serve --help` for what it knows",
-        "port cannot be set: a free one is taken",
-        "tp_size is an option of its own: set tp_size instead of args.tp_size",
+        "the installed SGLang has no argument zzz; see `sglang serve --help` for its arguments",
+        "port cannot be set: rlcore chooses a free one",
+        "tp_size is a setting: set rollout.sglang.tp_size instead of args.tp_size",
     ]
 
 
@@ -108,5 +108,5 @@ def test_further_arguments_that_are_wrong():
         ("RuntimeError: x\nrlcore refuses: rollout.sglang.args: no\n", "rlcore refuses: rollout.sglang.args: no"),
     ],
 )
-def test_the_reason_in_a_log(log, reason):
+def test_the_reason_is_found_in_a_log(log, reason):
     assert reason_in(log).startswith(reason)

@@ -1,4 +1,4 @@
-"""A real SGLang server, started once: the contract, weights by every way, pauses, faults, and a start anew."""
+"""A real SGLang server, started once: conformance, weight updates by every method, pauses, faults, and a restart."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Server:
 
     @property
     def rollout(self) -> SGLangServerRollout:
-        """The engine's only replica, when it is there."""
+        """The engine's only replica, which must be running."""
         engine = self.engine.engines.get("SGLang server 0")
         assert isinstance(engine, SGLangServerRollout), self.engine.reasons
         return engine
@@ -69,7 +69,7 @@ class Server:
         return self.rollout.url
 
     def spec(self, *urls: str, model: Path | None = None, max_model_len: int = MAX_MODEL_LEN, **settings):
-        """For another client of the server, as if it ran already."""
+        """A spec for another client of the server, as if rlcore had not started it."""
         self._environment.setenv(KEY_VARIABLE, self.rollout.process.api_key)
         options = SGLangSettings(urls=urls or (self.url,), api_key_env=KEY_VARIABLE, **settings)
         return RolloutSpec(ModelSettings(path=str(model or self.model)), options, max_model_len)
@@ -93,7 +93,7 @@ def server(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def show_log(server):
-    """The end of the server's log goes to the report of a test that failed."""
+    """Print the server's log during the test, for the report of a failure."""
     start = server.log.stat().st_size
     yield
     with server.log.open(errors="replace") as output:
@@ -103,11 +103,13 @@ def show_log(server):
 
 @pytest.fixture
 def clients(server):
-    """``clients(*urls, **settings)`` is another engine over the running server, or over what stands before it."""
+    """``clients(*urls, **settings)`` builds another engine over the running server, or over a proxy or router of it."""
     built = []
 
     def make(*urls, **options):
-        if len(urls) > 1:  # several names of one server: two that have it read its model at once would end it (0.5.21)
+        if (
+            len(urls) > 1
+        ):  # several names of one server, which ends if two clients make it load its model together (0.5.21)
             build(server.spec()).close()
             server.post("/update_weight_version", new_version=FRESH, abort_all_requests=False)
         built.append(build(server.spec(*urls, **options)))
@@ -136,14 +138,14 @@ def request(index: int = 0, max_tokens: int = 20, **changes) -> GenerationReques
 
 @torch.no_grad()
 def logprobs(model: Path, asked: GenerationRequest, completion: Completion) -> torch.Tensor:
-    """Of the completion's tokens, by transformers."""
+    """Log-probs of the completion's tokens, computed by transformers."""
     sequence = torch.tensor([[*asked.prompt, *completion.tokens]])
     logits = loaded(model)(sequence).logits[0, len(asked.prompt) - 1 : -1]
     return logits.log_softmax(-1).gather(-1, torch.tensor(completion.tokens)[:, None])[:, 0]
 
 
 def largest_difference(model: Path, requests, completions) -> float:
-    """Of log-probs to those of transformers."""
+    """Largest difference of log-probs to those of transformers."""
     return max(
         float((logprobs(model, asked, made) - torch.tensor(made.logprobs)).abs().max())
         for asked, made in zip(requests, completions, strict=True)
@@ -177,8 +179,8 @@ del RolloutEngineConformance
 
 
 @pytest.mark.parametrize("way", ["tensor", "distributed", "disk"])
-def test_weights_by_every_way(server, clients, tmp_path, way):
-    """In several buckets, which divide fused layers, there and back; log-probs are the new model's each time."""
+def test_weight_updates_by_every_method(server, clients, tmp_path, way):
+    """Several buckets divide fused layers; after each of four updates, log-probs are the new model's."""
     rollout = clients(weights=way, weights_dir=tmp_path)
     requests = [request(index) for index in range(4)]
     for version, model in ((1, server.other), (2, server.model), (3, server.other), (4, server.model)):
@@ -189,8 +191,8 @@ def test_weights_by_every_way(server, clients, tmp_path, way):
         assert {span for completion in completions for span in completion.versions} == {(version, 20)}
 
 
-def test_weights_that_sleep_dropped(server, clients):
-    """On the CPU SGLang keeps its memory; that nobody generates with what was in it is the client's doing."""
+def test_requests_fail_while_the_weights_are_dropped(server, clients):
+    """On the CPU SGLang keeps its memory; the client refuses requests."""
     rollout = clients(sleep_level=2)
     rollout.update_weights(weights_of(server.other), 1)
     rollout.sleep()
@@ -210,8 +212,8 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_weights_that_are_not_the_models(server, clients, wrong):
-    """SGLang itself would skip them, keep the old ones, or end. Nothing is generated with a mixture."""
+def test_weights_of_another_model_are_refused(server, clients, wrong):
+    """SGLang itself would skip them, keep the old ones, or end. No request is generated with a mixture."""
     rollout = clients()
     change, message = WRONG[wrong]
     (bucket,) = weights_of(server.other)
@@ -221,7 +223,7 @@ def test_weights_that_are_not_the_models(server, clients, wrong):
     assert largest_difference(server.model, [request()], rollout.generate_batch([request()])) < 1e-4
 
 
-def test_the_trainers_failure_in_mid_update(server, clients):
+def test_a_failure_of_the_trainer_during_an_update_is_raised(server, clients):
     rollout = clients()
 
     def stream():
@@ -250,8 +252,8 @@ def test_the_trainers_failure_in_mid_update(server, clients):
         ("disk", "/update_weights_from_disk", "refuse"),
     ],
 )
-def test_a_refusal_ends_the_update_at_once(server, clients, proxy, tmp_path, way, path, fault):
-    """Whatever the server refuses, no collective waits for it, and the next update succeeds."""
+def test_a_refusal_ends_the_update_without_waiting(server, clients, proxy, tmp_path, way, path, fault):
+    """No collective waits for a server that refuses, and the next update succeeds."""
     rollout = clients(proxy.url, weights=way, weights_dir=tmp_path, rejoin_timeout_s=30.0)
     proxy.faults[path] = fault
     start = time.monotonic()
@@ -264,9 +266,9 @@ def test_a_refusal_ends_the_update_at_once(server, clients, proxy, tmp_path, way
     assert largest_difference(server.model, [request()], rollout.generate_batch([request()])) < 1e-4
 
 
-def test_versions_are_those_of_the_run(server):
-    """Another run's weights, and a mixture that a dead client left, are not taken for a version of ours. A run begins
-    with the model's own weights."""
+def test_versions_belong_to_one_run(server):
+    """Weights of another run, and a mixture that a dead client left, have no version. A run begins with the model's own
+    weights."""
     spec, labels = server.spec(), WeightLabels()
     client = partial(connect, server.url, spec, spec.options)
     first = client(labels)
@@ -293,7 +295,7 @@ def test_versions_are_those_of_the_run(server):
 
 
 @pytest.mark.parametrize("mode", ["retract", "in_place", "abort"])
-def test_one_sample_of_several_versions(server, clients, mode):
+def test_a_sample_has_tokens_of_several_versions(server, clients, mode):
     rollout = clients(pause_mode=mode)
     asked = request(3, max_tokens=1500)
     rollout.update_weights(weights_of(server.model), 1)
@@ -326,13 +328,13 @@ def test_one_sample_of_several_versions(server, clients, mode):
 # --- requests --------------------------------------------------------------------------------------------------------
 
 
-def test_few_connections_and_an_abort_while_requests_wait_for_them(clients):
+def test_abort_ends_requests_that_wait_for_a_connection(clients):
     engine, other = clients(max_connections=2), clients()
 
     async def scenario():
         running = [asyncio.create_task(engine.generate(request(index, MAX_MODEL_LEN - 100))) for index in range(4)]
         await asyncio.sleep(0.5)
-        await other.generate(request(9))  # the server has got so far
+        await other.generate(request(9))  # the server has begun with them
         await asyncio.to_thread(engine.abort)
         return await asyncio.wait_for(asyncio.gather(*running), 60)
 
@@ -343,13 +345,13 @@ def test_few_connections_and_an_abort_while_requests_wait_for_them(clients):
 
 
 @pytest.mark.parametrize("mode", ["retract", "abort"])
-def test_an_abort_in_a_pause(clients, mode):
-    """What ran returns what it has, at once; what came in the pause returns nothing."""
+def test_abort_during_a_pause(clients, mode):
+    """A running request returns its tokens immediately; one that arrived during the pause returns none."""
     engine = clients(pause_mode=mode)
 
     async def scenario():
         running = [asyncio.create_task(engine.generate(request(0, 5000)))]
-        for _ in range(6):  # SGLang tells its own front of every fiftieth token only
+        for _ in range(6):  # SGLang's scheduler reports every fiftieth token only
             await engine.generate(request(1))
         await asyncio.to_thread(engine.pause)
         running.append(asyncio.create_task(engine.generate(request(2))))
@@ -365,15 +367,15 @@ def test_an_abort_in_a_pause(clients, mode):
     assert not came.tokens
 
 
-def test_two_clients_of_one_server_behind_one_engine(server, clients):
-    """What the engine does with two servers, with one server under two names."""
+def test_requests_are_balanced_over_two_servers(server, clients):
+    """The two servers are one server under two names."""
     engine = clients(server.url, server.url.replace("127.0.0.1", "localhost"))
     requests = [request(index, group=index // 4) for index in range(16)]
     assert largest_difference(server.model, requests, engine.generate_batch(requests)) < 1e-4
 
 
-def test_end_tokens_that_are_ignored_beside_stop_tokens_that_are_not(clients):
-    """SGLang knows only both or none."""
+def test_end_tokens_can_be_ignored_while_stop_tokens_count(clients):
+    """SGLang itself ignores both or neither."""
     engine = clients()
     hot = {"temperature": 1.5, "ignore_eos": True}
     (whole,) = engine.generate_batch([GenerationRequest([9, 8, 7], SamplingParams(600, seed=2, **hot))])
@@ -386,7 +388,7 @@ def test_end_tokens_that_are_ignored_beside_stop_tokens_that_are_not(clients):
     assert stopped.logprobs == pytest.approx(whole.logprobs[: len(stopped.tokens)], abs=1e-4)
 
 
-def test_waiting_for_a_pause_is_not_hanging(clients):
+def test_a_pause_does_not_count_as_a_timeout(clients):
     engine = clients(timeout_s=2, health_interval_s=0.5)
 
     async def scenario():
@@ -402,7 +404,7 @@ def test_waiting_for_a_pause_is_not_hanging(clients):
 
 @pytest.fixture
 def router(server):
-    """SGLang's own, before the server."""
+    """SGLang's router in front of the server."""
     with socket.socket() as first, socket.socket() as second:
         for probe in (first, second):
             probe.bind(("127.0.0.1", 0))
@@ -414,7 +416,7 @@ def router(server):
     try:
         deadline = time.monotonic() + 300
         body = {"input_ids": [5], "sampling_params": {"max_new_tokens": 1}}
-        while True:  # it is well before it knows its server
+        while True:  # it is healthy before it knows its server
             with suppress(httpx.TransportError):
                 headers = {"Authorization": f"Bearer {key}"}
                 url = f"http://127.0.0.1:{port}/generate"
@@ -429,8 +431,8 @@ def router(server):
         process.wait(60)
 
 
-def test_sglangs_router(server, clients, router):
-    """It passes requests on; weights and aborts go to the server."""
+def test_requests_go_through_sglangs_router(server, clients, router):
+    """Weights and aborts go to the server directly."""
     engine = clients(router=router)
     engine.update_weights(weights_of(server.other), 5)
     requests = [request(index) for index in range(8)]
@@ -452,7 +454,7 @@ def test_sglangs_router(server, clients, router):
 # --- users' mistakes -------------------------------------------------------------------------------------------------
 
 
-def test_wrong_key_model_and_length(server, clients, tmp_path, monkeypatch):
+def test_a_wrong_key_model_or_length_is_refused(server, clients, tmp_path, monkeypatch):
     with pytest.raises(
         EngineError, match=r"accepts sequences of 8195 tokens, but this run needs 20000.*--context-length 20008"
     ):
@@ -481,7 +483,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_one_clear_message(clients, proxy, fault):
+def test_every_fault_has_a_clear_message(clients, proxy, fault):
     engine = clients(proxy.url, timeout_s=2.0, rejoin_timeout_s=1.0)
     proxy.faults["/generate"] = fault
     with pytest.raises(EngineError, match=f"{proxy.url}.*{FAULTS[fault]}"):
@@ -489,8 +491,8 @@ def test_one_clear_message(clients, proxy, fault):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_other_server_makes_what_is_left(server, clients, proxy, fault):
-    """What was finished before the fault is asked for once."""
+def test_another_server_takes_over_unfinished_requests(server, clients, proxy, fault):
+    """Requests that were finished before the fault are sent once."""
     requests = [request(index) for index in range(16)]
     engine = clients(proxy.url, server.url, timeout_s=4.0)
     undisturbed = [made.tokens for made in server.engine.generate_batch(requests)]
@@ -498,10 +500,10 @@ def test_the_other_server_makes_what_is_left(server, clients, proxy, fault):
     completions = engine.generate_batch(requests)
     assert [made.tokens for made in completions] == undisturbed
     asked = [body["input_ids"][-1] for path, body in proxy.asked if path == "/generate"]
-    assert 3 < len(set(asked)) == len(asked) <= 8  # some may not have been sent when the first one fails
+    assert 3 < len(set(asked)) == len(asked) <= 8  # some may be unsent when the first one fails
 
 
-def test_a_request_that_is_refused_is_the_callers_alone(clients, proxy):
+def test_a_refused_request_does_not_drain_the_server(clients, proxy):
     engine = clients(proxy.url)
     proxy.faults["/generate"] = "refuse"
     with pytest.raises(EngineError, match=r"refuses to complete request '0' \(400\): not now"):
@@ -510,8 +512,8 @@ def test_a_request_that_is_refused_is_the_callers_alone(clients, proxy):
     assert len(engine.generate_batch([request()])[0].tokens) == 20
 
 
-def test_a_server_that_hangs_is_found_out_before_its_time(clients, proxy):
-    """Its completions may take ten minutes, but it does not say that it is well."""
+def test_a_hanging_server_is_found_by_its_health_check(clients, proxy):
+    """The timeout of completions is ten minutes, but the server does not report its health."""
     engine = clients(proxy.url, health_interval_s=0.5, rejoin_timeout_s=1.0)
     proxy.faults |= {"/generate": "hang", "/health": "error"}
     start = time.monotonic()
@@ -520,7 +522,7 @@ def test_a_server_that_hangs_is_found_out_before_its_time(clients, proxy):
     assert time.monotonic() - start < 60
 
 
-def test_nobody_there(server, clients):
+def test_an_unreachable_server_is_an_error(server, clients):
     with pytest.raises(EngineError, match=r"1 of 2 rollout replicas did not start: .*127\.0\.0\.1:9 accepts no"):
         clients(server.url, "http://127.0.0.1:9", connect_timeout_s=2.0, retries=0)
 
@@ -528,13 +530,13 @@ def test_nobody_there(server, clients):
 # --- servers that are started here -----------------------------------------------------------------------------------
 
 
-def test_arguments_that_the_installed_version_does_not_know(server, tmp_path):
+def test_unknown_arguments_of_the_installed_version_are_refused(server, tmp_path):
     settings = SGLangSettings(**{**ON_CPU, "args": {"grammar_backnd": "none"}}, log_dir=tmp_path)
     with pytest.raises(EngineError, match=r"^rollout\.sglang\.args: .* grammar_backnd; did you mean grammar_backend"):
         build(RolloutSpec(ModelSettings(path=str(server.model)), settings, MAX_MODEL_LEN))
 
 
-def test_nobody_else_sees_the_key(server):
+def test_the_key_is_hidden_from_other_users(server):
     process = server.rollout.process
     arguments = server.log.with_suffix(".json")
     assert process.api_key in arguments.read_text()
@@ -543,7 +545,7 @@ def test_nobody_else_sees_the_key(server):
 
 
 @pytest.mark.slow
-def test_two_processes_share_layers(server, tmp_path):
+def test_tensor_parallelism_of_two_processes(server, tmp_path):
     settings = SGLangSettings(**ON_CPU, tp_size=2, log_dir=tmp_path)
     engine = build(RolloutSpec(ModelSettings(path=str(server.model)), settings, MAX_MODEL_LEN))
     try:
@@ -558,8 +560,8 @@ def test_two_processes_share_layers(server, tmp_path):
         engine.close()
 
 
-def test_the_server_ends_with_whoever_started_it(server, tmp_path):
-    """Its standard input closes, however that process ended; seen on what runs in the server beside it."""
+def test_the_server_ends_with_the_process_that_started_it(server, tmp_path):
+    """Its standard input closes; tested on the thread that waits for that in the server."""
     code = "from rlcore_sglang import serve; serve._end_with_starter()"
     process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, start_new_session=True)
     with pytest.raises(subprocess.TimeoutExpired):
@@ -568,9 +570,8 @@ def test_the_server_ends_with_whoever_started_it(server, tmp_path):
     assert process.wait(60) == -signal.SIGKILL
 
 
-def test_a_server_that_is_killed_is_started_anew_with_the_current_weights(server):
-    """Its scheduler is killed in mid-generation: requests are made by the next one, with the weights and the seeds that
-    they would have had."""
+def test_a_killed_server_is_restarted_with_the_current_weights(server):
+    """Its scheduler is killed during generation: the next one has the same weights and gets the same seeds."""
     engine, killed = server.engine, server.rollout
     engine.update_weights(weights_of(server.other, buckets=3), 7)
     requests = [request(index, max_tokens=400) for index in range(6)]

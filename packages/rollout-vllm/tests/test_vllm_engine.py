@@ -1,4 +1,4 @@
-"""vLLM under the conformance kit and more: in this process, and in processes of its own with tensor parallelism."""
+"""vLLM under the conformance kit and more: in this process, and in separate processes with tensor parallelism."""
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
@@ -78,7 +78,7 @@ class VLLMConformance(RolloutEngineConformance):
         change(weights)
         with pytest.raises(EngineError, match=message):
             engine.update_weights([WeightBucket(tuple(weights.items()))], 130)
-        with pytest.raises(EngineError, match="weight update 130 failed midway; send the whole weights again"):
+        with pytest.raises(EngineError, match="weight update 130 failed midway; update the weights again"):
             engine.generate_batch([request(8)])
         self.load_weights(engine, model, 131)
         assert engine.generate_batch([request(8)])[0].tokens == before
@@ -140,7 +140,7 @@ class TestInProcess(VLLMConformance):
     pass
 
 
-class TestOwnProcess(VLLMConformance):
+class TestSeparateProcess(VLLMConformance):
     options: ClassVar[dict[str, Any]] = {"mode": "process"}
     draws = 1000
 

@@ -117,7 +117,7 @@ def test_closing_fails_unfinished_requests_and_level_2_waits_for_weights(
     engine = start(model, sleep_level=2)
     before = engine.generate_batch([request(6)])[0].tokens
     engine.sleep()
-    with pytest.raises(EngineError, match=r"dropped by sleep \(sleep_level 2\)"):
+    with pytest.raises(EngineError, match=r"sleep dropped the weights \(sleep_level 2\)"):
         engine.generate_batch([request(6)])
     engine.update_weights(weights, 1)
     assert engine.generate_batch([request(6)])[0].tokens == before

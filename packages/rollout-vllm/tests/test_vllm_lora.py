@@ -1,4 +1,4 @@
-"""Adapters that are replaced in a running engine: in this process, and in a process of its own."""
+"""Updates of LoRA adapters in a running engine, in this process and in a separate one."""
 
 import asyncio
 from collections.abc import Iterator
@@ -157,7 +157,7 @@ def test_an_update_in_mid_generation(engine: RolloutEngine, model: Path) -> None
     ("change", "message"),
     [
         (lambda a: a.pop(next(iter(a))), "lacks a matrix of base_model.model.model.layers.0.self_attn.q_proj"),
-        (lambda a: a.clear() or a.update({"model.norm.weight": torch.ones(32)}), "takes adapters, not model.norm"),
+        (lambda a: a.clear() or a.update({"model.norm.weight": torch.ones(32)}), "accepts adapters, not model.norm"),
         (
             lambda a: a.update({f"{PREFIX}wait.lora_{part}.weight": torch.ones(1, 1) for part in "AB"}),
             "no layers for 1 of the adapters: wait",
@@ -169,7 +169,7 @@ def test_an_update_in_mid_generation(engine: RolloutEngine, model: Path) -> None
             "rank 9 is greater than max_lora_rank 8",
         ),
     ],
-    ids=["half an adapter", "whole weights", "an unknown layer", "too high a rank"],
+    ids=["half an adapter", "full weights", "an unknown layer", "too high a rank"],
 )
 def test_adapters_that_do_not_fit(engine: RolloutEngine, model: Path, change: Any, message: str) -> None:
     adapters = random_adapters(model, seed=1)
@@ -186,7 +186,7 @@ def test_adapters_that_do_not_fit(engine: RolloutEngine, model: Path, change: An
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": "server", "server": {"urls": ["http://127.0.0.1:1"]}}, "servers take whole weights"),
+        ({"mode": "server", "server": {"urls": ["http://127.0.0.1:1"]}}, "servers take full weights"),
         ({"mode": "process", "weight_transfer": "nccl"}, "not weight_transfer=nccl"),
         ({"sleep_level": 2}, "sleep_level=2 drops the weights below"),
         ({"load_format": "dummy"}, "load_format=dummy reads no weights"),
@@ -199,7 +199,7 @@ def test_options_that_do_not_go_together(options: dict[str, Any], message: str) 
 
 
 def test_an_engine_without_room_for_the_adapters(model: Path) -> None:
-    with pytest.raises(EngineError, match="enable_lora: the policy trains whole weights"):
+    with pytest.raises(EngineError, match="enable_lora: the policy trains full weights"):
         make_engine(model, rank=None)
-    with pytest.raises(EngineError, match="takes adapters up to rank 512"):
+    with pytest.raises(EngineError, match="vLLM takes at most 512"):
         make_engine(model, rank=513)

@@ -1,4 +1,4 @@
-"""The plugin and its settings, which cost nothing to import."""
+"""Plugin and settings, without an engine."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ from rlcore_vllm.engine import build
 from rlcore_vllm.settings import VLLMSettings
 
 
-def test_is_found_with_its_settings():
+def test_the_plugin_is_found_with_its_settings():
     model = plugins.get("rlcore.rollout_engines", "vllm").config_class()
     assert issubclass(model, Config)
     assert model is VLLMSettings
@@ -32,33 +32,33 @@ def test_unknown_options_have_hints():
         VLLMSettings(tensor_paralel_size=2)
 
 
-def test_server_section_and_mode_belong_together():
+def test_the_server_section_needs_mode_server():
     with pytest.raises(ValidationError, match="mode 'server' needs the section server"):
         VLLMSettings(mode="server")
     with pytest.raises(ValidationError, match="only mode 'server' uses servers"):
         VLLMSettings(server={"urls": ["http://127.0.0.1:1"]})
 
 
-def test_settings_that_do_not_fit_together():
-    with pytest.raises(ValidationError, match="several engines need processes of their own"):
+def test_contradicting_settings_are_refused():
+    with pytest.raises(ValidationError, match="several engines need separate processes"):
         VLLMSettings(replicas=2)
-    with pytest.raises(ValidationError, match="delta is for weights 'transfer' by shm or gloo"):
+    with pytest.raises(ValidationError, match="delta needs weights 'transfer' by shm or gloo"):
         VLLMSettings(mode="server", server={"urls": ["http://127.0.0.1:1"], "transport": "nccl", "delta": True})
 
 
-def test_without_vllm_it_says_what_to_install(monkeypatch):
+def test_the_error_without_vllm_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(EngineError, match=r"pip install 'rlcore\[vllm\]'"):
         build(RolloutSpec(ModelSettings(path="anywhere"), VLLMSettings(), 64))
 
 
-def test_a_version_that_was_not_tested(monkeypatch, caplog):
+def test_an_untested_version_is_a_warning(monkeypatch, caplog):
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.99.0")
     assert quirks.require_vllm() == "0.99.0"
     assert "vllm 0.99.0 is newer than 0.33" in caplog.text
 
 
-def test_a_version_that_is_too_old(monkeypatch):
+def test_an_old_version_is_refused(monkeypatch):
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.31.2")
     with pytest.raises(EngineError, match=r"vllm 0\.31\.2 is too old: rlcore-rollout-vllm needs 0\.32 or newer"):
         quirks.require_vllm()

@@ -1,4 +1,4 @@
-"""A real ``vllm serve``, started once: the contract, weights by either way, versions, groups of servers."""
+"""A real ``vllm serve``, started once: conformance, weight updates by every method, versions, several servers."""
 
 import asyncio
 import os
@@ -35,7 +35,7 @@ KEY_VARIABLE = "RLCORE_TEST_SERVER_KEY"
 
 
 def wide_model(path: Path, seed: int) -> Path:
-    """The kit's model with heads of 32: vLLM's attention on the CPU knows none of 8."""
+    """The kit's model with heads of size 32: vLLM's attention on the CPU does not support size 8."""
     return tiny_model(
         path,
         seed=seed,
@@ -68,7 +68,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """Imports and start take a minute and more; the log is shown if it does not come up or a test fails."""
+    """A server, which starts in a minute or more; its log is shown if it does not start or a test fails."""
     folder = tmp_path_factory.mktemp("server")
     model, other = wide_model(folder / "model", 0), wide_model(folder / "other", 1)
     with socket.socket() as probe:
@@ -103,7 +103,7 @@ def server(tmp_path_factory):
             command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=folder, start_new_session=True
         )
     try:
-        _wait_until_well(f"http://127.0.0.1:{port}", process, log)
+        _wait_until_healthy(f"http://127.0.0.1:{port}", process, log)
         os.environ[KEY_VARIABLE] = API_KEY
         yield Server(f"http://127.0.0.1:{port}", model, other, log)
     finally:
@@ -111,7 +111,7 @@ def server(tmp_path_factory):
         _end(process)
 
 
-def _wait_until_well(url: str, process: subprocess.Popen, log: Path) -> None:
+def _wait_until_healthy(url: str, process: subprocess.Popen, log: Path) -> None:
     deadline = time.monotonic() + START_S
     while True:
         try:
@@ -125,7 +125,7 @@ def _wait_until_well(url: str, process: subprocess.Popen, log: Path) -> None:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """End the server's process group, which is its own."""
+    """End the server's process group."""
     for how in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, how)
@@ -139,7 +139,7 @@ def _end(process: subprocess.Popen) -> None:
 
 @pytest.fixture(autouse=True)
 def show_log(request, server):
-    """The end of the server's log goes to the report of a test that failed."""
+    """Print the server's log during the test, for the report of a failure."""
     start = server.log.stat().st_size
     yield
     with server.log.open() as log:
@@ -167,7 +167,7 @@ def request(index: int = 0, max_tokens: int = 20, **changes) -> GenerationReques
 
 
 def largest_difference(model: Path, requests, completions) -> float:
-    """Of log-probs to those of transformers."""
+    """Largest difference of log-probs to those of transformers."""
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     worst = 0.0
     for asked, completion in zip(requests, completions, strict=True):
@@ -209,8 +209,8 @@ del RolloutEngineConformance
 
 
 @pytest.mark.parametrize("way", ["shm", "gloo", "reload", "delta"])
-def test_weights_by_every_way(server, tmp_path, way):
-    """In several buckets, which divide fused layers, there and back; log-probs are the new model's each time."""
+def test_weight_updates_by_every_method(server, tmp_path, way):
+    """Several buckets divide fused layers; after each of four updates, log-probs are the new model's."""
     settings = {
         "reload": {"weights": "reload", "weights_dir": tmp_path},
         "delta": {"transport": "gloo", "delta": True},
@@ -235,8 +235,8 @@ def test_weights_by_every_way(server, tmp_path, way):
         rollout.close()
 
 
-def test_an_update_that_is_refused_leaves_the_server_to_the_next(server, rollout):
-    """A tensor that does not belong there: the reason comes at once, nothing is generated with a mixture."""
+def test_a_refused_update_pauses_the_server_until_the_next(server, rollout):
+    """An unknown tensor is reported immediately, and no request is generated with a mixture."""
     rollout.update_weights(weights_of(server.model), 1)
     start = time.monotonic()
     wrong = WeightBucket((("model.layers.0.no_such.weight", torch.zeros(4)),))
@@ -254,7 +254,7 @@ def test_an_update_that_is_refused_leaves_the_server_to_the_next(server, rollout
 
 
 def _until_settled(rollout: Replicas) -> None:
-    """Generate, as soon as the client of the refused update is replaced."""
+    """Generate when the client of the refused update has been replaced."""
     deadline = time.monotonic() + 60
     while not any("joins at the next update_weights" in reason for reason in rollout.reasons.values()):
         assert time.monotonic() < deadline, rollout.reasons
@@ -262,7 +262,7 @@ def _until_settled(rollout: Replicas) -> None:
     rollout.generate_batch([request()])
 
 
-def test_the_trainers_failure_in_mid_update(server, rollout):
+def test_a_failure_of_the_trainer_during_an_update_is_raised(server, rollout):
     def stream():
         yield weights_of(server.other, buckets=2)[0]
         raise RuntimeError("NaN in the weights")
@@ -276,8 +276,8 @@ def test_the_trainers_failure_in_mid_update(server, rollout):
     assert largest_difference(server.model, [request()], completions) < 1e-4
 
 
-def test_versions_are_those_of_the_run(server):
-    """Another run's weights, and a mixture that a dead client left, are not taken for a version of ours."""
+def test_versions_belong_to_one_run(server):
+    """Weights of another run, and a mixture that a dead client left, have no version."""
     labels = WeightLabels()
     settings = server.spec().options.server
     client = partial(connect, server.url, server.spec(), settings)
@@ -298,7 +298,7 @@ def test_versions_are_those_of_the_run(server):
     assert stranger.version == 0
     assert server.get("/is_paused") == {"is_paused": False}
     completions = stranger.generate_batch([request()])
-    assert largest_difference(server.model, [request()], completions) < 1e-4, "the server reads its model again"
+    assert largest_difference(server.model, [request()], completions) < 1e-4, "the server loads its model again"
     for engine in (first, again, broken, stranger):
         engine.close()
 
@@ -306,8 +306,8 @@ def test_versions_are_those_of_the_run(server):
 # --- requests --------------------------------------------------------------------------------------------------------
 
 
-def test_two_clients_of_one_server_behind_one_engine(server):
-    """What `Replicas` does with two servers, with one server under two names."""
+def test_requests_are_balanced_over_two_servers(server):
+    """The two servers are one server under two names."""
     urls = (server.url, server.url.replace("127.0.0.1", "localhost"))
     options = VLLMSettings(mode="server", server=ServerSettings(urls=urls, api_key_env=KEY_VARIABLE))
     engine = build(RolloutSpec(ModelSettings(path=str(server.model)), options, MAX_MODEL_LEN))
@@ -319,7 +319,7 @@ def test_two_clients_of_one_server_behind_one_engine(server):
         engine.close()
 
 
-def test_few_connections_and_an_abort_while_requests_wait_for_them(server):
+def test_abort_ends_requests_that_wait_for_a_connection(server):
     engine: RolloutEngine = build(server.spec(max_connections=2))
 
     async def scenario():
@@ -337,7 +337,7 @@ def test_few_connections_and_an_abort_while_requests_wait_for_them(server):
         engine.close()
 
 
-def test_priorities_where_the_server_has_none(rollout):
+def test_priorities_are_dropped_if_the_server_has_none(rollout):
     assert len(rollout.generate_batch([request(0, priority=3)])[0].tokens) == 20
 
 
@@ -346,7 +346,7 @@ def test_a_token_outside_the_vocabulary_does_not_reach_the_server(rollout):
         rollout.generate_batch([GenerationRequest([5, 261], SamplingParams(4))])
 
 
-def test_waiting_for_a_pause_is_not_hanging(server):
+def test_a_pause_does_not_count_as_a_timeout(server):
     engine = build(server.spec(timeout_s=2))
 
     async def scenario():
@@ -366,7 +366,7 @@ def test_waiting_for_a_pause_is_not_hanging(server):
 # --- users' mistakes -------------------------------------------------------------------------------------------------
 
 
-def test_wrong_key_model_and_length(server, tmp_path, monkeypatch):
+def test_a_wrong_key_model_or_length_is_refused(server, tmp_path, monkeypatch):
     with pytest.raises(EngineError, match=r"serves policy, not other \(model_name\)"):
         build(server.spec(model_name="other"))
     with pytest.raises(EngineError, match=r"accepts sequences of 16384 tokens, but this run needs 20000"):

@@ -1,4 +1,4 @@
-"""Servers that fail: a small HTTP peer that answers like vLLM's server, until it is told not to."""
+"""Servers that fail: a small HTTP server that answers like vLLM's, and injects faults."""
 
 import json
 import random
@@ -30,8 +30,8 @@ class HTTPPeer(ThreadingHTTPServer):
         fault: what happens to requests for completions: "" none, "error" a 500 as of an engine that died, "reset" the
             connection is closed before the answer, "half" in the middle of it, "hang" no answer, "garbage" no JSON,
             "strange" JSON of another form, "refuse" a 400.
-        good: completions before the fault begins.
-        missing: paths that it does not have.
+        good: number of completions before the fault begins.
+        missing: paths that do not exist.
     """
 
     daemon_threads = True
@@ -55,7 +55,7 @@ class HTTPPeer(ThreadingHTTPServer):
         return connection, address
 
     def stop(self) -> None:
-        """As if the process were killed."""
+        """Close all connections, as if the process were killed."""
         self.released.set()
         self.shutdown()
         self.server_close()
@@ -64,7 +64,7 @@ class HTTPPeer(ThreadingHTTPServer):
                 connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request, client_address) -> None:
-        """Clients go away in these tests."""
+        """Ignore clients that disconnect."""
 
     def completions(self) -> list[dict]:
         return [body for path, body in self.asked if path == "/inference/v1/generate"]
@@ -204,7 +204,7 @@ def request(index: int = 0) -> GenerationRequest:
     return GenerationRequest([5, 6, index], SamplingParams(8, seed=index), request_id=str(index))
 
 
-def right(requests, completions) -> bool:
+def generated_by_seed(requests, completions) -> bool:
     return [completion.tokens for completion in completions] == [
         drawn(asked.sampling.seed, list(asked.prompt), 8) for asked in requests
     ]
@@ -223,7 +223,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_one_clear_message(engines, fault):
+def test_every_fault_has_a_clear_message(engines, fault):
     with peers(fault=fault) as (peer,):
         engine = engines(peer.url, timeout_s=1.0)
         with pytest.raises(EngineError, match=f"{peer.url}.*{FAULTS[fault]}"):
@@ -231,15 +231,15 @@ def test_one_clear_message(engines, fault):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_other_server_makes_what_is_left(engines, fault):
-    """What was finished before the fault is asked for once, the rest of the broken server's share once more."""
+def test_another_server_takes_over_unfinished_requests(engines, fault):
+    """Requests that were finished before the fault are sent once, others of the broken server once more."""
     with peers(2) as (broken, sound):
         engine = engines(broken.url, sound.url, timeout_s=2.0)
         requests = [request(index) for index in range(16)]
         completions = engine.generate_batch(requests[:6])
         broken.fault = fault
         completions += engine.generate_batch(requests[6:])
-        assert right(requests, completions)
+        assert generated_by_seed(requests, completions)
         assert all(completion.versions == [(0, 8)] for completion in completions)
         asked = Counter(body["token_ids"][2] for peer in (broken, sound) for body in peer.completions())
         assert all(asked[index] == 1 for index in range(6))
@@ -247,22 +247,22 @@ def test_the_other_server_makes_what_is_left(engines, fault):
         assert {body["token_ids"][2] for body in sound.completions()} >= set(range(6, 16))
 
 
-def test_a_request_that_is_refused_is_the_callers_alone(engines):
+def test_a_refused_request_does_not_drain_the_server(engines):
     with peers(fault="refuse") as (peer,):
         engine = engines(peer.url)
         with pytest.raises(EngineError, match=r"refuses to complete request '0' \(400\): top_k must be less"):
             engine.generate_batch([request()])
         peer.fault = ""
-        assert right([request()], engine.generate_batch([request()]))
+        assert generated_by_seed([request()], engine.generate_batch([request()]))
 
 
-def test_a_server_that_is_killed_and_started_anew(engines):
-    """It takes part again at once at version 0, and after an update only with the next one."""
+def test_a_restarted_server_gets_requests_again(engines):
+    """At version 0 it does so immediately; after an update it would wait for the next one."""
     with peers(2) as (first, second):
         engine = engines(first.url, second.url, rejoin_timeout_s=20.0)
         first.stop()
         requests = [request(index) for index in range(8)]
-        assert right(requests, engine.generate_batch(requests))
+        assert generated_by_seed(requests, engine.generate_batch(requests))
         assert first.url in engine.reasons
         again = HTTPPeer(first.port)
         try:
@@ -270,13 +270,13 @@ def test_a_server_that_is_killed_and_started_anew(engines):
             while engine.reasons:
                 assert time.monotonic() < deadline, engine.reasons
                 time.sleep(0.1)
-            assert right(requests, engine.generate_batch(requests))
+            assert generated_by_seed(requests, engine.generate_batch(requests))
             assert again.completions()
         finally:
             again.stop()
 
 
-def test_the_last_server_does_not_come_back(engines):
+def test_requests_fail_if_no_server_comes_back(engines):
     with peers() as (peer,):
         engine = engines(peer.url)
         peer.stop()
@@ -286,8 +286,8 @@ def test_the_last_server_does_not_come_back(engines):
             engine.generate_batch([request()])
 
 
-def test_a_request_that_was_worked_at_is_not_tried_twice(engines):
-    """Another server gets it, not the same one again; but a kept connection that proves dead is replaced."""
+def test_a_request_is_not_sent_twice_to_a_server(engines):
+    """After a failure another server gets it; but a kept connection that was closed before is replaced."""
     with peers(2) as (broken, sound):
         engine = engines(broken.url, sound.url, retries=3)
         broken.fault = "half"
@@ -297,14 +297,14 @@ def test_a_request_that_was_worked_at_is_not_tried_twice(engines):
         engine = engines(peer.url)
         for connection in peer.connections:
             connection.shutdown(socket.SHUT_RDWR)
-        assert right([request()], engine.generate_batch([request()]))
+        assert generated_by_seed([request()], engine.generate_batch([request()]))
         assert engine.reasons == {}
 
 
-# --- a server that is not what is needed -----------------------------------------------------------------------------
+# --- a server that cannot serve training -----------------------------------------------------------------------------
 
 
-def test_nobody_there(engines):
+def test_an_unreachable_server_is_an_error(engines):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{probe.getsockname()[1]}"
@@ -312,7 +312,7 @@ def test_nobody_there(engines):
         engines(peer.url, url)
 
 
-def test_a_server_that_was_not_started_for_training(engines):
+def test_a_server_without_the_options_for_training_is_refused(engines):
     start = "start it with VLLM_SERVER_DEV_MODE=1 .* --enable-scale-out and --worker-extension-cls rlcore_vllm"
     with peers(missing={"/weight_info"}) as (peer,), pytest.raises(EngineError, match=f"cannot be controlled; {start}"):
         engines(peer.url)
@@ -320,7 +320,7 @@ def test_a_server_that_was_not_started_for_training(engines):
         engines(peer.url)
 
 
-def test_several_models(engines):
+def test_one_of_several_models_must_be_chosen(engines):
     with peers(served=["policy", "judge"]) as (peer,):
         with pytest.raises(EngineError, match="serves policy, judge; choose one with model_name"):
             engines(peer.url)
@@ -329,8 +329,8 @@ def test_several_models(engines):
         assert peer.completions()[0]["model"] == "judge"
 
 
-def test_a_refused_update_ends_before_anything_is_sent(engines):
-    """The server does not let its workers connect: no bucket is taken from the trainer for it, nothing waits."""
+def test_a_refused_update_ends_before_the_server_is_paused(engines):
+    """The server does not let its workers connect: no bucket is consumed for it, and no call waits."""
     with peers() as (peer,):
         engine = engines(peer.url)
         peer.extended = False
@@ -355,12 +355,12 @@ def test_a_refused_update_ends_before_anything_is_sent(engines):
         ({"urls": ["http://localhost:1"], "weights": "reload"}, "weights 'reload' needs weights_dir"),
     ],
 )
-def test_settings_that_make_no_sense(settings, message):
+def test_invalid_settings_are_refused(settings, message):
     with pytest.raises(ValidationError, match=message):
         ServerSettings(**settings)
 
 
-def test_settings_that_do():
+def test_loopback_and_allowed_remote_urls_are_accepted():
     urls = ("http://localhost:1", "http://127.0.0.2:2", "http://[::1]:3")
     assert ServerSettings(urls=urls).urls == urls
     assert ServerSettings(urls=["https://gpu-7.example.org/v"], allow_remote=True).urls[0].startswith("https")

@@ -1,4 +1,4 @@
-"""Weights by vLLM's own weight-transfer API, with an engine of the test's where vLLM's need GPUs."""
+"""Weights by vLLM's weight-transfer API, with a stand-in for vLLM's transfer engines, which need GPUs."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def one_by_one(weights: dict[str, torch.Tensor]) -> Iterator[WeightBucket]:
 def test_updates_through_vllms_own_api(engine: VLLMRollout, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     request = GenerationRequest([10, 60, 110], SamplingParams(max_tokens=12, seed=0, ignore_eos=True))
-    with pytest.raises(EngineError, match=r"weight_transfer=nccl moves weights between GPUs"):
+    with pytest.raises(EngineError, match=r"weight_transfer=nccl transfers weights between GPUs"):
         engine.update_weights(one_by_one(dict(trainer.named_parameters())), 1)
     monkeypatch.setattr(
         ByHand, "_connect", lambda self, device, source: VLLMTransfer._connect(self, torch.device("cuda"), source)
@@ -151,6 +151,6 @@ def test_updates_through_vllms_own_api(engine: VLLMRollout, model: Path, monkeyp
 def test_vllms_engines_are_refused_on_the_cpu(model: Path) -> None:
     settings = VLLMSettings(mode="process", weight_transfer="nccl")
     with pytest.raises(
-        EngineError, match="weight_transfer=nccl moves weights between GPUs; set it to rlcore on the CPU"
+        EngineError, match="weight_transfer=nccl transfers weights between GPUs; set it to rlcore on the CPU"
     ):
         VLLMRollout(RolloutSpec(ModelSettings(path=str(model)), settings, 64))

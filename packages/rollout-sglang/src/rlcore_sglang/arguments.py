@@ -1,4 +1,4 @@
-"""From settings to the arguments of SGLang's server, and what is wrong with those that a user adds."""
+"""Arguments of SGLang's server from settings, and checks of those that a user adds."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ SERVER_FIELDS = (
     "attention_backend",
     "sampling_backend",
 )
-"""Settings that are SGLang's own arguments."""
+"""Settings that are arguments of SGLang."""
 
 OURS = {
     "model_path": "it is the policy's model",
     "tokenizer_path": "it is model.tokenizer_path",
     "trust_remote_code": "it is model.trust_remote_code",
     "context_length": "it follows from the data's longest prompt and response",
-    "random_seed": "every request has a seed of its own",
-    "host": "servers that are started here listen on this machine alone",
-    "port": "a free one is taken",
-    "api_key": "every server gets one of its own",
-    "served_model_name": "a server is known by it while it starts",
-    "weight_version": "it tells which run's weights a server holds",
+    "random_seed": "every request has a separate seed",
+    "host": "servers that rlcore starts listen on loopback only",
+    "port": "rlcore chooses a free one",
+    "api_key": "rlcore generates one for every server",
+    "served_model_name": "rlcore recognises a starting server by it",
+    "weight_version": "it labels the run and version of the weights",
     "skip_tokenizer_init": "stop strings need the tokenizer",
-    "dp_size": "several servers are replicas",
+    "dp_size": "set replicas to start several servers",
     "pp_size": "only tensor parallelism is supported",
-    "speculative_algorithm": "log-probs of drafted tokens are not those of the policy at every temperature",
-    "enable_lora": "the whole weights are updated",
+    "speculative_algorithm": "log-probs of drafted tokens are not the policy's at every temperature",
+    "enable_lora": "updates bring full weights",
 }
-"""Arguments that settings do not take in ``args``, and why."""
+"""Arguments that ``args`` must not hold, and why."""
 
 
 def server_arguments(spec: RolloutSpec, settings: SGLangSettings, on_cpu: bool) -> dict[str, Any]:
-    """Keyword arguments of SGLang's ``ServerArgs``, without those of the place where the server runs."""
+    """Return keyword arguments of SGLang's ``ServerArgs``, without host, port, API key and name of the server."""
     chosen = {name: getattr(settings, name) for name in SERVER_FIELDS}
     chosen["dtype"] = settings.dtype or ("float32" if on_cpu else "bfloat16")
     defaults: dict[str, Any] = {
@@ -62,16 +62,16 @@ def server_arguments(spec: RolloutSpec, settings: SGLangSettings, on_cpu: bool) 
 
 
 def problems(extra: Mapping[str, Any], known: Iterable[str]) -> list[str]:
-    """All that is wrong with the user's further arguments, where the installed version knows ``known``."""
+    """Return all problems of the user's arguments ``extra``; ``known`` are the names that the installed version has."""
     known = sorted(known)
     found = []
     for name in extra:
         if name in OURS:
             found.append(f"{name} cannot be set: {OURS[name]}")
         elif name in SERVER_FIELDS:
-            found.append(f"{name} is an option of its own: set {name} instead of args.{name}")
+            found.append(f"{name} is a setting: set rollout.sglang.{name} instead of args.{name}")
         elif name not in known:
             close = get_close_matches(name, known, n=3)
-            hint = f"did you mean {' or '.join(close)}?" if close else "see `sglang serve --help` for what it knows"
+            hint = f"did you mean {' or '.join(close)}?" if close else "see `sglang serve --help` for its arguments"
             found.append(f"the installed SGLang has no argument {name}; {hint}")
     return found

@@ -1,8 +1,8 @@
-"""Tensors in the form that SGLang's ``/update_weights_from_tensor`` takes: a pickle in base64.
+"""Tensors in the format of SGLang's ``/update_weights_from_tensor``: a pickle in base64.
 
-The endpoint knows no other form. Pickles are written here alone, and none is ever read; the server reads them with an
-unpickler that allows a few types (0.5.21), which is why the metadata, a class of SGLang's own, is a `SimpleNamespace`:
-it may be read, and this process needs no sglang.
+The endpoint accepts no other format. Pickles are written in this module only, and none is ever read. The server reads
+them with an unpickler that allows a few types (0.5.21), so the metadata is a `SimpleNamespace` instead of SGLang's
+class: that type is allowed, and this process needs no sglang.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from typing import Any
 import torch
 
 FORMAT = "flattened_bucket"
-"""The ``load_format`` that goes with it."""
+"""The ``load_format`` of the request."""
 
 
 def flattened(tensors: Sequence[tuple[str, torch.Tensor]]) -> torch.Tensor:
-    """All bytes, one tensor after the other, in one tensor on the same device."""
+    """Return the bytes of all tensors, one after the other, as one uint8 tensor on the same device."""
     return torch.cat([tensor.detach().contiguous().reshape(-1).view(torch.uint8) for _, tensor in tensors])
 
 
 def serialized(tensors: Sequence[tuple[str, torch.Tensor]]) -> str:
-    """One flattened bucket.
+    """Return one flattened bucket for a request.
 
-    On a GPU it holds a handle by which the server's process, on the same GPU, opens this one's memory; the tensors must
-    live until the server has answered. On the CPU it holds the bytes: SGLang's own serialiser would hand over a file
-    descriptor there, which an unrelated process may not have, and trying to get it ends the server.
+    On a GPU it holds a handle by which the server's process, on the same GPU, opens this process's memory; the tensors
+    must live until the server has answered. On the CPU it holds the bytes: SGLang's serialiser would pass a file
+    descriptor, which an unrelated process cannot open, and the attempt ends the server.
     """
     metadata, start = [], 0
     for name, tensor in tensors:
@@ -50,7 +50,7 @@ def _pickled(value: Any, *, on_gpu: bool) -> bytes:
         return pickle.dumps(value)
     from multiprocessing.reduction import ForkingPickler
 
-    import torch.multiprocessing  # noqa: F401 - teaches ForkingPickler to write CUDA handles
+    import torch.multiprocessing  # noqa: F401 - registers the serialisation of CUDA handles
 
     buffer = io.BytesIO()
     ForkingPickler(buffer).dump(value)

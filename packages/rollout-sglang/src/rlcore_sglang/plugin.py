@@ -1,4 +1,4 @@
-"""The entry point: what this package offers to rlcore. Imports neither torch nor sglang."""
+"""Entry point of the package in rlcore. Imports neither torch nor sglang."""
 
 from rlcore.plugins import Plugin
 
@@ -6,5 +6,5 @@ rollout_engine = Plugin(
     interface=1,
     config="rlcore_sglang.settings:SGLangSettings",
     factory="rlcore_sglang.engine:build",
-    summary="SGLang servers, started and supervised here or running already, one or several, tensor parallel",
+    summary="SGLang servers, started and supervised by rlcore or already running, tensor parallel",
 )

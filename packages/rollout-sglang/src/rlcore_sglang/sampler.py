@@ -1,9 +1,9 @@
-"""SGLang's sampling backend ``rlcore``: every request draws from its own seed. Runs in the server's processes.
+"""SGLang's sampling backend ``rlcore``: every request samples from its seed. Runs in the server's processes.
 
-SGLang 0.5 knows seeds only under ``--enable-deterministic-inference``, which slows every kernel down, forbids its
-prefix cache with most attention backends, and ends the server at a request with min-p. This sampler depends on nothing
-but the request's seed, the token's position and the distribution: it needs no kernel of its own, and the ranks of a
-tensor-parallel group agree without talking. SGLang finds `register` by its entry-point group ``sglang.srt.plugins``.
+SGLang 0.5 uses seeds only under ``--enable-deterministic-inference``, which slows every kernel down, forbids its prefix
+cache with most attention backends, and ends the server at a request with min-p. The result of this sampler depends only
+on the request's seed, the token's position and the distribution: it needs no custom kernel, and tensor-parallel ranks
+agree without communication. SGLang finds `register` by its entry-point group ``sglang.srt.plugins``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _GOLDEN = -0x61C8864680B583EB  # 2**64 / the golden ratio, as a signed number
 
 
 def register() -> None:
-    """Offer the backend; a server that is started with another one is left as it is."""
+    """Register the backend with SGLang; a server that uses another backend is not changed."""
     from sglang.srt.layers.sampler import register_sampler_backend
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
@@ -31,7 +31,7 @@ def register() -> None:
 
 
 def _asked_for() -> bool:
-    """Whether the server was started with this backend; on the CPU SGLang (0.5) calls every backend "pytorch"."""
+    """Return whether the server uses this backend; on the CPU SGLang (0.5) calls every backend "pytorch"."""
     from sglang.srt.runtime_context import get_server_args
 
     return bool(get_server_args().sampling_backend == NAME)
@@ -42,7 +42,7 @@ def _create(original: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _with_seeds(info: Any, _cls: type, batch: Any, *_: Any, **__: Any) -> Any:
-    """Hand the requests' seeds on, which SGLang (0.5) does for deterministic inference alone."""
+    """Pass the requests' seeds on, which SGLang (0.5) does for deterministic inference only."""
     import torch
 
     if _asked_for():
@@ -55,7 +55,7 @@ def _build() -> Any:
     from sglang.srt.layers.sampler import Sampler
 
     class SeededSampler(Sampler):  # type: ignore[misc]
-        """Log-probs are those of softmax(logits / temperature), before top-k, top-p and min-p."""
+        """Samples by seed; log-probs are under softmax(logits / temperature), before top-k, top-p and min-p."""
 
         def forward(
             self,
@@ -66,6 +66,7 @@ def _build() -> Any:
             token_ids_logprobs: list[list[int]],
             positions: torch.Tensor,
         ) -> torch.Tensor:
+            """Sample one token per row; see SGLang's ``Sampler``."""
             logits: torch.Tensor = self._preprocess_logits(logits_output.next_token_logits, sampling_info).float()
             if not sampling_info.is_all_greedy:
                 logits = logits / sampling_info.temperatures
@@ -85,13 +86,13 @@ def _build() -> Any:
 
 
 def draw(probs: torch.Tensor, wanted: Any, positions: torch.Tensor) -> torch.Tensor:
-    """A token for every row, by inverting its distribution function at the row's own random number.
+    """Sample a token per row by inverting the row's distribution function at a random number of the row.
 
     Args:
         probs: ``[B, V]`` float32.
-        wanted: has ``top_ks``, ``top_ps``, ``min_ps`` and ``sampling_seed``, all ``[B]``, and says by
-            ``need_top_k_sampling`` … whether any row filters.
-        positions: ``[B]``, how many tokens come before; the same seed draws another number at each.
+        wanted: has ``top_ks``, ``top_ps``, ``min_ps`` and ``sampling_seed``, all ``[B]``, and ``need_top_k_sampling`` …
+            for whether any row filters.
+        positions: ``[B]``, number of preceding tokens; the same seed gives another random number at each.
 
     Returns:
         ``[B]`` int64.
@@ -107,9 +108,9 @@ def draw(probs: torch.Tensor, wanted: Any, positions: torch.Tensor) -> torch.Ten
 
 
 def filtered(probs: torch.Tensor, top_ks: torch.Tensor, top_ps: torch.Tensor, min_ps: torch.Tensor) -> torch.Tensor:
-    """``probs`` ``[B, V]`` with zeros for what top-k, then top-p of the rest, then min-p leave out.
+    """Return ``probs`` ``[B, V]`` with zeros for tokens that top-k, then top-p of the rest, then min-p exclude.
 
-    Rows that filter nothing come back bit by bit, so what one request draws does not depend on others' filters.
+    Rows without filters are returned bit by bit, so that a request's tokens do not depend on filters of others.
     """
     import torch
 
@@ -124,7 +125,10 @@ def filtered(probs: torch.Tensor, top_ks: torch.Tensor, top_ps: torch.Tensor, mi
 
 
 def uniform(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """``[B]`` float64 numbers in [0, 1) from ``[B]`` int64 seeds and positions (SplitMix64: Steele et al., 2014)."""
+    """Return ``[B]`` float64 numbers in [0, 1) for ``[B]`` int64 seeds and positions.
+
+    SplitMix64 (Steele et al., 2014).
+    """
     mixed = _mixed(_mixed(seeds + _GOLDEN) + (positions.long() + 1) * _GOLDEN)  # shift allowed: a counter
     return _shifted(mixed, 11).double() * 2.0**-53
 
@@ -136,5 +140,5 @@ def _mixed(x: torch.Tensor) -> torch.Tensor:
 
 
 def _shifted(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """To the right, filled with zeros; torch's own shift copies the sign."""
+    """Shift ``x`` right by ``bits`` and fill with zeros; torch's shift copies the sign."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)

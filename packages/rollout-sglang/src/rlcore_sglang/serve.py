@@ -1,7 +1,7 @@
-"""What a started server runs: ``python -m rlcore_sglang.serve FILE``, with the arguments as JSON in FILE.
+"""Entry point of a server's process: ``python -m rlcore_sglang.serve FILE``, with the arguments as JSON in FILE.
 
-A file, as the API key among them is nobody else's to see in the list of processes. The server ends with its standard
-input, so with whoever started it, however that ended.
+They are in a file because they include the API key, which other users must not see in the list of processes. The server
+ends when its standard input closes, and therefore with the process that started it, even if that was killed.
 """
 
 from __future__ import annotations
@@ -15,10 +15,15 @@ import threading
 from pathlib import Path
 
 REFUSED = "rlcore refuses: "
-"""What stands before a message for the user on the last line of the log."""
+"""Prefix of a message for the user on the last line of the log."""
 
 
 def main(file: Path) -> None:
+    """Run the server with the arguments in ``file`` until it ends.
+
+    Raises:
+        SystemExit: the user's arguments are invalid.
+    """
     threading.Thread(target=_end_with_starter, daemon=True).start()
     given = json.loads(file.read_text())
     from sglang.srt.server_args import ServerArgs

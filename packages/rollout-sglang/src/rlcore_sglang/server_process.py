@@ -1,4 +1,4 @@
-"""One server that is started here: its processes, its port, its log, and what became of it."""
+"""A server that this process starts: its processes, port and log, and why it ended."""
 
 from __future__ import annotations
 
@@ -22,25 +22,26 @@ from rlcore.errors import EngineError, WorkerDied, WorkerError
 from rlcore_kit.serving.connection import Connection
 from rlcore_sglang.serve import REFUSED
 
-_LOOK_S = 0.25
+_POLL_S = 0.25
 _PORT_ATTEMPTS = 3
-_END_S = 20.0
+_STOP_TIMEOUT_S = 20.0
 _CHILDREN = "sglang::"
-_WORDS = 600
-"""Characters of a log that a message repeats."""
+_MAXIMUM_QUOTE = 600
+"""Characters of a log that a message quotes."""
 
 
 class ServerProcess:
-    """A server, in a process group of its own, on a port of loopback that it alone has, with a key of its own.
+    """A server in a new process group, on a free loopback port, with a random API key.
 
     Args:
         arguments: of SGLang's ``ServerArgs``, without host, port and key.
-        extra: those among them that the user added.
-        log: the server's output is appended to it.
-        environment: beside this process's.
+        extra: the arguments that the user added.
+        log: file to which the server's output is appended.
+        environment: variables in addition to this process's.
+        timeout_s: timeout of the start.
 
     Raises:
-        EngineError: it did not start; the message holds its reason and names the log.
+        EngineError: the server did not start; the message holds its reason and names the log.
     """
 
     def __init__(
@@ -61,14 +62,16 @@ class ServerProcess:
                 return
             except _PortTaken:
                 if not left:
-                    raise EngineError(f"no free port was left for the SGLang server; see {log}") from None
+                    raise EngineError(
+                        f"found no free port for the SGLang server in {_PORT_ATTEMPTS} attempts; see {log}"
+                    ) from None
             except BaseException:
                 self.stop()
                 raise
 
     @property
     def failure(self) -> str | None:
-        """How it ended, or which of its processes did, with the end of its log; None while it lives."""
+        """How the server or one of its processes ended, with the reason in its log; None while it lives."""
         code = self._process.poll()
         if code is not None:
             how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
@@ -80,7 +83,7 @@ class ServerProcess:
         return f"the SGLang server {how}: {self.reason()} (its log is {self.log})"
 
     def _lost(self) -> str | None:
-        """A child that is dead, whose death a server of SGLang (0.5) may fail to notice."""
+        """Return the name of a dead child process, which SGLang (0.5) may fail to notice; None if all live."""
         with contextlib.suppress(psutil.NoSuchProcess):
             for child in psutil.Process(self._process.pid).children():
                 if child.name().startswith(_CHILDREN) and child.status() == psutil.STATUS_ZOMBIE:
@@ -88,7 +91,7 @@ class ServerProcess:
         return None
 
     def reason(self) -> str:
-        """Why, in the server's own words."""
+        """Return why the server ended, from its log."""
         return reason_in(self._output())
 
     def _output(self) -> str:
@@ -97,14 +100,14 @@ class ServerProcess:
             return log.read()
 
     def stop(self) -> None:
-        """End the whole group; idempotent."""
+        """End all processes of the server; idempotent."""
         for how in (signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, how)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_END_S)
+                self._process.wait(_STOP_TIMEOUT_S)
                 break
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # workers that outlived their server
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # workers may outlive their server
             os.killpg(self._process.pid, signal.SIGKILL)
         if self._process.stdin is not None:
             self._process.stdin.close()
@@ -115,12 +118,12 @@ class ServerProcess:
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self._name = f"rlcore-{secrets.token_hex(8)}"
-        place = {"host": "127.0.0.1", "port": port, "api_key": self.api_key, "served_model_name": self._name}
+        own = {"host": "127.0.0.1", "port": port, "api_key": self.api_key, "served_model_name": self._name}
         file = self.log.with_suffix(".json")
         with _private(file, os.O_TRUNC) as target:
-            json.dump({"arguments": {**arguments, **place}, "args": dict(extra)}, target, indent=2)
+            json.dump({"arguments": {**arguments, **own}, "args": dict(extra)}, target, indent=2)
         self._begin = self.log.stat().st_size if self.log.exists() else 0
-        with _private(self.log, os.O_APPEND) as output:  # SGLang prints its key, too
+        with _private(self.log, os.O_APPEND) as output:  # SGLang prints its key
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "rlcore_sglang.serve", str(file)],
                 stdin=subprocess.PIPE,
@@ -131,13 +134,13 @@ class ServerProcess:
             )
 
     def _wait(self) -> None:
-        """Until it answers to its name, which no other server on the port would."""
+        """Wait until the server answers with its random name: another server may have taken the port."""
         deadline = time.monotonic() + self._timeout_s
         connection = Connection(self.url, api_key=self.api_key, retries=0, max_connections=2)
         try:
             while True:
                 with contextlib.suppress(WorkerError, EngineError):
-                    model = connection.ask("GET", "/model_info", "name its model", timeout_s=10)
+                    model = connection.ask("GET", "/model_info", "report its model", timeout_s=10)
                     if model.get("served_model_name") == self._name:
                         return
                 if self.failure is not None:
@@ -147,7 +150,7 @@ class ServerProcess:
                         f"the SGLang server did not start within {self._timeout_s:g} s (start_timeout_s): "
                         f"{self.reason()} (its log is {self.log})"
                     )
-                time.sleep(_LOOK_S)
+                time.sleep(_POLL_S)
         finally:
             connection.close()
 
@@ -161,33 +164,33 @@ class ServerProcess:
         raise EngineError(f"the SGLang server did not start: {reason} (its log is {self.log})")
 
     def explain(self, error: WorkerDied) -> WorkerDied:
-        """``error`` with what became of the process, if it is that."""
+        """Return ``error``, with the process's failure if it has one."""
         deadline = time.monotonic() + 1
-        while self.failure is None and time.monotonic() < deadline:  # connections break before the process is gone
+        while self.failure is None and time.monotonic() < deadline:  # connections break before the process ends
             time.sleep(0.05)
         return error if self.failure is None else WorkerDied(f"{error}; {self.failure}")
 
 
 def _private(file: Path, how: int) -> TextIO:
-    """``file`` to write to, which nobody else may read."""
+    """Open ``file`` for writing, readable by this user only."""
     return open(os.open(file, os.O_WRONLY | os.O_CREAT | how, 0o600), "w")
 
 
 class _PortTaken(Exception):
-    """Somebody took the port between our look and the server's."""
+    """Another process took the port before the server did."""
 
 
 _RAISED = re.compile(r"^(?:\[[^\]]*\]\s*)?((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception|Exit|Interrupt)\b.*)$")
 _ADVICE = (
     ("libcuda", "this build of SGLang needs a GPU and its driver"),
-    ("Not enough memory", "raise mem_fraction_static, or free memory that others hold"),
-    ("out of memory", "lower mem_fraction_static, or free memory that others hold"),
+    ("Not enough memory", "raise mem_fraction_static, or free memory of other processes"),
+    ("out of memory", "lower mem_fraction_static, or free memory of other processes"),
     ("No module named 'sglang'", "pip install 'rlcore[sglang]'"),
 )
 
 
 def reason_in(log: str) -> str:
-    """The one line of a server's log that tells why it ended: the first exception's, or the last line."""
+    """Return the line of a server's log that says why it ended: that of the first exception, or the last line."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     if not lines:
         return "it printed nothing"
@@ -195,6 +198,6 @@ def reason_in(log: str) -> str:
     raised = [match.group(1) for line in lines if (match := _RAISED.match(line))]
     line = (refused or raised or lines[-1:])[0]
     if not refused:
-        line = line if len(line) <= _WORDS else line[:_WORDS] + " …"
+        line = line if len(line) <= _MAXIMUM_QUOTE else line[:_MAXIMUM_QUOTE] + " …"
     advice = [text for words, text in _ADVICE if words in line]
     return f"{line}; {advice[0]}" if advice else line

@@ -1,8 +1,7 @@
-"""Replacing a running model's LoRA adapters, in the memory that they have; the weights below them stay.
+"""Update of a running model's LoRA adapters in place; the base weights stay.
 
-Every request names the one adapter, the policy's. It is there from the start, and changes nothing until the first
-update. vLLM (0.32) itself reads adapters from files only; its manager in the worker, which takes tensors, has no public
-name.
+Every request names one adapter, the policy's. It exists from the start, and has no effect until the first update. vLLM
+(0.32) reads adapters from files only; its manager in the worker, which accepts tensors, has no public name.
 """
 
 from __future__ import annotations
@@ -15,49 +14,52 @@ import torch
 from rlcore.errors import EngineError
 
 NUMBER = 1
-"""By which vLLM knows the adapter."""
+"""Id of the adapter in vLLM."""
 NAMED = 3
-"""Most unknown modules that an error names."""
+"""Maximum number of unknown modules that an error names."""
 
 
 def lora_arguments(rank: int | None) -> dict[str, Any]:
-    """vLLM's engine arguments for one adapter of ``rank``.
+    """Return vLLM's engine arguments for one adapter of ``rank``.
 
     Raises:
-        EngineError: the policy has no adapters, or vLLM has no room for their rank.
+        EngineError: the policy has no adapters, or their rank exceeds vLLM's maximum.
     """
     from vllm.config.lora import MaxLoRARanks
 
     if rank is None:
         raise EngineError(
-            "rollout.vllm.enable_lora: the policy trains whole weights; have it train adapters (actor.fsdp.lora), or "
+            "rollout.vllm.enable_lora: the policy trains full weights; have it train adapters (actor.fsdp.lora), or "
             "set enable_lora to false"
         )
-    fitting = [most for most in get_args(MaxLoRARanks) if most >= rank]
+    fitting = [maximum for maximum in get_args(MaxLoRARanks) if maximum >= rank]
     if not fitting:
-        raise EngineError(f"rollout.vllm.enable_lora: vLLM takes adapters up to rank {max(get_args(MaxLoRARanks))}")
+        raise EngineError(
+            f"rollout.vllm.enable_lora: the adapters have rank {rank}, and vLLM takes at most "
+            f"{max(get_args(MaxLoRARanks))}; lower actor.fsdp.lora.rank, or set enable_lora to false"
+        )
     return {"enable_lora": True, "max_lora_rank": min(fitting), "max_loras": 1}
 
 
 def adapter_request(config: Any) -> Any:
-    """vLLM's ``LoRARequest`` of every request of an engine with this ``VllmConfig``; None if it takes no adapters."""
+    """Return vLLM's ``LoRARequest`` for requests of an engine with this ``VllmConfig``; None without adapters."""
     if config.lora_config is None:
         return None
     from vllm.lora.request import LoRARequest
 
-    return LoRARequest("policy", NUMBER, "memory")  # it is never looked for in a file
+    return LoRARequest("policy", NUMBER, "memory")  # the path is never read
 
 
 def begin_with_none(model_runner: Any) -> None:
-    """Have the adapter, with zeros, which is the model without any."""
+    """Install an adapter of zeros, which has no effect."""
     manager = _manager(model_runner)
     _replace(manager, manager.create_dummy_lora(NUMBER, 1, {}))
 
 
 class AdapterReload:
-    """One replacement of all adapters of the model: `load` any number of times, then `finish`, or `cancel`.
+    """One update of all adapters of the model: `load` any number of times, then `finish` or `cancel`.
 
-    Names and factors are those of `rlcore.engines.TrainEngine.export_adapters`.
+    Names and scaling are those of `rlcore.engines.TrainEngine.export_adapters`.
     """
 
     def __init__(self, model_runner: Any) -> None:
@@ -65,21 +67,21 @@ class AdapterReload:
         self._tensors: dict[str, torch.Tensor] = {}
 
     def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-        """Take whole matrices; their memory is the sender's again afterwards.
+        """Copy unsharded matrices; the caller may reuse their memory afterwards.
 
         Raises:
-            ValueError: a tensor is of no adapter.
+            ValueError: a tensor belongs to no adapter.
         """
         for name, tensor in tensors:
             if not name.endswith((".lora_A.weight", ".lora_B.weight")):
-                raise ValueError(f"vLLM was started with enable_lora and takes adapters, not {name}")
+                raise ValueError(f"vLLM was started with enable_lora and accepts adapters, not {name}")
             self._tensors[name] = tensor.to("cpu", copy=True)
 
     def finish(self) -> None:
-        """Put the new adapters to use.
+        """Replace the adapters by the loaded ones.
 
         Raises:
-            ValueError: none came, one lacks a matrix, is of no layer of the model, or has too large a rank.
+            ValueError: there is none, one lacks a matrix, belongs to no layer of the model, or has too large a rank.
         """
         from vllm.lora.lora_model import LoRAModel
         from vllm.lora.peft_helper import PEFTHelper
@@ -90,7 +92,7 @@ class AdapterReload:
             raise ValueError(f"the update lacks {f'a matrix of {min(halves)}' if halves else 'adapters'}")
         config = self._manager.lora_config
         rank = max(len(tensor) for name, tensor in self._tensors.items() if ".lora_A." in name)
-        helper = PEFTHelper(r=rank, lora_alpha=rank, target_modules=[])  # B has its factor already
+        helper = PEFTHelper(r=rank, lora_alpha=rank, target_modules=[])  # B includes the scaling
         helper.validate_legal(config)
         mapper = getattr(self._manager.model, "hf_to_vllm_mapper", None)
         adapter = LoRAModel.from_lora_tensors(
@@ -109,7 +111,7 @@ class AdapterReload:
         _replace(self._manager, adapter)
 
     def cancel(self) -> None:
-        """Leave the adapters as they were."""
+        """Keep the adapters as they were."""
         self._tensors.clear()
 
 

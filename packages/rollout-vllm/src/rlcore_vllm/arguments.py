@@ -1,4 +1,4 @@
-"""From settings to vLLM's engine arguments, checked against the installed version before anything heavy happens."""
+"""vLLM's engine arguments from settings, checked against the installed version before the engine starts."""
 
 from __future__ import annotations
 
@@ -14,40 +14,39 @@ from rlcore_vllm.settings import VLLMSettings
 
 WORKER_EXTENSION = "rlcore_vllm.worker.WorkerExtension"
 CPU_KV_CACHE_BYTES = 1 << 30
-"""Without a number vLLM takes nearly all of the machine's memory on the CPU."""
+"""Default on the CPU, where vLLM otherwise takes nearly all of the machine's memory."""
 
 OURS = {
     "model": "it is the policy's model",
     "tokenizer": "it is model.tokenizer_path",
     "trust_remote_code": "it is model.trust_remote_code",
     "max_model_len": "it follows from the data's longest prompt and response",
-    "seed": "every request has a seed of its own",
-    "logprobs_mode": "log-probs are those before the filters, whatever vLLM's mode",
-    "worker_extension_cls": "rlcore's own loads weights",
+    "seed": "every request has a separate seed",
+    "logprobs_mode": "rlcore returns log-probs before the filters in every mode",
+    "worker_extension_cls": "it is rlcore's, which loads weights",
     "weight_transfer_config": "it is rollout.vllm.weight_transfer",
-    "disable_log_stats": "nothing reads them",
+    "disable_log_stats": "rlcore does not read them",
     "skip_tokenizer_init": "stop strings need the tokenizer",
-    "data_parallel_size": "vLLM's ranks would share one queue and one fate; set replicas, or place several processes",
+    "data_parallel_size": "its ranks share one queue and fail together; set replicas, or place several processes",
     "pipeline_parallel_size": "only tensor parallelism is supported",
-    "speculative_config": "log-probs of drafted tokens are not those of the policy at every temperature",
-    "stream_interval": "only finished requests are passed on",
+    "speculative_config": "log-probs of drafted tokens are not the policy's at every temperature",
+    "stream_interval": "only finished requests are returned",
     "max_lora_rank": "it follows from the policy's adapters",
-    "max_loras": "there is one adapter, the policy's",
+    "max_loras": "the policy has one adapter",
 }
-"""Arguments that settings do not take in ``args``, and why."""
+"""Arguments that ``args`` must not hold, and why."""
 
 
 def engine_arguments(spec: RolloutSpec, device_type: str, *, sleep_mode: bool, replica: int = 0) -> dict[str, Any]:
-    """Keyword arguments of vLLM's ``AsyncEngineArgs`` for ``spec``.
+    """Return keyword arguments of vLLM's ``AsyncEngineArgs`` for ``spec``.
 
     Args:
-        device_type: of the platform that vLLM chose, "cpu" or "cuda" …
-        sleep_mode: whether the platform can give memory back.
-        replica: which of several engines in this process's charge; each takes the GPUs after those of the one before.
+        device_type: of the platform that vLLM chose: "cpu", "cuda" …
+        sleep_mode: whether the platform can release memory.
+        replica: index among the engines of this process; each takes the GPUs after those of the previous one.
 
     Raises:
-        EngineError: ``args`` holds something that the installed version does not know, or that is not the user's to
-            set.
+        EngineError: ``args`` holds an argument that the installed version does not know, or that rlcore sets.
     """
     settings = cast(VLLMSettings, spec.options)
     on_cpu = device_type == "cpu"
@@ -85,21 +84,21 @@ def engine_arguments(spec: RolloutSpec, device_type: str, *, sleep_mode: bool, r
 
 
 def checked_transfer(kind: str, on_cpu: bool) -> str:
-    """``kind``, if vLLM's own weight transfer of that name can run here; otherwise an `EngineError`."""
+    """Return ``kind``; raise `EngineError` if vLLM's weight transfer of that name cannot run here."""
     if on_cpu:
         raise EngineError(
-            f"rollout.vllm.weight_transfer={kind} moves weights between GPUs; set it to rlcore on the CPU"
+            f"rollout.vllm.weight_transfer={kind} transfers weights between GPUs; set it to rlcore on the CPU"
         )
     if kind == "ipc" and os.environ.get("VLLM_ALLOW_INSECURE_SERIALIZATION") != "1":
         raise EngineError(
-            "rollout.vllm.weight_transfer=ipc has vLLM's processes exchange pickles: set the environment variable "
-            "VLLM_ALLOW_INSECURE_SERIALIZATION=1 if you mean it, or weight_transfer to rlcore, which needs none"
+            "rollout.vllm.weight_transfer=ipc makes vLLM's processes exchange pickles: allow that with the environment "
+            "variable VLLM_ALLOW_INSECURE_SERIALIZATION=1, or set weight_transfer to rlcore, which uses none"
         )
     return kind
 
 
 def check_extra_arguments(extra: dict[str, Any]) -> None:
-    """Raise `EngineError` with all that is wrong with ``extra``, with the close matches of unknown names."""
+    """Raise `EngineError` with all problems of the user's arguments ``extra``, and suggestions for unknown names."""
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
@@ -108,10 +107,10 @@ def check_extra_arguments(extra: dict[str, Any]) -> None:
         if name in OURS:
             problems.append(f"{name} cannot be set: {OURS[name]}")
         elif name in VLLMSettings.model_fields and name != "args":
-            problems.append(f"{name} is an option of its own: set {name} instead of args.{name}")
+            problems.append(f"{name} is a setting: set rollout.vllm.{name} instead of args.{name}")
         elif name not in known:
             close = get_close_matches(name, sorted(known), n=3)
-            hint = f"did you mean {' or '.join(close)}?" if close else "see `vllm serve --help` for what it knows"
+            hint = f"did you mean {' or '.join(close)}?" if close else "see `vllm serve --help` for its arguments"
             problems.append(f"the installed vLLM has no engine argument {name}; {hint}")
     if problems:
         raise EngineError("rollout.vllm.args: " + "; ".join(problems))

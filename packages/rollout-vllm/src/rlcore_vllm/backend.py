@@ -1,4 +1,4 @@
-"""What `VLLMRollout` needs of a running vLLM, in this process or another."""
+"""`Backend`: the interface of a running vLLM engine, in this process or another."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ Done = Callable[[Any], None]
 
 
 class Backend(Protocol):
-    """One vLLM engine. Methods may be called from any thread, but from none of the backend's own.
+    """One vLLM engine. Methods may be called from any thread except those of the backend.
 
-    Whatever waits raises `EngineError` with vLLM's reason, or `WorkerError`: the engine is gone, or did it not in time.
+    Methods that wait raise `EngineError` with vLLM's reason, or `WorkerError` if the engine is gone or a timeout
+    expired.
 
     Attributes:
-        config: vLLM's own ``VllmConfig``.
-        workers: how many worker processes compute together.
-        local: its single worker is in this process and takes tensors as arguments.
-        failure: why the engine is of no use any more, `WorkerDied` if it had a process; None while it is of use.
+        config: vLLM's ``VllmConfig``.
+        workers: number of worker processes that share the model.
+        local: whether the only worker is in this process and takes tensors as arguments.
     """
 
     config: Any
@@ -30,32 +30,39 @@ class Backend(Protocol):
     local: bool
 
     @property
-    def failure(self) -> WorkerError | None: ...
+    def failure(self) -> WorkerError | None:
+        """Why the engine cannot be used any more, `WorkerDied` if it had a process; None while it can."""
+        ...
 
     def submit(self, key: str, prompt: list[int], params: Any, priority: int, done: Done) -> None:
-        """Queue a request under ``key``, which no other has had; waits for nothing."""
+        """Queue a request under the unique ``key`` and return immediately."""
         ...
 
     def abort(self, keys: list[str]) -> None:
-        """End requests; ``done`` gets what each has, with finish reason "abort". Unknown keys are ignored."""
+        """Abort requests; ``done`` gets their partial outputs with finish reason "abort". Unknown keys are ignored."""
         ...
 
     def pause(self) -> None:
-        """Return when no step is under way; none begins until `resume`."""
+        """Wait for the current step; no other begins until `resume`."""
         ...
 
-    def resume(self) -> None: ...
+    def resume(self) -> None:
+        """Continue after `pause`."""
+        ...
 
     def forget_prefixes(self, version: int | None) -> None:
-        """While paused: recompute the KV cache of all requests when they go on; label tokens with ``version``."""
+        """Discard the KV cache, which requests compute again after `resume`, and label new tokens with ``version``.
+
+        The engine must be paused.
+        """
         ...
 
     def call_workers(self, method: str, *args: Any, timeout_s: float) -> list[Any]:
-        """Call ``method`` of every worker; the results by rank."""
+        """Call ``method`` of every worker; return the results by rank."""
         ...
 
     def sleep(self, level: int) -> None:
-        """While paused: give memory back."""
+        """Release memory; the engine must be paused."""
         ...
 
     def wake(self, tags: list[str] | None) -> None:
@@ -67,10 +74,10 @@ class Backend(Protocol):
         ...
 
     def close(self, *, kill: bool = False) -> None:
-        """End threads and processes, at once and without asking them if ``kill``; idempotent."""
+        """End threads and processes, without a graceful shutdown if ``kill``; idempotent."""
         ...
 
 
 def called(method: str) -> str:
-    """What workers do in ``method``, for messages."""
+    """Return a description of ``method`` of the workers, for messages."""
     return f"{method.removeprefix('rlcore_')} (in its workers)"

@@ -1,4 +1,4 @@
-"""Weights on their way from the caller of `update_weights` to vLLM's workers, bucket by bucket."""
+"""Weights from the caller of `update_weights` to vLLM's workers, bucket by bucket."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from rlcore_kit.weight_transfer import TransferError, WeightSender, open_sender
 from rlcore_vllm.backend import Backend
 
 STAGING_BYTES = 512 << 20
-"""Size of buckets that the transport is laid out for; larger ones travel in pieces."""
+"""Size of the transport's buffers; larger buckets are sent in pieces."""
 
 
 class Delivery:
-    """Loads weights into a paused `Backend`; after an error its workers hold a mixture until the next one."""
+    """Loads weights into a paused `Backend`; after an error its workers hold a mixture until the next update."""
 
     def __init__(self, backend: Backend, timeout_s: float) -> None:
         self._backend, self._timeout_s = backend, timeout_s
@@ -29,7 +29,7 @@ class Delivery:
         """Give all workers all buckets as ``version``.
 
         Raises:
-            EngineError: a worker cannot use them, some are missing, or they did not come in time.
+            EngineError: a worker cannot load them, some are missing, or they did not arrive in time.
             WorkerError: the engine is gone.
         """
         if self._backend.local:
@@ -44,7 +44,7 @@ class Delivery:
             self._sender = None
 
     def _load_here(self, buckets: Iterable[WeightBucket], version: int) -> None:
-        """To the one worker in this process, by reference."""
+        """Pass the buckets by reference to the only worker, in this process."""
         self._call("rlcore_begin")
         try:
             for bucket in buckets:
@@ -55,7 +55,7 @@ class Delivery:
         self._call("rlcore_finish", version)
 
     def _send(self, buckets: Iterable[WeightBucket], version: int) -> None:
-        """To worker processes, by shared memory, CUDA IPC or whatever the sender finds that reaches them all."""
+        """Send the buckets to worker processes, by the fastest transport that reaches all."""
         device, stream = with_device(buckets)
         if self._sender is None:
             self._connect(device)
@@ -76,7 +76,9 @@ class Delivery:
             raise
         try:
             received.wait()
-        except Exception:  # they had all buckets and could not use them; the connection is of no more use
+        except (
+            Exception
+        ):  # the workers received all buckets and could not load them: the connection is not in a defined state
             self.close()
             raise
 
@@ -94,7 +96,7 @@ class Delivery:
 
 
 class _Receiving:
-    """All workers take a version, while it is being sent."""
+    """Has all workers receive a version in a thread, while it is being sent."""
 
     def __init__(self, backend: Backend, version: int, timeout_s: float) -> None:
         self._error: Exception | None = None
@@ -110,6 +112,6 @@ class _Receiving:
         try:
             for taken in backend.call_workers("rlcore_receive", timeout_s=timeout_s):
                 if taken != str(version):
-                    raise EngineError(f"vLLM's workers cannot use the weight update {version}: {taken}")
+                    raise EngineError(f"vLLM's workers cannot load the weight update {version}: {taken}")
         except Exception as error:
             self._error = error

@@ -31,7 +31,7 @@ REMEDY = "the next weight update starts another engine"
 
 
 def build(spec: RolloutSpec) -> RolloutEngine:
-    """The plugin's factory.
+    """Build the rollout engine that ``spec.options`` describes.
 
     Raises:
         EngineError: vLLM is missing or too old, refuses an argument, or cannot start; the message holds its reason.
@@ -54,17 +54,17 @@ def build(spec: RolloutSpec) -> RolloutEngine:
 
 
 class VLLMRollout(RolloutEngine):
-    """One vLLM engine, in this process or one of its own.
+    """One vLLM engine, in this process or a separate one.
 
-    Completions name the weights of every token as vLLM's scheduler labelled it; `version` is what all workers say they
-    hold. While weights come in generation stands still, and unfinished requests are prefilled anew afterwards.
+    Completions have the version of every token as vLLM's scheduler labelled it; `version` is the one that all workers
+    report. Generation is paused during an update, and unfinished requests are prefilled again afterwards.
 
-    An update that fails midway leaves weights of two versions in the model: requests fail until an update succeeds. An
-    engine process that died or hangs fails its requests with `WorkerDied`, one in this process that failed in a step
-    with `WorkerError`; the next update starts another one.
+    An update that fails midway leaves weights of two versions in the model: requests fail until an update succeeds. If
+    an engine process died or hangs, its requests fail with `WorkerDied`; if an engine in this process failed in a step,
+    with `WorkerError`. The next update starts another engine.
 
     Args:
-        index: of this one among several engines that divide the GPUs.
+        index: position among the engines that divide the GPUs.
     """
 
     def __init__(self, spec: RolloutSpec, index: int = 0) -> None:
@@ -72,43 +72,48 @@ class VLLMRollout(RolloutEngine):
         self._settings = cast(VLLMSettings, spec.options)
         self._seeds = random.Random(f"{spec.seed}/vllm")
         self._keys = itertools.count()
-        self._requests: dict[str, GenerationRequest] = {}  # unfinished, by the key vLLM knows them under
-        self._lock = threading.Lock()  # guards the state below; never held while waiting for vLLM
+        self._requests: dict[str, GenerationRequest] = {}  # unfinished, by their key in vLLM
+        self._lock = threading.Lock()  # guards the state below; not held while waiting for vLLM
         self._control = threading.RLock()  # one control operation at a time
         self._version = 0
         self._paused = self._asleep = self._closed = False
-        self._unusable: str | None = None  # why nothing can be generated at the moment
+        self._unusable: str | None = None  # why requests fail at the moment
         self._lost: WorkerError | None = None  # why the backend was given up
         self._stopping = threading.Event()
-        self._arrived = threading.Event()  # there are unfinished requests to watch over
+        self._arrived = threading.Event()  # set while requests are unfinished
         self._backend = self._start()
         self._watch = threading.Thread(target=self._watch_over, name="vllm-watch", daemon=True)
         self._watch.start()
 
     @property
     def version(self) -> int:
+        """Version of the weights that all workers hold."""
         return self._version
 
     @property
     def takes_adapters(self) -> bool:
+        """True if updates bring LoRA adapters."""
         return self._settings.enable_lora
 
     @property
     def vllm_config(self) -> Any:
-        """vLLM's own ``VllmConfig``."""
+        """vLLM's ``VllmConfig``."""
         return self._backend.config
 
     # --- generating ------------------------------------------------------------------------------------------------
 
     async def generate(self, request: GenerationRequest) -> Completion:
+        """Generate one completion; see `RolloutEngine.generate`."""
         return (await self.generate_with(request))[0]
 
     async def generate_with(
         self, request: GenerationRequest, overrides: Mapping[str, Any] = NO_OVERRIDES
     ) -> tuple[Completion, Any]:
-        """As `generate`, with further fields of vLLM's ``SamplingParams``; also returns its ``RequestOutput``.
+        """Generate with further fields of vLLM's ``SamplingParams``; also return its ``RequestOutput``.
 
-        That way come ``logprobs=k`` (the k likeliest tokens), ``prompt_logprobs``, ``structured_outputs``, penalties …
+        Args:
+            overrides: such as ``logprobs`` (the k most likely tokens), ``prompt_logprobs``, ``structured_outputs`` or
+                penalties.
 
         Raises:
             EngineError: as `generate`, or vLLM refuses a field.
@@ -140,18 +145,21 @@ class VLLMRollout(RolloutEngine):
             await asyncio.shield(asyncio.to_thread(self._abort_keys, [key]))
             raise
         except EngineError:
-            self._check_there()  # it was closed because it was given up
+            self._check_running()  # the engine was closed because it failed
             raise
         return completion(request, output), output
 
     # --- control ---------------------------------------------------------------------------------------------------
 
     def update_weights(self, buckets: Iterable[WeightBucket], version: int) -> None:
-        """Take over the weights in ``buckets``: a whole model under its Hugging Face names, or with ``enable_lora`` all
-        adapters (`TrainEngine.export_adapters`).
+        """Replace the weights.
+
+        Args:
+            buckets: all weights of the model under their Hugging Face names, or with ``enable_lora`` all adapters
+                (`TrainEngine.export_adapters`).
 
         Raises:
-            EngineError: the weights do not fit or are not all there; then requests fail until an update succeeds.
+            EngineError: weights do not fit or are missing; then requests fail until an update succeeds.
             WorkerError: the engine is gone, or does not answer.
         """
         with self._control:
@@ -160,22 +168,24 @@ class VLLMRollout(RolloutEngine):
                 self._restart()
             if self._asleep:
                 self._backend.wake(["weights"])
-            with self._standing_still():
-                self._unusable = f"the weight update {version} failed midway; send the whole weights again"
+            with self._held():
+                self._unusable = f"the weight update {version} failed midway; update the weights again"
                 self._delivery.load(buckets, version)
                 held = self._backend.call_workers("rlcore_version", timeout_s=self._settings.update_timeout_s)
                 if set(held) != {version}:
-                    raise EngineError(f"after the weight update {version} vLLM's workers say they hold {held}")
+                    raise EngineError(f"after the weight update {version} vLLM's workers report the versions {held}")
                 self._backend.forget_prefixes(version)
                 self._version, self._unusable = version, None
 
     def pause(self) -> None:
+        """Pause generation; unfinished requests are kept."""
         with self._control:
             self._check_open()
             self._backend.pause()
             self._paused = True
 
     def resume(self) -> None:
+        """Continue after `pause`."""
         with self._control:
             self._check_open()
             self._paused = False
@@ -183,13 +193,14 @@ class VLLMRollout(RolloutEngine):
                 self._backend.resume()
 
     def abort(self, request_ids: Sequence[str] | None = None) -> None:
+        """Abort unfinished requests, all by default."""
         wanted = None if request_ids is None else set(request_ids)
         self._abort_keys(
             [key for key, request in list(self._requests.items()) if wanted is None or request.request_id in wanted]
         )
 
     def sleep(self) -> None:
-        """Give the KV cache back, and the weights as the option ``sleep_level`` says. Unfinished requests wait."""
+        """Release the KV cache, and the weights as ``sleep_level`` says; unfinished requests wait."""
         with self._control:
             if self._asleep or self._closed or self._lost is not None:
                 return
@@ -200,9 +211,10 @@ class VLLMRollout(RolloutEngine):
                 self._backend.sleep(level)
             self._asleep = True
             if level == 2:
-                self._unusable = "the weights were dropped by sleep (sleep_level 2); update them before generating"
+                self._unusable = "sleep dropped the weights (sleep_level 2); update them before requests"
 
     def wake(self) -> None:
+        """Undo `sleep`."""
         with self._control:
             if not self._asleep or self._lost is not None:
                 return
@@ -226,7 +238,7 @@ class VLLMRollout(RolloutEngine):
             self._backend.close(kill=self._lost is not None)
         self._watch.join(timeout=10)
 
-    # --- within ----------------------------------------------------------------------------------------------------
+    # --- internals -------------------------------------------------------------------------------------------------
 
     def _start(self) -> Backend:
         backend = _start_backend(self._spec, self._settings, self._index)
@@ -243,7 +255,7 @@ class VLLMRollout(RolloutEngine):
 
     def _restart(self) -> None:
         logger.warning("starting another vLLM engine in place of the one that is gone")
-        self._lost = self._gone  # also if the new one does not start
+        self._lost = self._gone  # still true if the new engine does not start
         self._delivery.close()
         self._backend.close(kill=True)
         self._backend = self._start()
@@ -253,8 +265,8 @@ class VLLMRollout(RolloutEngine):
             self._backend.pause()
 
     @contextmanager
-    def _standing_still(self) -> Iterator[None]:
-        """No step while the context lasts, and afterwards as before."""
+    def _held(self) -> Iterator[None]:
+        """Run no step inside the context; restore the previous state afterwards."""
         self._backend.pause()
         try:
             yield
@@ -274,28 +286,28 @@ class VLLMRollout(RolloutEngine):
     def _gone(self) -> WorkerError | None:
         return self._lost or self._backend.failure
 
-    def _check_there(self) -> None:
+    def _check_running(self) -> None:
         self._check_open()
         gone = self._gone
         if gone is not None:
             raise type(gone)(f"{gone}; {REMEDY}")
 
     def _check_usable(self) -> None:
-        self._check_there()
+        self._check_running()
         if self._unusable is not None:
             raise EngineError(self._unusable)
 
     def _watch_over(self) -> None:
-        """While requests are unfinished, see that the engine reacts; give it up if it does not."""
-        patience = self._settings.hang_timeout_s
+        """Check that the engine reacts while requests are unfinished; give it up if it does not."""
+        timeout_s = self._settings.hang_timeout_s
         while not self._stopping.is_set():
             if not self._requests:
                 self._arrived.clear()
                 self._arrived.wait()
-            if self._stopping.wait(min(patience / 4, 10)) or not self._requests or self._gone is not None:
+            if self._stopping.wait(min(timeout_s / 4, 10)) or not self._requests or self._gone is not None:
                 continue
             try:
-                self._backend.probe(patience)
+                self._backend.probe(timeout_s)
             except WorkerError as error:
                 if not self._stopping.is_set():
                     self._give_up(error)
@@ -324,16 +336,16 @@ def _start_backend(spec: RolloutSpec, settings: VLLMSettings, index: int) -> Bac
         spec, current_platform.device_type, sleep_mode=current_platform.is_sleep_mode_available(), replica=index
     )
     if settings.mode == "process":
-        from rlcore_vllm.engine_process import OwnProcess
+        from rlcore_vllm.engine_process import SeparateProcess
 
-        return OwnProcess(arguments, settings.start_timeout_s)
+        return SeparateProcess(arguments, settings.start_timeout_s)
     from rlcore_vllm.in_process import InProcess
 
     return InProcess(arguments, settings.start_timeout_s)
 
 
 def _end_tokens(model_config: Any) -> frozenset[int]:
-    """The model's end-of-sequence tokens: of its generation settings, else of its configuration."""
+    """Return the model's end-of-sequence tokens: of its generation configuration, else of its configuration."""
     for tokens in (
         model_config.try_get_generation_config().get("eos_token_id"),
         getattr(model_config.hf_text_config, "eos_token_id", None),

@@ -1,4 +1,4 @@
-"""vLLM's asynchronous engine: scheduler and workers in processes of their own, requests from a thread of this one."""
+"""vLLM's asynchronous engine: scheduler and workers in separate processes, requests from a thread of this one."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from rlcore_vllm.startup import noting_reasons
 T = TypeVar("T")
 
 DIED = "the vLLM engine's process died; what it printed says why"
-LOOK_S = 1.0
-"""How often it is seen to that a process that is waited for lives."""
+POLL_S = 1.0
+"""Seconds between two looks whether the process lives, while a call waits for it."""
 CONTROL_TIMEOUT_S = 120
-"""Longest wait for what takes no longer than a step."""
+"""Timeout of calls that take no longer than a step."""
 
 
-class OwnProcess:
-    """A `Backend` over ``AsyncLLM``, whose event loop runs on a thread here."""
+class SeparateProcess:
+    """A `Backend` over ``AsyncLLM``, whose event loop runs on a thread of this process."""
 
     local = False
 
@@ -58,23 +58,30 @@ class OwnProcess:
 
     @property
     def failure(self) -> WorkerError | None:
+        """Why the engine cannot be used any more; None while it can."""
         return WorkerDied(DIED) if self._engine is not None and self._engine.errored else None
 
     def submit(self, key: str, prompt: list[int], params: Any, priority: int, done: Done) -> None:
+        """See `Backend.submit`."""
         if self._closed:
             raise EngineError(CLOSED)
         self._loop.call_soon_threadsafe(self._begin, key, prompt, params, priority, done)
 
     def abort(self, keys: list[str]) -> None:
+        """See `Backend.abort`."""
         self._wait(self._engine.abort(keys), self._timeout_s, "abort requests")
 
     def pause(self) -> None:
+        """See `Backend.pause`."""
         self._wait(self._engine.pause_generation(mode="keep", clear_cache=False), self._timeout_s, "pause")
 
     def resume(self) -> None:
+        """See `Backend.resume`."""
         self._wait(self._engine.resume_generation(), self._timeout_s, "resume")
 
     def forget_prefixes(self, version: int | None) -> None:
+        """See `Backend.forget_prefixes`."""
+
         async def forget() -> None:
             await self._engine.reset_prefix_cache(reset_running_requests=True)
             if version is not None:
@@ -83,19 +90,24 @@ class OwnProcess:
         self._wait(forget(), self._timeout_s, "reset its prefix cache")
 
     def call_workers(self, method: str, *args: Any, timeout_s: float) -> list[Any]:
+        """See `Backend.call_workers`."""
         call = self._engine.collective_rpc(method, timeout=timeout_s, args=args)
         return list(self._wait(call, timeout_s + 10, called(method)))
 
     def sleep(self, level: int) -> None:
+        """See `Backend.sleep`."""
         self._wait(self._engine.sleep(level, mode="keep"), self._timeout_s, "sleep")
 
     def wake(self, tags: list[str] | None) -> None:
+        """See `Backend.wake`."""
         self._wait(self._engine.wake_up(tags), self._timeout_s, "wake")
 
     def probe(self, timeout_s: float) -> None:
+        """See `Backend.probe`."""
         self._wait(self._engine.get_weight_version(), timeout_s, "answer")
 
     def close(self, *, kill: bool = False) -> None:
+        """See `Backend.close`."""
         if self._closed:
             return
         self._closed = True
@@ -162,14 +174,14 @@ class OwnProcess:
             done(outcome)
 
     def _wait(self, work: Coroutine[Any, Any, T], timeout_s: float, what: str) -> T:
-        """The result of ``work`` on the loop's thread.
+        """Return the result of ``work``, which runs on the loop's thread.
 
-        What vLLM (0.32) awaits of its process it awaits for ever if that dies meanwhile, so it is looked at.
+        vLLM (0.32) waits for its process forever if that dies meanwhile, so the process is polled.
         """
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         deadline = time.monotonic() + timeout_s
         try:
-            while not concurrent.futures.wait([future], min(LOOK_S, max(deadline - time.monotonic(), 0))).done:
+            while not concurrent.futures.wait([future], min(POLL_S, max(deadline - time.monotonic(), 0))).done:
                 if self.failure is not None:
                     future.cancel()
                     raise self.failure

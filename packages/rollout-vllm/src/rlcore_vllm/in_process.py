@@ -1,6 +1,6 @@
-"""vLLM's synchronous engine, stepped on a thread of this process.
+"""vLLM's synchronous engine on a thread of this process.
 
-With tensor parallelism its workers are processes; scheduling stays here.
+With tensor parallelism its workers are separate processes; scheduling stays in this one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 class InProcess:
-    """A `Backend` over ``LLMEngine``. Everything that touches vLLM happens on one thread, between two steps."""
+    """A `Backend` over ``LLMEngine``. All calls of vLLM are made on one thread, between two steps."""
 
     def __init__(self, arguments: dict[str, Any], start_timeout_s: float) -> None:
         self._timeout_s = start_timeout_s
@@ -33,7 +33,7 @@ class InProcess:
         self._done: dict[str, Done] = {}
         self._outputs: list[tuple[str, Any]] = []
         self._paused = self._closing = False
-        self._error: EngineError | WorkerError = EngineError(CLOSED)  # of requests from when it ends
+        self._error: EngineError | WorkerError = EngineError(CLOSED)  # raised to requests after the engine ended
         self._engine: Any = None
         started: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._thread = threading.Thread(target=self._run, args=(arguments, started), name="vllm", daemon=True)
@@ -50,23 +50,30 @@ class InProcess:
 
     @property
     def failure(self) -> WorkerError | None:
+        """Why the engine cannot be used any more; None while it can."""
         return self._error if isinstance(self._error, WorkerError) else None
 
     # --- from any thread ---------------------------------------------------------------------------------------------
 
     def submit(self, key: str, prompt: list[int], params: Any, priority: int, done: Done) -> None:
+        """See `Backend.submit`."""
         self._enqueue(partial(self._add, key, prompt, params, priority, done))
 
     def abort(self, keys: list[str]) -> None:
+        """See `Backend.abort`."""
         self._call(lambda: self._engine.abort_request(keys), "abort requests", self._timeout_s)
 
     def pause(self) -> None:
+        """See `Backend.pause`."""
         self._call(partial(self._set_paused, True), "pause", self._timeout_s)
 
     def resume(self) -> None:
+        """See `Backend.resume`."""
         self._call(partial(self._set_paused, False), "resume", self._timeout_s)
 
     def forget_prefixes(self, version: int | None) -> None:
+        """See `Backend.forget_prefixes`."""
+
         def forget() -> None:
             self._engine.reset_prefix_cache(reset_running_requests=True)
             if version is not None:
@@ -75,6 +82,7 @@ class InProcess:
         self._call(forget, "reset its prefix cache", self._timeout_s)
 
     def call_workers(self, method: str, *args: Any, timeout_s: float) -> list[Any]:
+        """See `Backend.call_workers`."""
         return self._call(
             lambda: list(self._engine.collective_rpc(method, timeout=timeout_s, args=args)),
             called(method),
@@ -82,20 +90,24 @@ class InProcess:
         )
 
     def sleep(self, level: int) -> None:
+        """See `Backend.sleep`."""
         self._call(lambda: self._engine.sleep(level, mode="keep"), "sleep", self._timeout_s)
 
     def wake(self, tags: list[str] | None) -> None:
+        """See `Backend.wake`."""
         self._call(lambda: self._engine.wake_up(tags), "wake", self._timeout_s)
 
     def probe(self, timeout_s: float) -> None:
+        """See `Backend.probe`."""
         self._call(lambda: None, "take a step", timeout_s)
 
     def close(self, *, kill: bool = False) -> None:
+        """See `Backend.close`."""
         with self._awake:
             self._closing = True
             self._awake.notify()
         self._thread.join(timeout=1 if kill else 60)
-        if self._thread.is_alive():  # in a step that does not end
+        if self._thread.is_alive():  # it hangs in a step
             self._fail_all(self._error)
 
     def _enqueue(self, work: Callable[[], None]) -> None:
@@ -106,7 +118,7 @@ class InProcess:
             self._awake.notify()
 
     def _call(self, function: Callable[[], T], what: str, timeout_s: float) -> T:
-        """The result of ``function``, called on the engine's thread between two steps."""
+        """Return the result of ``function``, called on the engine's thread between two steps."""
         future: concurrent.futures.Future[T] = concurrent.futures.Future()
 
         def work() -> None:
@@ -157,7 +169,7 @@ class InProcess:
             self._fail_all(self._error)
             self._engine.engine_core.shutdown()
             self._engine = None
-            while self._work:  # what came too late hears why
+            while self._work:  # late work fails with the same error
                 self._work.popleft()()
 
     def _wait_for_work(self) -> bool:
@@ -168,7 +180,7 @@ class InProcess:
             return not self._closing
 
     def _deliver(self) -> None:
-        """After a step, not in its midst: whoever waits may draw random numbers at once."""
+        """Deliver outputs after the step: a caller may draw random numbers as soon as it has one."""
         outputs = self._outputs[:]
         self._outputs.clear()
         for key, output in outputs:
@@ -185,7 +197,7 @@ class InProcess:
         if paused:
             quirks.stop_between_steps(self._engine)
         else:
-            quirks.go_on(self._engine)
+            quirks.continue_stepping(self._engine)
         self._paused = paused
 
     def _add(self, key: str, prompt: list[int], params: Any, priority: int, done: Done) -> None:
@@ -206,7 +218,7 @@ class InProcess:
 
 
 class _Queue:
-    """Stands where vLLM expects a request's queue of outputs; only the final one comes."""
+    """Replaces the queue to which vLLM puts the outputs of a request; only the final one is put."""
 
     __slots__ = ("_key", "_outputs")
 

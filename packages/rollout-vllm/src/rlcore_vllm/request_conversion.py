@@ -1,4 +1,4 @@
-"""Between rlcore's requests and vLLM's."""
+"""Conversion of requests and completions between rlcore and vLLM."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 
 from rlcore.engines.rollout import Completion, FinishReason, GenerationRequest
 from rlcore.errors import EngineError
+from rlcore_kit.serving.wire_format import ending_tokens
 
 SEEDS = 2**63
-"""vLLM hands seeds to torch's generators as signed 64-bit numbers."""
+"""vLLM passes seeds to torch's generators as signed 64-bit numbers."""
 
 NO_OVERRIDES: Mapping[str, Any] = {}
 
@@ -21,19 +22,21 @@ def sampling_params(
     seed: int,
     overrides: Mapping[str, Any] = NO_OVERRIDES,
 ) -> Any:
-    """vLLM's ``SamplingParams`` for ``request``.
+    """Return vLLM's ``SamplingParams`` for ``request``.
 
     Args:
-        end_tokens: the model's end-of-sequence tokens. They go to vLLM as stop tokens: its own notion of them depends
-            on the tokenizer, which may disagree with the model.
+        end_tokens: the model's end-of-sequence tokens. They are passed as stop tokens, because vLLM takes them from the
+            tokenizer, which may disagree with the model.
         seed: for a request that has none.
-        overrides: fields of vLLM's own.
+        overrides: further fields of vLLM's ``SamplingParams``.
+
+    Raises:
+        EngineError: vLLM refuses a field.
     """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     wanted = request.sampling
-    stop_token_ids = set(wanted.stop_token_ids) | (set() if wanted.ignore_eos else end_tokens)
     fields: dict[str, Any] = {
         "max_tokens": min(wanted.max_tokens, max_model_len - len(request.prompt)),
         "temperature": wanted.temperature,
@@ -42,7 +45,7 @@ def sampling_params(
         "min_p": wanted.min_p,
         "stop": list(wanted.stop) or None,
         "include_stop_str_in_output": True,
-        "stop_token_ids": sorted(stop_token_ids),
+        "stop_token_ids": sorted(ending_tokens(request, end_tokens)),
         "ignore_eos": True,
         "seed": (seed if wanted.seed is None else wanted.seed) % SEEDS,
         "logprobs": 0 if wanted.logprobs else None,
@@ -58,21 +61,21 @@ def sampling_params(
 
 
 def completion(request: GenerationRequest, output: Any) -> Completion:
-    """The `Completion` in vLLM's ``RequestOutput``."""
+    """Return the `Completion` in vLLM's ``RequestOutput``."""
     (made,) = output.outputs
-    reason: FinishReason = {"stop": "stop", "length": "length"}.get(made.finish_reason, "abort")  # type: ignore[assignment]
+    reasons: dict[str | None, FinishReason] = {"stop": "stop", "length": "length"}
     tokens = list(made.token_ids)
     return Completion(
         tokens=tokens,
         logprobs=_sampled_logprobs(made.logprobs, len(tokens)) if request.sampling.logprobs else [],
-        finish_reason=reason,
+        finish_reason=reasons.get(made.finish_reason, "abort"),
         versions=[(_number(span.version), span.end - span.start) for span in made.weight_versions or ()],
         request_id=request.request_id,
     )
 
 
 def _sampled_logprobs(flat: Any, count: int) -> list[float]:
-    """Of the token sampled at each position, which vLLM lists first."""
+    """Return the log-prob of the token sampled at each position, which vLLM lists first."""
     if flat is None:
         return []
     return [float(flat.logprobs[start]) for start in flat.start_indices[:count]]

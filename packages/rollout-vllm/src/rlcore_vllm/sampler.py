@@ -1,8 +1,8 @@
 """Log-probs of sampled tokens under softmax(logits / temperature), before top-k, top-p and min-p.
 
-vLLM (0.32) has either those of softmax(logits), or, as "processed" log-probs, those of the distribution after all
-filters. Both samplers of vLLM, one per model runner, hand over what the log-probs are taken of at one place, the result
-of their method ``sample``; here it is replaced. Filters and random numbers stay vLLM's own.
+vLLM (0.32) returns either those of softmax(logits), or, as "processed" log-probs, those of the distribution after all
+filters. Both samplers of vLLM, one per model runner, return the logits or log-probs for this from their method
+``sample``, which is replaced here. Filters and random numbers stay vLLM's.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import numpy as np
 import torch
 
 GREEDY = 1e-5
-"""Temperatures below are greedy to vLLM; log-probs are then those of softmax(logits)."""
+"""vLLM decodes greedily below this temperature; log-probs are then those of softmax(logits)."""
 
 
 def install(model_runner: Any) -> None:
-    """Make ``model_runner`` (V1 or V2) return such log-probs."""
+    """Make ``model_runner`` (V1 or V2) return log-probs under softmax(logits / temperature)."""
     sampler = model_runner.sampler
     sample = sampler.sample
-    # set after construction: there the sampler would give up its fused kernels for this mode
+    # set after construction, where this mode would disable the sampler's fused kernels
     sampler.logprobs_mode = "processed_logprobs"
     if hasattr(sampler, "sampling_states"):  # model runner V2
 
@@ -52,11 +52,10 @@ def install(model_runner: Any) -> None:
 
 
 def _rewinding(model_runner: Any, sample: Callable[..., Any]) -> Callable[..., Any]:
-    """``sample``, after which the generators of rows whose token is not used are where they were.
+    """Return ``sample`` with the generators of rows whose token is discarded restored afterwards.
 
-    A prompt that is prefilled in several steps draws a token in each, and only the last counts. vLLM (0.32) takes the
-    draws back by the generator's offset, which generators on the CPU do not have: it would fail for requests with a
-    seed.
+    A prompt that is prefilled in several steps draws a token in each, and only the last counts. vLLM (0.32) undoes the
+    other draws by the generator's offset, which generators on the CPU do not have: requests with a seed would fail.
     """
     bookkeeping = model_runner._bookkeeping_sync
 
@@ -86,5 +85,5 @@ def _rewinding(model_runner: Any, sample: Callable[..., Any]) -> Callable[..., A
 
 
 def _divisor(temperature: torch.Tensor) -> torch.Tensor:
-    """``[rows, 1]``."""
+    """Return the divisor of logits, ``[rows, 1]`` for ``temperature`` ``[rows]``."""
     return torch.where(temperature < GREEDY, 1.0, temperature)[:, None]

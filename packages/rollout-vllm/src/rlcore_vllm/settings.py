@@ -12,91 +12,104 @@ from rlcore_vllm.server.settings import ServerSettings
 
 
 class VLLMSettings(Config):
-    """Where vLLM runs, and its own arguments under the names that ``vllm serve`` gives them.
+    """Where vLLM runs, and its arguments under the names that ``vllm serve`` gives them.
 
-    The common ones have a field here; ``args`` takes all others that the installed version knows.
+    Common arguments are fields; ``args`` takes all others that the installed version knows.
     """
 
     mode: Literal["in_process", "process", "server"] = Field(
         "in_process",
-        description="'in_process' steps vLLM on a thread of this process, 'process' gives it one of its own, 'server' "
-        "uses servers that run already (see server).",
+        description="'in_process' runs vLLM on a thread of this process, 'process' in a separate process, 'server' "
+        "uses running servers (see server).",
     )
     replicas: int = Field(
         1,
         ge=1,
         le=2**16,
-        description="Engines of mode 'process', each on GPUs of its own; requests are balanced over them.",
+        description="Number of engines of mode 'process', each on separate GPUs; requests are balanced over them.",
     )
-    tensor_parallel_size: int = Field(1, ge=1, le=2**16, description="Processes (GPUs) that share each layer.")
+    tensor_parallel_size: int = Field(
+        1, ge=1, le=2**16, description="Number of processes (GPUs) that share each layer."
+    )
     dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
         None, description="Precision of weights and activations; null is bfloat16 on a GPU and float32 on the CPU."
     )
     gpu_memory_utilization: float | None = Field(
-        None, gt=0, le=1, description="Share of the GPU's memory for weights, activations and KV cache; null is vLLM's."
+        None,
+        gt=0,
+        le=1,
+        description="Fraction of the GPU's memory for weights, activations and KV cache; null is vLLM's default.",
     )
     kv_cache_memory_bytes: int | None = Field(
         None,
         gt=0,
         le=2**50,
-        description="Size of the KV cache per worker; null follows gpu_memory_utilization, on the CPU 1 GiB.",
+        description="Size of the KV cache per worker in bytes; null follows gpu_memory_utilization (CPU: 1 GiB).",
     )
-    max_num_seqs: int = Field(256, ge=1, description="Most sequences decoded together; further requests wait.")
+    max_num_seqs: int = Field(256, ge=1, description="Maximum number of concurrent sequences; further requests wait.")
     max_num_batched_tokens: int | None = Field(
-        None, ge=1, description="Most tokens of one step; null is vLLM's choice."
+        None, ge=1, description="Maximum number of tokens in one step; null is vLLM's default."
     )
     enforce_eager: bool | None = Field(
         None,
-        description="true runs every operation as it comes; false compiles the model and captures CUDA graphs, which "
-        "starts slower and runs faster. null is false on a GPU and true on the CPU.",
+        description="true runs the model eagerly; false compiles it and captures CUDA graphs, which starts slower and "
+        "runs faster. null is false on a GPU and true on the CPU.",
     )
-    enable_prefix_caching: bool = Field(True, description="Prefill what requests have in common once.")
+    enable_prefix_caching: bool = Field(True, description="Prefill the common prefix of requests once.")
     load_format: str = Field(
         "auto",
-        description="How vLLM reads the model's files; 'dummy' reads none, if weights are sent before the start.",
+        description="How vLLM reads the model's files; 'dummy' reads none, for a run that sends weights before it "
+        "generates.",
     )
     enable_lora: bool = Field(
         False,
-        description="Take the policy's adapters in place of whole weights, for a policy that trains adapters; those of "
-        "model.path stay below them.",
+        description="Update the policy's LoRA adapters instead of full weights, for a policy that trains adapters; the "
+        "base weights are those of model.path.",
     )
     sleep_level: Literal[1, 2] = Field(
         1,
-        description="What sleep does with the weights: 1 keeps them in host memory, 2 drops them until an update.",
+        description="What sleep does with the weights: 1 moves them to host memory, 2 drops them until an update.",
     )
     rejoin_timeout_s: Seconds = Field(
-        300.0, gt=0, description="Longest wait of a request for one of several replicas when none is left."
+        300.0, gt=0, description="Timeout of requests while no replica is available, in seconds."
     )
-    start_timeout_s: Seconds = Field(600.0, gt=0, description="Longest wait for the engine to start.")
+    start_timeout_s: Seconds = Field(600.0, gt=0, description="Timeout of the engine's start in seconds.")
     weight_transfer: Literal["rlcore", "nccl", "ipc"] = Field(
         "rlcore",
-        description="How weights get from this process to engines of mode 'process': by rlcore's transfer, or by "
-        "vLLM's own engines, 'nccl' (GPUs other than the trainer's) or 'ipc' (the trainer's GPU).",
+        description="How weights are moved from this process to engines of mode 'process': by rlcore's transfer, or by "
+        "vLLM's weight-transfer engines 'nccl' (other GPUs than the trainer's) or 'ipc' (the trainer's GPU).",
     )
-    update_timeout_s: Seconds = Field(300.0, gt=0, description="Longest wait for one bucket of weights to be taken.")
+    update_timeout_s: Seconds = Field(300.0, gt=0, description="Timeout of one bucket of weights in seconds.")
     hang_timeout_s: Seconds = Field(
-        300.0, gt=0, description="An engine with unfinished requests that does not answer for so long is given up."
+        300.0,
+        gt=0,
+        description="Timeout of the answer of an engine with unfinished requests, in seconds; then it counts as hung.",
     )
     args: dict[str, Any] = Field(
         default_factory=dict,
-        description="Further engine arguments of the installed vLLM, as {name: value} with the names of its "
-        "EngineArgs (quantization, max_logprobs, …).",
+        description="Further engine arguments of the installed vLLM, as {name: value} with the names of its EngineArgs "
+        "(quantization, max_logprobs, …).",
     )
     server: ServerSettings | None = Field(None, description="The servers of mode 'server'.")
 
     def packages(self) -> Iterator[tuple[str, Package]]:
+        """Yield the packages that the chosen mode needs."""
         if self.mode != "server":
             yield "", Package("vllm", "rlcore[vllm]")
 
     def problems(self) -> Iterator[tuple[str, str]]:
+        """Yield fields that contradict each other, with the reason."""
         if self.mode == "server" and self.server is None:
-            yield "server", "mode 'server' needs the section server with the servers' addresses"
+            yield "server", "mode 'server' needs the section server with the servers' URLs"
         if self.mode != "server" and self.server is not None:
-            yield "server", f"only mode 'server' uses servers; mode is {self.mode!r}"
+            yield (
+                "server",
+                f"only mode 'server' uses servers; set mode to 'server', not {self.mode!r}, or remove the section",
+            )
         if self.mode != "process" and self.weight_transfer != "rlcore":
-            yield "weight_transfer", f"is for engines of mode 'process'; mode is {self.mode!r}"
+            yield "weight_transfer", f"applies to engines of mode 'process'; mode is {self.mode!r}"
         if self.mode != "process" and self.replicas > 1:
-            yield "replicas", f"several engines need processes of their own: set mode to 'process', not {self.mode!r}"
+            yield "replicas", f"several engines need separate processes: set mode to 'process', not {self.mode!r}"
         if self.enable_lora:
             yield from self._lora_problems()
 
@@ -104,11 +117,20 @@ class VLLMSettings(Config):
         if self.mode == "server":
             yield (
                 "enable_lora",
-                "servers take whole weights, with the adapters merged into them; set it to false",
+                "servers take full weights, into which adapters are merged; set it to false",
             )
         if self.weight_transfer != "rlcore":
-            yield "enable_lora", f"adapters go by rlcore's transfer, not weight_transfer={self.weight_transfer}"
+            yield (
+                "enable_lora",
+                f"adapters need rlcore's transfer: set weight_transfer to rlcore, not {self.weight_transfer}",
+            )
         if self.sleep_level == 2:
-            yield "enable_lora", "sleep_level=2 drops the weights below the adapters, which nobody sends; set it to 1"
+            yield (
+                "enable_lora",
+                "sleep_level=2 drops the base weights, which updates of adapters do not restore; set it to 1",
+            )
         if self.load_format == "dummy":
-            yield "enable_lora", "load_format=dummy reads no weights, and nobody sends those below the adapters"
+            yield (
+                "enable_lora",
+                "load_format=dummy reads no base weights, and updates of adapters send none; set it to auto",
+            )

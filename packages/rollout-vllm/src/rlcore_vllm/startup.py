@@ -1,7 +1,7 @@
-"""Why a process of vLLM cannot start.
+"""The reason why a process of vLLM cannot start.
 
-vLLM (0.32) tells whoever waits for its processes only that one did not start, and logs the reason where it was. Here
-processes get a logging configuration with one more handler, which notes such errors in a file.
+vLLM (0.32) raises an error without the reason in the process that waits, and logs the reason in the one that failed.
+Here processes get a logging configuration with an additional handler, which writes such errors to a file.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ HANDLER = "rlcore"
 
 
 class Notes(logging.Handler):
-    """Appends a line with the reason of every exception that is logged to the file ``path``, as long as it exists."""
+    """Appends the reason of every logged exception as a line to the file ``path``, while it exists."""
 
     def __init__(self, path: str) -> None:
         super().__init__(logging.ERROR)
         self._path = path
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Write the root cause of the exception in ``record``, if it has one."""
         error = record.exc_info[1] if record.exc_info else None
         if error is None:
             return
@@ -40,9 +41,9 @@ class Notes(logging.Handler):
 
 @contextmanager
 def noting_reasons(arguments: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Callable[[], str | None]]]:
-    """Engine arguments whose processes note why they cannot start, and what tells the first such reason, if any.
+    """Yield engine arguments whose processes record why they cannot start, and a function for the first reason.
 
-    A logging configuration of the user's stays, and then there are no notes.
+    A logging configuration of the user is kept, and then no reasons are recorded.
     """
     from vllm.config.logging import LoggingConfig
     from vllm.logger import DEFAULT_LOGGING_CONFIG
@@ -69,7 +70,7 @@ def noting_reasons(arguments: dict[str, Any]) -> Iterator[tuple[dict[str, Any], 
 
 
 def _forget_handler() -> None:
-    """vLLM configures this process's logging too."""
+    # vLLM configures the logging of this process too
     logger = logging.getLogger("vllm")
     for handler in logger.handlers:
         if isinstance(handler, Notes):

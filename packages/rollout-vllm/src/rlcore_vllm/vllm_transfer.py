@@ -1,7 +1,7 @@
-"""Weights by vLLM's own weight-transfer engines, NCCL or CUDA IPC, through its start, update and finish.
+"""Weights by vLLM's weight-transfer engines, NCCL or CUDA IPC, through its start, update and finish.
 
-Both move tensors between GPUs, and have not been run on any: what is tested, on the CPU, is the sequence of calls with
-an engine of the test's. The front end's own transfer (`rlcore_vllm.delivery`) is the default.
+Both transfer tensors between GPUs and have not been run on a GPU: the tests run the sequence of calls on the CPU, with
+a stand-in for vLLM's engine. rlcore's transfer (`rlcore_vllm.delivery`) is the default.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ Kind = Literal["nccl", "ipc"]
 class VLLMTransfer:
     """Loads weights into a paused `Backend` bucket by bucket; after an error its workers hold a mixture.
 
-    Every bucket is a transfer of vLLM's trainer engine, inside of one begin and one finish of the workers. That engine
-    is made when the first bucket is there, on whose device the others must be too.
+    Every bucket is a transfer of vLLM's trainer engine, between one begin and one finish of the workers. That engine is
+    built at the first bucket, on whose device the others must be too.
     """
 
     def __init__(self, backend: Backend, kind: Kind, timeout_s: float) -> None:
@@ -37,8 +37,8 @@ class VLLMTransfer:
         """Give all workers all buckets as ``version``.
 
         Raises:
-            EngineError: a worker cannot use them, or some are missing.
-            WorkerError: the engine is gone, or they did not reach its workers in time.
+            EngineError: a worker cannot load them, or some are missing.
+            WorkerError: the engine is gone, or they did not arrive in time.
         """
         begun = False
         try:
@@ -58,7 +58,7 @@ class VLLMTransfer:
         except BaseException:
             self.close()
             if begun:
-                with suppress(EngineError, WorkerError):  # what went wrong first is what counts
+                with suppress(EngineError, WorkerError):  # the first failure is reported
                     self._call("rlcore_cancel")
             raise
 
@@ -75,8 +75,8 @@ class VLLMTransfer:
             return
         if device.type == "cpu":
             raise EngineError(
-                f"rollout.vllm.weight_transfer={self._kind} moves weights between GPUs, and these are on the "
-                "CPU; set it to rlcore"
+                f"rollout.vllm.weight_transfer={self._kind} transfers weights between GPUs, and these are "
+                "on the CPU; set it to rlcore"
             )
         self._engine = WeightTransferTrainerFactory.trainer_init(
             self._information(), client=_Client(self), source=source
@@ -101,25 +101,29 @@ class VLLMTransfer:
 
 
 class _Client:
-    """What vLLM's trainer engine calls. It begins and ends an update with every bucket; the workers do so once."""
+    """Client for vLLM's trainer engine, which begins and ends an update with every bucket; the workers do so once."""
 
     def __init__(self, transfer: VLLMTransfer) -> None:
         self._transfer = transfer
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Connect the workers."""
         self._transfer._call("init_weight_transfer_engine", init_info)
 
-    def start_weight_update(self) -> None: ...
+    def start_weight_update(self) -> None:
+        """Do nothing."""
 
     def update_weights(self, update_info: Any) -> None:
+        """Have the workers receive one bucket."""
         self._transfer._call("rlcore_take_transfer", update_info)
 
-    def finish_weight_update(self, weight_version: str | None = None) -> None: ...
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Do nothing."""
 
 
 @cache
 def _source_class() -> Any:
-    """A class of vLLM's ``WeightSource`` over one bucket."""
+    """Return a subclass of vLLM's ``WeightSource`` over one bucket."""
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
     class BucketSource(WeightSource):

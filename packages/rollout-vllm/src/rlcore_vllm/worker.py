@@ -1,4 +1,4 @@
-"""What rlcore adds to vLLM's workers: they take weights, and say which version they hold.
+"""Extension of vLLM's workers: weight updates, and the version of the weights.
 
 vLLM makes this class a base of its worker class (``worker_extension_cls``) and calls its methods by name, with plain
 data as arguments.
@@ -21,10 +21,13 @@ from rlcore_vllm.reload import Reload
 class WorkerExtension:
     """Methods for ``collective_rpc``, all named ``rlcore_…``; state is kept in attributes of that prefix.
 
-    Weights come bucket by bucket: `rlcore_begin`, any number of `rlcore_load`, `rlcore_finish`; or all by a connection
-    of the worker's own: `rlcore_connect` once, then `rlcore_receive` for every version; or by vLLM's own transfer:
-    `rlcore_begin_transfer`, any number of `rlcore_take_transfer`, `rlcore_finish_transfer`. After an error the model
-    holds a mixture, which the engine does not generate with, and the next update may begin.
+    Weights arrive in one of three ways:
+
+    - by arguments: `rlcore_begin`, any number of `rlcore_load`, `rlcore_finish`;
+    - by a connection of the worker: `rlcore_connect` once, then `rlcore_receive` for every version;
+    - by vLLM's transfer: `rlcore_begin_transfer`, any number of `rlcore_take_transfer`, `rlcore_finish_transfer`.
+
+    After an error the model holds a mixture, with which the engine does not generate, and the next update may begin.
     """
 
     rank: int
@@ -35,10 +38,10 @@ class WorkerExtension:
     update_weights: Callable[[Any], None]
 
     def rlcore_prepare(self, takes_adapters: bool = False) -> int:
-        """Have contractual log-probs; the number of this worker among all. Once is enough, again changes nothing.
+        """Install the log-prob sampler and return this worker's rank. Idempotent.
 
         Args:
-            takes_adapters: updates bring adapters, not whole weights.
+            takes_adapters: updates bring LoRA adapters, not full weights.
         """
         if not hasattr(self, "rlcore_held_version"):
             if self.vllm_config.parallel_config.world_size > 1:
@@ -53,10 +56,11 @@ class WorkerExtension:
         return self.rank
 
     def rlcore_version(self) -> int:
-        """The version of the weights that this worker computes with."""
+        """Return the version of this worker's weights."""
         return self.rlcore_held_version
 
     def rlcore_begin(self) -> None:
+        """Begin an update."""
         if self.rlcore_takes_adapters:
             self.rlcore_reload = AdapterReload(self.model_runner)
             return
@@ -64,13 +68,13 @@ class WorkerExtension:
             self.rlcore_reload = Reload(self.model_runner.get_model(), self.vllm_config.model_config)
 
     def rlcore_load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-        """Load one bucket; nothing of its memory is needed afterwards."""
+        """Load one bucket; its memory may be reused afterwards."""
         assert self.rlcore_reload is not None
         with self._rlcore_configured():
             self.rlcore_reload.load(tensors)
 
     def rlcore_finish(self, version: int) -> None:
-        """Compute with what was loaded, as ``version``."""
+        """Make the model compute with the loaded weights, as ``version``."""
         assert self.rlcore_reload is not None
         with self._rlcore_configured():
             self.rlcore_reload.finish()
@@ -81,41 +85,42 @@ class WorkerExtension:
         self.rlcore_held_version = version
 
     def rlcore_cancel(self) -> None:
-        """Give up an update that was begun; another one may begin."""
+        """Cancel an update; another one may begin."""
         if self.rlcore_reload is not None:
             self.rlcore_reload.cancel()
             self.rlcore_reload = None
-            self._weight_update_active = False  # vLLM's note of an update by its own transfer
+            self._weight_update_active = False  # vLLM's flag of an update by its transfer
 
     def rlcore_begin_transfer(self) -> None:
+        """Begin an update by vLLM's weight transfer."""
         self.start_weight_update()
         self.rlcore_reload = Reload(self.model_runner.get_model(), self.vllm_config.model_config, begun=True)
 
     def rlcore_take_transfer(self, information: Any) -> None:
-        """Load one bucket that vLLM's weight-transfer engine moves; nothing of its memory is needed afterwards."""
+        """Receive and load one bucket by vLLM's weight transfer; its memory may be reused afterwards."""
         assert isinstance(self.rlcore_reload, Reload)
         with self._rlcore_configured():
             self.update_weights(information)
-            self.rlcore_reload.keep_what_waits()
+            self.rlcore_reload.copy_incomplete()
 
     def rlcore_finish_transfer(self, version: int) -> None:
-        """Compute with what was transferred, as ``version``. That all of it is there vLLM itself does not look at."""
+        """Make the model compute with the received weights, as ``version``; unlike vLLM, check that all arrived."""
         try:
             self.rlcore_finish(version)
         finally:
             self._weight_update_active = False
 
     def rlcore_connect(self, address: dict[str, Any]) -> None:
-        """Connect to the front-end's weight sender, whose address comes as the fields of an `Address`."""
+        """Connect to the weight sender at ``address``, the fields of an `Address`."""
         if self.rlcore_receiver is not None:
             self.rlcore_receiver.close()
         self.rlcore_receiver = open_receiver(Address(**address), self.rank, device=self.device)
 
     def rlcore_receive(self) -> str:
-        """Take the next version from the sender, which learns of an error too; the version, or what went wrong.
+        """Receive the next version; return it, or the message of an error, which the sender gets too.
 
-        An error is not raised: of several workers' errors vLLM (0.32) reads one, and takes the others for answers to
-        its next calls.
+        An error is not raised: vLLM (0.32) reads the error of one worker, and takes those of others for answers to its
+        next calls.
         """
         receiver = self.rlcore_receiver
         assert receiver is not None
@@ -134,7 +139,7 @@ class WorkerExtension:
 
     @contextmanager
     def _rlcore_configured(self) -> Iterator[None]:
-        """vLLM's layers look at the configuration of the moment; an error takes the update back."""
+        """Set vLLM's current configuration, which its layers read; cancel the update on an error."""
         from vllm.config import set_current_vllm_config
 
         with set_current_vllm_config(self.vllm_config):

@@ -1,4 +1,4 @@
-"""What the servers' workers have beyond those of our own engines: they read weights from files."""
+"""Extension of the servers' workers: weights from files, in addition to `rlcore_vllm.worker`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class ServerWorkerExtension(WorkerExtension):
     """The value of ``--worker-extension-cls``; see `WorkerExtension`."""
 
     def rlcore_read(self, folder: str, version: int) -> int:
-        """Load the safetensors files in ``folder`` as ``version``, one file at a time.
+        """Load the safetensors files in ``folder`` as ``version``, one file at a time; return ``version``.
 
-        vLLM's own ``reload_weights`` (0.32, CPU) leaves a model with tied embeddings with log-probs of neither model.
+        After vLLM's own ``reload_weights`` (0.32, CPU) a model with tied embeddings has log-probs of neither model.
         """
         from safetensors import safe_open
 
@@ -26,7 +26,7 @@ class ServerWorkerExtension(WorkerExtension):
         return version
 
     def rlcore_restore(self) -> None:
-        """Load the files that the server was started with again, tensor by tensor, as version 0."""
+        """Load the files with which the server was started again, tensor by tensor, as version 0."""
         from vllm.model_executor.model_loader import get_model_loader
 
         loader: Any = get_model_loader(self.vllm_config.load_config)

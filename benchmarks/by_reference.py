@@ -98,7 +98,7 @@ def step(executor: Any, roles: Any, held: Callable[[Any], Any], prompts: int, n:
     parts, scores = [], []
     for _, part in executor.stream(rollout, sample, list(range(prompts)), n, length):
         parts.append(held(part))
-        scores.append(executor.one(reward, score, parts[-1]))
+        scores.append(executor.submit(reward, score, parts[-1]))
     batch = type(parts[0]).concat(parts)
     scored = [held(pending.result()) for pending in scores]
     batch = batch.with_columns(score=torch.cat([part["score"] for part in scored]))

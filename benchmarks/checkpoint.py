@@ -95,7 +95,7 @@ def work(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     model = ModelSettings(path=str(arguments.worker / "model"))
     engine = build(TrainEngineSpec(model, FSDPSettings(device="cpu"), optim=OptimSettings(lr=1e-4), max_tokens=512))
-    actor = executor.group(TrainEngine, engine, "actor")  # type: ignore[type-abstract]
+    actor = executor.workers(TrainEngine, engine, "actor")  # type: ignore[type-abstract]
     manager = CheckpointManager(arguments.worker / "checkpoints", keep=1, ranks=executor)
     batch = make_batch((128,) * (arguments.tokens // 128))
     blocks: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}

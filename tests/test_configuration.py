@@ -156,7 +156,6 @@ def test_every_package_that_a_configuration_needs_is_looked_for(monkeypatch: pyt
     plugin = plugins.get("rlcore.recipes", "grpo")
     overrides = [
         "actor.fsdp.lora.rank=8",
-        "controller.kind=ray",
         "rollout.engine=vllm",
         "reward.name=math",
         "trainer.trackers=[console, wandb, tensorboard]",
@@ -169,7 +168,6 @@ def test_every_package_that_a_configuration_needs_is_looked_for(monkeypatch: pyt
     config = load_config(plugin.config_class(), plugin.ready_made()["grpo_gsm8k"], overrides)
     assert dict(missing_packages(config)).keys() == {
         "actor.fsdp.lora",
-        "controller.kind",
         "rollout.vllm",
         "reward.math",
         "trainer.wandb",

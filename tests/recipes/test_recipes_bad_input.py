@@ -47,7 +47,10 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no validation data": ({"trainer.test_freq": 1, "data.val_files": "[]"}, ["data.val_files is empty"]),
     "interval of zero": ({"trainer.save_freq": 0}, ["trainer.save_freq", "-1 for never"]),
     "two rewards": ({"reward.name": "gsm8k"}, ["reward", "keep one of them"]),
-    "unknown controller": ({"controller.kind": "rai"}, ["controller.kind", "must be 'local' or 'ray', not rai"]),
+    "unknown controller": (
+        {"controller.kind": "rai"},
+        ["controller.kind", "unknown executor 'rai'; did you mean 'ray'?"],
+    ),
     "unknown tracker": ({"trainer.trackers": "[wandbb]"}, ["trainer.trackers", "'wandb'"]),
     "zero advantage with entropy bonus": (
         {"actor.drop_zero_advantage": True, "actor.objective.entropy_coeff": 0.1},

@@ -205,7 +205,7 @@ def test_a_recipe_runs_across_both_and_ends_as_alone(
     arguments += ["controller.kind=ray", f"controller.address={nodes.address}"]
     plan = CliRunner().invoke(cli, arguments, catch_exceptions=False)
     assert plan.exit_code == 0, plan.output
-    assert "there is room now" in plan.output
+    assert "the free resources suffice" in plan.output
     assert plan.output.count("1 × train") == 2
     run = start(TRAINERS_APART, waits=False)
     output = run.end()

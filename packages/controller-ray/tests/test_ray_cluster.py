@@ -20,7 +20,7 @@ from rlcore.controller.placement import ResourcePool  # noqa: E402
 from rlcore.errors import ConfigError, PlacementError, RlcoreWarning, WorkerDied  # noqa: E402
 from rlcore_ray import RayExecutor, capacity  # noqa: E402
 from rlcore_ray.cluster import _on_loopback, connect, disconnect  # noqa: E402
-from rlcore_ray.pool import PATIENCE_S  # noqa: E402
+from rlcore_ray.pool import SILENT_WAIT_S  # noqa: E402
 
 AT_ONCE_S = 20.0  # no bound on speed: well under the timeouts below
 WAIT_S = 300.0
@@ -110,44 +110,44 @@ def refusal(pools, timeout_s=WAIT_S) -> str:
         ),
         (
             {"processes": 3, "strategy": "strict_pack", "gpus_per_process": 1},
-            "the pool 'train' wants its 3 processes of 1 CPU, 1 GPU on one node, and no node holds more than 2",
+            "the pool 'train' needs its 3 processes of 1 CPU, 1 GPU on one node, and no node holds more than 2",
         ),
         (
             {"processes": 4, "strategy": "strict_spread"},
-            "the pool 'train' wants each of its 4 processes of 1 CPU on a node of its own, and 3 could take one",
+            "the pool 'train' needs a separate node for each of its 4 processes of 1 CPU, and only 3 can hold one",
         ),
         (
             {"processes": 3, "strategy": "strict_spread", "gpus_per_process": 0.5},
-            "of its 3 processes of 1 CPU, 0.5 GPU on a node of its own, and 2 could take one",
+            "separate node for each of its 3 processes of 1 CPU, 0.5 GPU, and only 2 can hold one",
         ),
         (
             {"processes": 2, "cpus_per_process": 3},
-            "the pool 'train' wants 2 processes of 3 CPU, and the nodes hold 0, 0, 1 of them",
+            "the pool 'train' needs 2 processes of 3 CPU, and the nodes hold 0, 0, 1 of them",
         ),
         (
             {"processes": 4, "cpus_per_process": 0.1, "gpus_per_process": 0.6},
-            "the pool 'train' wants 4 processes of 0.1 CPU, 0.6 GPU, and the nodes hold 0, 1, 2 of them",
+            "the pool 'train' needs 4 processes of 0.1 CPU, 0.6 GPU, and the nodes hold 0, 1, 2 of them",
         ),
     ],
 )
 def test_what_can_never_be_placed_is_refused_at_once(cluster, pool, reason):
     message = refusal({"train": ResourcePool(**pool)})
     assert reason in message
-    assert "asked for: train: " in message
+    assert "needed: train: " in message
     assert len(re.findall(r"node 127\.0\.0\.1 \(\w{6}\): [24] CPU", message)) == 3
-    assert "nobody else holds any of it" in message
+    assert "no other job uses any of it" in message
     assert not [group for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
 
 
 def test_pools_that_fit_alone_but_not_together_are_refused_at_once(cluster):
     message = refusal({"train": ResourcePool(processes=5), "gen": ResourcePool(processes=4)})
     assert "the cluster has 8 CPU, not 9" in message
-    assert "asked for: train: 5 processes of 1 CPU (pack); gen: 4 processes of 1 CPU (pack)" in message
+    assert "needed: train: 5 processes of 1 CPU (pack); gen: 4 processes of 1 CPU (pack)" in message
 
 
 def test_who_holds_the_rest_is_named_with_job_and_node(cluster, other_job):
     message = refusal({"train": ResourcePool(processes=3, gpus_per_process=1)}, timeout_s=2)
-    assert "no room for train after 2 s" in message
+    assert "no free resources for train within 2 s" in message
     where = r"node 127\.0\.0\.1 \(\w{6}\)"
     job = rf"job \w+ \(.*python.*, process {other_job.pid} on 127\.0\.0\.1\)"
     assert re.search(rf"1 CPU, 1 GPU on {where}: 'evaluation' of {job}", message), message
@@ -159,13 +159,14 @@ def test_who_holds_the_rest_is_named_with_job_and_node(cluster, other_job):
 
 
 def test_pools_are_placed_as_soon_as_the_other_job_ends(cluster, other_job):
-    ending = threading.Timer(PATIENCE_S + 2, other_job.stdin.close)
+    ending = threading.Timer(SILENT_WAIT_S + 2, other_job.stdin.close)
     ending.start()
-    with pytest.warns(RlcoreWarning, match=r"waiting up to 60 s for room for train; held by others: 1 CPU, 1 GPU on"):
+    waiting = "waiting up to 60 s for resources for train; used by other jobs: 1 CPU, 1 GPU on"
+    with pytest.warns(RlcoreWarning, match=waiting):
         executor = RayExecutor({"train": ResourcePool(gpus_per_process=1, processes=3)}, {}, placement_timeout_s=60)
     try:
         ending.join()
-        assert len({place.node_id for place in executor.pools["train"].places}) == 2
+        assert len({location.node_id for location in executor.pools["train"].locations}) == 2
     finally:
         executor.close()
     other_job.stdin = open(os.devnull)  # noqa: SIM115 (closed by the fixture)
@@ -175,7 +176,7 @@ def test_two_halves_of_a_gpu_are_two_processes_on_it(cluster):
     half = ResourcePool(gpus_per_process=0.5, cpus_per_process=0.5, strategy="strict_pack")
     executor = RayExecutor({"train": half, "gen": half, "judge": half}, {})
     try:
-        gpus = [(pool.places[0].node_id, pool.places[0].gpus) for pool in executor.pools.values()]
+        gpus = [(pool.locations[0].node_id, pool.locations[0].gpus) for pool in executor.pools.values()]
         assert all(len(ids) == 1 for _, ids in gpus)
         assert len(set(gpus)) == 2
     finally:
@@ -193,7 +194,7 @@ def test_strategies_decide_on_nodes(cluster):
     assert len({node.node_id for node in proposed["close"]}) == 1
     executor = RayExecutor(pools, {})
     try:
-        nodes = {name: {place.node_id for place in pool.places} for name, pool in executor.pools.items()}
+        nodes = {name: {location.node_id for location in pool.locations} for name, pool in executor.pools.items()}
         assert len(nodes["wide"]) == 3
         assert nodes["close"] == {proposed["close"][0].node_id}
     finally:

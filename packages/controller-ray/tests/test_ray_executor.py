@@ -86,7 +86,7 @@ class Engine:
         self.notes.append(value)
         return value, self.dp_rank
 
-    @dispatch(Dispatch.RANK_ZERO)
+    @dispatch(Dispatch.BROADCAST)
     def describe(self) -> str:
         self.notes.append("described")
         return f"{self.role} {self.dp_rank}"
@@ -265,11 +265,11 @@ def test_one_answers_for_all(executor: Executor, groups: tuple[Any, Any]) -> Non
     """Plain and coroutine functions, on engines that train and on those that answer requests."""
     held = executor.compute(batch_of, LENGTHS)
     for group, role in zip(groups, ("actor", "rollout")):
-        pending = executor.one(group, partial(explained, suffix="!"), "dear")
+        pending = executor.submit(group, partial(explained, suffix="!"), "dear")
         assert pending.result() == f"dear {role} !"
         assert pending.done
         assert pending.result() == f"dear {role} !"
-        several = [executor.one(group, asked, part) for part in held.split(2)]
+        several = [executor.submit(group, asked, part) for part in held.split(2)]
         parts = [answer.result() for answer in several]
         assert read(type(parts[0]).concat(parts)).equals(batch_of(LENGTHS).select("text", "index"))
 
@@ -334,10 +334,10 @@ def test_pools_work_at_the_same_time(workers: RayExecutor, ray_groups: tuple[Any
     held = workers.compute(batch_of, LENGTHS)
     a, b = tmp_path / "a", tmp_path / "b"
     workers.timeline()
-    with workers.labelled("first"):
+    with workers.trace_label("first"):
         met = ray_groups[0].meet(held, a, b)
-    with workers.labelled("second"):
-        assert workers.one(ray_groups[1], meet, b, a).result() > 0
+    with workers.trace_label("second"):
+        assert workers.submit(ray_groups[1], meet, b, a).result() > 0
     assert read(held.with_columns(met=met["met"])).equals(
         batch_of(LENGTHS).with_columns(met=batch_of(LENGTHS)["tokens"])
     )
@@ -408,7 +408,7 @@ def test_a_lazy_failure_surfaces_once(
 def test_what_cannot_be_asked_of_a_group_is_refused_at_once(ray_groups: tuple[Any, Any]) -> None:
     with pytest.raises(NotImplementedError, match=r"actor.answer is asynchronous"):
         ray_groups[0].answer("well?")
-    with pytest.raises(TypeError, match=r"double.. needs 'batch'"):
+    with pytest.raises(TypeError, match=r"double.. needs the argument 'batch'"):
         ray_groups[0].double(by=3)
 
 

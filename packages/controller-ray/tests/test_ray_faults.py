@@ -186,7 +186,7 @@ def test_failures_hangs_and_deaths_in_one_pool(executors: Callable[..., RayExecu
 def test_a_call_that_hangs(executors: Callable[..., RayExecutor]) -> None:
     executor = executors(train=2)
     actor = actor_of(executor)
-    executor.waiter.timeout_s = 3.0
+    executor._workers.waiter.timeout_s = 3.0
     with pytest.raises(WorkerError, match=r"no answer within 3 s from actor.oversleep on train\[1\]") as late:
         actor.oversleep(1)
     assert "train[0]" not in str(late.value)
@@ -235,7 +235,7 @@ from rlcore_ray import RayExecutor
 print("connecting", flush=True)
 pools = {"train": ResourcePool(processes=int(sys.argv[2])), "gen": ResourcePool()}
 executor = RayExecutor(pools, {"actor": "train", "compute": "gen"}, address=sys.argv[1], placement_timeout_s=1000)
-print(*[place.pid for pool in executor.pools.values() for place in pool.places], flush=True)
+print(*[place.pid for pool in executor.pools.values() for place in pool.locations], flush=True)
 sys.stdin.read()
 """
 

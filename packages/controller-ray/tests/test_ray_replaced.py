@@ -114,11 +114,11 @@ def run(forked_workers: None) -> Iterator[tuple[RayExecutor, Any, Any]]:
 @pytest.fixture(autouse=True)
 def fresh(run: tuple[RayExecutor, Any, Any]) -> Iterator[None]:
     executor = run[0]
-    executor.on_replaced(None)
-    executor._revivals.clear()
+    executor.on_worker_replaced(None)
+    executor._workers._replaced.clear()
     step(run, 5)
     yield
-    executor.on_replaced(None)
+    executor.on_worker_replaced(None)
 
 
 def step(run: tuple[RayExecutor, Any, Any], number: int) -> None:
@@ -159,19 +159,19 @@ def test_a_replaced_process_is_asked_for_nothing_before_it_has_the_weights(
     run: tuple[RayExecutor, Any, Any], tmp_path: Path
 ) -> None:
     executor, _, rollout = run
-    executor.on_replaced(lambda: None)
+    executor.on_worker_replaced(lambda: None)
     first, second = pids(run)
     sign = tmp_path / "go"
-    under_way = [executor.one(rollout, answer_later, sign) for _ in range(4)]
+    under_way = [executor.submit(rollout, answer_later, sign) for _ in range(4)]
     kill(run, tmp_path, [first])
-    wait_until(lambda: not executor.wait(under_way, 0.05) and executor.behind(rollout))
+    wait_until(lambda: not executor.wait_any(under_way, 0.05) and executor.has_stale_workers(rollout))
     sign.touch()
     assert [one.result() for one in under_way] == [(second, 5, 5.0)] * 4, "nothing is lost, and nothing is made anew"
-    assert [executor.one(rollout, answer).result() for _ in range(4)] == [(second, 5, 5.0)] * 4
+    assert [executor.submit(rollout, answer).result() for _ in range(4)] == [(second, 5, 5.0)] * 4
 
     step(run, 6)
-    assert not executor.behind(rollout)
-    answers = [one.result() for one in [executor.one(rollout, answer_later, sign) for _ in range(4)]]
+    assert not executor.has_stale_workers(rollout)
+    answers = [one.result() for one in [executor.submit(rollout, answer_later, sign) for _ in range(4)]]
     assert {(version, weights) for _, version, weights in answers} == {(6, 6.0)}
     assert len({pid for pid, _, _ in answers}) == 2
     assert first not in pids(run)
@@ -185,32 +185,32 @@ def test_whoever_notices_may_give_the_weights_at_once(run: tuple[RayExecutor, An
         noticed.append(threading.current_thread())
         executor.sync_weights(actor, rollout, 5, SYNC)
 
-    executor.on_replaced(catch_up)
+    executor.on_worker_replaced(catch_up)
     both, sign = pids(run), tmp_path / "go"
-    under_way = [executor.one(rollout, answer_later, sign) for _ in range(4)]
+    under_way = [executor.submit(rollout, answer_later, sign) for _ in range(4)]
     kill(run, tmp_path, both)
-    wait_until(lambda: not executor.wait(under_way, 0.05) and not set(pids_of(executor)) & set(both))
+    wait_until(lambda: not executor.wait_any(under_way, 0.05) and not set(pids_of(executor)) & set(both))
     sign.touch()
     answers = [one.result() for one in under_way]
     assert {(version, weights) for _, version, weights in answers} == {(5, 5.0)}
     assert set(noticed) == {threading.current_thread()}
-    assert not executor.behind(rollout)
+    assert not executor.has_stale_workers(rollout)
 
 
 def pids_of(executor: RayExecutor) -> list[int]:
-    return [place.pid for place in executor.pools["gen"].places]
+    return [location.pid for location in executor.pools["gen"].locations]
 
 
 def test_calls_wait_while_nobody_has_the_weights(run: tuple[RayExecutor, Any, Any], tmp_path: Path) -> None:
     executor, _, rollout = run
-    executor.on_replaced(lambda: None)
+    executor.on_worker_replaced(lambda: None)
     both, sign = pids(run), tmp_path / "go"
     sign.touch()
-    under_way = [executor.one(rollout, answer_later, tmp_path / "never") for _ in range(2)]
+    under_way = [executor.submit(rollout, answer_later, tmp_path / "never") for _ in range(2)]
     kill(run, tmp_path, both)
-    wait_until(lambda: not executor.wait(under_way, 0.05) and not set(pids_of(executor)) & set(both))
-    asked = executor.one(rollout, answer)
-    assert executor.wait([asked], 0.5) == []
+    wait_until(lambda: not executor.wait_any(under_way, 0.05) and not set(pids_of(executor)) & set(both))
+    asked = executor.submit(rollout, answer)
+    assert executor.wait_any([asked], 0.5) == []
     assert not asked.done
     assert "answer on gen" in str(asked)
     (tmp_path / "never").touch()
@@ -221,7 +221,7 @@ def test_calls_wait_while_nobody_has_the_weights(run: tuple[RayExecutor, Any, An
 
 def test_a_stream_is_answered_with_the_weights_alone(run: tuple[RayExecutor, Any, Any], tmp_path: Path) -> None:
     executor, actor, rollout = run
-    executor.on_replaced(lambda: executor.sync_weights(actor, rollout, 5, SYNC))
+    executor.on_worker_replaced(lambda: executor.sync_weights(actor, rollout, 5, SYNC))
     both, sign = pids(run), tmp_path / "go"
     killer = threading.Thread(target=lambda: (kill(run, tmp_path, both), sign.touch()))
     killer.start()
@@ -234,17 +234,17 @@ def test_a_stream_is_answered_with_the_weights_alone(run: tuple[RayExecutor, Any
 
 def test_waiting_gives_what_is_done(run: tuple[RayExecutor, Any, Any], tmp_path: Path) -> None:
     executor, _, rollout = run
-    slow, fast = executor.one(rollout, answer_later, tmp_path / "go"), executor.one(rollout, answer)
-    assert executor.wait([slow, fast], WAIT_S) == [fast]
-    assert executor.wait([slow], 0.05) == []
+    slow, fast = executor.submit(rollout, answer_later, tmp_path / "go"), executor.submit(rollout, answer)
+    assert executor.wait_any([slow, fast], WAIT_S) == [fast]
+    assert executor.wait_any([slow], 0.05) == []
     (tmp_path / "go").touch()
-    assert executor.wait([slow], WAIT_S) == [slow]
-    assert executor.wait([slow, fast], WAIT_S) == [slow, fast]
+    assert executor.wait_any([slow], WAIT_S) == [slow]
+    assert executor.wait_any([slow, fast], WAIT_S) == [slow, fast]
 
 
 def test_a_death_is_told_once(run: tuple[RayExecutor, Any, Any], tmp_path: Path) -> None:
     executor, _, rollout = run
-    under_way = [executor.one(rollout, answer_later, tmp_path / "go") for _ in range(4)]
+    under_way = [executor.submit(rollout, answer_later, tmp_path / "go") for _ in range(4)]
     kill(run, tmp_path, pids(run)[:1])
     (tmp_path / "go").touch()
     with pytest.warns(RlcoreWarning, match=r"gen\[0\].* is gone .*; it is replaced") as caught:
@@ -254,9 +254,9 @@ def test_a_death_is_told_once(run: tuple[RayExecutor, Any, Any], tmp_path: Path)
 
 def test_a_process_whose_engine_died_is_replaced(run: tuple[RayExecutor, Any, Any]) -> None:
     executor, actor, rollout = run
-    executor.on_replaced(lambda: executor.sync_weights(actor, rollout, 5, SYNC))
+    executor.on_worker_replaced(lambda: executor.sync_weights(actor, rollout, 5, SYNC))
     both = pids(run)
-    answers = [one.result() for one in [executor.one(rollout, answer_or_die, both[0]) for _ in range(4)]]
+    answers = [one.result() for one in [executor.submit(rollout, answer_or_die, both[0]) for _ in range(4)]]
     assert {found[1:] for found in answers} == {(5, 5.0)}
     assert both[0] not in {found[0] for found in answers}
     assert both[0] not in pids(run)

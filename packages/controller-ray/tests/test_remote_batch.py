@@ -58,7 +58,7 @@ def made(batch: Batch, parts: list[list[int]], values: Callable[[torch.Tensor], 
     for part in parts:
         own = batch.take(part)
         refs.append(ray.put((Batch({"out": own.jagged(values(own.flat("tokens")))}),)))
-    return RemoteBatch.being_made(refs, parts, batch.lengths)
+    return RemoteBatch.pending(refs, parts, batch.lengths)
 
 
 @st.composite
@@ -225,7 +225,7 @@ def test_errors_name_the_column() -> None:
         remote.with_columns(tokens=remote["tokens"], mask=other["mask"])
     with pytest.raises(BatchError, match="column 'text' has 1 samples, the batch has 2"):
         remote.with_columns(text=remote.slice(0, 1)["text"])
-    with pytest.raises(BatchError, match="column 'text' is a list; only dense ones"):
+    with pytest.raises(BatchError, match="column 'text' is a list; a batch by reference takes dense columns only"):
         remote.with_columns(text=["a", "b"])
     with pytest.raises(BatchError, match="batch 1 differs from batch 0 in columns text"):
         RemoteBatch.concat([remote, remote.drop("text")])
@@ -233,23 +233,23 @@ def test_errors_name_the_column() -> None:
         RemoteBatch.concat([remote, remote.with_columns(score=torch.tensor([1, 2]))])
     with pytest.raises(BatchError, match="column 'text' is jagged in batch 1 but objects in batch 0"):
         RemoteBatch.concat([remote, remote.with_columns(text=remote["tokens"])])
-    with pytest.raises(BatchError, match="column 'mask' was made under different names: mask and others"):
+    with pytest.raises(BatchError, match="column 'mask' is stored under different names: mask and others"):
         RemoteBatch.concat([remote, remote.with_columns(mask=remote["tokens"])])
     mixed = RemoteBatch.concat([remote, stored(batch.with_columns(tokens=batch.jagged(batch.flat("tokens").double())))])
-    with pytest.raises(BatchError, match=r"column 'tokens' was made as torch.float64 .. and as torch.int64"):
+    with pytest.raises(BatchError, match=r"workers returned column 'tokens' as torch.float64 .. and as torch.int64"):
         mixed.fetch()
 
 
 def test_who_should_have_made_samples_and_did_not_is_found_out_by_the_reader() -> None:
     lengths = torch.tensor([1, 1])
-    nothing = RemoteBatch.being_made([ray.put(None)], [[0, 1]], lengths)
-    with pytest.raises(BatchError, match="never made"):
+    nothing = RemoteBatch.pending([ray.put(None)], [[0, 1]], lengths)
+    with pytest.raises(BatchError, match="do not exist: the call"):
         RemoteBatch({"x": nothing["x"]}).fetch()
     short = ray.put((Batch({"x": Jagged.from_list([[1]])}),))
     with pytest.raises(BatchError, match="a worker returned 1 entries for 2 samples"):
-        RemoteBatch({"x": RemoteBatch.being_made([short], [[0, 1]], lengths)["x"]}).fetch()
+        RemoteBatch({"x": RemoteBatch.pending([short], [[0, 1]], lengths)["x"]}).fetch()
     with pytest.raises(BatchError, match="no column 'y'"):
-        RemoteBatch({"y": RemoteBatch.being_made([short], [[0]], lengths[:1])["y"]}).fetch()
+        RemoteBatch({"y": RemoteBatch.pending([short], [[0]], lengths[:1])["y"]}).fetch()
 
 
 def test_what_stands_in_one_stretch_is_not_copied() -> None:

@@ -132,11 +132,11 @@ def test_declarations_are_found_on_the_interface() -> None:
     class Narrower(Interface):
         def forward(self) -> None: ...
 
-        @dispatch(Dispatch.RANK_ZERO)
+        @dispatch(Dispatch.STREAM)
         def save(self) -> None: ...
 
     assert dispatch_of(Narrower, "forward") is Dispatch.SHARD
-    assert dispatch_of(Narrower, "save") is Dispatch.RANK_ZERO
+    assert dispatch_of(Narrower, "save") is Dispatch.STREAM
     assert dispatch_of(Interface, "save") is Dispatch.BROADCAST
     assert dispatch_of(Narrower, "plain") is None
     assert dispatch_of(Narrower, "missing") is None

@@ -51,7 +51,7 @@ class Files:
 
 
 def engines(write: Callable[[Path], None], executor: LocalExecutor | None = None) -> dict[str, Any]:
-    return {"actor": (executor or LocalExecutor()).group(Files, Files(write), "actor")}
+    return {"actor": (executor or LocalExecutor()).workers(Files, Files(write), "actor")}
 
 
 def weights(step: int) -> dict[str, Any]:
@@ -428,7 +428,7 @@ for attempt in range(12):
     if child == 0:
         manager = CheckpointManager(root, keep=1)
         for step in range(1, 1_000_000):
-            manager.save(step, {"actor": LocalExecutor().group(TrainEngine, Files(), "actor")}, state(step))
+            manager.save(step, {"actor": LocalExecutor().workers(TrainEngine, Files(), "actor")}, state(step))
     while not any(root.glob("step-??????")):
         time.sleep(0.002)
     time.sleep(0.0137 * attempt)
@@ -476,7 +476,7 @@ rank, root = int(sys.argv[1]), Path(sys.argv[3])
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
 executor = LocalExecutor(timeout_s=60)
 state = lambda step: RunState(recipe="test", step=step, run_id="id", parts={})
-group = lambda write: {"actor": executor.group(TrainEngine, Files(write), "actor")}
+group = lambda write: {"actor": executor.workers(TrainEngine, Files(write), "actor")}
 manager = CheckpointManager(root, ranks=executor)
 manager.save(1, group(lambda folder: (folder / f"rank-{rank}").write_text("x")), state(1))
 path = manager.latest().location

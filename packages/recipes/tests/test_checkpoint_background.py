@@ -65,7 +65,7 @@ class Slow:
 
 
 def group(engine: Slow) -> dict[str, TrainEngine]:
-    return {"actor": LocalExecutor().group(TrainEngine, engine, "actor")}  # type: ignore[dict-item, type-abstract, arg-type]
+    return {"actor": LocalExecutor().workers(TrainEngine, engine, "actor")}  # type: ignore[dict-item, type-abstract, arg-type]
 
 
 def names(root: Path) -> list[str]:

@@ -78,7 +78,7 @@ class Value:
 
 
 def group(engine: Value) -> dict[str, Any]:
-    return {"actor": LocalExecutor().group(Value, engine, "actor")}
+    return {"actor": LocalExecutor().workers(Value, engine, "actor")}
 
 
 @pytest.fixture(params=["bucket", "memory"])
@@ -286,7 +286,7 @@ def train_and_save(model: Path, tmp: Path, root: str) -> tuple[dict[str, Any], l
     """The weights at the checkpoint; the files that this rank had on its disk before they were uploaded."""
     executor, engine = LocalExecutor(timeout_s=120), engine_of(model)
     alone_on_its_disk(tmp, engine.dp_rank)
-    group = {"actor": executor.group(TrainEngine, engine, "actor")}  # type: ignore[type-abstract]
+    group = {"actor": executor.workers(TrainEngine, engine, "actor")}  # type: ignore[type-abstract]
     manager = CheckpointManager(root, ranks=executor)
     for step in (1, 2):
         group["actor"].train(make_batch(seed=step), WeightedLogprobs())
@@ -305,7 +305,7 @@ def train_and_save(model: Path, tmp: Path, root: str) -> tuple[dict[str, Any], l
 def continue_from_newest(model: Path, tmp: Path, root: str) -> tuple[dict[str, Any], int]:
     executor, engine = LocalExecutor(timeout_s=120), engine_of(model)
     alone_on_its_disk(tmp, engine.dp_rank)
-    group = {"actor": executor.group(TrainEngine, engine, "actor")}  # type: ignore[type-abstract]
+    group = {"actor": executor.workers(TrainEngine, engine, "actor")}  # type: ignore[type-abstract]
     manager = CheckpointManager(root, ranks=executor)
     found = manager.resume_from("auto", group)
     assert found is not None

@@ -42,7 +42,7 @@ class Value(Number):
 
 
 def group(engine: Value) -> dict[str, Any]:
-    return {"actor": LocalExecutor().group(TrainEngine, engine, "actor")}  # type: ignore[type-abstract]
+    return {"actor": LocalExecutor().workers(TrainEngine, engine, "actor")}  # type: ignore[type-abstract]
 
 
 def state(step: int) -> RunState:

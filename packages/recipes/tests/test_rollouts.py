@@ -248,7 +248,7 @@ class Prompts:
 def workers(scorer: Any, engine: Echo) -> RolloutWorkers:
     executor = LocalExecutor()
     return RolloutWorkers(
-        executor, executor.group(RolloutEngine, engine), executor.group(ByPosition, scorer), None, Timings(), False
+        executor, executor.workers(RolloutEngine, engine), executor.workers(ByPosition, scorer), None, Timings(), False
     )
 
 

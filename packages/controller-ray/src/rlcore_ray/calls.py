@@ -1,4 +1,4 @@
-"""What the controller asks of a worker process, and what comes back."""
+"""Calls to a worker process: `Call`, its `Response`, and how batches in both are passed by reference."""
 
 from __future__ import annotations
 
@@ -14,18 +14,26 @@ import ray
 from rlcore.batch import Batch
 from rlcore.controller.executor import Event
 from rlcore.errors import RlcoreError, WorkerDied
+from rlcore_kit.weight_transfer import WeightReceiver, WeightSender
 from rlcore_ray.remote_batch import (
     FETCH_S,
-    Outline,
-    Piece,
+    BatchMeta,
+    ChunkRef,
+    ColumnRef,
     RemoteBatch,
-    Source,
     bulk,
     materialize,
-    outline,
+    metadata,
 )
 
 LOST = (ray.exceptions.ObjectLostError, ray.exceptions.ActorDiedError, ray.exceptions.ActorUnavailableError)
+
+
+class Engines(dict[str, Any]):
+    """The engines of a worker process by role, and its ends of a weight transfer, while one is open."""
+
+    sender: WeightSender | None = None
+    receiver: WeightReceiver | None = None
 
 
 @dataclass(frozen=True)
@@ -34,9 +42,9 @@ class Call:
 
     Attributes:
         name: for errors and the timeline, such as "actor.train".
-        work: picklable; is given the process's engines by role.
+        work: picklable; its first argument are the `Engines` of the process.
         label: the part of the step that the call belongs to.
-        timeout_s: longest wait for batches among the arguments that are still being made.
+        timeout_s: timeout of waiting for batches among the arguments that are still being computed.
     """
 
     name: str
@@ -49,13 +57,13 @@ class Call:
 
 @dataclass(frozen=True)
 class Failure:
-    """What went wrong in a worker.
+    """An exception in a worker.
 
     Attributes:
-        error: one line; ``trace`` the whole traceback.
-        error_type: what to raise in the controller, if not `WorkerError`: the exception's class if it is one of ours;
-            `WorkerDied` if what the call was given is lost with the process or node that held it.
-        engine_died: an engine of the worker's has lost processes of its own.
+        error: one line; ``trace`` is the complete traceback.
+        error_type: what the controller raises: the exception's class if it is an `RlcoreError`; `WorkerDied` if an
+            argument of the call is lost with the process or node that held it; None is `WorkerError`.
+        engine_died: an engine of the worker has lost processes that it started.
     """
 
     error: str
@@ -65,6 +73,7 @@ class Failure:
 
     @classmethod
     def of(cls, error: BaseException) -> Failure:
+        """Describe ``error``, which was caught in a worker."""
         trace = "".join(traceback.format_exception(error))
         if isinstance(error, RlcoreError):
             return cls(str(error), trace, type(error))
@@ -75,11 +84,11 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Head:
-    """The part of an answer that the controller reads.
+class Response:
+    """The part of a result that the controller reads.
 
     Attributes:
-        value: the result, with a `Stored` in the place of every batch; None after a failure.
+        value: the result, with a `BatchRef` in the place of every batch; None after a failure.
     """
 
     event: Event
@@ -88,15 +97,15 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A batch of a result: number ``slot`` of what came with the head."""
+class BatchRef:
+    """A batch of a result: the batch ``slot`` of the body that came with the response."""
 
     slot: int
-    outline: Outline
+    meta: BatchMeta
 
 
 def arguments(value: Any, timeout_s: float) -> Any:
-    """``value`` as a worker gets it: every `RemoteBatch` in it, also in lists and tuples, is read."""
+    """Read every `RemoteBatch` in ``value``, also in lists and tuples."""
     if isinstance(value, RemoteBatch):
         return materialize(value, timeout_s)
     if type(value) in (list, tuple) and any(isinstance(item, RemoteBatch | list | tuple) for item in value):
@@ -104,50 +113,57 @@ def arguments(value: Any, timeout_s: float) -> Any:
     return value
 
 
-def given(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The call's arguments, by position and by name."""
+def arguments_of(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of ``call``, by position and by name, with all batches read."""
     named = {name: arguments(value, call.timeout_s) for name, value in call.kwargs.items()}
     return arguments(call.args, call.timeout_s), named
 
 
 def packed(value: Any) -> tuple[Any, tuple[Batch, ...]]:
-    """A result as a head's value, and the batches that stay in the object store."""
-    stored: list[Batch] = []
+    """Divide a result into the value of a response, and the body: the batches that stay in the object store."""
+    body: list[Batch] = []
 
     def pack(item: Any) -> Any:
         if isinstance(item, Batch):
-            stored.append(bulk(item))
-            return Stored(len(stored) - 1, outline(item))
+            body.append(bulk(item))
+            return BatchRef(len(body) - 1, metadata(item))
         if type(item) in (list, tuple):
             return type(item)(map(pack, item))
         return item
 
-    return pack(value), tuple(stored)
+    return pack(value), tuple(body)
 
 
 def unpacked(value: Any, body: ray.ObjectRef[Any]) -> Any:
-    """A head's value with every batch as a `RemoteBatch` over ``body``."""
-    if isinstance(value, Stored):
-        size = value.outline.size
-        return value.outline.at(Source((Piece(body, value.slot, size),), np.arange(size)))
+    """Return the value of a response with every batch as a `RemoteBatch` over ``body``."""
+    if isinstance(value, BatchRef):
+        size = value.meta.size
+        return value.meta.at(ColumnRef((ChunkRef(body, value.slot, size),), np.arange(size)))
     if type(value) in (list, tuple):
         return type(value)(unpacked(item, body) for item in value)
     return value
 
 
 def answer(
-    call: Call, engines: dict[str, Any], worker: str, finish: Callable[[Any], Any]
-) -> tuple[Head, tuple[Batch, ...] | None]:
-    """Do what ``call`` says; failures become part of the answer, so that they reach the controller once.
+    call: Call, engines: Engines, worker: str, finish: Callable[[Any], Any]
+) -> tuple[Response, tuple[Batch, ...] | None]:
+    """Execute ``call``; a failure becomes part of the response, so that it reaches the controller once.
 
     Args:
-        finish: awaits a coroutine, and returns other results as they are.
+        finish: awaits a coroutine, and returns other results unchanged.
     """
     start = time.time()
     try:
-        args, kwargs = given(call)
-        start = time.time()  # waiting for what others are making is not this worker's time
+        args, kwargs = arguments_of(call)
+        start = time.time()  # waiting for results of other workers is not this worker's time
         value, body = packed(finish(call.work(engines, *args, **kwargs)))
     except Exception as error:
-        return Head(Event(call.name, call.label, worker, start, time.time()), failure=Failure.of(error)), None
-    return Head(Event(call.name, call.label, worker, start, time.time()), value), body
+        return Response(Event(call.name, call.label, worker, start, time.time()), failure=Failure.of(error)), None
+    return Response(Event(call.name, call.label, worker, start, time.time()), value), body
+
+
+def cause_of_death(error: Exception) -> str:
+    """Return the line of Ray's ``error`` that says why a worker is gone."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "exit" in line.lower() or "died" in line.lower() or "node" in line.lower()]
+    return (telling or lines or [type(error).__name__])[0]

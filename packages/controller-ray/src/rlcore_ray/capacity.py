@@ -1,50 +1,32 @@
-"""Whether pools fit into a cluster: what each node has, what is free, and who holds the rest."""
+"""Whether pools fit into a cluster: the resources of each node, the free ones, and the jobs that use the others."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import ray
-from ray._private import state  # has what no public function tells: free resources by node, actors and jobs
+from ray._private import state  # no public function gives free resources by node, actors and jobs
 from ray.util import placement_group_table
 
+from rlcore.controller.backend import RESOURCES, Node, resources_text
 from rlcore.controller.placement import ResourcePool
 from rlcore.errors import PlacementError
 
-RESOURCES = ("CPU", "GPU")
 ROUNDING = 1e-6
 ENTRYPOINT_SHOWN = 80
-"""Characters of another job's command line in messages."""
-
-
-@dataclass(frozen=True)
-class Node:
-    """A node that is up.
-
-    Attributes:
-        total: CPU and GPU that it has; ``free`` those that nobody holds now.
-    """
-
-    node_id: str
-    host: str
-    total: dict[str, float]
-    free: dict[str, float]
-
-    def __str__(self) -> str:
-        return f"{self.host} ({self.node_id[:6]})"
+"""Maximum characters of another job's command line in messages."""
 
 
 def alive_nodes() -> list[dict[str, Any]]:
-    """Ray's description of every node that is up."""
+    """Return Ray's description of every node that is alive."""
     return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
 
 
 def nodes() -> list[Node]:
-    """All nodes that are up."""
+    """Return all nodes that are alive."""
     free = state.available_resources_per_node()  # type: ignore[no-untyped-call]
     return [
         Node(
@@ -58,16 +40,16 @@ def nodes() -> list[Node]:
 
 
 def requested(pool: ResourcePool) -> dict[str, float]:
-    """Ray's resources for one process of ``pool``."""
-    asked = {"CPU": pool.cpus_per_process, "GPU": pool.gpus_per_process}
-    return {name: amount for name, amount in asked.items() if amount}
+    """Return the resources of one process of ``pool`` under Ray's names."""
+    wanted = {"CPU": pool.cpus_per_process, "GPU": pool.gpus_per_process}
+    return {name: amount for name, amount in wanted.items() if amount}
 
 
 def check_fits(pools: Mapping[str, ResourcePool]) -> None:
-    """See at once whether ``pools`` could ever run on this cluster, if nobody else used it.
+    """Check, without waiting, that ``pools`` could run on this cluster if no other job used it.
 
     Raises:
-        PlacementError: all its nodes together have too little, or they have it in the wrong places for one pool.
+        PlacementError: all nodes together have too few resources, or no assignment of a pool to nodes exists.
     """
     there = nodes()
     for resource in RESOURCES:
@@ -82,32 +64,35 @@ def check_fits(pools: Mapping[str, ResourcePool]) -> None:
 
 
 def obstacle(name: str, pool: ResourcePool, offered: Sequence[Mapping[str, float]]) -> str | None:
-    """Why the pool ``name`` can not be placed on nodes that offer so much; None if it can."""
-    rooms = [_processes_that_fit(pool, node) for node in offered]
-    each = f"{pool.processes} processes of {listed(requested(pool))}"
-    if not any(rooms):
+    """Return why the pool ``name`` cannot be placed on nodes with the resources ``offered``; None if it can."""
+    capacities = [_processes_that_fit(pool, node) for node in offered]
+    each = f"{pool.processes} processes of {resources_text(requested(pool))}"
+    if not any(capacities):
         return f"no single node can hold a process of the pool {name!r}"
-    if pool.strategy == "strict_spread" and sum(map(bool, rooms)) < pool.processes:
-        able = sum(map(bool, rooms))
-        return f"the pool {name!r} wants each of its {each} on a node of its own, and {able} could take one"
-    if pool.strategy == "strict_pack" and max(rooms) < pool.processes:
-        return f"the pool {name!r} wants its {each} on one node, and no node holds more than {max(rooms)}"
-    if sum(rooms) < pool.processes:
-        held = ", ".join(map(str, sorted(rooms)))
-        return f"the pool {name!r} wants {each}, and the nodes hold {held} of them (a process does not span nodes)"
+    if pool.strategy == "strict_spread" and sum(map(bool, capacities)) < pool.processes:
+        able = sum(map(bool, capacities))
+        return f"the pool {name!r} needs a separate node for each of its {each}, and only {able} can hold one"
+    if pool.strategy == "strict_pack" and max(capacities) < pool.processes:
+        return f"the pool {name!r} needs its {each} on one node, and no node holds more than {max(capacities)}"
+    if sum(capacities) < pool.processes:
+        held = ", ".join(map(str, sorted(capacities)))
+        return f"the pool {name!r} needs {each}, and the nodes hold {held} of them (a process does not span nodes)"
     return None
 
 
 def assign(pools: Mapping[str, ResourcePool], there: Sequence[Node]) -> dict[str, list[Node]] | None:
-    """A node for every process, by what is free now; None if no way was found. Ray may choose another one."""
+    """Return a node for every process, by the resources that are free now; None if no assignment was found.
+
+    Ray may choose other nodes.
+    """
     free = {node.node_id: dict(node.free) for node in there}
     found: dict[str, list[Node]] = {}
     hardest = sorted(pools, key=lambda name: _difficulty(pools[name]), reverse=True)
     for name in hardest:
         pool, chosen = pools[name], []
         if pool.strategy == "strict_pack":
-            room = [node for node in there if _processes_that_fit(pool, free[node.node_id]) >= pool.processes]
-            chosen = room[:1] * pool.processes
+            able = [node for node in there if _processes_that_fit(pool, free[node.node_id]) >= pool.processes]
+            chosen = able[:1] * pool.processes
         else:
             for _ in range(pool.processes):
                 able = [node for node in there if _processes_that_fit(pool, _less(free, node, pool, chosen)) >= 1]
@@ -115,7 +100,7 @@ def assign(pools: Mapping[str, ResourcePool], there: Sequence[Node]) -> dict[str
                     able = [node for node in able if node not in chosen]
                 if not able:
                     break
-                # on few nodes, or on many
+                # pack on few nodes, or spread over many
                 order = 1 if pool.strategy == "pack" else -1
                 chosen.append(max(able, key=lambda node: order * chosen.count(node)))
         if len(chosen) < pool.processes:
@@ -128,32 +113,34 @@ def assign(pools: Mapping[str, ResourcePool], there: Sequence[Node]) -> dict[str
 
 
 def unplaceable(pools: Mapping[str, ResourcePool], reason: str) -> str:
-    """What was asked for, what the cluster has, and what holds the rest."""
-    asked = "; ".join(
-        f"{name}: {pool.processes} processes of {listed(requested(pool))} ({pool.strategy})"
+    """Return a message: why ``pools`` cannot be placed, what they need, what the cluster has and which jobs use it."""
+    needed = "; ".join(
+        f"{name}: {pool.processes} processes of {resources_text(requested(pool))} ({pool.strategy})"
         for name, pool in pools.items()
     )
-    lines = [f"  node {node}: {listed(node.total)}, of which free: {listed(node.free)}" for node in nodes()]
+    lines = [
+        f"  node {node}: {resources_text(node.total)}, of which free: {resources_text(node.free)}" for node in nodes()
+    ]
     held = holders(own={group_name(name) for name in pools})
     return "\n".join(
         [
             f"the pools cannot be placed: {reason}",
-            f"asked for: {asked}",
+            f"needed: {needed}",
             "the cluster has:",
             *lines,
-            *(["held by:", *(f"  {line}" for line in held)] if held else ["nobody else holds any of it"]),
-            "lower controller.pools.*.processes or what each process gets, place roles together, or add nodes",
+            *(["used by:", *(f"  {line}" for line in held)] if held else ["no other job uses any of it"]),
+            "lower controller.pools.*.processes or the resources of each process, place roles together, or add nodes",
         ]
     )
 
 
 def group_name(pool: str) -> str:
-    """The name of a pool's placement group."""
+    """Return the name of a pool's placement group."""
     return f"rlcore {pool}"
 
 
 def holders(own: Collection[str] = ()) -> list[str]:
-    """Who else holds CPUs and GPUs, and where: a line for each.
+    """Return a line for each user of CPUs and GPUs on each node.
 
     Args:
         own: names of this job's placement groups, which are left out.
@@ -174,7 +161,7 @@ def holders(own: Collection[str] = ()) -> list[str]:
                 rest[key][name] -= total[name]
             if any(total.values()) and not (job == here and group["name"] in own):
                 name = group["name"] or "a placement group without a name"
-                found.append(f"{listed(total)} on node {there[key]}: {name!r} of {_job(jobs, job)}")
+                found.append(f"{resources_text(total)} on node {there[key]}: {name!r} of {_job(jobs, job)}")
     actors: dict[str, list[str]] = {}
     for actor in state.actors().values():
         if actor["State"] == "ALIVE":
@@ -184,30 +171,26 @@ def holders(own: Collection[str] = ()) -> list[str]:
         left = {name: amount if amount > ROUNDING else 0 for name, amount in amounts.items()}
         if any(left.values()):
             who = [f"{title} ({len(list(same))})" for title, same in groupby(sorted(actors.get(key, [])))]
-            found.append(f"{listed(left)} on node {there[key]}: tasks or actors there; its actors: {', '.join(who)}")
+            found.append(
+                f"{resources_text(left)} on node {there[key]}: tasks or actors there; its actors: {', '.join(who)}"
+            )
     return found
 
 
-def listed(resources: Mapping[str, float]) -> str:
-    """CPU and GPU, as in "2 CPU, 0.5 GPU"."""
-    shown = [f"{resources[name]:g} {name}" for name in RESOURCES if resources.get(name)]
-    return ", ".join(shown) or "nothing"
-
-
 def _processes_that_fit(pool: ResourcePool, offered: Mapping[str, float]) -> int:
-    """How many processes of ``pool`` one node can take; a fraction of a GPU is one of a single GPU."""
-    rooms = []
+    """Return how many processes of ``pool`` one node can hold; a fraction of a GPU is a fraction of a single GPU."""
+    capacities = []
     for name, amount in requested(pool).items():
         free = offered.get(name, 0.0) + ROUNDING
         if name == "GPU" and amount < 1:
-            rooms.append(math.floor(free) * math.floor(1 / amount + ROUNDING) + math.floor(free % 1 / amount))
+            capacities.append(math.floor(free) * math.floor(1 / amount + ROUNDING) + math.floor(free % 1 / amount))
         else:
-            rooms.append(math.floor(free / amount))
-    return min(rooms, default=pool.processes)
+            capacities.append(math.floor(free / amount))
+    return min(capacities, default=pool.processes)
 
 
 def _less(free: Mapping[str, Mapping[str, float]], node: Node, pool: ResourcePool, chosen: Sequence[Node]) -> Any:
-    """What is free on ``node`` after its share of the ``chosen`` processes of ``pool``."""
+    """Return what is free on ``node`` after its share of the ``chosen`` processes of ``pool``."""
     taken = chosen.count(node)
     return {name: free[node.node_id][name] - taken * requested(pool).get(name, 0) for name in RESOURCES}
 
@@ -222,7 +205,7 @@ def _total(bundles: Any) -> dict[str, float]:
 
 
 def _job(jobs: Mapping[str, Any], job: str) -> str:
-    """A job as its owner knows it."""
+    """Return a job as its owner knows it: number, command line, process."""
     if job not in jobs:
         return f"job {job}"
     entrypoint = " ".join(jobs[job]["Entrypoint"].split())[:ENTRYPOINT_SHOWN]

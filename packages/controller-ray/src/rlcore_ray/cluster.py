@@ -1,4 +1,4 @@
-"""The Ray cluster of a run: one of its own on this machine, or one that is there already."""
+"""The Ray cluster of a run: one that is started on this machine for the run, or an existing one."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ from rlcore.errors import ConfigError, WorkerError
 from rlcore_ray.guard import Guard
 
 _guards: list[Guard] = []
-"""Of the cluster that this process started: one at most, as Ray knows one per process."""
+"""The guard of the cluster that this process started; at most one, as Ray has one cluster per process."""
 
-ANSWER_S = 10.0
+CONNECT_S = 10.0
+"""Timeout of the check that a cluster listens at an address."""
 LOOPBACK = ("127.0.0.1:", "localhost:")
 
 STARTS = 3
-"""Ray (2.60) gives its daemons 30 seconds to start, which a machine that is very busy may exceed once."""
+"""Attempts to start Ray (2.60), which gives its daemons 30 seconds; a very busy machine may exceed that once."""
 
 
 def connect(address: str | None, pools: Mapping[str, ResourcePool]) -> bool:
     """Join the cluster at ``address``, or start one on this machine (``None``) that listens on loopback only.
 
-    A cluster of our own offers as many cores as ``pools`` ask for: processes may outnumber cores, they are only slower.
+    A cluster that is started here offers as many cores as ``pools`` need: more processes than cores are only slower.
 
     Returns:
-        whether `disconnect` should end what was started; False if this process was connected already.
+        whether the caller should call `disconnect`; False if this process was connected already.
 
     Raises:
         ConfigError: there is no cluster at ``address``.
-        WorkerError: none can be started here.
+        WorkerError: Ray does not start on this machine.
     """
     if ray.is_initialized():
         return False
@@ -54,7 +55,7 @@ def connect(address: str | None, pools: Mapping[str, ResourcePool]) -> bool:
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"controller.address={address}: there is no Ray cluster to connect to ({str(error).splitlines()[0]}); "
-            "start one with 'ray start --head', or leave the address out to run on this machine alone"
+            "start one with 'ray start --head', or remove the address to run on this machine alone"
         ) from error
     return True
 
@@ -62,15 +63,15 @@ def connect(address: str | None, pools: Mapping[str, ResourcePool]) -> bool:
 def _check_answers(address: str) -> None:
     """Raise OSError if nothing listens at ``address`` (host:port, or ray://host:port).
 
-    Ray itself would try for minutes. What ``auto`` finds needs the check as much: Ray keeps the address of the cluster
-    that was started last, whether that still runs or not.
+    Ray itself would retry for minutes. An address that ``auto`` found is checked too: Ray keeps the address of the last
+    cluster that was started, whether it still runs or not.
     """
     address = address.removeprefix("ray://")
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or "/" in host:
         return
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
     except OSError as error:
         raise ConnectionError(f"nothing listens at {address}: {error}") from error
 
@@ -79,22 +80,24 @@ def _start(options: dict[str, Any], attempts: int = STARTS) -> None:
     _guards.append(Guard())
     try:
         with _on_loopback(), _guards[-1].marking():
-            ray.init(address="local", include_dashboard=False, **options)  # never a cluster that happens to run here
+            ray.init(
+                address="local", include_dashboard=False, **options
+            )  # never another cluster that runs on this machine
     except BaseException as error:
         disconnect()
         if not isinstance(error, Exception):
             raise
         if attempts == 1:
-            raise WorkerError(f"Ray does not start on this machine; see below /tmp/ray: {error}") from None
+            raise WorkerError(f"Ray does not start on this machine: {error}; see its logs in /tmp/ray") from None
         _start(options, attempts - 1)
 
 
 @contextmanager
 def _on_loopback() -> Iterator[None]:
-    """Let a cluster that is started inside listen on 127.0.0.1 only.
+    """Let a cluster that is started in the context listen on 127.0.0.1 only.
 
     Ray (2.60) does so on macOS and Windows; on Linux it replaces 127.0.0.1 by the machine's address and listens on all
-    interfaces, and this private constant is the only switch. It has to be set as well to reach such a cluster.
+    interfaces, and this private constant is the only switch. Connecting to such a cluster needs it too.
     """
     before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
     try:
@@ -104,7 +107,7 @@ def _on_loopback() -> Iterator[None]:
 
 
 def disconnect() -> None:
-    """Leave the cluster, ending the run's workers; a cluster of our own ends."""
+    """Disconnect from the cluster, which ends the run's workers, and end the cluster if `connect` started it."""
     try:
         ray.shutdown()
     finally:

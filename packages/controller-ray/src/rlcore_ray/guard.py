@@ -1,14 +1,14 @@
-"""A small process that outlives the controller and ends whatever is left of the Ray cluster that it started.
+"""`Guard`: a small process that outlives the controller and ends what is left of the Ray cluster that it started.
 
 Ray (2.60) ties its daemons to the process that starts them (parent-death signal), and workers end when their raylet is
-gone. But two of its agents then try for another minute to report the end to the cluster that is gone; workers that are
-idle look for process 1 as their new parent, and live on where orphans go to another one, such as the manager of a
-systemd session; and a start that is interrupted half-way leaves daemons behind that nobody knows of.
+gone. But two of its agents then try for another minute to report the end to the cluster that is gone; idle workers
+check whether their parent is process 1, and keep running where orphans get another parent, such as the manager of a
+systemd session; and an interrupted start leaves untracked daemons behind.
 
-The guard hears of the controller's end, of whatever kind, by the end of a pipe. It knows the cluster's processes by a
-mark in the environment of the daemons and by who started whom. Linux only.
+The guard notices any end of the controller by the end of a pipe. It finds the cluster's processes by a mark in the
+environment of the daemons and by their parents. Linux only.
 
-The process runs this file alone, without the package: it starts in milliseconds and holds no memory to speak of.
+The process runs this file alone, without the package: it starts in milliseconds and needs little memory.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from typing import IO
 
 MARK = "RLCORE_CLUSTER"
 START_LOOK_S = 0.2
-"""Between looks at a cluster that is starting."""
+"""Interval between searches for processes while the cluster starts."""
 LOOK_S = 2.0
-"""Later: workers come and go."""
+"""Interval afterwards: workers start and end."""
 GRACE_S = 2.0
-"""How long processes are given to end by themselves."""
+"""How long processes may take to end by themselves."""
 GIVE_UP_S = 30.0
 
 Known = dict[int, str]
-"""Process ids, and when those processes started: ids are used again."""
+"""Process ids and start times of processes: ids are reused."""
 
 
 class Guard:
-    """The controller's end. What `marking` saw starting is ended at `close`, or when this process ends."""
+    """The controller's side: ends the processes that started within `marking`, at `close` or when this process ends."""
 
     def __init__(self) -> None:
         self._mark = secrets.token_hex(16)
@@ -52,7 +52,7 @@ class Guard:
 
     @contextlib.contextmanager
     def marking(self) -> Iterator[None]:
-        """A cluster that is started inside is the guard's; there can be one."""
+        """Have the guard end the cluster that is started in the context; at most one."""
         os.environ[MARK] = self._mark
         try:
             yield
@@ -61,10 +61,10 @@ class Guard:
             with contextlib.suppress(BrokenPipeError):
                 self._pipe.write(b"started")
                 self._pipe.flush()
-            select.select([self._seen], [], [], GIVE_UP_S)  # until it has seen everything
+            select.select([self._seen], [], [], GIVE_UP_S)  # until it has found all processes
 
     def close(self) -> None:
-        """End what is left, and the guard."""
+        """End the processes that are left, and the guard."""
         self._pipe.close()
         try:
             self._process.wait(GIVE_UP_S + GRACE_S)
@@ -85,17 +85,17 @@ class Guard:
 
 
 def watch(mark: str, controller: int) -> None:
-    """In the guard: see a cluster start, wait for the controller's end, then end what is left of the cluster."""
+    """Find the cluster's processes, wait for the controller's end, then end those that are left; runs in the guard."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     known: Known = {}
     look_s, controls = START_LOOK_S, sys.stdin.fileno()
     while True:
-        told = select.select([controls], [], [], look_s)[0]
-        if told and not os.read(controls, 4096):
+        ready = select.select([controls], [], [], look_s)[0]
+        if ready and not os.read(controls, 4096):
             break
         known = {pid: known[pid] for pid in alive(known)} | family(mark, controller)
-        if told:
+        if ready:
             look_s = LOOK_S
             os.write(1, b"seen")
     ended = time.monotonic()
@@ -108,9 +108,9 @@ def watch(mark: str, controller: int) -> None:
 
 
 def family(mark: str, controller: int) -> Known:
-    """The children of ``controller`` that have ``mark`` in their environment, and everything that descends from them.
+    """Return the children of ``controller`` with ``mark`` in their environment, and all of their descendants.
 
-    Descendants may have overwritten their environment by a title.
+    Descendants may have overwritten their environment with a title.
     """
     parents, started = {}, {}
     for name in os.listdir("/proc"):
@@ -126,12 +126,12 @@ def family(mark: str, controller: int) -> Known:
 
 
 def alive(known: Known) -> list[int]:
-    """Those of the processes that run, or were stopped."""
+    """Return the processes that are running or stopped."""
     return [pid for pid, started in known.items() if (stat := _stat(pid)) and stat[19] == started and stat[0] != "Z"]
 
 
 def _stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat (proc(5)) from the third, the state; none if the process is gone."""
+    """Return the fields of /proc/PID/stat (proc(5)) from the third, the state; none if the process is gone."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rpartition(")")[2].split()

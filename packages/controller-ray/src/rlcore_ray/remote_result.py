@@ -1,131 +1,132 @@
-"""Results of calls to one process of a pool, whichever it is: if that process dies, another one is asked."""
+"""`RemoteResult`: the result of a call to any process of a pool; if that process dies, the call is repeated."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import ray
 
 from rlcore.controller.pending import Pending
 from rlcore.errors import WorkerError
-from rlcore_ray.answers import Asked, Ref, read
-from rlcore_ray.calls import Head, unpacked
+from rlcore_ray.answers import PendingCall, Ref, read
+from rlcore_ray.calls import Response, unpacked
 from rlcore_ray.pool import Pool
-
-if TYPE_CHECKING:
-    from rlcore_ray.executor import RayExecutor
+from rlcore_ray.workers import Workers
 
 T = TypeVar("T")
 
-LOOK_S = 10.0
-"""Longest wait inside of Ray; then whoever waits looks at the time."""
+POLL_S = 10.0
+"""Maximum time to wait inside of Ray before the clock is read again."""
 
 
-class Remote(Generic[T]):
-    """A `Pending` result of one call to the process of a pool with the least to do.
+class RemoteResult(Generic[T]):
+    """The `Pending` result of a call to the process of ``pool`` with the fewest unfinished calls.
 
-    Used by one thread at a time. It reads as what it waits for: ``str(remote)``.
+    Used by one thread at a time. ``str(result)`` names the call and its process.
 
     Args:
-        weights: only processes that have the current weights are asked.
+        needs_weights: call only processes that have the current weights.
     """
 
     def __init__(
         self,
-        executor: RayExecutor,
+        workers: Workers,
         pool: Pool,
         name: str,
         work: Callable[..., Any],
         args: tuple[Any, ...],
-        weights: bool = False,
+        needs_weights: bool = False,
     ) -> None:
-        self._executor = executor
+        self._workers = workers
         self._pool = pool
         self._name = name
         self._work = work
         self._args = args
-        self._weights = weights
-        self._label = executor.label
-        self._asked: Asked | None = None
-        self._answer: tuple[Asked, Head] | None = None
-        self._gone: WorkerError | None = None
-        self._since = time.monotonic()
-        self._ask()
+        self._needs_weights = needs_weights
+        self._label = workers.label
+        self._call: PendingCall | None = None
+        self._answer: tuple[PendingCall, Response] | None = None
+        self._error: WorkerError | None = None
+        self._started = time.monotonic()
+        self._start()
 
     def __str__(self) -> str:
-        return f"{self._name} on {self._pool.name}" if self._asked is None else self._asked.title
+        return f"{self._name} on {self._pool.name}" if self._call is None else self._call.title
 
     @property
     def ref(self) -> Ref | None:
-        """What arrives with the answer; None while nobody is asked."""
-        return None if self._asked is None else self._asked.head
+        """What arrives with the response; None while no process can be called."""
+        return None if self._call is None else self._call.response
 
     @property
     def done(self) -> bool:
-        """Whether `result` would return (or raise) at once. A dead process is noticed, and replaced, here too."""
+        """Whether `result` would return (or raise) without waiting. A process that died is replaced here too."""
         return self._settle(0)
 
     def result(self) -> T:
-        timeout = self._executor.waiter.timeout_s
-        while not self._settle(min(LOOK_S, timeout)):
-            if time.monotonic() - self._since > timeout:
-                late = [] if self._asked is None else [(self._asked.title, self._asked.worker)]
-                raise WorkerError(self._executor.waiter.late(late))
-        if self._gone is not None:
-            raise self._gone
+        timeout_s = self._workers.waiter.timeout_s
+        while not self._settle(min(POLL_S, timeout_s)):
+            if time.monotonic() - self._started > timeout_s:
+                late = [] if self._call is None else [(self._call.title, self._call.worker)]
+                raise WorkerError(self._workers.waiter.late(late))
+        if self._error is not None:
+            raise self._error
         assert self._answer is not None
-        asked, head = self._answer
-        if head.failure is not None:
-            self._executor.waiter.fail(asked.title, head.failure)
-        value: T = unpacked(head.value, asked.body)
+        call, response = self._answer
+        if response.failure is not None:
+            self._workers.waiter.fail(call.title, response.failure)
+        value: T = unpacked(response.value, call.body)
         return value
 
     def _settle(self, timeout_s: float) -> bool:
-        """Wait for at most ``timeout_s``; whether there is an answer, of whatever kind."""
-        if self._answer is not None or self._gone is not None:
+        """Wait for at most ``timeout_s``; return whether there is a response or an error."""
+        if self._answer is not None or self._error is not None:
             return True
-        if self._asked is None and not self._ask():
-            self._executor.wait_caught_up(timeout_s)
+        if self._call is None and not self._start():
+            self._workers.wait_updated(timeout_s)
             return False
-        assert self._asked is not None
-        if not ray.wait([self._asked.head], timeout=timeout_s)[0]:
+        assert self._call is not None
+        if not ray.wait([self._call.response], timeout=timeout_s)[0]:
             return False
-        asked, self._asked = self._asked, None
-        self._executor.count(self._pool, asked.rank, -1)
-        head = read(asked.head)
-        if isinstance(head, Head):
-            self._answer = asked, head
-            self._executor.waiter.events.append(head.event)
+        call, self._call = self._call, None
+        self._workers.add_load(self._pool, call.rank, -1)
+        response = read(call.response)
+        if isinstance(response, Response):
+            self._answer = call, response
+            self._workers.waiter.add_event(response.event)
             return True
         try:
-            self._executor.replace(self._pool, asked.rank, asked.worker, asked.title, head)
+            self._workers.replace(call, response)
         except WorkerError as error:
-            self._gone = error
+            self._error = error
             return True
-        self._ask()
+        self._start()
         return False
 
-    def _ask(self) -> bool:
-        """Ask whoever has the least to do; False if nobody can be asked now."""
-        rank = self._executor.least_loaded(self._pool, self._weights)
+    def _start(self) -> bool:
+        """Call the process with the fewest unfinished calls; return False if no process can be called now."""
+        rank = self._workers.least_loaded(self._pool, self._needs_weights)
         if rank is None:
             return False
-        self._executor.count(self._pool, rank, 1)
-        lane = "engine" if self._pool.together else "sample"
-        with self._executor.labelled(self._label):
-            self._asked = self._executor.ask(self._pool, rank, lane, self._name, self._work, self._args)
-        self._since = time.monotonic()
+        self._workers.add_load(self._pool, rank, 1)
+        concurrency_group = "engine" if self._pool.one_world else "sample"
+        with self._workers.trace_label(self._label):
+            self._call = self._workers.call(self._pool, rank, concurrency_group, self._name, self._work, self._args)
+        self._started = time.monotonic()
         return True
 
 
 def first_done(pending: Sequence[Pending[Any]], timeout_s: float) -> list[Pending[Any]]:
-    """Those that are done, as soon as one is, or nothing after ``timeout_s``; asks of Ray once for all of them."""
+    """Wait until one of ``pending`` is done and return all that are; none after ``timeout_s``.
+
+    Ray is asked once for all of them.
+    """
     refs: dict[Ref, Pending[Any]] = {}
     done = []
     for one in pending:
-        if isinstance(one, Remote) and one.ref is not None:
+        if isinstance(one, RemoteResult) and one.ref is not None:
             refs[one.ref] = one
         elif one.done:
             done.append(one)

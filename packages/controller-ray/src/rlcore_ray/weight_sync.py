@@ -1,147 +1,128 @@
-"""Weights from a trainer's processes into rollout processes of another pool."""
+"""`WeightLink`: weights from a trainer's processes into rollout processes of another pool."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlcore.engines.settings import WeightSyncSettings
 from rlcore.engines.weight_sync import export
 from rlcore.errors import WorkerDied
 from rlcore_kit.weight_transfer import Address, TransferStats, open_receiver, open_sender
-from rlcore_ray.answers import Asked, raise_failure
-from rlcore_ray.calls import Head
-from rlcore_ray.pool import Pool
-
-if TYPE_CHECKING:
-    from rlcore_ray.executor import RayExecutor
+from rlcore_ray.answers import PendingCall, raise_failure
+from rlcore_ray.calls import Engines, Response
+from rlcore_ray.role_workers import Role
+from rlcore_ray.workers import Workers
 
 ATTEMPTS = 3
-"""Syncs that are tried before a rollout process that keeps dying ends the run."""
+"""Maximum attempts of one synchronisation; a rollout process that dies in every attempt ends the run."""
 
 
 class WeightLink:
-    """A connection between the first process of a trainer and every process of a rollout, kept between syncs.
+    """A connection from the first process of a trainer to every process of a rollout, kept between synchronisations.
 
-    It is opened anew when a rollout process was replaced; the weights then go in full.
+    It is opened again after a rollout process was replaced; the next transfer is then a full one.
     """
 
-    def __init__(self, executor: RayExecutor, trainer: Any, rollout: Any, settings: WeightSyncSettings) -> None:
-        self._executor = executor
-        self._trainer: Pool = trainer._pool
-        self._trainer_role: str = trainer._role
-        self._rollout: Pool = rollout._pool
-        self._rollout_role: str = rollout._role
+    def __init__(self, workers: Workers, trainer: Role, rollout: Role, settings: WeightSyncSettings) -> None:
+        self._workers = workers
+        self._trainer = trainer
+        self._rollout = rollout
         self._settings = settings
-        self._adapters = False  # what the rollout takes instead of whole weights, as it says when the link is opened
+        self._adapters = False  # whether the rollout takes adapters, as it says when the link is opened
         self._connected: list[Any] = []  # the rollout's processes when the link was opened
 
     def sync(self, version: int) -> TransferStats:
-        """Give the trainer's weights to all rollout processes; one that is dead is replaced first.
+        """Transfer the trainer's weights to all rollout processes; one that is dead is replaced first.
 
         Raises:
-            WorkerDied: a trainer's process is gone, or a rollout process dies again and again.
+            WorkerDied: a trainer's process is gone, or a rollout process died in each of `ATTEMPTS`.
             WorkerError: the transfer failed.
         """
         for attempt in range(ATTEMPTS):
             last = attempt + 1 == ATTEMPTS
-            if self._connected != self._rollout.workers and not self._open(last):
+            if self._connected != self._rollout.pool.workers and not self._open(last):
                 continue
-            sent = self._ask_all(
-                self._trainer,
-                "engine",
-                "export_adapters" if self._adapters else "export_weights",
-                partial(_send, self._trainer_role),
-                version,
-                self._settings.bucket_mb << 20,
-                self._adapters,
-            )
-            received = self._ask_all(self._rollout, "control", "update_weights", partial(_receive, self._rollout_role))
-            heads = self._executor.waiter.collect([*sent, *received])
-            if self._fine([*sent, *received], heads, last):
-                assert isinstance(heads[0], Head)
-                return heads[0].value  # type: ignore[no-any-return]
+            name = "export_adapters" if self._adapters else "export_weights"
+            args = version, self._settings.bucket_mb << 20, self._adapters
+            sent = self._call_all(self._trainer, "engine", name, partial(_send, self._trainer.name), *args)
+            receive = partial(_receive, self._rollout.name)
+            received = self._call_all(self._rollout, "control", "update_weights", receive)
+            responses = self._workers.waiter.collect([*sent, *received])
+            if self._succeeded([*sent, *received], responses, last):
+                assert isinstance(responses[0], Response)
+                return responses[0].value  # type: ignore[no-any-return]
         raise AssertionError("unreachable")
 
-    def _fine(self, asked: list[Asked], heads: list[Head | Exception], last: bool) -> bool:
-        """Whether all did what they were asked; if not, dead rollout processes are replaced for another attempt.
+    def _succeeded(self, calls: list[PendingCall], responses: list[Response | Exception], last: bool) -> bool:
+        """Return whether all calls succeeded; if not, replace dead rollout processes for another attempt.
 
         Raises:
-            RlcoreError: what went wrong, if no rollout process is dead, or in the last attempt.
+            RlcoreError: a failure, if no rollout process is dead, or in the last attempt.
         """
-        if not any(isinstance(head, Exception) or head.failure is not None for head in heads):
+        if not any(isinstance(response, Exception) or response.failure is not None for response in responses):
             return True
         self._connected = []
         dead = [
-            (call, head)
-            for call, head in zip(asked, heads)
-            if isinstance(head, Exception) and call.pool is self._rollout
+            (call, response)
+            for call, response in zip(calls, responses)
+            if isinstance(response, Exception) and call.pool is self._rollout.pool
         ]
         if not dead or last:
-            self._raise(asked, heads)
-        for call, head in dead:
-            self._executor.replace(call.pool, call.rank, call.worker, call.title, head, catch_up=False)
+            _raise_first(calls, responses)
+        for call, error in dead:
+            self._workers.replace(call, error, catch_up=False)
         return False
 
     def _open(self, last: bool) -> bool:
-        """Connect with all rollout processes; False if some had to be replaced."""
-        workers = list(self._rollout.workers)
-        opened = self._executor.waiter.wait(
-            [
-                self._ask(
-                    self._trainer,
-                    0,
-                    "engine",
-                    "open_sender",
-                    _open_sender,
-                    self._trainer_role,
-                    self._settings,
-                    len(workers),
-                    self._trainer.places[0].host,
-                )
-            ]
-        )
-        address: Address = opened[0].value
-        asked = [
-            self._ask(
-                self._rollout, rank, "control", "open_receiver", _open_receiver, self._rollout_role, address, rank
+        """Connect with all rollout processes; return False if some had to be replaced."""
+        processes = list(self._rollout.pool.workers)
+        host = self._trainer.pool.locations[0].host
+        args = self._trainer.name, self._settings, len(processes), host
+        opened = self._call(self._trainer, 0, "engine", "open_sender", _open_sender, *args)
+        address: Address = self._workers.waiter.wait([opened])[0].value
+        calls = [
+            self._call(
+                self._rollout, rank, "control", "open_receiver", _open_receiver, self._rollout.name, address, rank
             )
-            for rank in range(len(workers))
+            for rank in range(len(processes))
         ]
-        heads = self._executor.waiter.collect(asked)
-        if not self._fine(asked, heads, last):
+        responses = self._workers.waiter.collect(calls)
+        if not self._succeeded(calls, responses, last):
             return False
-        self._adapters = any(isinstance(head, Head) and head.value for head in heads)
-        self._connected = workers
+        self._adapters = any(isinstance(response, Response) and response.value for response in responses)
+        self._connected = processes
         return True
 
-    def _ask_all(self, pool: Pool, lane: str, name: str, work: Callable[..., Any], *args: Any) -> list[Asked]:
-        return [self._ask(pool, rank, lane, name, work, *args) for rank in range(len(pool))]
+    def _call_all(
+        self, role: Role, concurrency_group: str, name: str, work: Callable[..., Any], *args: Any
+    ) -> list[PendingCall]:
+        return [self._call(role, rank, concurrency_group, name, work, *args) for rank in range(len(role.pool))]
 
-    def _ask(self, pool: Pool, rank: int, lane: str, name: str, work: Callable[..., Any], *args: Any) -> Asked:
-        return self._executor.ask(pool, rank, lane, name, work, args)
-
-    def _raise(self, asked: list[Asked], heads: list[Head | Exception]) -> None:
-        for call, head in zip(asked, heads):
-            if isinstance(head, Exception):
-                raise WorkerDied(f"{call.title} is gone: {head}") from head
-        failed = [(head.event.end, call, head.failure) for call, head in zip(asked, heads) if isinstance(head, Head)]
-        for _, call, failure in sorted(failed, key=lambda item: item[0]):
-            if failure is not None:
-                raise_failure(call.title, failure)
+    def _call(
+        self, role: Role, rank: int, concurrency_group: str, name: str, work: Callable[..., Any], *args: Any
+    ) -> PendingCall:
+        return self._workers.call(role.pool, rank, concurrency_group, name, work, args)
 
 
-_SENDER = "weight sender"
-_RECEIVER = "weight receiver"
+def _raise_first(calls: list[PendingCall], responses: list[Response | Exception]) -> None:
+    """Raise a death, or else the failure that happened first."""
+    for call, response in zip(calls, responses):
+        if isinstance(response, Exception):
+            raise WorkerDied(f"{call.title} is gone: {response}") from response
+    failed = [
+        (found.event.end, call, found.failure) for call, found in zip(calls, responses) if isinstance(found, Response)
+    ]
+    for _, call, failure in sorted(failed, key=lambda item: item[0]):
+        if failure is not None:
+            raise_failure(call.title, failure)
 
 
-def _open_sender(
-    engines: dict[str, Any], role: str, settings: WeightSyncSettings, receivers: int, host: str
-) -> Address:
-    if _SENDER in engines:
-        engines.pop(_SENDER).close()
-    sender, address = open_sender(
+def _open_sender(engines: Engines, role: str, settings: WeightSyncSettings, receivers: int, host: str) -> Address:
+    if engines.sender is not None:
+        engines.sender.close()
+    engines.sender, address = open_sender(
         settings.transport,
         receivers=receivers,
         host=host,
@@ -150,27 +131,27 @@ def _open_sender(
         delta=settings.delta,
         device=engines[role].device,
     )
-    engines[_SENDER] = sender
     return address
 
 
-def _open_receiver(engines: dict[str, Any], role: str, address: Address, rank: int) -> bool:
-    """Whether the rollout takes adapters."""
-    if _RECEIVER in engines:
-        engines.pop(_RECEIVER).close()
-    engines[_RECEIVER] = open_receiver(address, rank)
+def _open_receiver(engines: Engines, role: str, address: Address, rank: int) -> bool:
+    """Open the receiving end and return whether the rollout takes adapters."""
+    if engines.receiver is not None:
+        engines.receiver.close()
+    engines.receiver = open_receiver(address, rank)
     return bool(engines[role].takes_adapters)
 
 
-def _send(role: str, engines: dict[str, Any], version: int, bucket_bytes: int, adapters: bool) -> TransferStats | None:
-    """In every process of the trainer: all take part in the export, the first sends."""
+def _send(role: str, engines: Engines, version: int, bucket_bytes: int, adapters: bool) -> TransferStats | None:
+    """Export weights in a process of the trainer: all processes take part, the one with the sender sends them."""
     buckets = export(engines[role], bucket_bytes, adapters=adapters)
-    if _SENDER in engines:
-        return engines[_SENDER].send(buckets, version)  # type: ignore[no-any-return]
+    if engines.sender is not None:
+        return engines.sender.send(buckets, version)
     for _ in buckets:
         pass
     return None
 
 
-def _receive(role: str, engines: dict[str, Any]) -> int:
-    return engines[_RECEIVER].load_into(engines[role])  # type: ignore[no-any-return]
+def _receive(role: str, engines: Engines) -> int:
+    assert engines.receiver is not None
+    return engines.receiver.load_into(engines[role])

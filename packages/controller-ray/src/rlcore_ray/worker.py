@@ -1,4 +1,4 @@
-"""A worker process: the engines of all roles on its pool."""
+"""`Worker`: a worker process, with the engines of all roles on its pool."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ import ray
 
 from rlcore.batch import Batch
 from rlcore.controller.executor import Event
-from rlcore_ray.calls import Call, Failure, Head, answer, given, packed
+from rlcore_ray.calls import Call, Engines, Failure, Response, answer, arguments_of, packed
 from rlcore_ray.capacity import alive_nodes
 
-LANES = {"engine": 1, "control": 4, "sample": 256}
-"""Calls that run at once: of engines one after another (collectives need one order), beside them short interventions
-(weights, pause, abort) and requests."""
+CONCURRENCY_GROUPS = {"engine": 1, "control": 4, "sample": 256}
+"""Maximum concurrent calls of each kind: calls of engines run one after another (collectives need one order), short
+interventions (weights, pause, abort) and requests run at the same time as these."""
 
 PARENT_S = 1.0
-"""Between looks at who the parent is."""
+"""Interval between checks of the parent process."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a worker runs."""
+class WorkerLocation:
+    """Where a worker process runs."""
 
     host: str
     node_id: str
@@ -47,13 +47,13 @@ class Worker:
 
     Args:
         name: such as "train[3]".
-        log: file that stdout and stderr go to; None leaves them.
+        log: file for stdout and stderr; None does not redirect them.
     """
 
     def __init__(self, name: str, log: str | None) -> None:
         self._name = name
         self._log = log
-        self._engines: dict[str, Any] = {}
+        self._engines = Engines()
         self._listener: socket.socket | None = None
         self._store: Any = None
         self._replica = True
@@ -65,14 +65,15 @@ class Worker:
         threading.Thread(target=_end_with, args=(os.getppid(),), name="raylet-watch", daemon=True).start()
 
     @ray.method(concurrency_group="control")
-    def place(self) -> Place:
+    def location(self) -> WorkerLocation:
+        """Return where this process runs."""
         context = ray.get_runtime_context()
         gpus = tuple(map(str, context.get_accelerator_ids().get("GPU", [])))
-        return Place(_host(), context.get_node_id(), os.getpid(), gpus, self._log or "")
+        return WorkerLocation(_host(), context.get_node_id(), os.getpid(), gpus, self._log or "")
 
     @ray.method(concurrency_group="engine")
     def listen(self, host: str) -> int:
-        """Take a free port on ``host`` for the pool's meeting point. The socket stays open: nobody else can take it."""
+        """Return a free port on ``host`` for the pool's rendezvous; the socket stays open, so the port stays taken."""
         self._listener = socket.create_server((host, 0))
         return int(self._listener.getsockname()[1])
 
@@ -93,7 +94,7 @@ class Worker:
         if world == 1:
             return
         interface = interface_of(_host())
-        if interface is not None:  # gloo and NCCL would choose by the machine's name, or the first that is up
+        if interface is not None:  # gloo and NCCL would choose by host name, or the first interface that is up
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
             os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
         timeout = timedelta(seconds=timeout_s)
@@ -110,41 +111,44 @@ class Worker:
         dist.init_process_group(backend, store=self._store, rank=rank, world_size=world, timeout=timeout)
 
     @ray.method(concurrency_group="engine", num_returns=2)
-    def engine(self, call: Call) -> tuple[Head, tuple[Batch, ...] | None]:
+    def engine(self, call: Call) -> tuple[Response, tuple[Batch, ...] | None]:
+        """Execute ``call``; such calls run one after another."""
         return self._answer(call)
 
     @ray.method(concurrency_group="control", num_returns=2)
-    def control(self, call: Call) -> tuple[Head, tuple[Batch, ...] | None]:
+    def control(self, call: Call) -> tuple[Response, tuple[Batch, ...] | None]:
+        """Execute ``call`` while calls of engines may be running."""
         return self._answer(call)
 
     @ray.method(concurrency_group="sample", num_returns=2)
-    def sample(self, call: Call) -> tuple[Head, tuple[Batch, ...] | None]:
+    def sample(self, call: Call) -> tuple[Response, tuple[Batch, ...] | None]:
+        """Execute ``call``, one of many that run at the same time."""
         return self._answer(call)
 
     @ray.method(concurrency_group="sample", num_returns="streaming")
     def stream(self, call: Call) -> Iterator[Any]:
-        """Of everything that ``call.work`` yields first the batches, then the head; at the end a last head."""
+        """Yield, for each item that ``call.work`` yields, the batches and then the response; a failure comes last."""
         start = time.time()
 
         def event() -> Event:
             return Event(call.name, call.label, self._name, start, time.time())
 
         try:
-            args, kwargs = given(call)
+            args, kwargs = arguments_of(call)
             start = time.time()
             for item in call.work(self._engines, *args, **kwargs):
                 value, body = packed(item)
                 yield body
-                yield Head(event(), value)
+                yield Response(event(), value)
         except Exception as error:
             failure = Failure.of(error)
-            self._follow(failure)
+            self._exit_with_engine(failure)
             yield None
-            yield Head(event(), failure=failure)
+            yield Response(event(), failure=failure)
 
     @ray.method(concurrency_group="control")
     def stacks(self) -> str:
-        """What every thread is doing, for messages about calls that do not end."""
+        """Return the stacks of all threads, for messages about calls that do not end."""
         import traceback
 
         frames = sys._current_frames()
@@ -154,22 +158,22 @@ class Worker:
             for ident, frame in frames.items()
         )
 
-    def _answer(self, call: Call) -> tuple[Head, tuple[Batch, ...] | None]:
+    def _answer(self, call: Call) -> tuple[Response, tuple[Batch, ...] | None]:
         answered = answer(call, self._engines, self._name, self._finish)
-        self._follow(answered[0].failure)
+        self._exit_with_engine(answered[0].failure)
         return answered
 
-    def _follow(self, failure: Failure | None) -> None:
-        """End with an engine that lost its processes, if this one is a replica: it is replaced, engines and all.
+    def _exit_with_engine(self, failure: Failure | None) -> None:
+        """End this process if its engine lost processes and this is a replica, which is then replaced with its engines.
 
-        A process that trains reports the failure instead: it ends the run, which starts again from its checkpoint.
+        A process that trains reports the failure instead, which ends the run; it restarts from its checkpoint.
         """
         if failure is not None and failure.engine_died and self._replica:
             print(failure.trace, file=sys.stderr, flush=True)
             os._exit(1)
 
     def _finish(self, result: Any) -> Any:
-        """Await a coroutine: those of all calls share one event loop."""
+        """Await ``result`` if it is a coroutine; the coroutines of all calls share one event loop."""
         if not inspect.iscoroutine(result):
             return result
         with self._loop_lock:
@@ -179,14 +183,14 @@ class Worker:
         return asyncio.run_coroutine_threadsafe(result, self._loop).result()
 
 
-RemoteWorker: Any = ray.remote(concurrency_groups=LANES, max_restarts=0)(Worker)  # type: ignore[call-overload]
+RemoteWorker: Any = ray.remote(concurrency_groups=CONCURRENCY_GROUPS, max_restarts=0)(Worker)  # type: ignore[call-overload]
 
 
 def _end_with(raylet: int) -> None:
-    """End when the node's daemon, our parent, is gone.
+    """End this process when the node's daemon, its parent, is gone.
 
-    Ray (2.60) looks for that itself, but takes only process 1 for a new parent; under a subreaper, such as the manager
-    of a systemd session, a worker that nobody talks to would live on.
+    Ray (2.60) checks that itself, but only for process 1 as the new parent; under a subreaper, such as the manager of a
+    systemd session, an idle worker would keep running.
     """
     while os.getppid() == raylet:
         time.sleep(PARENT_S)
@@ -194,13 +198,13 @@ def _end_with(raylet: int) -> None:
 
 
 def _host() -> str:
-    """This node's address in the cluster."""
+    """Return this node's address in the cluster."""
     node = ray.get_runtime_context().get_node_id()
     return next(str(known["NodeManagerAddress"]) for known in alive_nodes() if known["NodeID"] == node)
 
 
 def interface_of(address: str) -> str | None:
-    """The network interface that has ``address``, or for loopback addresses the one of 127.0.0.1; None if none has."""
+    """Return the network interface of ``address`` (of 127.0.0.1 for loopback addresses); None if there is none."""
     import psutil  # type: ignore[import-untyped]  # comes with Ray
 
     wanted = "127.0.0.1" if address.startswith("127.") or address == "localhost" else address
@@ -210,7 +214,7 @@ def interface_of(address: str) -> str | None:
 
 
 def _redirect_output(log: Path) -> None:
-    """Append what this process and its children print to ``log``; Ray's own files are far from the run."""
+    """Append the output of this process and its children to ``log``, instead of Ray's files outside the run folder."""
     log.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     sys.stdout.flush()

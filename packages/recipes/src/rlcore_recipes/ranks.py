@@ -9,11 +9,11 @@ import os
 from collections.abc import Callable
 from typing import TypeVar
 
-from rlcore.controller import LocalExecutor
+from rlcore.controller.local import process_executor
 
 T = TypeVar("T")
 
-executor = LocalExecutor()
+executor = process_executor()
 """Keeps processes that run the same program in step; a driver of Ray workers is alone, and every call a plain one."""
 
 

@@ -4,7 +4,7 @@ from rlcore.config.base import Config, ShortForm
 from rlcore.config.choice import Choice, Chosen
 from rlcore.config.load import dump_config, load_config, validate_config
 from rlcore.config.requirements import missing_packages
-from rlcore.config.sections import PluginSections
+from rlcore.config.sections import PluginName, PluginSections
 from rlcore.config.values import FileName, FilePath, Seconds, Unlimited
 from rlcore.packages import Package
 
@@ -15,6 +15,7 @@ __all__ = [
     "FileName",
     "FilePath",
     "Package",
+    "PluginName",
     "PluginSections",
     "Seconds",
     "ShortForm",

@@ -16,7 +16,7 @@ from rlcore import plugins
 from rlcore.config.base import Config
 from rlcore.config.choice import Choice, Chosen
 from rlcore.config.overlay import content, content_of_type
-from rlcore.config.sections import PluginSections
+from rlcore.config.sections import PluginName, PluginSections
 from rlcore.config.yaml_format import inline
 from rlcore.errors import PluginError
 
@@ -145,6 +145,8 @@ def _options(model: type[Config], name: str, field: FieldInfo) -> tuple[str, ...
     for item in field.metadata:
         if isinstance(item, Chosen):
             return tuple(entry.name for entry in item.registry)
+        if isinstance(item, PluginName):
+            return tuple(plugins.names(item.group))
     return tuple(text for text in _literals(field.annotation) if isinstance(text, str))
 
 
@@ -187,6 +189,8 @@ def _type(annotation: Any, metadata: Any = ()) -> str:
     for item in metadata:
         if isinstance(item, Chosen):
             return " | ".join(entry.name for entry in item.registry)
+        if isinstance(item, PluginName):
+            return " | ".join(plugins.names(item.group))
     bounds = [
         f"{sign} {_number(getattr(item, name))}"
         for item in metadata

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, cast
 
 from pydantic import (
     ConfigDict,
+    GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     PlainValidator,
     ValidationInfo,
@@ -16,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, PydanticCustomError
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from rlcore import plugins
 from rlcore.config.base import Config, json_schema, unknown_key
@@ -128,6 +129,29 @@ class PluginSections(Config):
             _within.reset(token)
         schema["additionalProperties"] = False
         return reference
+
+
+class PluginName:
+    """Annotation of a text field that names a plugin: ``Annotated[str, PluginName("rlcore.executors")]``.
+
+    The name of a plugin that is unknown or not installed is an error, with close matches or what to install.
+    """
+
+    def __init__(self, group: str) -> None:
+        self.group = group
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {**handler(schema), "enum": plugins.names(self.group)}
+
+    def _check(self, name: str) -> str:
+        try:
+            plugins.get(self.group, name)
+        except PluginError as error:
+            raise PydanticCustomError("plugin", "{reason}", {"reason": str(error)}) from None
+        return name
 
 
 def _default(model: type[Config], field: str) -> Any:

@@ -1,4 +1,4 @@
-"""The single controller: worker groups that are called as if they were one engine."""
+"""The single controller: the workers of a role are called as if they were one engine."""
 
 from rlcore.controller.dispatch import Dispatch, dispatch
 from rlcore.controller.executor import Event, Executor

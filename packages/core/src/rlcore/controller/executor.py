@@ -1,4 +1,4 @@
-"""What runs the engines: the interface that both executors offer."""
+"""`Executor`: builds the engines of a run in its processes and calls functions there."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ Factory = Callable[[Mapping[str, Any]], Any]
 
 @dataclass(frozen=True)
 class Event:
-    """What a process did, in seconds since the epoch.
+    """A call that a worker process worked on, in seconds since the epoch.
 
     Attributes:
         name: of the call, such as "actor.train".
-        label: the part of the step that it belongs to.
+        label: the part of the step that the call belongs to (`Executor.trace_label`).
         worker: the process.
     """
 
@@ -37,10 +37,13 @@ class Event:
 
 
 class Executor(Protocol):
-    """Builds engines where they belong and runs functions beside them; a recipe does not know which one it has.
+    """Builds engines in worker processes and calls functions in the processes of an engine.
 
-    Functions are importable by name (they may be sent to other processes). A batch that a function is given or returns
-    is a `Batch` inside of it; the caller may hold a `rlcore_ray.RemoteBatch` instead.
+    Recipes use this interface alone, so the same recipe runs in one process, under ``torchrun`` and on a cluster. The
+    argument ``workers`` of a method is what `build` returned: the processes of one role.
+
+    Functions are importable by name, because they may be sent to other processes. A function takes and returns `Batch`;
+    its caller may hold a batch by reference (such as `rlcore_ray.RemoteBatch`) instead.
     """
 
     @property
@@ -49,73 +52,86 @@ class Executor(Protocol):
         ...
 
     def build(self, role: str, interface: type[T], factory: Factory) -> T:
-        """The worker group of new engines, one in each process of the role's pool."""
+        """Build an engine in each process of the role's pool.
+
+        Returns:
+            the workers of the role, called as if they were one engine: methods are spread over the processes as
+            ``interface`` declares (`rlcore.controller.dispatch`).
+        """
         ...
 
-    def apply(self, group: Any, function: Callable[..., T], *args: Any) -> list[T]:
-        """``function(engine, *args)`` in every process of ``group``; the results by rank."""
+    def apply(self, workers: Any, function: Callable[..., T], *args: Any) -> list[T]:
+        """Call ``function(engine, *args)`` in every process of ``workers`` and return the results by rank."""
         ...
 
-    def one(self, group: Any, function: Callable[..., T], *args: Any) -> Pending[T]:
-        """``function(engine, *args)`` in one process of ``group``."""
+    def submit(self, workers: Any, function: Callable[..., T], *args: Any) -> Pending[T]:
+        """Start ``function(engine, *args)`` in one process of ``workers``; ``function`` may be a coroutine function.
+
+        A replaceable process that dies meanwhile is replaced and the call is repeated, by the same or another process.
+        """
         ...
 
-    def wait(self, pending: Sequence[Pending[Any]], timeout_s: float) -> list[Pending[Any]]:
-        """Those of ``pending`` that are done, as soon as one is, or nothing after ``timeout_s`` seconds."""
+    def wait_any(self, pending: Sequence[Pending[Any]], timeout_s: float) -> list[Pending[Any]]:
+        """Wait until at least one of ``pending`` is done and return all that are; none after ``timeout_s`` seconds."""
         ...
 
     def stream(
-        self, group: Any, function: Callable[..., Iterator[tuple[list[int], T]]], items: Sequence[Any], *args: Any
+        self, workers: Any, function: Callable[..., Iterator[tuple[list[int], T]]], items: Sequence[Any], *args: Any
     ) -> Iterator[tuple[list[int], T]]:
-        """``function(engine, items, *args)`` over the group's processes, each with its part of ``items``.
+        """Divide ``items`` over the processes of ``workers`` and yield what ``function(engine, part, *args)`` yields.
 
-        The function yields results with the places, in the items that it was given, of those that they answer.
+        The function yields pairs of indices into the part that it was given, and the result for those items; `stream`
+        yields the same pairs with indices into ``items``. Results come in any order, each item exactly once.
         """
         ...
 
     def compute(self, function: Callable[..., T], *args: Any) -> T:
-        """``function(*args)`` where the data is."""
+        """Call ``function(*args)`` in a process that can read the batches among ``args``."""
         ...
 
     def sync_weights(self, trainer: Any, rollout: Any, version: int, settings: WeightSyncSettings) -> Metrics:
-        """Make ``rollout`` generate with the weights of ``trainer`` and call them ``version``.
+        """Make ``rollout`` generate with the weights of ``trainer`` and label them ``version``.
+
+        Args:
+            trainer, rollout: workers of a `TrainEngine` and of a `RolloutEngine`.
 
         Returns:
-            what travelled between processes (`rlcore_kit.weight_transfer.TransferStats.metrics`), if anything did.
+            metrics of the transfer between processes (`rlcore_kit.weight_transfer.TransferStats.metrics`); none if
+            both are in the same processes.
         """
         ...
 
-    def on_replaced(self, catch_up: Callable[[], None] | None) -> None:
-        """Have ``catch_up`` called, by whoever notices, when a rollout process was put in the place of a dead one.
+    def on_worker_replaced(self, catch_up: Callable[[], None] | None) -> None:
+        """Register ``catch_up``, which is called when a dead rollout process was replaced, in the thread that noticed.
 
-        Such a process has the weights that it was built with. It is asked for nothing until `sync_weights` has given it
-        those of the others, be it in ``catch_up`` or later. None: it is as good as the others.
+        The new process has the weights that it was built with. No requests are routed to it until `sync_weights` has
+        updated it (in ``catch_up`` or later). Pass None if replacements need no weights.
         """
         ...
 
-    def behind(self, group: Any) -> bool:
-        """Whether a process of ``group`` waits for `sync_weights` because it was replaced."""
+    def has_stale_workers(self, workers: Any) -> bool:
+        """Return whether a process of ``workers`` was replaced and has not been updated by `sync_weights` since."""
         ...
 
-    def labelled(self, label: str) -> AbstractContextManager[None]:
-        """Calls that this thread makes inside belong to the part ``label`` of the step."""
+    def trace_label(self, label: str) -> AbstractContextManager[None]:
+        """Label the calls that this thread makes in the context with the part ``label`` of the step (`timeline`)."""
         ...
 
     def timeline(self) -> list[Event]:
-        """What other processes did since the last call."""
+        """Return the calls that other processes finished since the last call of `timeline`."""
         ...
 
     def barrier(self, name: str = "barrier") -> None:
-        """Wait for all processes."""
+        """Wait until all processes are done with the calls so far."""
         ...
 
     def close(self) -> None:
-        """End what the executor started."""
+        """End the processes that the executor started."""
         ...
 
 
 def name_of(function: Callable[..., Any]) -> str:
-    """What errors and the timeline call ``function``."""
+    """Return the name of ``function`` in errors and in the timeline."""
     while isinstance(function, partial):
         function = function.func
     return getattr(function, "__name__", type(function).__name__)

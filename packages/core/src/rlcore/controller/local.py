@@ -1,13 +1,13 @@
 """The local executor: engines in this process.
 
-Alone, a group is its engine. Under ``torchrun`` every process runs the same controller program on the same batch, so
-that the program stays in step without a driver process:
+With one process, the workers of a role are its engine. Under ``torchrun`` every process runs the same controller
+program on the same batch, so that the program stays in step without a driver process:
 
-- SHARD works on this rank's part and gathers all parts on every rank;
-- BROADCAST runs on every rank and returns rank 0's answer on all; RANK_ZERO runs on rank 0 only;
-- STREAM, plain attributes and ``async`` methods are this rank's own.
+- SHARD calls the engine with this rank's part and gathers all parts on every rank;
+- BROADCAST calls the engine on every rank and returns rank 0's result on all;
+- STREAM, plain attributes and ``async`` methods use this rank's engine alone.
 
-Every call but the last kind is a meeting of all ranks: what fails on one raises on all (`rlcore.controller.spmd`).
+All ranks take part in every call but the last kind: what fails on one rank raises on all (`rlcore.controller.spmd`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import asyncio
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -30,7 +30,7 @@ from rlcore.controller.dispatch import (
     partition_of_call,
     take,
 )
-from rlcore.controller.executor import Event, Factory, name_of
+from rlcore.controller.executor import Event, Executor, Factory, name_of
 from rlcore.controller.pending import Done, Pending
 from rlcore.metrics import Metrics
 
@@ -41,14 +41,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class LocalExecutor:
-    """Makes worker groups of in-process engines, and keeps the processes of one program in step.
+class LocalExecutor(Executor):
+    """An `Executor` of engines in this process, which keeps the processes of one program in step.
 
-    With one process everything below is a plain call.
+    With one process every method is a plain call.
 
     Args:
-        timeout_s: longest wait for another rank; the error names the rank and the call.
-        grace_s: how long a rank that failed waits for the others to hear of it.
+        timeout_s: timeout of waiting for another rank; the error names the rank and the call.
+        grace_s: how long a rank that failed waits until the other ranks have seen its failure.
     """
 
     overlaps = False
@@ -56,135 +56,123 @@ class LocalExecutor:
     def __init__(self, timeout_s: float = 3600.0, grace_s: float = 30.0) -> None:
         self._timeout_s = timeout_s
         self._grace_s = grace_s
-        self._met: tuple[Any, Ranks] | None = None
+        self._world: tuple[Any, Ranks] | None = None
         self._engines: dict[str, Any] = {}
 
     def build(self, role: str, interface: type[T], factory: Factory) -> T:
-        """The worker group of a new engine; ``factory`` is given the engines built before, by role."""
         engine = factory(dict(self._engines))
         self._engines[role] = engine
-        return cast(T, self.group(interface, engine, role))
+        return cast(T, self.workers(interface, engine, role))
 
-    def group(self, interface: type[T], engine: T, role: str = "") -> T:
-        """``engine`` behind the dispatch of ``interface``, typed as the interface; ``role`` names it in errors."""
-        return cast(T, _LocalGroup(self, interface, engine, role or interface.__name__))
+    def workers(self, interface: type[T], engine: T, role: str = "") -> T:
+        """Return ``engine`` behind the dispatch that ``interface`` declares; ``role`` names it in errors."""
+        return cast(T, _LocalWorkers(self, interface, engine, role or interface.__name__))
 
     @property
     def is_main(self) -> bool:
-        """True on the rank that talks to the outside world: tracks, prints, writes single files."""
+        """True on the rank that writes metrics, messages and single files."""
         distributed = torch.distributed
         return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
     def barrier(self, name: str = "barrier") -> None:
-        """Wait for all ranks."""
         self.on_main(lambda: None, name)
 
-    def broadcast(self, value: T, name: str = "broadcast") -> T:
-        """Rank 0's ``value`` on every rank."""
-        return self.on_main(lambda: value, name)
-
     def all_gather(self, value: T, name: str = "all_gather") -> list[T]:
-        """Every rank's ``value``, by rank."""
+        """Return every rank's ``value``, by rank."""
         ranks = self._ranks()
-        return [value] if ranks is None else cast("list[T]", ranks.every(name, lambda: value))
+        return [value] if ranks is None else cast("list[T]", ranks.gather_from_all(name, lambda: value))
 
     def on_main(self, work: Callable[[], T], name: str = "on_main") -> T:
-        """Do ``work`` on rank 0 only; every rank gets its result, or its error."""
+        """Call ``work`` on rank 0 only and return its result, or raise its error, on every rank."""
         ranks = self._ranks()
-        return work() if ranks is None else cast(T, ranks.first(name, work, everywhere=False))
+        return work() if ranks is None else cast(T, ranks.broadcast_from_rank0(name, work, everywhere=False))
 
-    def apply(self, group: Any, function: Callable[..., T], *args: Any) -> list[T]:
-        """``function(engine, *args)`` in every process of ``group``; the results by rank."""
-        ranks, engine = self._ranks(), group._engine
+    def apply(self, workers: Any, function: Callable[..., T], *args: Any) -> list[T]:
+        ranks, engine = self._ranks(), workers._engine
         if ranks is None:
             return [function(engine, *args)]
-        return ranks.every(f"{group._role}: {name_of(function)}", lambda: function(engine, *args))
+        return ranks.gather_from_all(f"{workers._role}: {name_of(function)}", lambda: function(engine, *args))
 
-    def one(self, group: Any, function: Callable[..., T], *args: Any) -> Done[T]:
-        """``function(engine, *args)`` in the main process of ``group``; it may be a coroutine function."""
-
+    def submit(self, workers: Any, function: Callable[..., T], *args: Any) -> Done[T]:
         def work() -> Any:
-            result = function(group._engine, *args)
+            result = function(workers._engine, *args)
             return asyncio.run(result) if inspect.iscoroutine(result) else result
 
-        return Done(self.on_main(work, f"{group._role}: {name_of(function)}"))
+        return Done(self.on_main(work, f"{workers._role}: {name_of(function)}"))
 
-    def wait(self, pending: Sequence[Pending[Any]], timeout_s: float) -> list[Pending[Any]]:
-        """All of ``pending``: here everything is done at once."""
+    def wait_any(self, pending: Sequence[Pending[Any]], timeout_s: float) -> list[Pending[Any]]:
         return list(pending)
 
     def stream(
-        self, group: Any, function: Callable[..., Iterator[tuple[list[int], T]]], items: Sequence[Any], *args: Any
+        self, workers: Any, function: Callable[..., Iterator[tuple[list[int], T]]], items: Sequence[Any], *args: Any
     ) -> Iterator[tuple[list[int], T]]:
-        """``function(engine, items, *args)`` over the group's processes, each with its part of ``items``.
-
-        The function yields results with the places of the items that they answer. Under ``torchrun`` all results are
-        exchanged before the first is yielded.
-        """
-        ranks, engine = self._ranks(), group._engine
+        # under torchrun all results are exchanged before the first is yielded
+        ranks, engine = self._ranks(), workers._engine
         if ranks is None or engine.dp_size == 1:
             yield from function(engine, items, *args)
             return
         parts = partition(items, engine.dp_size)
         own = parts[engine.dp_rank]
-        answers = ranks.every(
-            f"{group._role}: {name_of(function)}",
+        answers = ranks.gather_from_all(
+            f"{workers._role}: {name_of(function)}",
             lambda: (engine.dp_rank, list(function(engine, take(items, own), *args))),
         )
         for dp_rank, results in sorted(dict(reversed(answers)).items()):
-            for places, result in results:
-                yield [parts[dp_rank][place] for place in places], result
+            for indices, result in results:
+                yield [parts[dp_rank][index] for index in indices], result
 
     def compute(self, function: Callable[..., T], *args: Any) -> T:
-        """``function(*args)`` where the data is: here, on every rank."""
         return function(*args)
 
     def sync_weights(self, trainer: Any, rollout: Any, version: int, settings: WeightSyncSettings) -> Metrics:
-        """Make ``rollout`` generate with the weights of ``trainer`` (`rlcore.engines.sync_weights`)."""
         from rlcore.engines.weight_sync import sync_weights
 
         sync_weights(trainer, rollout, version, settings.bucket_mb << 20)
         return Metrics()
 
-    def on_replaced(self, catch_up: Callable[[], None] | None) -> None:
-        """No process of this executor is ever replaced."""
-        return
+    def on_worker_replaced(self, catch_up: Callable[[], None] | None) -> None:
+        return  # no process of this executor is replaced
 
-    def behind(self, group: Any) -> bool:
+    def has_stale_workers(self, workers: Any) -> bool:
         return False
 
     @contextmanager
-    def labelled(self, label: str) -> Iterator[None]:
-        """Nothing is labelled: the caller sees how long its calls take."""
-        yield
+    def trace_label(self, label: str) -> Iterator[None]:
+        yield  # there are no calls in other processes to label
 
     def timeline(self) -> list[Event]:
         return []
 
     def close(self) -> None:
-        """End the threads that talk to the other ranks; engines are closed by whoever built them.
+        """End the threads that communicate with the other ranks; engines are closed by their builder.
 
         A rank that exits while such a thread still holds tensors of its last call dies of SIGABRT (torch 2.13).
         """
-        met, self._met = self._met, None
-        if met is not None and torch.distributed.is_initialized() and met[0] is torch.distributed.group.WORLD:
-            met[1].close()
+        world, self._world = self._world, None
+        if world is not None and torch.distributed.is_initialized() and world[0] is torch.distributed.group.WORLD:
+            world[1].close()
 
     def _ranks(self) -> Ranks | None:
-        """The ranks of the present default process group; None without one, or alone in it."""
+        """Return the ranks of the current default process group; None without one, or if it has one process."""
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return None
         world = torch.distributed.group.WORLD
         if torch.distributed.get_world_size() == 1:
             return None
-        if self._met is None or self._met[0] is not world:
+        if self._world is None or self._world[0] is not world:
             from rlcore.controller.spmd import Ranks
 
-            self._met = (world, Ranks(self._timeout_s, self._grace_s))
-        return self._met[1]
+            self._world = (world, Ranks(self._timeout_s, self._grace_s))
+        return self._world[1]
 
 
-class _LocalGroup:
+@cache
+def process_executor() -> LocalExecutor:
+    """Return the local executor that all code of this process shares."""
+    return LocalExecutor()
+
+
+class _LocalWorkers:
     """Forwards calls to ``engine`` with the dispatch declared on ``interface``."""
 
     def __init__(self, executor: LocalExecutor, interface: type, engine: Any, role: str) -> None:
@@ -213,15 +201,15 @@ def _spread(
 ) -> Callable[..., Any]:
     @wraps(method)
     def spread(*args: Any, **kwargs: Any) -> Any:
-        if how is not Dispatch.SHARD or engine.dp_size == 1:
-            return ranks.first(call, lambda: method(*args, **kwargs), everywhere=how is not Dispatch.RANK_ZERO)
+        if how is Dispatch.BROADCAST or engine.dp_size == 1:
+            return ranks.broadcast_from_rank0(call, lambda: method(*args, **kwargs))
         argument, call_part = first_argument(method, args, kwargs)
         parts = divide(args, kwargs, argument, engine.dp_size)
-        answers = ranks.every(
+        answers = ranks.gather_from_all(
             f"{call} with {len(argument)} samples",
             lambda: (engine.dp_rank, call_part(take(argument, parts[engine.dp_rank]))),
         )
-        results = dict(reversed(answers))  # ranks that share a part: the lowest answers
+        results = dict(reversed(answers))  # of ranks that share a part, the lowest answers
         return gather([results[dp_rank] for dp_rank in range(engine.dp_size)], parts)
 
     return spread

@@ -1,4 +1,4 @@
-"""Results that may still be on their way."""
+"""`Pending`: results of calls that may not be finished."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class Pending(Protocol[T_co]):
-    """A result that somebody is working on."""
+    """The result of a call that a worker may still be working on."""
 
     @property
     def done(self) -> bool:
-        """Whether `result` would return (or raise) at once."""
+        """Whether `result` would return (or raise) without waiting."""
         ...
 
     def result(self) -> T_co:
-        """The result; waits for it.
+        """Wait for the result and return it.
 
         Raises:
-            WorkerError: whoever worked on it failed, or did not answer in time.
+            WorkerError: the call failed in the worker, or the worker did not answer in time.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Done(Generic[T]):
-    """A result that is there already."""
+    """A result that is available already."""
 
     value: T
 

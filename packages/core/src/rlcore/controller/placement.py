@@ -1,4 +1,4 @@
-"""Which role runs in which processes: plain configuration, read without Ray."""
+"""Placement: which role runs in which pool of processes. Plain configuration, read without Ray."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from rlcore.config import Config
 
 DEFAULT_POOL = "default"
 CPU_POOL = "cpu"
-"""Where rewards and the controller's work on tokens run unless they are placed elsewhere."""
+"""Pool of rewards and of the controller's work on tokens, unless they are placed on another pool."""
 CPU_ROLES = ("reward", "compute")
 REPLACEABLE = ("rollout", *CPU_ROLES)
-"""Roles whose engines can be built anew in the middle of a run."""
+"""Roles whose engines can be rebuilt in the middle of a run."""
 
 
 class ResourcePool(Config):
-    """Equal processes, and what each of them gets. Roles on one pool share its processes."""
+    """Worker processes with equal resources. Roles on one pool share its processes."""
 
     processes: int = Field(1, ge=1, le=2**16, description="Worker processes.")
     cpus_per_process: float = Field(
@@ -34,25 +34,24 @@ class ResourcePool(Config):
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.gpus_per_process > 1 and not self.gpus_per_process.is_integer():
-            yield "gpus_per_process", f"{self.gpus_per_process:g} is neither whole GPUs nor a fraction of one"
+            yield "gpus_per_process", f"{self.gpus_per_process:g} is neither a whole number nor a fraction of one GPU"
 
 
 def replaceable(roles: Iterable[str]) -> bool:
-    """Whether each process of a pool with these roles is a replica of its own, which is replaced when it dies.
+    """Return whether each process of a pool with these roles is an independent replica, which is replaced if it dies.
 
-    The processes of other pools form one world of ``torch.distributed``, and live and die together.
+    The processes of other pools form one world of ``torch.distributed``; if one dies, all are lost.
     """
     return all(role in REPLACEABLE for role in roles)
 
 
 def pools_of(pools: Mapping[str, ResourcePool], placement: Mapping[str, str], roles: Iterable[str]) -> dict[str, str]:
-    """The pool of every role: as placed; else `CPU_POOL` for rewards and the like, `DEFAULT_POOL` for models.
+    """Return the pool of every role: as in ``placement``, else `CPU_POOL` for `CPU_ROLES`, `DEFAULT_POOL` for models.
 
-    With a single pool of one's own, models go there whatever its name is.
+    If ``pools`` has a single pool in addition to `CPU_POOL`, models go there, whatever its name is.
 
     Raises:
-        ValueError: a role is placed on a pool that is not there; the message names it and those that are (see
-            `unknown_pool`).
+        ValueError: a role is placed on an unknown pool; the message names it and the known ones (`unknown_pool`).
     """
     own = [name for name in pools if name != CPU_POOL]
     found = {}
@@ -67,12 +66,12 @@ def pools_of(pools: Mapping[str, ResourcePool], placement: Mapping[str, str], ro
 
 
 def complete(pools: Mapping[str, ResourcePool], used: Iterable[str]) -> dict[str, ResourcePool]:
-    """The pools in ``used``; the two that always exist get their defaults where they are not configured."""
+    """Return the pools in ``used``; `DEFAULT_POOL` and `CPU_POOL` get default settings if ``pools`` lacks them."""
     return {name: pools[name] if name in pools else ResourcePool() for name in dict.fromkeys(used)}
 
 
 def unknown_pool(name: str, pools: Iterable[str]) -> str | None:
-    """What is wrong with placing a role on ``name``; None if there is such a pool."""
+    """Return why a role cannot be placed on the pool ``name``; None if there is such a pool."""
     known = list(dict.fromkeys([*pools, DEFAULT_POOL, CPU_POOL]))
     if name in known:
         return None

@@ -52,8 +52,8 @@ def train_sft(base: Path, out: Path, config: GRPOConfig, report: Callable[[int, 
         stack.callback(rollout.close)
         scorer = Scorer(reward_of(config.reward), tokenizer)
         stack.callback(scorer.close)
-        rollouts = executor.group(RolloutEngine, rollout)  # type: ignore[type-abstract]
-        workers = RolloutWorkers(executor, rollouts, executor.group(Scorer, scorer), None, Timings(), False)
+        rollouts = executor.workers(RolloutEngine, rollout)  # type: ignore[type-abstract]
+        workers = RolloutWorkers(executor, rollouts, executor.workers(Scorer, scorer), None, Timings(), False)
         for number in range(1, settings.SFT_MOST_STEPS + 1):
             metrics = sft.learn(engine, next(batches), SFTObjectiveSettings())
             if number % settings.SFT_CHECK_EVERY:

@@ -54,7 +54,7 @@ class InFlight(Coroutines):
     def poll(self, timeout_s: float) -> None:
         """Wait for answers, at most ``timeout_s``; resume the coroutines that await those that came."""
         calls = {id(call.pending): call for call in self._calls}
-        for pending in self._workers.executor.wait([call.pending for call in self._calls], timeout_s):
+        for pending in self._workers.executor.wait_any([call.pending for call in self._calls], timeout_s):
             call = calls[id(pending)]
             self._calls.remove(call)
             self.answer(call, pending.result())
@@ -74,7 +74,7 @@ class InFlight(Coroutines):
         return self._call(self._workers.reward, score, trajectories)
 
     def _call(self, workers: Any, function: Callable[..., Any], argument: Any) -> Call[Batch]:
-        self._calls.append(Call(self._workers.executor.one(workers, function, argument)))
+        self._calls.append(Call(self._workers.executor.submit(workers, function, argument)))
         return self._calls[-1]
 
 
@@ -145,7 +145,7 @@ class AsynchronousGroups:
             self._thread.start()
         with self._workers.timed("gen"):
             while (taken := self._taken(start)) is None:
-                if self._workers.executor.behind(self._workers.rollout):
+                if self._workers.executor.has_stale_workers(self._workers.rollout):
                     self._catch_up()
         groups, metrics = taken
         batch, scores = trajectories_of(groups), scores_of(groups)

@@ -80,7 +80,7 @@ class Round(Coroutines):
         workers, asked = self._workers, _Scoring(trajectories)
         if workers.executor.overlaps:
             with workers.timed.label("reward"):
-                asked.pending = workers.executor.one(workers.reward, score, trajectories)
+                asked.pending = workers.executor.submit(workers.reward, score, trajectories)
         self._scoring.append(asked)
         return asked.answer
 
@@ -98,7 +98,7 @@ class Round(Coroutines):
                     report("prompts scored", number, len(asked))
                 scores = joined(found)
             else:
-                scores = workers.executor.one(workers.reward, score, batch).result()
+                scores = workers.executor.submit(workers.reward, score, batch).result()
         if model is not None and values is not None:
             scores = model.added(scores, values, batch["group"])
         ends = torch.tensor([len(one.trajectories) for one in asked]).cumsum(0).tolist()

@@ -188,4 +188,4 @@ def follow_replacements(session: Session[Any]) -> None:
         if threading.current_thread() is trainer:
             sync_weights(session, session.version)
 
-    session.executor.on_replaced(catch_up)
+    session.executor.on_worker_replaced(catch_up)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import click
 from rich.table import Table
@@ -17,20 +17,22 @@ from rich.text import Text
 from rlcore import plugins
 from rlcore.cli import recipes
 from rlcore.cli.console import out
+from rlcore.controller.backend import ClusterPlan, ExecutorBackend, resources_text
 from rlcore.controller.placement import ResourcePool, replaceable
 from rlcore.errors import ConfigError, PlacementError
-
-if TYPE_CHECKING:
-    from rlcore_ray.capacity import Node
 
 TRAINED = ("actor", "critic")
 
 
 class Controller(Protocol):
-    """What runs the engines: ``kind`` is "local" or "ray", ``address`` that of a cluster, if there is one."""
+    """The executor: ``kind`` names its plugin, ``address`` its cluster, if there is one."""
 
     kind: str
     address: str | None
+
+    def backend(self, roles: Sequence[str]) -> ExecutorBackend:
+        """Return the backend of the executor for ``roles``."""
+        ...
 
     def mapping(self, roles: Sequence[str]) -> tuple[dict[str, ResourcePool], dict[str, str]]:
         """The pools that ``roles`` use, and the pool of each role."""
@@ -71,9 +73,12 @@ def plan(recipe: str, file: str | None, overrides: tuple[str, ...]) -> None:
         for line in [*_concurrency(placed), *_weights(config, pools, placed)]:
             out.print(Text(line))
     _print_arithmetic(config)
-    if controller.kind == "ray" and controller.address is not None:
-        _print_room(controller.address, pools)
-    elif controller.kind == "ray":
+    if controller.kind == "local":
+        return
+    cluster = controller.backend(config.roles).plan()
+    if cluster is not None:
+        _print_cluster(cluster)
+    else:
         _print_own_cluster(pools)
 
 
@@ -157,38 +162,25 @@ def _print_own_cluster(pools: Mapping[str, ResourcePool]) -> None:
     )
 
 
-def _print_room(address: str, pools: Mapping[str, ResourcePool]) -> None:
-    """What the cluster has, and where the processes would run now.
+def _print_cluster(plan: ClusterPlan) -> None:
+    """Print the nodes of the cluster, and where the processes would run now.
 
     Raises:
-        ConfigError: there is no cluster, or Ray is not installed.
-        PlacementError: there is no room now, or never will be.
+        PlacementError: too few resources are free now.
     """
-    try:
-        from rlcore_ray import capacity, cluster
-    except ModuleNotFoundError as error:
-        raise ConfigError("controller.kind=ray needs Ray; run: pip install 'rlcore[ray]'") from error
-    connected = cluster.connect(address, pools)
-    try:
-        nodes = capacity.nodes()
-        capacity.check_fits(pools)
-        assigned = capacity.assign(pools, nodes)
-        out.print()
-        out.print(_nodes_table(nodes, assigned or {}, capacity.listed))
-        if assigned is None:
-            raise PlacementError(capacity.unplaceable(pools, "there is no room now; a run would wait for it"))
-        out.print(Text("there is room now; Ray may choose other nodes"))
-    finally:
-        if connected:
-            cluster.disconnect()
+    out.print()
+    out.print(_nodes_table(plan))
+    if plan.problem:
+        raise PlacementError(plan.problem)
+    out.print(Text("the free resources suffice; the processes may be placed on other nodes"))
 
 
-def _nodes_table(nodes: Sequence[Node], assigned: Mapping[str, Sequence[Node]], listed: Any) -> Table:
+def _nodes_table(plan: ClusterPlan) -> Table:
     table = _table("node", "has", "free now", "would run")
-    for node in nodes:
-        counts = {pool: list(chosen).count(node) for pool, chosen in assigned.items()}
+    for node in plan.nodes:
+        counts = {pool: list(chosen).count(node) for pool, chosen in plan.assigned.items()}
         runs = ", ".join(f"{count} × {pool}" for pool, count in counts.items() if count)
-        table.add_row(str(node), listed(node.total), listed(node.free), runs)
+        table.add_row(str(node), resources_text(node.total), resources_text(node.free), runs)
     return table
 
 

@@ -19,8 +19,7 @@ from rlcore.engines import (
     TrainEngineSpec,
 )
 from rlcore.engines.settings import Head, adapter_rank
-from rlcore.errors import ConfigError, WorkerError
-from rlcore_recipes import ranks
+from rlcore.errors import WorkerError
 from rlcore_recipes.rollouts.scorer import Scorer, build_scorer
 from rlcore_recipes.run.folder import LOGS
 from rlcore_recipes.run.micro_batches import Model
@@ -111,28 +110,13 @@ def _rollout_beside_actor(config: RLConfig, engines: Mapping[str, Any]) -> Rollo
 
 
 def open_executor(controller: ControllerSettings, roles: Sequence[str], out_dir: Path, stack: ExitStack) -> Executor:
-    """What runs the engines of ``roles``; ``stack`` closes it. Worker processes write into files below ``out_dir``.
+    """Start the executor for the engines of ``roles``; ``stack`` closes it. Worker processes write logs to ``out_dir``.
 
     Raises:
-        ConfigError: Ray is not installed.
         PlacementError: the processes do not fit into the cluster.
+        ConfigError: there is no cluster at ``controller.address``.
     """
-    if controller.kind == "local":
-        stack.callback(ranks.executor.close)
-        return ranks.executor
-    try:
-        from rlcore_ray import RayExecutor
-    except ModuleNotFoundError as error:
-        raise ConfigError("controller.kind=ray needs Ray; run: pip install 'rlcore[ray]'") from error
-    pools, placement = controller.mapping(roles)
-    executor = RayExecutor(
-        pools,
-        placement,
-        address=controller.address,
-        logs=out_dir.resolve() / LOGS,
-        placement_timeout_s=controller.placement_timeout_s,
-        call_timeout_s=controller.call_timeout_s,
-    )
+    executor = controller.backend(roles, logs=out_dir.resolve() / LOGS).start()
     stack.callback(executor.close)
     return executor
 

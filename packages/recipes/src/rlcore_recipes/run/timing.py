@@ -48,7 +48,7 @@ class Timings:
         if self._executor is None:
             yield
         else:
-            with self._executor.labelled(name):
+            with self._executor.trace_label(name):
                 yield
 
     def seconds(self, name: str) -> float:

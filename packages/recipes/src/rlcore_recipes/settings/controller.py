@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rlcore.config import Config, Package, Seconds
+from rlcore import plugins
+from rlcore.config import Config, PluginName, Seconds
+from rlcore.controller.backend import EXECUTORS, ExecutorBackend, ExecutorSpec
 from rlcore.controller.placement import ResourcePool, complete, pools_of, unknown_pool
 
 Role = Literal["actor", "critic", "ref", "reward_model", "rollout", "reward", "compute"]
@@ -16,7 +19,7 @@ Role = Literal["actor", "critic", "ref", "reward_model", "rollout", "reward", "c
 class ControllerSettings(Config):
     """What runs the engines. All keys but ``kind`` are for Ray."""
 
-    kind: Literal["local", "ray"] = Field(
+    kind: Annotated[str, PluginName(EXECUTORS)] = Field(
         "local",
         description="'local': in this process, or in every process that torchrun starts; 'ray': in the processes of "
         "`pools`, on one machine or many.",
@@ -43,10 +46,6 @@ class ControllerSettings(Config):
         5.0, ge=0, description="Wait before the first restart; doubles with every further one, up to five minutes."
     )
 
-    def packages(self) -> Iterator[tuple[str, Package]]:
-        if self.kind == "ray":
-            yield "kind", Package("ray", "rlcore[ray]")
-
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.kind == "local":
             for name in ("address", "pools", "placement"):
@@ -56,6 +55,13 @@ class ControllerSettings(Config):
             problem = unknown_pool(pool, self.pools)
             if problem is not None:
                 yield f"placement.{role}", problem
+
+    def backend(self, roles: Iterable[str], logs: Path | None = None) -> ExecutorBackend:
+        """Return the backend of the executor for ``roles``; its worker processes write to files below ``logs``."""
+        pools, placement = self.mapping(roles)
+        spec = ExecutorSpec(pools, placement, self.address, logs, self.placement_timeout_s, self.call_timeout_s)
+        backend: ExecutorBackend = plugins.get(EXECUTORS, self.kind).build(spec)
+        return backend
 
     def mapping(self, roles: Iterable[str]) -> tuple[dict[str, ResourcePool], dict[str, str]]:
         """The pools that ``roles`` use, and the pool of each role."""

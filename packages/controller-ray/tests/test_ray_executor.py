@@ -208,14 +208,12 @@ def test_shard_joins_lists_and_metrics(executor: Executor, groups: tuple[Any, An
     assert groups[0].train(held.slice(2, 3)).to_dict() == {"index": 2.0, "tokens": 4.0}
 
 
-def test_broadcast_and_rank_zero(executor: Executor, groups: tuple[Any, Any]) -> None:
+def test_broadcast_calls_all_ranks_and_returns_the_first_result(executor: Executor, groups: tuple[Any, Any]) -> None:
     actor, _ = groups
     executor.apply(actor, lambda engine: engine.notes.clear())
     assert actor.configure(7) == (7, 0)
     assert actor.describe() == "actor 0"
-    first, *others = executor.apply(actor, lambda engine: engine.notes)
-    assert first == [7, "described"]
-    assert all(notes == [7] for notes in others)
+    assert all(notes == [7, "described"] for notes in executor.apply(actor, lambda engine: engine.notes))
 
 
 def test_attributes(groups: tuple[Any, Any]) -> None:

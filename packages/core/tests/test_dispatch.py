@@ -115,7 +115,7 @@ def test_the_divided_argument_may_be_given_by_name() -> None:
         argument, call = first_argument(train, args, kwargs)
         assert argument == [1, 2]
         assert call([1]) == ([1], "o", 3)
-    with pytest.raises(TypeError, match=r"train\(\) needs 'batch', which is divided"):
+    with pytest.raises(TypeError, match=r"train\(\) needs the argument 'batch', which is divided"):
         first_argument(train, (), {"objective": "o"})
 
 

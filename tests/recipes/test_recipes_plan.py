@@ -108,7 +108,10 @@ def test_local_runs_and_sft(task: Any, tmp_path: Path, monkeypatch: pytest.Monke
             },
             "reward_model: would score samples but not the baselines that remax compares them with",
         ),
-        ({"controller.pools": {"train": {"gpus_per_process": 2.5}}}, "neither a whole number nor a fraction of one GPU"),
+        (
+            {"controller.pools": {"train": {"gpus_per_process": 2.5}}},
+            "neither a whole number nor a fraction of one GPU",
+        ),
     ],
 )
 def test_placements_that_cannot_be_meant_are_refused(

@@ -1,16 +1,24 @@
-"""`RayBackend`: the plugin ``ray`` of the group ``rlcore.executors``."""
+"""`RayBackend`: the plugin ``ray`` of the group ``rlcore.executors``.
+
+Ray is imported when an executor is started or a cluster is asked: ``rlcore plan`` does neither without an address.
+"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rlcore.controller.backend import ClusterPlan, ExecutorBackend
-from rlcore_ray import capacity, cluster
-from rlcore_ray.executor import RayExecutor
+
+if TYPE_CHECKING:
+    from rlcore_ray.executor import RayExecutor
 
 
 class RayBackend(ExecutorBackend):
     """Engines in Ray actors, on the cluster at ``spec.address`` or one that is started on this machine."""
 
     def start(self) -> RayExecutor:
+        from rlcore_ray.executor import RayExecutor
+
         spec = self.spec
         return RayExecutor(
             spec.pools,
@@ -25,6 +33,8 @@ class RayBackend(ExecutorBackend):
         """Return where the processes would be placed now; None if Ray would be started on this machine for the run."""
         if self.spec.address is None:
             return None
+        from rlcore_ray import capacity, cluster
+
         pools = self.spec.pools
         connected = cluster.connect(self.spec.address, pools)
         try:

@@ -32,7 +32,7 @@ def boundary(what: str, kind: type[RlcoreError] = DataError) -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """The type of ``error`` and the last line of its message, printable and of bounded length."""
+    """Return the type of ``error`` and the last line of its message, printable and of bounded length."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[-1] if lines else ""
     if len(text) > LONGEST_REASON:

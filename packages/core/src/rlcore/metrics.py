@@ -48,7 +48,7 @@ class Metric:
         return float(self.total) / weight if weight else math.nan
 
     def merge(self, other: Metric) -> Metric:
-        """The two as one number. NaN stays NaN.
+        """Merge two numbers into one. NaN stays NaN.
 
         Raises:
             ValueError: they are reduced in different ways.
@@ -89,7 +89,7 @@ class Metrics(dict[str, Metric]):
         self._record(name, Metric(_scalar(name, value), "max"))
 
     def quantile(self, name: str, values: torch.Tensor, q: float, mask: torch.Tensor) -> None:
-        """The quantile ``q`` of ``values`` ``[N]`` where ``mask`` ``[N]`` is 1, over all that is merged.
+        """Record the quantile ``q`` of ``values`` ``[N]`` where ``mask`` ``[N]`` is 1, over all parts that are merged.
 
         It is exact within 6 % of its distance from 0 (or 1e-7), up to 8e7; NaN counts as the largest.
         """
@@ -107,7 +107,7 @@ class Metrics(dict[str, Metric]):
 
     @classmethod
     def merge(cls, parts: Iterable[Metrics]) -> Metrics:
-        """What would have been recorded had all ``parts`` been recorded in one place."""
+        """Merge metrics of several parts into those of their union."""
         merged = cls()
         for part in parts:
             for name, metric in part.items():
@@ -138,7 +138,7 @@ def _portable(total: Number) -> Number:
 
 
 def _read_quantile(counts: torch.Tensor, q: float) -> float:
-    """The middle of the bin in which the quantile lies; NaN without counts."""
+    """Return the middle of the bin in which the quantile lies; NaN without counts."""
     cumulative = counts.cumsum(0)
     if not cumulative[-1]:
         return math.nan

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 @dataclass(frozen=True)
 class Package:
-    """A package that may be missing.
+    """An optional package.
 
     Attributes:
         module: what is imported.
@@ -22,8 +22,8 @@ class Package:
     def installed(self) -> bool:
         """Whether the module can be found; it is not imported.
 
-        A folder without code is no module, although Python would import it: runs leave one named ``wandb`` in the
-        working folder, and a checkout of ``sglang`` is one.
+        A folder without code is no module, although Python would import it: runs leave a folder ``wandb`` in the
+        working folder, and a checkout of ``sglang`` is another.
         """
         try:
             spec = find_spec(self.module)
@@ -33,4 +33,5 @@ class Package:
 
     @property
     def advice(self) -> str:
+        """What to do about the missing package, as the end of a sentence."""
         return f"needs the package {self.module}, which is not installed; run: pip install '{self.install}'"

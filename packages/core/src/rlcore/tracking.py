@@ -41,11 +41,11 @@ class Tracker(ABC):
     def log(self, metrics: Mapping[str, float], step: int) -> None: ...
 
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
-        """A table such as validation generations; ignored by trackers that have no tables."""
+        """Log a table such as validation generations; ignored by trackers without tables."""
         return
 
     def progress(self, what: str, done: int, total: int, step: int) -> None:
-        """How far the step under way has come; called often, from any thread. Ignored by trackers that show none.
+        """Show the progress of the current step; called often, from any thread. Ignored by trackers that show none.
 
         Args:
             what: is worked on, such as "completions generated".

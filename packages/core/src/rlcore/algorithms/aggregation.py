@@ -15,7 +15,7 @@ from rlcore.config.registry import NoParams
 
 
 def denominators(batch: Batch) -> dict[str, float]:
-    """The sums every aggregation normalises with: trained tokens, and sequences that hold at least one."""
+    """Return the sums that normalise every aggregation: trained tokens, and sequences that hold at least one."""
     counts = trained_counts(trained_mask(batch), batch.lengths)
     return {"tokens": float(counts.sum()), "sequences": float((counts > 0).sum())}
 

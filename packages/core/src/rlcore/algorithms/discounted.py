@@ -30,7 +30,7 @@ class GAEParams(Config):
 
 @advantages.register("gae", params=GAEParams, needs={"values"})
 def gae(batch: Batch, params: GAEParams) -> Advantages:
-    """A = δ + γλA' with δ = r + γV' − V; returns are A + V, advantages are then whitened.
+    """Compute A = δ + γλA' with δ = r + γV' − V; returns are A + V, advantages are then whitened.
 
     V' and A' are those of the next trained token, 0 after the last.
 
@@ -98,7 +98,7 @@ def _suffix_sums(values: torch.Tensor, lengths: torch.Tensor, discount: float) -
 
 
 def _actions(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Which tokens ``[T]`` are trained, their rewards ``[N]``, and how many each sequence has, ``[B]``."""
+    """Return the mask ``[T]`` of trained tokens, their rewards ``[N]``, and their number in each sequence ``[B]``."""
     mask = trained_mask(batch)
     lengths = trained_counts(mask, batch.lengths)
     rewards = batch.flat("token_rewards")

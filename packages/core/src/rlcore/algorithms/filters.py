@@ -46,6 +46,6 @@ def mean_score(scores: torch.Tensor, group: torch.Tensor, params: MeanScoreParam
 
 
 def _reduce(scores: torch.Tensor, group: torch.Tensor, how: str) -> torch.Tensor:
-    """Each sample's group minimum, maximum or mean, ``[B]``."""
+    """Return the minimum, maximum or mean of each sample's group, ``[B]``."""
     index = torch.unique(group, return_inverse=True)[1]
     return torch.zeros_like(scores).scatter_reduce_(0, index, scores, how, include_self=False)[index]

@@ -63,7 +63,7 @@ def reinforce_plus_plus_baseline(batch: Batch, params: NoParams) -> Advantages:
 
 @advantages.register("opo", traits={"compares_group"})
 def opo(batch: Batch, params: NoParams) -> Advantages:
-    """s − Σ(ℓs)/Σℓ over the group, ℓ = trained tokens: the variance-optimal baseline under a simplification.
+    """Compute s − Σ(ℓs)/Σℓ over the group, ℓ = trained tokens: the variance-optimal baseline under a simplification.
 
     Source: OPO, Hao et al. 2025, arXiv:2505.23585.
     """
@@ -94,7 +94,7 @@ class PassAtKParams(Config):
 
 @advantages.register("pass_at_k", params=PassAtKParams, traits={"compares_group"})
 def pass_at_k(batch: Batch, params: PassAtKParams) -> Advantages:
-    """Only the best of a group trains, with its lead (s₁ − s₂) / (σ + ε) over the second best.
+    """Train only the best of a group, with its lead (s₁ − s₂) / (σ + ε) over the second best.
 
     Source: Tang et al. 2025, "Optimizing language models for inference time objectives", arXiv:2503.19595.
     """
@@ -121,7 +121,7 @@ class _Groups:
     shifted: torch.Tensor
 
     def sums(self, values: torch.Tensor) -> torch.Tensor:
-        """Each sample's group sum of ``values``."""
+        """Return the sum of ``values`` over each sample's group."""
         return torch.zeros_like(values).index_add_(0, self.index, values)[self.index]
 
     @property

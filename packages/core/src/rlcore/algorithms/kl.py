@@ -62,7 +62,7 @@ def k3(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, params: NoParams) -> 
 
 @kl_estimators.register("k1+")
 def k1_straight_through(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, params: NoParams) -> torch.Tensor:
-    """The value of k1 with the gradient of k2, for use as a loss.
+    """Return the value of k1 with the gradient of k2, for use as a loss.
 
     Source: Tang & Munos 2025, arXiv:2506.09477.
     """
@@ -71,7 +71,7 @@ def k1_straight_through(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, para
 
 @kl_estimators.register("k3+")
 def k3_straight_through(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, params: NoParams) -> torch.Tensor:
-    """The value of k3 with the gradient of k2, for use as a loss.
+    """Return the value of k3 with the gradient of k2, for use as a loss.
 
     Source: Tang & Munos 2025, arXiv:2506.09477.
     """
@@ -154,7 +154,7 @@ class AdaptiveKL(FixedKL):
 
 
 def kl_controller(settings: KLPenaltySettings) -> KLController:
-    """The controller that ``settings`` describe."""
+    """Return the controller that ``settings`` describe."""
     if settings.target is None:
         return FixedKL(settings.coeff)
     return AdaptiveKL(settings.coeff, settings.target, settings.horizon)

@@ -214,7 +214,7 @@ class _Terms:
         return self.trained(self.batch.flat(name))
 
     def declared(self, entry: Entry[Any], outputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        """The columns that ``entry`` needs, as `PolicyLossInputs` has them."""
+        """Return the columns that ``entry`` needs, as `PolicyLossInputs` has them."""
         entry.check_columns({*self.batch.names, "entropy"})
         found: dict[str, Any] = {}
         for name in entry.needs:
@@ -233,7 +233,7 @@ class _Terms:
         return share
 
     def add(self, name: str, losses: torch.Tensor, metrics: Metrics) -> torch.Tensor:
-        """The share of ``losses``, also recorded as ``name``."""
+        """Return the share of ``losses``, also recorded as ``name``."""
         share = self.aggregate(losses)
         self.record(name, share, metrics)
         return share

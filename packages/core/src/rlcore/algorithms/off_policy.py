@@ -142,7 +142,7 @@ def _weights(ratio: torch.Tensor, weights: torch.Tensor, mask: torch.Tensor) -> 
 
 
 def mismatch_metrics(rollout_logprobs: torch.Tensor, logprobs: torch.Tensor, mask: torch.Tensor) -> Metrics:
-    """How far the sampler's log-probs are from the trainer's, over trained tokens, mergeable over micro-batches.
+    """Compare the log-probs of sampler and trainer over trained tokens; mergeable over micro-batches.
 
     Returns:
         ``rollout_kl`` (k1) and ``rollout_kl_k3`` estimate KL(π_rollout ‖ π), ``rollout_prob_diff`` is the mean of

@@ -36,7 +36,7 @@ def sequence_sums(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
 
 
 def _sums(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """The sums in fp64: one after the other, bf16 counts to 256 and fp32 is off by 1e-3 over 131,072 tokens."""
+    """Return the sums in fp64: summing one by one, bf16 stops at 256 and fp32 is off by 1e-3 over 131,072 tokens."""
     values = values.double()
     if len(lengths) == 0:
         return values[:0]

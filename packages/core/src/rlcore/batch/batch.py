@@ -23,8 +23,8 @@ class Batch:
     """Samples in columns.
 
     A column is *dense* (a ``[B, ...]`` tensor), *jagged* (`Jagged`, per token) or *objects* (a list of plain values).
-    All jagged columns of a batch share one ``lengths``: entry *t* of each speaks of ``tokens[t]`` given what came
-    before (`rlcore.batch.alignment`). All tensors share one device; ``lengths`` stays on the CPU.
+    All jagged columns of a batch share one ``lengths``: entry *t* of each belongs to ``tokens[t]`` given the tokens
+    before it (`rlcore.batch.alignment`). All tensors share one device; ``lengths`` stays on the CPU.
 
     A batch never changes: operations return new batches that share storage where they can, so what a column holds must
     not be written to either. A pickle holds only the samples of the batch, not the storage behind its views.
@@ -64,7 +64,7 @@ class Batch:
             self._columns[name] = column
 
     def _share_lengths(self, name: str, column: Jagged) -> Jagged:
-        """``column`` over the very ``lengths`` of the first jagged column, so that they are compared only once."""
+        """Return ``column`` over the ``lengths`` tensor of the first jagged column, which is compared only once."""
         if self._first_jagged is None:
             self._first_jagged = name
             return column
@@ -89,14 +89,14 @@ class Batch:
         return name in self._columns
 
     def __getitem__(self, name: str) -> Any:
-        """The column itself: a tensor, a `Jagged` or a list."""
+        """Return the column itself: a tensor, a `Jagged` or a list."""
         try:
             return self._columns[name]
         except KeyError:
             raise BatchError(f"no column {name!r}; the batch has {self._listing()}") from None
 
     def flat(self, name: str) -> torch.Tensor:
-        """The values ``[T, ...]`` of a jagged column."""
+        """Return the values ``[T, ...]`` of a jagged column."""
         column = self[name]
         if not isinstance(column, Jagged):
             raise BatchError(f"column {name!r} ({_shape(column)}) is not per token")
@@ -104,6 +104,7 @@ class Batch:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """All columns, in order."""
         return tuple(self._columns)
 
     @property
@@ -125,16 +126,20 @@ class Batch:
 
     @property
     def total_tokens(self) -> int:
+        """Number of tokens of all samples."""
         return int(self.lengths.sum())
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """One dict per sample: ``[...]`` tensors of dense columns, ``[t, ...]`` views of jagged ones, the objects."""
+        """Yield one dict per sample: ``[...]`` tensors of dense columns, ``[t, ...]`` views of jagged ones, objects."""
         split = {n: c.to_list() if isinstance(c, Jagged) else c for n, c in self._columns.items()}
         for index in range(self._size):
             yield {name: column[index] for name, column in split.items()}
 
     def equals(self, other: Batch) -> bool:
-        """Same columns (in any order), kinds, dtypes and values, bit by bit (NaN equals NaN); devices may differ."""
+        """Return whether columns (in any order), kinds, dtypes and values are the same, bit by bit; devices may differ.
+
+        NaN equals NaN.
+        """
         return (
             self._columns.keys() == other._columns.keys()
             and len(self) == len(other)
@@ -154,7 +159,7 @@ class Batch:
         return "\n".join([f"Batch: {size}", *lines])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """The shared lengths once, and of every tensor only what this batch shows of it (`PickledTensor`)."""
+        """Pickle the shared lengths once, and of every tensor only the samples of this batch (`PickledTensor`)."""
         columns: dict[str, tuple[bool, Any]] = {}
         for name, column in self._columns.items():
             value = column.values if isinstance(column, Jagged) else column
@@ -165,7 +170,7 @@ class Batch:
         return _unpickle, (columns, PickledTensor(self._sequences().lengths))
 
     def _sequences(self) -> Jagged:
-        """How all jagged columns are laid out; without any, sequences of no tokens."""
+        """Return a column with the lengths of all jagged columns; without any, sequences of no tokens."""
         if self._first_jagged is None:
             return Jagged(torch.empty(0), torch.zeros(self._size, dtype=torch.int64))
         column = self._columns[self._first_jagged]
@@ -179,7 +184,7 @@ class Batch:
         dense: Callable[[torch.Tensor], torch.Tensor],
         objects: Callable[[list[Any]], list[Any]],
     ) -> Batch:
-        """The same columns over sequences of ``lengths``, each made by the function for its kind."""
+        """Return the same columns over sequences of ``lengths``, each mapped by the function for its kind."""
         columns: dict[str, Column] = {}
         for name, column in self._columns.items():
             if isinstance(column, Jagged):
@@ -196,15 +201,17 @@ class Batch:
     # --- columns -------------------------------------------------------------------------------------------------
 
     def select(self, *names: str) -> Batch:
+        """Return the columns ``names``."""
         return Batch({name: self[name] for name in names})
 
     def drop(self, *names: str) -> Batch:
+        """Return all columns but ``names``."""
         for name in names:
             self[name]
         return Batch({name: column for name, column in self._columns.items() if name not in names})
 
     def rename(self, **names: str) -> Batch:
-        """``batch.rename(logprobs="old_logprobs")``; the order of the columns stays."""
+        """Rename columns, as in ``batch.rename(logprobs="old_logprobs")``; their order stays."""
         for name in names:
             self[name]
         columns: dict[str, Column] = {}
@@ -220,11 +227,15 @@ class Batch:
         return Batch({**self._columns, **columns})
 
     def jagged(self, values: torch.Tensor) -> Jagged:
-        """Per-token values ``[T, ...]`` as a column of this batch."""
+        """Return per-token values ``[T, ...]`` as a column of this batch."""
         return Jagged(values, self.lengths)
 
     def union(self, other: Batch) -> Batch:
-        """The columns of both; a name that both have is an error."""
+        """Return the columns of both batches.
+
+        Raises:
+            BatchError: both have a column of the same name.
+        """
         clash = [name for name in other.names if name in self._columns]
         if clash:
             raise BatchError(
@@ -236,7 +247,7 @@ class Batch:
     # --- samples -------------------------------------------------------------------------------------------------
 
     def take(self, indices: torch.Tensor | Sequence[int]) -> Batch:
-        """The samples at ``indices`` (negative ones count from the end), in that order, repeats allowed; copied."""
+        """Copy the samples at ``indices`` (negative ones count from the end), in that order, repeats allowed."""
         index = sample_indices(indices, self._size)
         sequences = self._sequences()
         positions, chosen = sequences.positions(index), index.tolist()
@@ -248,11 +259,11 @@ class Batch:
         )
 
     def filter(self, mask: torch.Tensor | Sequence[bool]) -> Batch:
-        """The samples where ``mask`` (one bool per sample) is true."""
+        """Return the samples where ``mask`` (one bool per sample) is true."""
         return self.take(kept_samples(mask, self._size))
 
     def slice(self, start: int, stop: int) -> Batch:
-        """Samples ``start`` to ``stop`` (exclusive, as in Python), as views."""
+        """Return samples ``start`` to ``stop`` (exclusive, as in Python), as views."""
         start, stop, _ = slice(start, stop).indices(self._size)
         sequences = self._sequences()
         begin, end = int(sequences.offsets[start]), int(sequences.offsets[max(start, stop)])
@@ -264,7 +275,7 @@ class Batch:
         )
 
     def split(self, size: int, together: str | None = None) -> list[Batch]:
-        """Consecutive batches of ``size`` samples, as views; the last may be smaller.
+        """Return consecutive batches of ``size`` samples, as views; the last may be smaller.
 
         Args:
             together: a column of unit ids (see `partition`); it is an error if a unit would be divided.
@@ -276,7 +287,7 @@ class Batch:
         return [self.slice(start, start + size) for start in range(0, self._size, size)]
 
     def iterate(self, size: int, generator: torch.Generator | None = None) -> Iterator[Batch]:
-        """Mini-batches of ``size`` samples, shuffled if a ``generator`` is given; the last may be smaller."""
+        """Yield mini-batches of ``size`` samples, shuffled if a ``generator`` is given; the last may be smaller."""
         if generator is None:
             yield from self.split(size)
         else:
@@ -284,7 +295,7 @@ class Batch:
             yield from self.take(order).split(size)
 
     def partition(self, parts: int, together: str | None = None) -> list[list[int]]:
-        """Indices for ``parts`` ranks, balanced by token count (`balanced_partitions`).
+        """Return indices for ``parts`` ranks, balanced by token count (`balanced_partitions`).
 
         Args:
             together: a dense column with one integer per sample, such as ``group``: samples with the same number are
@@ -293,10 +304,10 @@ class Batch:
         return balanced_partitions(self._sequences().lengths.tolist(), parts, self._units(together))
 
     def micro_batches(self, max_tokens: int, together: str | None = None) -> list[list[int]]:
-        """Indices of micro-batches of at most ``max_tokens`` tokens (`rlcore.batch.micro_batches`).
+        """Return indices of micro-batches of at most ``max_tokens`` tokens (`rlcore.batch.micro_batches`).
 
         Args:
-            together: a column of unit ids (see `partition`); a unit of more tokens stands alone.
+            together: a column of unit ids (see `partition`); a unit of more tokens is a micro-batch by itself.
         """
         return micro_batches(self._sequences().lengths.tolist(), max_tokens, self._units(together))
 
@@ -304,15 +315,20 @@ class Batch:
         return None if together is None else unit_ids(together, self[together])
 
     def repeat(self, n: int) -> Batch:
-        """Each sample ``n`` times in a row: a b → a a b b."""
+        """Repeat each sample ``n`` times in a row: a b → a a b b."""
         if n < 0:
             raise BatchError(f"cannot repeat samples {n} times")
         return self.take(torch.arange(self._size).repeat_interleave(n))
 
     @staticmethod
     def concat(batches: Sequence[Batch]) -> Batch:
-        """Samples of all batches in order. All need the same columns of the same kinds and dtypes; batches without any
-        column are skipped."""
+        """Join the samples of all batches in order.
+
+        Batches without any column are skipped.
+
+        Raises:
+            BatchError: the batches differ in columns, kinds or dtypes.
+        """
         batches = [batch for batch in batches if batch._columns]
         if len(batches) < 2:
             return batches[0] if batches else Batch({})
@@ -375,7 +391,7 @@ class Batch:
         return Batch(columns)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """All tensors (but ``lengths``) on ``device``."""
+        """Move all tensors (except ``lengths``) to ``device``."""
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(device, non_blocking=non_blocking)
@@ -395,7 +411,7 @@ class Batch:
 
     @staticmethod
     def from_padded(columns: Mapping[str, torch.Tensor], mask: torch.Tensor) -> Batch:
-        """Per-token columns from ``[B, S, ...]`` tensors: their entries where ``mask`` ``[B, S]`` is not 0."""
+        """Make per-token columns from ``[B, S, ...]`` tensors: their entries where ``mask`` ``[B, S]`` is not 0."""
         result: dict[str, Column] = {}
         for name, padded in columns.items():
             try:
@@ -457,7 +473,7 @@ def _as_column(name: str, given: Any) -> Column:
 
 
 def _layout(column: Column) -> tuple[Any, ...]:
-    """What columns must have in common to be concatenated."""
+    """Return what columns must have in common to be concatenated."""
     if isinstance(column, Jagged):
         return "jagged", column.values.dtype, column.values.shape[1:], column.values.device
     if isinstance(column, torch.Tensor):

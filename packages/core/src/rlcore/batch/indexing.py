@@ -47,7 +47,7 @@ def kept_samples(mask: torch.Tensor | Sequence[bool], size: int) -> torch.Tensor
 
 
 def unit_ids(name: str, column: Any) -> list[int]:
-    """The ids of the units that ``column`` divides the samples into: samples with the same id belong together.
+    """Return the ids of the units that ``column`` divides the samples into: samples with the same id belong together.
 
     Raises:
         BatchError: the column is not one integer per sample.

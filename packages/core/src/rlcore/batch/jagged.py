@@ -84,7 +84,7 @@ class Jagged:
         return torch.cat([self.lengths.new_zeros(1), self.lengths.cumsum(0)])
 
     def to_list(self) -> list[torch.Tensor]:
-        """One view per sample."""
+        """Return one view per sample."""
         return list(torch.split(self.values, self.lengths.tolist()))
 
     def to_padded(self, value: float = 0, *, left: bool = False) -> torch.Tensor:
@@ -97,15 +97,15 @@ class Jagged:
         return padded
 
     def with_values(self, values: torch.Tensor) -> Jagged:
-        """The same sequences with other values ``[T, ...]``."""
+        """Return the same sequences with other values ``[T, ...]``."""
         return Jagged(values, self.lengths)
 
     def take(self, indices: torch.Tensor) -> Jagged:
-        """The sequences at ``indices`` (``[N]`` int64, CPU, not negative), in that order, copied."""
+        """Return the sequences at ``indices`` (``[N]`` int64, CPU, not negative), in that order, copied."""
         return Jagged(self.values[self.positions(indices).to(self.values.device)], self.lengths[indices])
 
     def positions(self, indices: torch.Tensor) -> torch.Tensor:
-        """Where the values of the sequences at ``indices`` (as in `take`) stand: int64, CPU."""
+        """Return the positions in `values` of the sequences at ``indices`` (as in `take`): int64, CPU."""
         lengths = self.lengths[indices]
         shift = self.offsets[indices] - (lengths.cumsum(0) - lengths)
         return torch.arange(int(lengths.sum())) + shift.repeat_interleave(lengths)

@@ -21,7 +21,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    """The values of ``tensor``, or its bits as integers if NumPy lacks the dtype; a view if it is on the CPU."""
+    """Return the values of ``tensor``, or its bits as integers if NumPy lacks the dtype; a view if it is on the CPU."""
     tensor = tensor.detach().cpu().contiguous()
     if dtype_name(tensor.dtype) not in _IN_NUMPY:
         tensor = tensor.view(_BITS[tensor.dtype.itemsize])
@@ -29,9 +29,9 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
 
 
 def from_numpy(array: np.ndarray[Any, Any], dtype: torch.dtype) -> torch.Tensor:
-    """The tensor of which `to_numpy` gave ``array``, over the same memory."""
+    """Return the tensor from which `to_numpy` made ``array``, over the same memory."""
     with warnings.catch_warnings():
-        # Arrow's and Ray's buffers are read-only and torch warns of that; nobody writes into a batch.
+        # Arrow's and Ray's buffers are read-only and torch warns of that; batches are never written to.
         warnings.simplefilter("ignore", UserWarning)
         tensor = torch.from_numpy(array)
     return tensor.view(dtype)

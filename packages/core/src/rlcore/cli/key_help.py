@@ -43,7 +43,7 @@ class KeyHelp:
         self._paths = {section.path for section in self._sections}
 
     def print(self, topic: str) -> None:
-        """The keys of ``topic``: a section, a word in the names of keys, `ALL`, or "" for the overview.
+        """Print the keys of ``topic``: a section, a word in the names of keys, `ALL`, or "" for the overview.
 
         Raises:
             ConfigError: nothing is called so.
@@ -136,7 +136,7 @@ class KeyHelp:
         self._console.print(table)
 
     def _children(self, path: str) -> list[Section]:
-        """The sections directly below ``path``, the parameters of a choice counted once."""
+        """Return the sections directly below ``path``, the parameters of an algorithm counted once."""
         found: dict[str, Section] = {}
         for section in self._sections:
             inside = section.path != path and section.path.startswith(f"{path}." if path else "")
@@ -145,7 +145,7 @@ class KeyHelp:
         return list(found.values())
 
     def _collapsed(self, path: str) -> None:
-        """A line per section below ``path``: how many keys it has, and what it is."""
+        """Return a line per section below ``path``: how many keys it has, and what it is."""
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
         table.add_column(no_wrap=True, style="bold")
         table.add_column(no_wrap=True, justify="right", style="green")
@@ -178,7 +178,7 @@ def _meaning(place: _Place) -> Text:
 
 
 def _same(section: Section, first: Section) -> str:
-    """That ``section`` has the keys of ``first``, and which defaults differ."""
+    """Return a line saying that ``section`` has the keys of ``first``, and which defaults differ."""
     others = [
         f"{key.name}={key.default}"
         for key, other in zip(section.keys, first.keys)
@@ -196,5 +196,5 @@ def _join(path: str, name: str) -> str:
 
 
 def _within(path: str, section: str) -> bool:
-    """Whether ``path`` is ``section`` or below it."""
+    """Return whether ``path`` is ``section`` or below it."""
     return path == section or path.startswith((f"{section}.", f"{section}["))

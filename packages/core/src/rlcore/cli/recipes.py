@@ -18,12 +18,12 @@ GROUP = "rlcore.recipes"
 
 
 def recipe_parameter() -> click.Parameter:
-    """``recipe``: a name, checked by whoever looks the plugin up."""
+    """Return the parameter ``recipe``: a name, which is checked when the plugin is looked up."""
     return click.Argument(["recipe"], shell_complete=_complete)
 
 
 def configuration_parameters() -> list[click.Parameter]:
-    """``file`` (str | None) and ``overrides`` (tuple of "a.b=value"), for `load`."""
+    """Return the parameters ``file`` (str | None) and ``overrides`` (tuple of "a.b=value"), for `load`."""
     file = click.Option(
         ["-c", "--config", "file"],
         type=click.Path(),
@@ -57,7 +57,7 @@ class ConfiguredCommand(click.Command):
 
 
 def load(plugin: Plugin, file: str | None, overrides: tuple[str, ...]) -> Config:
-    """The configuration that `configuration_parameters` describe.
+    """Load the configuration that `configuration_parameters` describe.
 
     Raises:
         ConfigError: there is no such file, or the configuration is not valid.
@@ -77,7 +77,7 @@ def load(plugin: Plugin, file: str | None, overrides: tuple[str, ...]) -> Config
 
 
 def load_complete(plugin: Plugin, file: str | None, overrides: tuple[str, ...]) -> Config:
-    """As `load`, with a look at every package that the configuration needs.
+    """Load a configuration as `load` does, and check that every package it needs is installed.
 
     Raises:
         ConfigError: also if one is not installed; the message has one line per key.

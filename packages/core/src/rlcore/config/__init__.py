@@ -1,4 +1,4 @@
-"""Configuration: typed models, YAML and overrides, errors all at once."""
+"""Configuration: typed models, YAML and overrides, all problems reported together."""
 
 from rlcore.config.base import Config, ShortForm
 from rlcore.config.choice import Choice, Chosen

@@ -43,13 +43,13 @@ class ShortForm:
 
 
 class Config(BaseModel):
-    """Unknown keys are errors, defaults stand in one place, values never change after validation.
+    """Base class: unknown keys are errors, defaults are in one place, values never change after validation.
 
     Floats are finite unless the field's type is `Unlimited`, integers have at most 31 bits unless the field sets an
-    upper bound, and a single value is taken for a list of one.
+    upper bound, and a single value is accepted for a list.
 
     Attributes:
-        short_forms: keys that are replaced, in every source by itself, before sources are laid over each other.
+        short_forms: keys that are replaced in each source separately, before the sources are merged.
     """
 
     model_config = ConfigDict(
@@ -62,7 +62,7 @@ class Config(BaseModel):
     short_forms: ClassVar[Mapping[str, ShortForm]] = {}
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        """Every illegal combination of values, as ``(dotted key below this model, what is wrong)``.
+        """Yield every illegal combination of values, as ``(dotted key below this model, what is wrong)``.
 
         Override it instead of writing a pydantic validator that stops at its first problem: all pairs are reported
         together. It is called once every value is valid on its own.
@@ -70,7 +70,7 @@ class Config(BaseModel):
         return iter(())
 
     def doubts(self) -> Iterator[tuple[str, str]]:
-        """Combinations of values that are legal and almost surely a mistake, as ``(dotted key, why)``.
+        """Yield combinations of values that are legal but almost certainly a mistake, as ``(dotted key, why)``.
 
         Only the model of a whole run is asked.
         """
@@ -82,7 +82,7 @@ class Config(BaseModel):
             warn(f"{key}: {why}", RlcoreWarning, stacklevel=1)  # one place for all callers: Python shows each text once
 
     def packages(self) -> Iterator[tuple[str, Package]]:
-        """The optional packages that these values need, as ``(dotted key below this model, package)``.
+        """Yield the optional packages that these values need, as ``(dotted key below this model, package)``.
 
         Inner models are asked by themselves. Before a run, every package is looked for; see `missing_packages`.
         """
@@ -90,10 +90,10 @@ class Config(BaseModel):
 
     @classmethod
     def spelled_out(cls, given: Mapping[str, Any]) -> dict[str, Any]:
-        """``given`` without short forms.
+        """Return ``given`` with short forms replaced.
 
         Raises:
-            ValueError: a key that a short form sets has another value here, or is in something that has no keys.
+            ValueError: a key that a short form sets has another value here, or its parent is not a mapping.
         """
         values = dict(given)
         for name, form in cls.short_forms.items():
@@ -110,7 +110,7 @@ class Config(BaseModel):
                 if isinstance(inner, Config):
                     inner = inner.model_dump(mode="json")
                 if not isinstance(inner, Mapping):
-                    raise ValueError(f"{name} is short for {form.key}, but {parent} is no mapping of keys")
+                    raise ValueError(f"{name} is short for {form.key}, but {parent} is not a mapping")
                 place[parent] = dict(inner)
                 place = place[parent]
             place[last] = value
@@ -171,7 +171,7 @@ class Config(BaseModel):
 
 
 def unknown_key(key: str, known: Iterable[str]) -> PydanticCustomError:
-    """The error for a key that a model does not have, with the keys it might have been."""
+    """Return the error for a key that a model does not have, with the keys it might have been."""
     names = list(known)
     close = get_close_matches(key[:LONGEST_NAME], names, n=3)
     hint = f"did you mean {' or '.join(close)}?" if close else f"known here: {', '.join(names) or 'none'}"
@@ -179,13 +179,13 @@ def unknown_key(key: str, known: Iterable[str]) -> PydanticCustomError:
 
 
 def json_schema(model: type[BaseModel], handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-    """The JSON Schema of ``model`` inside of another model's; the outer definitions collect its own."""
+    """Return the JSON Schema of ``model`` inside of another model's; the outer definitions collect its own."""
     # a handler called with a schema passes over that schema's own hooks, but not over those of a schema inside it
     return handler(core_schema.definitions_schema(model.__pydantic_core_schema__, []))
 
 
 def _is_unknown_key(detail: Any) -> bool:
-    """An unknown key of this very model: those of inner models were replaced when they were validated."""
+    """Return whether this is an unknown key of this model: those of inner models were replaced when validated."""
     return detail["type"] == "extra_forbidden" and len(detail["loc"]) == 1
 
 
@@ -199,5 +199,5 @@ def _hinted(detail: Any, known: Iterable[str]) -> InitErrorDetails:
 
 
 def _literal(text: str) -> Any:
-    """A message that holds values, where pydantic's types ask for a constant template; it is used as it stands."""
+    """Return ``text`` unchanged: pydantic's types ask for a constant template, and it holds values."""
     return text

@@ -51,7 +51,7 @@ class Choice:
 
 
 def _dump(choice: Choice | str) -> dict[str, Any] | str:
-    """The serializer; pydantic puts a field's default into the JSON schema by it, and that is no `Choice` yet."""
+    """Serialise a field. Pydantic also calls this for the field's default, which is no `Algorithm` yet."""
     return choice.dump() if isinstance(choice, Choice) else choice
 
 

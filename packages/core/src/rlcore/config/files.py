@@ -32,7 +32,7 @@ class Layer:
 
 
 def file_layers(path: Path | str) -> list[Layer]:
-    """The values of the file ``path`` and of the files below it, the lowest first.
+    """Return the values of the file ``path`` and of the files that it inherits from, the lowest first.
 
     Raises:
         ConfigError: a file is missing, not a regular file, too large or no YAML mapping; it includes itself; or there

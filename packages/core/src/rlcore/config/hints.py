@@ -32,7 +32,7 @@ class Hints:
         return found
 
     def key(self, path: KeyPath, siblings: Sequence[str]) -> str:
-        """Which key the unknown ``path`` might have been.
+        """Return the key that the unknown ``path`` might have been.
 
         That is a key of the same name; or else a similar one in the same section, or else anywhere. Without any, all
         keys of the section are named.
@@ -49,7 +49,7 @@ class Hints:
         return f"known here: {', '.join(siblings) or 'none'}"
 
     def _ranked(self, place: Sequence[str], names: set[str]) -> list[str]:
-        """Keys elsewhere with one of ``names``, those close to ``place`` and to the top of the tree first.
+        """Return other keys with one of ``names``, those close to ``place`` and to the top of the tree first.
 
         A key in ``place`` itself is unknown there although it is in the tree: it is a parameter of another choice.
         """
@@ -64,7 +64,7 @@ class Hints:
         return sorted(found, key=distance)[:_MOST]
 
     def value(self, path: KeyPath, value: str) -> str | None:
-        """What the unknown name ``value`` might have been: a name for other keys, or a similar one for this key."""
+        """Return a hint for the unknown name ``value``: other keys that take it, or similar names of this key."""
         dotted = ".".join(map(str, path))
         own = self._keys.get(dotted)
         if own is not None and value in own.options:  # an installed plugin that does not work

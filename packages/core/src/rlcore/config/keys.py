@@ -55,12 +55,12 @@ class Section:
 
 
 def sections(model: type[Config]) -> Iterator[Section]:
-    """The keys of ``model`` and of everything below it: inner models, installed plugins, parameters of choices."""
+    """Yield the keys of ``model`` and of all models below it: sections, installed plugins, parameters of algorithms."""
     return _sections(model, "", None, None, frozenset())
 
 
 def required(model: type[Config], path: str = "") -> Iterator[str]:
-    """The dotted keys that every configuration of ``model`` has to give; those of sections that may be off are not."""
+    """Yield the dotted keys that every configuration of ``model`` must set; sections that may be null are left out."""
     for name, field in model.model_fields.items():
         inner = content(model, name)
         if isinstance(inner, type) and (field.is_required() or field.default is not None):
@@ -72,7 +72,7 @@ def required(model: type[Config], path: str = "") -> Iterator[str]:
 def _sections(
     model: type[Config], path: str, values: Config | None, description: str | None, within: frozenset[type[Config]]
 ) -> Iterator[Section]:
-    """The keys below ``path``.
+    """Yield the keys below ``path``.
 
     Args:
         values: where to read defaults, for a model whose parent's default differs from the model's own.
@@ -115,7 +115,7 @@ def _sections(
 
 
 def _elements(annotation: Any, path: str, within: frozenset[type[Config]]) -> Iterator[Section]:
-    """Models inside of lists and mappings."""
+    """Yield the keys of models in lists and mappings."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin in (list, tuple) and isinstance(model := content_of_type(arguments[0]), type):
         yield from _sections(model, f"{path}[]", None, None, within)
@@ -134,12 +134,12 @@ def _plugins(
         except PluginError as error:
             yield Section(place, str(error), [])
             continue
-        if section not in within:  # a plugin may hold plugins of its own group again
+        if section not in within:  # a plugin may hold plugins of the same group
             yield from _sections(section, place, given.get(name), None, within | {section})
 
 
 def _options(model: type[Config], name: str, field: FieldInfo) -> tuple[str, ...]:
-    """The names that a key takes: of plugins, of registered algorithms, or listed in its type."""
+    """Return the names that a key takes: of plugins, of registered algorithms, or listed in its type."""
     if issubclass(model, PluginSections) and name == model.plugin_field:
         return tuple(plugins.names(model.plugin_group))
     for item in field.metadata:
@@ -166,7 +166,7 @@ def _join(path: str, name: str) -> str:
 
 
 def _default(field: FieldInfo) -> Any:
-    """The field's default; None also where it is required or (for lack of a plugin) cannot be built."""
+    """Return the field's default; None also where it is required or (for lack of a plugin) cannot be built."""
     if field.is_required():
         return None
     try:

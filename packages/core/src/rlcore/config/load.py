@@ -23,7 +23,7 @@ C = TypeVar("C", bound=Config)
 
 
 def load_config(model: type[C], path: Path | str | None = None, overrides: Sequence[str] = ()) -> C:
-    """The configuration in the YAML file ``path`` (the model's defaults alone where None) under ``overrides``.
+    """Load the YAML file ``path`` (None: the defaults of ``model`` alone) with ``overrides``.
 
     Args:
         overrides: ``a.b.c=value`` each, the last one for a key wins. The value is taken as it is if the key takes text,
@@ -42,7 +42,7 @@ def load_config(model: type[C], path: Path | str | None = None, overrides: Seque
 
 
 def validate_config(model: type[C], values: Mapping[str, Any]) -> C:
-    """The configuration in ``values``, nested mappings as in a file.
+    """Validate ``values``, nested mappings as in a file.
 
     Raises:
         ConfigError: the values are not valid; the message has one line per problem.
@@ -82,7 +82,7 @@ def _spelled_out(model: type[Config], places: Mapping[yaml_format.KeyPath, str])
 
 
 def _place(layers: Sequence[Layer], path: yaml_format.KeyPath) -> str | None:
-    """Where ``path`` was given; a key that is missing is missing where its parent stands, in a file if there is one."""
+    """Return where ``path`` was set; a missing key is reported at its parent, in a file if there is one."""
     if all(layer.source == COMMAND_LINE for layer in layers):
         return None  # the title says so
     latest_first = list(reversed(layers))

@@ -17,7 +17,7 @@ from rlcore.errors import PluginError
 
 
 def content(model: type[Config], key: str) -> type[Config] | Chosen | None:
-    """What a mapping under ``key`` of ``model`` is read as: a model, a choice's parameters, or plain values (None)."""
+    """Return how a mapping under ``key`` of ``model`` is read: model, algorithm's parameters, or plain values (None)."""
     field = model.model_fields.get(key)
     if field is not None:
         return content_of_type(field.annotation, field.metadata)
@@ -106,7 +106,7 @@ def _buildable(inner: type[Config], field: FieldInfo) -> bool:
 
 
 def _explicit(field: FieldInfo | None) -> Any:
-    """What a field's default sets itself, as plain values; what its model sets by default is left to the model."""
+    """Return what a field's default sets, as plain values, without what the model sets by default."""
     if field is None or field.is_required():
         return None
     try:

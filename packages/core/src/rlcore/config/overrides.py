@@ -21,7 +21,7 @@ _OVERRIDE = re.compile(r"(?P<key>\w[\w-]*(?:\.\w[\w-]*)*)=(?P<value>.*)", re.DOT
 
 
 def override_layers(model: type[Config], overrides: Sequence[str]) -> list[Layer]:
-    """A layer per override, the names of choices before their parameters, which another name would undo.
+    """Return a layer per override; names of algorithms come before their parameters, which a name resets.
 
     Raises:
         ConfigError: an override has no key, its value is not YAML, or a short form contradicts another override.
@@ -44,7 +44,7 @@ def override_layers(model: type[Config], overrides: Sequence[str]) -> list[Layer
 
 
 def _key_paths(values: Any, parents: yaml_format.KeyPath = ()) -> Iterator[yaml_format.KeyPath]:
-    """Every key of nested mappings and lists."""
+    """Yield every key of nested mappings and lists."""
     inner = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
     for key, value in inner:
         yield (*parents, key)
@@ -52,7 +52,7 @@ def _key_paths(values: Any, parents: yaml_format.KeyPath = ()) -> Iterator[yaml_
 
 
 def _value(model: type[Config], path: tuple[str, ...], text: str) -> Any:
-    """The words after ``=``.
+    """Parse the text after ``=``.
 
     They are taken as they are for a key that takes text (``null`` alone is null where the key may be null) or a list of
     texts (unless they begin with ``[``), and read as YAML otherwise.
@@ -73,14 +73,14 @@ def _value(model: type[Config], path: tuple[str, ...], text: str) -> Any:
 
 
 def _lost(text: str, value: Any) -> bool:
-    """Whether YAML dropped a part of unquoted ``text``, as it does with what it takes for a comment or an anchor."""
+    """Return whether YAML dropped a part of unquoted ``text`` that it took for a comment or an anchor."""
     if value is None:
         return text not in ("", "~", "null", "Null", "NULL")
     return isinstance(value, str) and text[0] not in "'\"" and value != text
 
 
 def type_at(model: type[Config], path: Sequence[str]) -> Any:
-    """The type of the key ``path`` of ``model``, short forms included; None where it has none or cannot be known."""
+    """Return the type of the key ``path`` of ``model``, short forms included; None if it has none or is unknown."""
     key, *rest = path
     if form := model.short_forms.get(key):
         return type_at(model, (*form.key.split("."), *rest))
@@ -118,7 +118,7 @@ def _check_short_forms(model: type[Config], given: dict[tuple[str, ...], Any]) -
 
 
 def content_at(model: type[Config], path: Sequence[str]) -> type[Config] | None:
-    """The model of the section ``path`` of ``model``; None if there is none."""
+    """Return the model of the section ``path`` of ``model``; None if there is none."""
     for key in path:
         inner = content(model, key)
         if not isinstance(inner, type):

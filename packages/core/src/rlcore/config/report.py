@@ -18,7 +18,7 @@ _MOST_LINES = 100
 
 
 def problem_lines(error: ValidationError, data: Any, place: Callable[[KeyPath], str | None], hints: Hints) -> list[str]:
-    """One line per key that has problems.
+    """Return one line per key that has problems.
 
     Args:
         data: what was validated.
@@ -48,7 +48,7 @@ def problem_lines(error: ValidationError, data: Any, place: Callable[[KeyPath], 
 
 
 def _message(detail: Any, path: KeyPath, hints: Hints) -> tuple[str, str]:
-    """What is wrong, and the value given where the message needs it."""
+    """Return the message of a problem, with the given value if the message needs it."""
     kind, value = detail["type"], detail["input"]
     if kind == "unknown_key" and path:
         return f"unknown key; {hints.key(path, detail['ctx']['known'])}", ""

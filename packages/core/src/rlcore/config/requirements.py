@@ -13,7 +13,7 @@ from rlcore.packages import Package
 
 
 def missing_packages(config: Config) -> list[tuple[str, str]]:
-    """Each key of ``config`` that needs a package which is not installed, and what to do about it.
+    """Return each key of ``config`` that needs a package which is not installed, and what to do about it.
 
     Sections of plugins that are not named are left out.
     """
@@ -21,7 +21,7 @@ def missing_packages(config: Config) -> list[tuple[str, str]]:
 
 
 def missing_by_default(model: type[Config]) -> list[Package]:
-    """The packages that ``model`` needs with its defaults, as far as they are not installed.
+    """Return the packages that ``model`` needs with its defaults and that are not installed.
 
     A model with required keys has no defaults to ask.
     """

@@ -12,7 +12,7 @@ _SCALARS = ("string", "integer", "number")
 
 
 def file_schema(model: type[Config]) -> dict[str, Any]:
-    """The JSON Schema of a file that configures ``model``.
+    """Return the JSON Schema of a file that configures ``model``.
 
     No key is required in a file: other files below it and overrides give keys too. A list may be one value, and the
     file may name others below itself.

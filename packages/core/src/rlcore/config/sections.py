@@ -1,4 +1,4 @@
-"""Models that name a plugin and hold the plugin's own section beside the name."""
+"""Models that name a plugin and hold a section of settings for each plugin."""
 
 # Without postponed annotations: pydantic below 2.13 looks for the names in an inherited `__pydantic_extra__` in the
 # subclass's module, where they are missing.
@@ -23,7 +23,7 @@ from rlcore import plugins
 from rlcore.config.base import Config, json_schema, unknown_key
 from rlcore.errors import PluginError
 
-# sections whose JSON schema is being made: one may hold plugins of its own group again (a reward made of rewards)
+# sections whose JSON schema is being made: one may hold plugins of the same group (a reward made of rewards)
 _within: ContextVar[frozenset[type[Config]]] = ContextVar("_within", default=frozenset())
 
 
@@ -59,7 +59,7 @@ class PluginSections(Config):
         return self.options_of(getattr(self, self.plugin_field))
 
     def options_of(self, name: str) -> Config:
-        """The settings of plugin ``name``, which is named or has a section."""
+        """Return the settings of plugin ``name``, which is named or has a section."""
         return cast(Config, (self.__pydantic_extra__ or {})[name])
 
     @property
@@ -69,7 +69,7 @@ class PluginSections(Config):
 
     @classmethod
     def section_model(cls, name: str) -> type[Config]:
-        """The model of plugin ``name``'s section.
+        """Return the model of plugin ``name``'s section.
 
         Raises:
             PluginError: it is not installed or cannot be imported.
@@ -159,6 +159,6 @@ def _default(model: type[Config], field: str) -> Any:
 
 
 def _names(value: Any) -> list[str]:
-    """The plugin names in the value of a plugin field; none where it is not valid."""
+    """Return the plugin names in the value of a plugin field; none where it is not valid."""
     values = value if isinstance(value, (list, tuple)) else [value]
     return [name for name in values if isinstance(name, str)]

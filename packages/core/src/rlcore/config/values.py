@@ -57,7 +57,7 @@ def _environment(match: re.Match[str]) -> str:
 
 
 def is_url(value: object) -> bool:
-    """Whether a path (of which `Path` leaves one slash) or text begins as a URL does."""
+    """Return whether text, or a path (in which `Path` leaves one slash), begins like a URL."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", str(value)) is not None
 
 
@@ -89,7 +89,7 @@ Seconds = Annotated[float, Field(le=1e8)]
 
 
 def is_path(annotation: Any, metadata: Any = ()) -> bool:
-    """Whether values of this type, or the elements of a list of it, are expanded as paths are."""
+    """Return whether values of this type, or elements of a list of it, are expanded like paths."""
     if any(item is _EXPANDED for item in metadata):
         return True
     origin, arguments = get_origin(annotation), get_args(annotation)
@@ -99,13 +99,13 @@ def is_path(annotation: Any, metadata: Any = ()) -> bool:
 
 
 def is_text(annotation: Any) -> bool:
-    """Whether a value is text or a path (or null), and nothing else."""
+    """Return whether a value is text or a path (or null), and nothing else."""
     alternatives = [kind for kind in plain_types(annotation) if kind is not NoneType]
     return bool(alternatives) and all(kind in (str, Path) for kind in alternatives)
 
 
 def is_list(annotation: Any) -> bool:
-    """Whether a value is a list of any length (or null)."""
+    """Return whether a value is a list of any length (or null)."""
     alternatives = [kind for kind in _alternatives(annotation) if kind is not NoneType]
     return bool(alternatives) and all(
         get_origin(kind) is list or (get_origin(kind) is tuple and get_args(kind)[-1:] == (Ellipsis,))
@@ -114,13 +114,13 @@ def is_list(annotation: Any) -> bool:
 
 
 def is_list_of_text(annotation: Any) -> bool:
-    """Whether a value is a list of any length (or null) whose elements are text or paths."""
+    """Return whether a value is a list of any length (or null) whose elements are text or paths."""
     lists = [kind for kind in _alternatives(annotation) if kind is not NoneType]
     return is_list(annotation) and all(get_args(kind) and is_text(get_args(kind)[0]) for kind in lists)
 
 
 def plain_types(annotation: Any) -> list[Any]:
-    """What ``annotation`` is made of: the alternatives of a union, generic types without their arguments."""
+    """Return the types in ``annotation``: the alternatives of a union, generic types without their arguments."""
     return [get_origin(kind) or kind for kind in _alternatives(annotation)]
 
 
@@ -134,13 +134,13 @@ def _alternatives(annotation: Any) -> list[Any]:
 
 
 def has_bytes(value: Any) -> bool:
-    """Whether ``value``, or an element of it, is bytes, which pydantic would take for text."""
+    """Return whether ``value``, or an element of it, is bytes, which pydantic would accept as text."""
     elements = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
     return any(isinstance(item, (bytes, bytearray)) for item in (value, *elements))
 
 
 def reinterpreted(value: Any, annotation: Any) -> str | None:
-    """What is wrong with a value that pydantic would take for one of another type; None if nothing is.
+    """Return why a value, which pydantic would convert to another type, is wrong; None if it is right.
 
     It takes true for 1, "8" for 8, and 1 or "yes" for true.
     """
@@ -161,7 +161,7 @@ def reinterpreted(value: Any, annotation: Any) -> str | None:
 
 
 def _elements(value: Sequence[Any], annotation: Any) -> Iterator[tuple[Any, Any]]:
-    """The elements of a list, each with its type."""
+    """Yield the elements of a list, each with its type."""
     for kind in _alternatives(annotation):
         arguments = [argument for argument in get_args(kind) if argument is not Ellipsis]
         if get_origin(kind) in (list, tuple) and arguments:
@@ -169,7 +169,7 @@ def _elements(value: Sequence[Any], annotation: Any) -> Iterator[tuple[Any, Any]
 
 
 def unusable(value: Any, depth: int = 0) -> str | None:
-    """What is wrong with a validated value although its type allows it; None if nothing is.
+    """Return why a value is wrong although its type allows it; None if it is right.
 
     That is, outside of inner models: keys that are not text, text that is not Unicode, numbers in a list or mapping
     that are not finite or have more than 64 bits, and nesting without end.
@@ -195,7 +195,7 @@ def unusable(value: Any, depth: int = 0) -> str | None:
 
 
 def out_of_range(value: Any, metadata: Any) -> str | None:
-    """What is wrong with an integer, or a list of them, whose field sets no upper bound; None if nothing is."""
+    """Return why an integer (or one of a list) is too large, if its field sets no upper bound; None if none is."""
     if any(isinstance(item, (Le, Lt)) for item in metadata):
         return None
     integers = [item for item in (value if isinstance(value, (list, tuple)) else [value]) if type(item) is int]

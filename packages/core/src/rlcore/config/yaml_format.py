@@ -97,7 +97,7 @@ _Loader.add_constructor(
 
 
 def parse(text: str, where: str) -> tuple[Any, dict[KeyPath, int]]:
-    """The value in ``text``, and the line (from 1) on which each key or list item stands.
+    """Parse ``text``; return its value, and the line (from 1) of each key and list item.
 
     Raises:
         ConfigError: not YAML, or more of it than `DEEPEST` and `MOST_NODES` allow; names ``where``, line and column.
@@ -144,7 +144,7 @@ def shortened(text: str, most: int = 80) -> str:
 
 
 def _expanded_size(node: yaml.Node, sizes: dict[int, int]) -> int:
-    """Values in ``node``, which aliases may reach many times.
+    """Count the values in ``node``, which aliases may reach many times.
 
     Raises:
         ConstructorError: a node holds itself.

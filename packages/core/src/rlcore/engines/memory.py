@@ -49,7 +49,7 @@ class StepMemory:
     parameters: int | None
 
     def needed(self, tokens: int) -> int:
-        """Bytes that a step with micro-batches of ``tokens`` takes, beyond ``later``."""
+        """Return the bytes that a step with micro-batches of ``tokens`` takes, beyond ``later``."""
         return self.fixed + tokens * self.per_token
 
 
@@ -96,10 +96,10 @@ def logits_bytes(config: Any, chunk: int, *, trained: bool) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that could be allocated on ``device``, the allocator's own reserve included.
+    """Return the bytes that could be allocated on ``device``, the allocator's own reserve included.
 
-    On the CPU the least of what the machine and the control groups of this process have left; half of the machine's
-    memory where the system has no ``/proc``.
+    On the CPU: the minimum of what the machine and the control groups of this process have left; half of the machine's
+    memory if the system has no ``/proc``.
     """
     if device.type == "cuda":
         reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -113,13 +113,13 @@ def free_memory(device: torch.device) -> int:
 
 
 def place_of(device: torch.device) -> str:
-    """A name for the memory behind ``device``; processes that share it get the same one."""
+    """Return a name for the memory behind ``device``; processes that share it get the same one."""
     host = socket.gethostname()
     return host if device.type == "cpu" else f"{host}/{torch.cuda.get_device_properties(device).uuid}"
 
 
 def _left_in_groups(root: Path, membership: Path) -> Iterator[int]:
-    """Bytes left in each control group of this process that limits its memory, version 1 or 2."""
+    """Yield the bytes left in each control group of this process that limits its memory, version 1 or 2."""
     try:
         lines = membership.read_text().splitlines()
     except OSError:

@@ -63,7 +63,7 @@ LARGEST_SCORE = 3.4028234663852886e38
 
 
 def result_problem(result: RewardResult) -> str | None:
-    """What keeps ``result`` from being used, as the end of a sentence; None if nothing does."""
+    """Return why ``result`` cannot be used, as the end of a sentence; None if it can."""
     if not abs(result.score) <= LARGEST_SCORE:  # NaN too
         return f"the score {result.score:g}, which is not finite as a 32-bit float"
     if len(result.extras) > MAX_EXTRAS:
@@ -83,10 +83,10 @@ class Reward(ABC):
 
     @abstractmethod
     async def score(self, sample: RewardSample) -> RewardResult:
-        """The sample's reward. What goes wrong inside costs this sample its score, never the run."""
+        """Return the sample's reward. A failure costs this sample its score; it does not end the run."""
 
     def score_batch(self, samples: Sequence[RewardSample], concurrency: int = 256) -> list[RewardResult]:
-        """All results, in the order of the samples; at most ``concurrency`` calls of `score` are outstanding."""
+        """Score all samples, with at most ``concurrency`` unfinished calls of `score`; return results in their order."""
 
         async def gather() -> list[RewardResult]:
             slots, done = asyncio.Semaphore(concurrency), 0
@@ -104,7 +104,7 @@ class Reward(ABC):
         return asyncio.run(gather())
 
     def stats(self) -> dict[str, int]:
-        """Counts since construction: ``samples``, ``errors``, and ``errors/<kind>`` for each kind that occurred."""
+        """Return counts since construction: ``samples``, ``errors``, and ``errors/<kind>`` for each kind so far."""
         return {}
 
     def close(self) -> None:

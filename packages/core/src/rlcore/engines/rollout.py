@@ -125,10 +125,12 @@ class RolloutEngine(ABC):
 
     @property
     def dp_rank(self) -> int:
+        """This process's data-parallel rank."""
         return 0
 
     @property
     def dp_size(self) -> int:
+        """Number of data-parallel ranks."""
         return 1
 
     @abstractmethod
@@ -141,7 +143,7 @@ class RolloutEngine(ABC):
 
     @dispatch(Dispatch.SHARD)
     def generate_batch(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
-        """All completions, in the order of the requests."""
+        """Make all completions and return them in the order of the requests."""
 
         done = 0
 

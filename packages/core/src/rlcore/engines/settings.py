@@ -19,7 +19,7 @@ DType = Literal["float32", "bfloat16"]
 
 
 def names_a_folder(model: str) -> bool:
-    """Whether a model's name means a folder, there or not, and not ``name`` or ``org/name`` on the Hub.
+    """Return whether a model's name is that of a folder, existing or not, and not ``name`` or ``org/name`` on the Hub.
 
     ``runs/model`` does where there is a folder ``runs``: a mistyped folder should not be looked for on the Hub.
     """
@@ -70,7 +70,7 @@ class OptimSettings(Config):
 
 
 class LoRASettings(Config):
-    """Low-rank adapters beside frozen weights (LoRA: Hu et al., 2021, https://arxiv.org/abs/2106.09685).
+    """Low-rank adapters added to frozen weights (LoRA: Hu et al., 2021, https://arxiv.org/abs/2106.09685).
 
     A training engine that knows them has a section ``lora`` of this type among its options.
     """
@@ -104,7 +104,7 @@ def without_adapters(train_options: Config) -> Config:
 
 
 def wants_adapters(rollout_options: Config) -> bool:
-    """Whether a rollout engine with these options takes adapters instead of whole weights (option ``enable_lora``)."""
+    """Return whether a rollout engine with these options takes adapters instead of full weights (``enable_lora``)."""
     return getattr(rollout_options, "enable_lora", False) is True
 
 
@@ -112,7 +112,7 @@ class RewardSettings(Config):
     """Limits under which reward functions run."""
 
     workers: int = Field(
-        4, ge=1, le=4096, description="Most worker processes of the reward pool; they start as needed."
+        4, ge=1, le=4096, description="Maximum worker processes of the reward pool; they start as needed."
     )
     timeout_s: Seconds = Field(10.0, gt=0, description="Seconds one sample may take before its worker is killed.")
     startup_timeout_s: Seconds = Field(
@@ -140,7 +140,7 @@ class WeightSyncSettings(Config):
         description="Send only the elements whose bits changed: fewer bytes for a copy of the weights in host memory, "
         "at both ends.",
     )
-    timeout_s: Seconds = Field(300.0, gt=0, description="Longest wait for the other end.")
+    timeout_s: Seconds = Field(300.0, gt=0, description="Timeout of waiting for the other end.")
 
 
 @dataclass(frozen=True)

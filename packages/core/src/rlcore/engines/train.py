@@ -65,13 +65,13 @@ class Objective(Protocol):
         ...
 
     def denominators(self, batch: Batch) -> dict[str, float]:
-        """Sums over ``batch`` (tokens, sequences …) that normalise the loss."""
+        """Return sums over ``batch`` (tokens, sequences …) that normalise the loss."""
         ...
 
     def loss(
         self, outputs: Mapping[str, torch.Tensor], batch: Batch, denominators: Mapping[str, float]
     ) -> tuple[torch.Tensor, Metrics]:
-        """The micro-batch's share of the loss.
+        """Return the micro-batch's share of the loss.
 
         Args:
             outputs: the requested columns, each ``[T]`` fp32 with gradient, aligned with ``batch.flat("tokens")``
@@ -102,11 +102,13 @@ class TrainEngine(ABC):
 
     @property
     @abstractmethod
-    def dp_size(self) -> int: ...
+    def dp_size(self) -> int:
+        """Number of data-parallel ranks."""
 
     @property
     @abstractmethod
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """The device of the weights and of micro-batches."""
 
     @abstractmethod
     @dispatch(Dispatch.SHARD, lazy=True)
@@ -123,8 +125,9 @@ class TrainEngine(ABC):
     @abstractmethod
     @dispatch(Dispatch.SHARD, together=lambda batch, objective: objective.request.together)
     def train(self, batch: Batch, objective: Objective) -> Metrics:
-        """One optimizer step over one mini-batch, divided into micro-batches under the token budget
-        (`Batch.micro_batches`, which keeps the units of ``objective.request.together``).
+        """Make one optimizer step over one mini-batch, divided into micro-batches under the token budget.
+
+        `Batch.micro_batches` keeps the units of ``objective.request.together``.
 
         A step whose gradient norm is not finite is skipped (weights and optimizer unchanged) and counted as
         ``skipped_steps``; it still counts for the schedule.
@@ -140,7 +143,7 @@ class TrainEngine(ABC):
 
     @dispatch(Dispatch.BROADCAST)
     def step_memory(self) -> StepMemory | None:
-        """What a step takes in this process's memory, and what is free; None if the engine cannot tell."""
+        """Return the memory that a step takes in this process and the free memory; None if the engine cannot tell."""
         return None
 
     @dispatch(Dispatch.BROADCAST)
@@ -157,7 +160,7 @@ class TrainEngine(ABC):
         """Stream full tensors as Hugging Face model files name and hold them, in the model's order, tied weights once.
 
         Adapters, if the engine trains them, are merged into the weights that they belong to.
-        At most two buckets exist at a time. A tensor larger than ``bucket_bytes`` has a bucket of its own.
+        At most two buckets exist at a time. A tensor larger than ``bucket_bytes`` has a separate bucket.
         All ranks must consume the stream to its end.
         """
 
@@ -188,13 +191,13 @@ class TrainEngine(ABC):
         """Begin what `save` does, and return when its contents are safe from what training does next.
 
         ``path`` may be another folder in every process. `finish_save` comes before the next save. An engine that
-        overrides none of these methods saves at once.
+        overrides none of these methods saves here.
         """
         self.save(path)
 
     @dispatch(Dispatch.BROADCAST)
     def save_done(self) -> bool:
-        """Whether this process has nothing left to write, or has failed, so that `finish_save` need not wait for it."""
+        """Return whether this process has written everything, or failed, so that `finish_save` need not wait for it."""
         return True
 
     @dispatch(Dispatch.BROADCAST)

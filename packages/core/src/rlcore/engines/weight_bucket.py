@@ -1,4 +1,4 @@
-"""What weights travel in from a training engine to a rollout engine."""
+"""`WeightBucket`: the unit in which weights are sent from a training engine to a rollout engine."""
 
 from __future__ import annotations
 
@@ -15,4 +15,5 @@ class WeightBucket:
 
     @property
     def nbytes(self) -> int:
+        """Size of all tensors in bytes."""
         return sum(tensor.nbytes for _, tensor in self.tensors)

@@ -10,10 +10,10 @@ from rlcore.engines.weight_bucket import WeightBucket
 
 
 def sync_weights(trainer: TrainEngine, rollout: RolloutEngine, version: int, bucket_bytes: int = 512 << 20) -> None:
-    """Make ``rollout`` generate with the trainer's current weights and call them ``version``.
+    """Make ``rollout`` generate with the trainer's current weights and label them ``version``.
 
     A rollout that generates with the trainer's own tensors only takes the version; otherwise buckets are streamed, of
-    whole weights or, to a rollout that holds the frozen ones, of adapters.
+    full weights or, for a rollout that holds the frozen ones, of adapters.
     """
     if rollout.shares_weights:
         rollout.update_weights((), version)
@@ -22,5 +22,5 @@ def sync_weights(trainer: TrainEngine, rollout: RolloutEngine, version: int, buc
 
 
 def export(trainer: TrainEngine, bucket_bytes: int, *, adapters: bool) -> Iterator[WeightBucket]:
-    """What a rollout takes: the trainer's adapters alone, or its whole weights."""
+    """Stream what a rollout takes: the trainer's adapters alone, or its full weights."""
     return trainer.export_adapters(bucket_bytes) if adapters else trainer.export_weights(bucket_bytes)

@@ -30,7 +30,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
     seen: list[set[str]] = []
 
-    @advantages.register("reader", needs=EVERYTHING)
+    @advantages.register("reader", required_columns=EVERYTHING)
     def reader(batch: Batch, params: NoParams) -> Advantages:
         seen.append(set(batch.names))
         assert all(result.score == score for result, score in zip(batch["reward_result"], batch["score"].tolist()))
@@ -40,7 +40,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
         scores = batch["score"] - batch["baseline_score"]
         return Advantages(torch.where(mask, per_token(scores, batch.lengths), 0))
 
-    @policy_losses.register("pairs", needs={"extra", "score"}, together="group")
+    @policy_losses.register("pairs", required_columns={"extra", "score"}, together="group")
     def pairs(inputs: PolicyLossInputs, params: NoParams) -> tuple[torch.Tensor, Metrics]:
         """The margin between neighbours, on the last token of the first."""
         counts = inputs.columns["group"].unique(return_counts=True)[1]
@@ -86,8 +86,8 @@ def test_declared_columns_arrive_and_units_stay_whole(
 def test_a_column_that_no_recipe_makes_is_refused_before_training(
     task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    advantages.register("wants", needs={"turn_rewards"})(lambda batch, params: None)
-    policy_losses.register("wants", needs={"returns"})(lambda inputs, params: None)
+    advantages.register("wants", required_columns={"turn_rewards"})(lambda batch, params: None)
+    policy_losses.register("wants", required_columns={"returns"})(lambda inputs, params: None)
     changes = {"algorithm.advantage": "wants", "actor.objective.policy_loss": "wants"}
     result = task.run("grpo", tmp_path / "run", changes)
     assert result.exit_code != 0

@@ -112,7 +112,7 @@ def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("fault", ESTIMATORS)
 def test_a_faulty_estimator_fails(fault: str) -> None:
     estimate, test, arguments = ESTIMATORS[fault]
-    register = advantages.register("faulty", needs={"values"}, traits={"compares_group"})
+    register = advantages.register("faulty", required_columns={"values"}, traits={"compares_group"})
     register(lambda batch, params: Advantages(estimate(batch)))
     with pytest.raises((AssertionError, BatchError)):
         getattr(Estimator(), test)(*arguments)

@@ -15,7 +15,7 @@ import torch
 
 from rlcore import algorithms
 from rlcore.batch import Batch, Jagged
-from rlcore.config import Choice, Chosen, Config
+from rlcore.config import Algorithm, AlgorithmField, Config
 from rlcore.config.registry import Entry, Registry
 
 PAGE = (Path(__file__).parents[3] / "docs" / "algorithms.md").read_text(encoding="utf-8")
@@ -93,7 +93,7 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_example_of_an_own_estimator(example: None) -> None:
     class Settings(Config):
-        advantage: Annotated[Choice, Chosen(algorithms.advantages)]
+        advantage: Annotated[Algorithm, AlgorithmField(algorithms.advantages)]
 
     choice = pickle.loads(pickle.dumps(Settings(advantage={"name": "mine", "threshold": 0.25}).advantage))
     lengths = torch.tensor([3, 2])

@@ -7,7 +7,7 @@ import pytest
 from pydantic import Field, ValidationError, model_validator
 
 from rlcore import plugins
-from rlcore.config import Choice, Chosen, Config, FilePath, PluginSections, load_config, validate_config
+from rlcore.config import Algorithm, AlgorithmField, Config, FilePath, PluginSections, load_config, validate_config
 from rlcore.config.registry import Registry
 from rlcore.errors import ConfigError
 
@@ -45,7 +45,7 @@ class Model(Config):
 class Run(Config):
     model: Model
     actor: Engine = Field(default_factory=Engine)
-    fruit: Annotated[Choice, Chosen(fruits)] = "apple"
+    fruit: Annotated[Algorithm, AlgorithmField(fruits)] = "apple"
     pools: dict[str, Optim] = Field({})
     stages: list[Optim] = Field([])
     out: FilePath = Path("out")

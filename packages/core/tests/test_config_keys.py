@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import Field
 
-from rlcore.config import Choice, Chosen, Config, PluginSections
+from rlcore.config import Algorithm, AlgorithmField, Config, PluginSections
 from rlcore.config.keys import Key, Section, sections
 from rlcore.config.registry import Registry
 
@@ -49,7 +49,7 @@ class Run(Config):
     mode: Literal["a", "b"] | None = None
     limit: int | None = Field(None, ge=1)
     extra: dict[str, Any] = Field({})
-    metal: Annotated[Choice, Chosen(metals)] = "tin"
+    metal: Annotated[Algorithm, AlgorithmField(metals)] = "tin"
     optim: Optim = Field(Optim(lr=0.5), description="The actor's.")
     other: Optim | None = Field(None, description="May be missing.")
     required: Optim

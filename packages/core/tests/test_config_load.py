@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from pydantic import Field
 
 from rlcore.config import (
-    Choice,
-    Chosen,
+    Algorithm,
+    AlgorithmField,
     Config,
     PluginSections,
     Unlimited,
@@ -61,8 +61,8 @@ class Run(Config):
     extra: dict[str, int] = Field({"a": 1})
     mode: int | Literal["auto"] = "auto"
     actor: Engine = Field(default_factory=Engine)
-    colour: Annotated[Choice, Chosen(colours)] = "red"
-    tint: Annotated[Choice, Chosen(colours)] | None = None
+    colour: Annotated[Algorithm, AlgorithmField(colours)] = "red"
+    tint: Annotated[Algorithm, AlgorithmField(colours)] | None = None
     pools: dict[str, Optim] = Field({})
 
 

@@ -154,7 +154,7 @@ def test_a_batch_larger_than_the_horizon_neither_flips_nor_explodes_the_coeffici
 
 def test_a_coefficient_that_cannot_adapt_is_refused() -> None:
     assert KLPenaltySettings(coeff=0).coeff == 0
-    with pytest.raises(ValidationError, match=r"stays 0 .* target=0.1"):
+    with pytest.raises(ValidationError, match=r"would stay 0, .* target=0.1"):
         KLPenaltySettings(coeff=0, target=0.1)
 
 

@@ -304,7 +304,7 @@ def test_a_policy_loss_gets_the_columns_that_it_declares(monkeypatch: pytest.Mon
     needs = {"entropy", "ref_logprobs", "tokens", "states", "difficulty", "hint"}
     seen: dict[str, Any] = {}
 
-    @policy_losses.register("declares", needs=needs, together="pair")
+    @policy_losses.register("declares", required_columns=needs, together="pair")
     def declares(inputs: PolicyLossInputs, params: NoParams) -> tuple[torch.Tensor, Metrics]:
         seen.update(inputs.columns)
         return inputs.logprobs * inputs.columns["entropy"], Metrics()

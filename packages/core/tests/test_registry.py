@@ -12,7 +12,7 @@ def shapes() -> Registry:
     class SquareParams(Config):
         side: int = 1
 
-    @registry.register("square", params=SquareParams, needs={"corners"})
+    @registry.register("square", params=SquareParams, required_columns={"corners"})
     def square(params):
         """Four sides.
 
@@ -27,7 +27,7 @@ def shapes() -> Registry:
 
 def test_entry_holds_what_was_registered(shapes):
     entry = shapes.get("square")
-    assert (entry.kind, entry.name, entry.needs, entry.summary) == (
+    assert (entry.kind, entry.name, entry.required_columns, entry.summary) == (
         "shape",
         "square",
         frozenset({"corners"}),
@@ -42,8 +42,8 @@ def test_declared_columns_are_checked(shapes):
     with pytest.raises(BatchError, match=r"the shape 'square' needs the column 'corners', which .* it has area, edges"):
         shapes.get("square").check_columns(["edges", "area"])
     shapes.get("square").check_columns(["edges", "corners"])
-    shapes.register("mosaic", needs={"corners"}, together="tile")(lambda params: None)
-    assert shapes.get("mosaic").needs == {"corners", "tile"}
+    shapes.register("mosaic", required_columns={"corners"}, together="tile")(lambda params: None)
+    assert shapes.get("mosaic").required_columns == {"corners", "tile"}
     assert shapes.get("mosaic").together == "tile"
 
 

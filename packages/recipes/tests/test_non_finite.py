@@ -97,8 +97,8 @@ def test_it_is_not_computed_in_the_update(monkeypatch: pytest.MonkeyPatch) -> No
     changed, *_ = contained_advantages(batch_of(values=math.nan), AlgorithmSettings(), None, 10)
     batch = batch_of().with_columns(**{name: changed[name] for name in changed.names}, row=torch.arange(6))
     monkeypatch.setattr(policy_losses, "_entries", dict(policy_losses._entries))
-    policy_losses.register("rows", needs={"row"})(lambda inputs, params: None)
-    policy_losses.register("groups", needs={"row"}, together="group")(lambda inputs, params: None)
+    policy_losses.register("rows", required_columns={"row"})(lambda inputs, params: None)
+    policy_losses.register("groups", required_columns={"row"}, together="group")(lambda inputs, params: None)
 
     def rows(size: int, loss: str) -> list[list[int]]:
         return [part["row"].tolist() for part in mini_batches(batch, size, policy_losses.get(loss))]

@@ -1,8 +1,8 @@
 """Metrics that know how they are reduced.
 
-Whoever records a number says how numbers of that name combine across micro-batches, ranks and steps; nobody guesses
-later. Values may be tensors: they are read only in `Metrics.to_dict` and when metrics are sent to another process, so
-recording and merging never wait for a GPU.
+The code that records a number states how numbers of that name combine over micro-batches, ranks and steps. Values may
+be tensors: they are read only in `Metrics.to_dict` and when metrics are sent to another process, so recording and
+merging never wait for a GPU.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Metric:
 
     Attributes:
         total: the number; for "mean" the sum of values times weights, for "quantile" counts in bins, ``[1025]``.
-        weight: how many tokens, samples … a "mean" stands for; 0 says that nothing was measured. For "quantile" which.
+        weight: number of tokens, samples … of a "mean"; 0 if nothing was measured. For "quantile": which one, 0 to 1.
     """
 
     total: Number
@@ -51,7 +51,7 @@ class Metric:
         """Merge two numbers into one. NaN stays NaN.
 
         Raises:
-            ValueError: they are reduced in different ways.
+            ValueError: the numbers are reduced in different ways.
         """
         if self.reduction != other.reduction:
             raise ValueError(f"recorded as {self.reduction!r} and as {other.reduction!r}")
@@ -67,10 +67,10 @@ class Metric:
 
 
 class Metrics(dict[str, Metric]):
-    """Named metrics. `merge` combines several sets, `to_dict` gives plain floats."""
+    """Named metrics. `merge` combines several sets, `to_dict` returns plain floats."""
 
     def mean(self, name: str, value: Number, weight: Number = 1.0) -> None:
-        """``value`` is a mean over ``weight`` things; it does not count (even if it is NaN) where ``weight`` is 0."""
+        """Record ``value``, a mean over ``weight`` items; it does not count (even if it is NaN) if ``weight`` is 0."""
         value, weight = _scalar(name, value), _scalar(name, weight)
         if isinstance(weight, torch.Tensor):
             product = value * weight
@@ -80,12 +80,15 @@ class Metrics(dict[str, Metric]):
         self._record(name, Metric(total, "mean", weight))
 
     def sum(self, name: str, value: Number) -> None:
+        """Record a number that is added to others of its name."""
         self._record(name, Metric(_scalar(name, value), "sum"))
 
     def min(self, name: str, value: Number) -> None:
+        """Record a number of which the smallest is kept."""
         self._record(name, Metric(_scalar(name, value), "min"))
 
     def max(self, name: str, value: Number) -> None:
+        """Record a number of which the largest is kept."""
         self._record(name, Metric(_scalar(name, value), "max"))
 
     def quantile(self, name: str, values: torch.Tensor, q: float, mask: torch.Tensor) -> None:
@@ -115,10 +118,11 @@ class Metrics(dict[str, Metric]):
         return merged
 
     def prefixed(self, prefix: str) -> Metrics:
+        """Return the same metrics with ``prefix`` before their names."""
         return Metrics({f"{prefix}{name}": metric for name, metric in self.items()})
 
     def to_dict(self) -> dict[str, float]:
-        """Plain floats. Means and quantiles of nothing are left out: nothing was measured."""
+        """Return plain floats, without means and quantiles of which nothing was measured."""
         return {name: metric.value for name, metric in self.items() if not _of_nothing(metric)}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -147,7 +151,7 @@ def _read_quantile(counts: torch.Tensor, q: float) -> float:
 
 
 def _scalar(name: str, value: Number) -> Number:
-    """``value`` without its graph, in double precision as Python's floats: sums of counts must not round.
+    """Detach ``value`` and convert it to double precision, so that sums of counts are exact.
 
     Raises:
         ValueError: it is a tensor of more (or less) than one number.

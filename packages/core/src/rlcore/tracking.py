@@ -1,4 +1,4 @@
-"""`Tracker`: where metrics go."""
+"""`Tracker`: receives the metrics of a run."""
 
 from __future__ import annotations
 
@@ -32,13 +32,14 @@ class RunInfo:
 
 
 class Tracker(ABC):
-    """Receives numbers and tables; called on rank zero only, by the thread that trains, one call at a time.
+    """Receives metrics and tables; called on rank zero only, by the training thread, one call at a time.
 
     A tracker must never end the run: it warns once instead.
     """
 
     @abstractmethod
-    def log(self, metrics: Mapping[str, float], step: int) -> None: ...
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Log the metrics of a step."""
 
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
         """Log a table such as validation generations; ignored by trackers without tables."""
@@ -48,7 +49,7 @@ class Tracker(ABC):
         """Show the progress of the current step; called often, from any thread. Ignored by trackers that show none.
 
         Args:
-            what: is worked on, such as "completions generated".
+            what: the items, such as "completions generated".
         """
         return
 

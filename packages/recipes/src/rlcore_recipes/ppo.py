@@ -37,7 +37,7 @@ class PPOConfig(RLConfig):
 
     @property
     def critic_role(self) -> CriticSettings | None:
-        needed = "values" in self.algorithm.advantage.entry.needs
+        needed = "values" in self.algorithm.advantage.entry.required_columns
         return self.critic if (needed if self.critic.enable is None else self.critic.enable) else None
 
     def problems(self) -> Iterator[tuple[str, str]]:
@@ -47,7 +47,7 @@ class PPOConfig(RLConfig):
                 yield from indivisible(
                     self.data.train_batch_size, "critic.mini_batch_size", self.critic.mini_batch_size
                 )
-            if "values" not in self.algorithm.advantage.entry.needs:
+            if "values" not in self.algorithm.advantage.entry.required_columns:
                 name = self.algorithm.advantage.name
                 yield "critic.enable", f"is true, but the advantage estimator {name} gives a critic nothing to learn"
 

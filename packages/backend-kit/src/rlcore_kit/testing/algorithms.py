@@ -28,7 +28,7 @@ from rlcore.algorithms.objectives import PolicyObjective, PolicyObjectiveSetting
 from rlcore.algorithms.registries import Advantages, PolicyLossInputs, advantages, policy_losses
 from rlcore.algorithms.sequences import trained_mask
 from rlcore.batch import Batch, Jagged
-from rlcore.config import Choice
+from rlcore.config import Algorithm
 from rlcore.config.registry import Registry
 from rlcore.engines.reward import RewardResult
 from rlcore.metrics import Metrics
@@ -83,9 +83,9 @@ class _AlgorithmConformance:
         return algorithm_batch(seed)
 
     @property
-    def choice(self) -> Choice:
+    def choice(self) -> Algorithm:
         entry = self.registry.get(self.name)
-        return Choice(entry, entry.params.model_validate(dict(self.params)))
+        return Algorithm(entry, entry.params.model_validate(dict(self.params)))
 
     def close(self, found: torch.Tensor, expected: torch.Tensor) -> None:
         torch.testing.assert_close(found, expected, rtol=self.tolerance, atol=self.tolerance)
@@ -114,7 +114,7 @@ class AdvantageConformance(_AlgorithmConformance):
     def estimate(self, batch: Batch) -> Advantages:
         """The estimator's result on what it may read of ``batch``."""
         entry = self.choice.entry
-        names = {"tokens", "loss_mask", "token_rewards", "group", *entry.needs}
+        names = {"tokens", "loss_mask", "token_rewards", "group", *entry.required_columns}
         result: Advantages = self.choice(batch.select(*(name for name in batch.names if name in names)))
         return result
 
@@ -187,9 +187,9 @@ class PolicyLossConformance(_AlgorithmConformance):
             losses.append(found.detach())
             return found, metrics
 
-        watched = Choice(replace(entry, function=spied), self.choice.params)
+        watched = Algorithm(replace(entry, function=spied), self.choice.params)
         objective = PolicyObjective(PolicyObjectiveSettings(policy_loss=watched, aggregation=self.aggregation))
-        names = {"tokens", "loss_mask", "advantages", "old_logprobs", *entry.needs} - {"entropy"}
+        names = {"tokens", "loss_mask", "advantages", "old_logprobs", *entry.required_columns} - {"entropy"}
         outputs: dict[str, torch.Tensor] = {
             name: batch.flat(f"model/{name}").clone().requires_grad_() for name in objective.request.outputs
         }

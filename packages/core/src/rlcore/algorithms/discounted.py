@@ -28,7 +28,7 @@ class GAEParams(Config):
     whiten: bool = Field(True, description="Whiten the advantages over the batch.")
 
 
-@advantages.register("gae", params=GAEParams, needs={"values"})
+@advantages.register("gae", params=GAEParams, required_columns={"values"})
 def gae(batch: Batch, params: GAEParams) -> Advantages:
     """Compute A = δ + γλA' with δ = r + γV' − V; returns are A + V, advantages are then whitened.
 
@@ -60,7 +60,7 @@ def reinforce_plus_plus(batch: Batch, params: ReinforcePlusPlusParams) -> Advant
     return Advantages(_at(mask, whiten(discounted_suffix_sums(rewards, lengths, params.gamma))))
 
 
-@advantages.register("remax", needs={"baseline_score"})
+@advantages.register("remax", required_columns={"baseline_score"})
 def remax(batch: Batch, params: NoParams) -> Advantages:
     """Σ_k r_{t+k} − the score of the greedy answer to the same prompt.
 

@@ -13,7 +13,7 @@ from rlcore.algorithms.bounds import LOG_RATIO_LIMIT, bounded
 from rlcore.algorithms.registries import KLEstimator, kl_estimators
 from rlcore.algorithms.sequences import sequence_means, trained_mask
 from rlcore.batch import Batch
-from rlcore.config import Choice, Chosen, Config
+from rlcore.config import Algorithm, AlgorithmField, Config
 from rlcore.config.registry import NoParams
 from rlcore.metrics import Metrics
 
@@ -90,7 +90,7 @@ class KLPenaltySettings(Config):
     """KL to the reference policy, subtracted from the token rewards."""
 
     coeff: float = Field(0.001, ge=0, description="β; the first one if `target` is set.")
-    estimator: Annotated[Choice, Chosen(kl_estimators)] = Field(  # type: ignore[assignment]
+    estimator: Annotated[Algorithm, AlgorithmField(kl_estimators)] = Field(  # type: ignore[assignment]
         "k1", description="KL estimator."
     )
     target: float | None = Field(None, gt=0, description="KL that β is adapted to reach; null keeps β.")
@@ -100,12 +100,12 @@ class KLPenaltySettings(Config):
         if self.target is not None and self.coeff == 0:
             yield (
                 "coeff",
-                f"is 0, and stays 0 whatever it is multiplied by to reach target={self.target}: set a first one",
+                f"is 0 and would stay 0, as it is multiplied to reach target={self.target}; set a positive start value",
             )
 
 
 class KLController(Protocol):
-    """Holds β between steps."""
+    """Adapts β, the coefficient of the KL penalty, between steps."""
 
     coeff: float
 
@@ -113,13 +113,17 @@ class KLController(Protocol):
         """Adapt to the ``kl`` measured over ``samples`` new samples."""
         ...
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state that a checkpoint holds."""
+        ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        ...
 
 
-class FixedKL:
-    """β stays what it is."""
+class FixedKL(KLController):
+    """Keeps β constant."""
 
     def __init__(self, coeff: float) -> None:
         self.coeff = coeff
@@ -137,7 +141,7 @@ class FixedKL:
 class AdaptiveKL(FixedKL):
     """β ×= 1 + clip(KL / target − 1, ±0.2) · samples / horizon (Ziegler et al. 2019, arXiv:1909.08593, §2.2).
 
-    More samples than the horizon count as many as it: β changes by 20 % at most and never its sign. A batch whose KL is
+    At most ``horizon`` samples count: β changes by 20 % at most and keeps its sign. A batch whose KL is
     not finite does not change it.
     """
 
@@ -160,7 +164,7 @@ def kl_controller(settings: KLPenaltySettings) -> KLController:
     return AdaptiveKL(settings.coeff, settings.target, settings.horizon)
 
 
-def apply_kl_penalty(batch: Batch, estimator: Choice, controller: KLController) -> tuple[Batch, Metrics]:
+def apply_kl_penalty(batch: Batch, estimator: Algorithm, controller: KLController) -> tuple[Batch, Metrics]:
     """Subtract β·KL from the token rewards, then let the controller adapt β for the next batch.
 
     Args:

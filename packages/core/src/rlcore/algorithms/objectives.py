@@ -25,7 +25,7 @@ from rlcore.algorithms.registries import (
 )
 from rlcore.algorithms.sequences import record_mean, trained_mask
 from rlcore.batch import Batch
-from rlcore.config import Choice, Chosen, Config
+from rlcore.config import Algorithm, AlgorithmField, Config
 from rlcore.config.registry import Entry
 from rlcore.engines.train import ForwardRequest
 from rlcore.metrics import Metrics
@@ -38,7 +38,7 @@ class KLLossSettings(Config):
     """KL to the reference policy as a term of the loss."""
 
     coeff: float = Field(0.0, ge=0, description="Weight of the term; 0 needs no reference policy.")
-    estimator: Annotated[Choice, Chosen(kl_estimators)] = Field(  # type: ignore[assignment]
+    estimator: Annotated[Algorithm, AlgorithmField(kl_estimators)] = Field(  # type: ignore[assignment]
         "k3", description="KL estimator."
     )
 
@@ -46,15 +46,15 @@ class KLLossSettings(Config):
 class PolicyObjectiveSettings(Config):
     """The loss of the policy: policy gradient − entropy_coeff · entropy + kl_loss.coeff · KL."""
 
-    policy_loss: Annotated[Choice, Chosen(policy_losses)] = Field(  # type: ignore[assignment]
+    policy_loss: Annotated[Algorithm, AlgorithmField(policy_losses)] = Field(  # type: ignore[assignment]
         "ppo", description="Policy-gradient loss."
     )
-    aggregation: Annotated[Choice, Chosen(aggregations)] = Field(  # type: ignore[assignment]
+    aggregation: Annotated[Algorithm, AlgorithmField(aggregations)] = Field(  # type: ignore[assignment]
         "token-mean", description="How per-token losses become one number."
     )
     entropy_coeff: float = Field(0.0, description="Weight of the entropy bonus.")
     kl_loss: KLLossSettings = Field(default_factory=KLLossSettings, description="KL to the reference policy.")
-    correction: Annotated[Choice, Chosen(corrections)] | None = Field(
+    correction: Annotated[Algorithm, AlgorithmField(corrections)] | None = Field(
         None, description="Importance weights between the rollout's and the trainer's log-probs; null is off."
     )
 
@@ -130,10 +130,10 @@ class PolicyObjective:
 class ValueObjectiveSettings(Config):
     """The loss of the critic."""
 
-    value_loss: Annotated[Choice, Chosen(value_losses)] = Field(  # type: ignore[assignment]
+    value_loss: Annotated[Algorithm, AlgorithmField(value_losses)] = Field(  # type: ignore[assignment]
         "clipped", description="Loss per token."
     )
-    aggregation: Annotated[Choice, Chosen(aggregations)] = Field(  # type: ignore[assignment]
+    aggregation: Annotated[Algorithm, AlgorithmField(aggregations)] = Field(  # type: ignore[assignment]
         "token-mean", description="How per-token losses become one number."
     )
     coeff: float = Field(1.0, gt=0, description="Weight of the loss.")
@@ -170,7 +170,7 @@ class ValueObjective:
 class SFTObjectiveSettings(Config):
     """The loss of supervised fine-tuning."""
 
-    aggregation: Annotated[Choice, Chosen(aggregations)] = Field(  # type: ignore[assignment]
+    aggregation: Annotated[Algorithm, AlgorithmField(aggregations)] = Field(  # type: ignore[assignment]
         "token-mean", description="How per-token losses become one number."
     )
 
@@ -199,7 +199,7 @@ class SFTObjective:
 class _Terms:
     """One micro-batch's tokens, and how its per-token losses become shares of the mini-batch's."""
 
-    def __init__(self, batch: Batch, denominators: Mapping[str, float], aggregation: Choice) -> None:
+    def __init__(self, batch: Batch, denominators: Mapping[str, float], aggregation: Algorithm) -> None:
         self.batch = batch
         self.denominators = denominators
         self.aggregation = aggregation
@@ -217,7 +217,7 @@ class _Terms:
         """Return the columns that ``entry`` needs, as `PolicyLossInputs` has them."""
         entry.check_columns({*self.batch.names, "entropy"})
         found: dict[str, Any] = {}
-        for name in entry.needs:
+        for name in entry.required_columns:
             if name == "entropy":
                 found[name] = self.trained(outputs["entropy"])
             elif name in self.batch.jagged_names:

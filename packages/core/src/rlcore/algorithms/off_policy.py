@@ -13,14 +13,12 @@ from pydantic import Field, model_validator
 
 from rlcore.algorithms.bounds import LOG_RATIO_LIMIT
 from rlcore.algorithms.registries import corrections
-from rlcore.algorithms.sequences import per_token, record_mean, sequence_means, sequence_sums, trained_mask
-from rlcore.batch import Batch
+from rlcore.algorithms.sequences import per_token, record_mean, sequence_means, sequence_sums
 from rlcore.config import Config, Unlimited
 from rlcore.metrics import Metrics
 
 # Always reported, whatever correction is on: what ``tis`` would clip and ``mis`` would mask by default.
 USUAL_LOW, USUAL_HIGH = 0.5, 2.0
-QUANTILE_SAMPLE = 1 << 20  # tokens: enough for a 99.9th percentile, cheap whatever the batch
 
 
 class TISParams(Config):
@@ -164,28 +162,4 @@ def mismatch_metrics(rollout_logprobs: torch.Tensor, logprobs: torch.Tensor, mas
     metrics.quantile("rollout_log_ratio_p999", difference, 0.999, mask)
     if len(ratio):
         metrics.max("rollout_ratio_max", torch.where(mask.bool(), ratio, 0).max())
-    return metrics
-
-
-def mismatch_summary(batch: Batch) -> Metrics:
-    """`mismatch_metrics` of ``rollout_logprobs`` against ``old_logprobs``, and what needs the whole batch at once.
-
-    Returns:
-        also ``rollout_ratio_p001``, ``rollout_ratio_p999`` (quantiles 0.1 % and 99.9 % of π_old / π_rollout, over an
-        even selection of at most about a million tokens) and ``rollout_pearson`` (correlation of both probabilities;
-        0 where one has no variance).
-    """
-    mask = trained_mask(batch)
-    rollout, old = batch.flat("rollout_logprobs")[mask], batch.flat("old_logprobs")[mask]
-    metrics = mismatch_metrics(rollout, old, torch.ones_like(rollout))
-    if len(rollout) == 0:
-        return metrics
-    every = -(-len(rollout) // QUANTILE_SAMPLE)
-    ratio = (old[::every] - rollout[::every]).double().clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
-    low, high = ratio.quantile(ratio.new_tensor([0.001, 0.999])).tolist()
-    metrics.mean("rollout_ratio_p001", low)
-    metrics.mean("rollout_ratio_p999", high)
-    x, y = (p - p.mean() for p in (rollout.double().exp(), old.double().exp()))
-    scale = float((x.square().sum() * y.square().sum()).sqrt())
-    metrics.mean("rollout_pearson", float((x * y).sum()) / scale if scale else 0.0)
     return metrics

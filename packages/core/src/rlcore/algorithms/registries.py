@@ -26,7 +26,7 @@ class Advantages:
 
 
 class AdvantageEstimator(Protocol):
-    """Reads ``loss_mask``, ``token_rewards`` (jagged fp32), ``group`` (dense int64) and the columns that it ``needs``.
+    """Reads ``loss_mask``, ``token_rewards`` (jagged fp32), ``group`` (dense int64) and its ``required_columns``.
 
     Any column that the recipe makes can be declared: "values" (jagged: the critic's), "baseline_score" (dense fp32: the
     score of the greedy answer), "entropy", "old_logprobs" and "ref_logprobs" (jagged, of the policy before the update
@@ -47,7 +47,7 @@ class PolicyLossInputs:
     0 where ``mask`` is 0. Only ``logprobs`` has a gradient; without an ``old_logprobs`` column its values stand in.
 
     Attributes:
-        columns: what the loss ``needs``, by name: per-token columns ``[T, ...]`` (those of floating point are 0 where
+        columns: the ``required_columns`` of the loss, by name: per-token columns ``[T, ...]`` (those of floating point are 0 where
             ``mask`` is 0), dense ones ``[B, ...]``, lists of objects. "entropy" is the current policy's, with gradient.
     """
 

@@ -17,6 +17,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of ``dtype`` without "torch."."""
     return str(dtype).removeprefix("torch.")
 
 

@@ -18,7 +18,7 @@ from rlcore.errors import RlcoreError, RlcoreWarning, WorkerDied, WorkerError
 _OWN = {
     "run": ("rlcore.cli.run:run", "Run a recipe, or list recipes."),
     "config": ("rlcore.cli.config:config", "Show, check or describe the configuration of a recipe."),
-    "plugins": ("rlcore.cli.plugins:list_plugins", "List installed plugins, and why one does not work."),
+    "plugins": ("rlcore.cli.plugins:list_plugins", "List installed plugins, and why one cannot be used."),
     "completions": ("rlcore.cli.completions:completions", "Print a shell's completion script."),
 }
 # commands that rlcore's other packages bring
@@ -36,7 +36,7 @@ _with_place = warnings.formatwarning
 def _format_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    """Our own warnings are for the user, whom the line of code they come from tells nothing."""
+    """Format warnings of rlcore without the line of code, which does not help the user."""
     if issubclass(category, RlcoreWarning):
         return f"warning: {message}\n"
     return _with_place(message, category, filename, lineno, line)
@@ -64,6 +64,7 @@ class CommandTree(click.Group):
         raise click.UsageError(f"no such command {cmd_name!r}{hint}", ctx)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of commands without importing any."""
         rows = []
         for name in self.list_commands(ctx):
             own = _OWN[name][1] if name in _OWN else _OURS.get(name)

@@ -91,10 +91,11 @@ def load_complete(plugin: Plugin, file: str | None, overrides: tuple[str, ...]) 
 
 
 def summary(name: str) -> str:
+    """Return the summary of the recipe ``name``, or why it cannot be used."""
     try:
         return plugins.get(GROUP, name).summary
     except PluginError as error:
-        return f"does not work: {error}"
+        return f"cannot be used: {error}"
 
 
 def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:

@@ -1,7 +1,7 @@
 """Configuration: typed models, YAML and overrides, all problems reported together."""
 
+from rlcore.config.algorithm import Algorithm, AlgorithmField
 from rlcore.config.base import Config, ShortForm
-from rlcore.config.choice import Choice, Chosen
 from rlcore.config.load import dump_config, load_config, validate_config
 from rlcore.config.requirements import missing_packages
 from rlcore.config.sections import PluginName, PluginSections
@@ -9,8 +9,8 @@ from rlcore.config.values import FileName, FilePath, Seconds, Unlimited
 from rlcore.packages import Package
 
 __all__ = [
-    "Choice",
-    "Chosen",
+    "Algorithm",
+    "AlgorithmField",
     "Config",
     "FileName",
     "FilePath",

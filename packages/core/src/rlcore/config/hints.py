@@ -51,7 +51,7 @@ class Hints:
     def _ranked(self, place: Sequence[str], names: set[str]) -> list[str]:
         """Return other keys with one of ``names``, those close to ``place`` and to the top of the tree first.
 
-        A key in ``place`` itself is unknown there although it is in the tree: it is a parameter of another choice.
+        A key in ``place`` itself, unknown there although it is in the tree, is a parameter of another algorithm.
         """
 
         def distance(key: str) -> tuple[int, int]:

@@ -13,9 +13,9 @@ from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
 from rlcore import plugins
+from rlcore.config.algorithm import Algorithm, AlgorithmField
 from rlcore.config.base import Config
-from rlcore.config.choice import Choice, Chosen
-from rlcore.config.overlay import content, content_of_type
+from rlcore.config.overlay import schema_of_key, schema_of_type
 from rlcore.config.sections import PluginName, PluginSections
 from rlcore.config.yaml_format import inline
 from rlcore.errors import PluginError
@@ -62,7 +62,7 @@ def sections(model: type[Config]) -> Iterator[Section]:
 def required(model: type[Config], path: str = "") -> Iterator[str]:
     """Yield the dotted keys that every configuration of ``model`` must set; sections that may be null are left out."""
     for name, field in model.model_fields.items():
-        inner = content(model, name)
+        inner = schema_of_key(model, name)
         if isinstance(inner, type) and (field.is_required() or field.default is not None):
             yield from required(inner, _join(path, name))
         elif field.is_required():
@@ -83,7 +83,7 @@ def _sections(
     below: list[Section] = []
     for name, field in model.model_fields.items():
         default = getattr(values, name) if values is not None else _default(field)
-        inner = content(model, name)
+        inner = schema_of_key(model, name)
         place = _join(path, name)
         if isinstance(inner, type):
             below += _sections(inner, place, default if isinstance(default, inner) else None, field.description, within)
@@ -98,7 +98,7 @@ def _sections(
                 _options(model, name, field),
             )
         )
-        if isinstance(inner, Chosen):
+        if isinstance(inner, AlgorithmField):
             for entry in inner.registry:
                 if entry.params.model_fields:
                     condition = f"with {place}={entry.name}: {entry.summary}"
@@ -117,9 +117,9 @@ def _sections(
 def _elements(annotation: Any, path: str, within: frozenset[type[Config]]) -> Iterator[Section]:
     """Yield the keys of models in lists and mappings."""
     origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin in (list, tuple) and isinstance(model := content_of_type(arguments[0]), type):
+    if origin in (list, tuple) and isinstance(model := schema_of_type(arguments[0]), type):
         yield from _sections(model, f"{path}[]", None, None, within)
-    elif origin is dict and isinstance(model := content_of_type(arguments[1]), type):
+    elif origin is dict and isinstance(model := schema_of_type(arguments[1]), type):
         yield from _sections(model, f"{path}.<name>", None, None, within)
 
 
@@ -143,7 +143,7 @@ def _options(model: type[Config], name: str, field: FieldInfo) -> tuple[str, ...
     if issubclass(model, PluginSections) and name == model.plugin_field:
         return tuple(plugins.names(model.plugin_group))
     for item in field.metadata:
-        if isinstance(item, Chosen):
+        if isinstance(item, AlgorithmField):
             return tuple(entry.name for entry in item.registry)
         if isinstance(item, PluginName):
             return tuple(plugins.names(item.group))
@@ -155,7 +155,7 @@ def _literals(annotation: Any) -> Iterator[Any]:
         yield from get_args(annotation)
     elif get_origin(annotation) in (Union, UnionType, Annotated):
         for argument in get_args(annotation):
-            if isinstance(argument, Chosen):
+            if isinstance(argument, AlgorithmField):
                 yield from (entry.name for entry in argument.registry)
             else:
                 yield from _literals(argument)
@@ -178,7 +178,7 @@ def _default(field: FieldInfo) -> Any:
 def _written(field: FieldInfo, default: Any) -> str | None:
     if default is None and field.is_required():
         return None
-    if isinstance(default, Choice):
+    if isinstance(default, Algorithm):
         return default.name
     if isinstance(default, Mapping) and "name" in default:
         return str(default["name"])
@@ -187,7 +187,7 @@ def _written(field: FieldInfo, default: Any) -> str | None:
 
 def _type(annotation: Any, metadata: Any = ()) -> str:
     for item in metadata:
-        if isinstance(item, Chosen):
+        if isinstance(item, AlgorithmField):
             return " | ".join(entry.name for entry in item.registry)
         if isinstance(item, PluginName):
             return " | ".join(plugins.names(item.group))
@@ -216,7 +216,7 @@ def _plain_type(annotation: Any) -> str:
         return " | ".join(map(inline, arguments))
     if annotation is NoneType:
         return "null"
-    if isinstance(content_of_type(annotation), type):
+    if isinstance(schema_of_type(annotation), type):
         return "keys"
     if origin in (list, tuple, dict):
         inner = ", ".join(_plain_type(argument) for argument in arguments if argument is not Ellipsis)

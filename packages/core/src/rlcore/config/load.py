@@ -15,7 +15,7 @@ from rlcore.config.base import Config
 from rlcore.config.files import Layer, file_layers
 from rlcore.config.hints import Hints
 from rlcore.config.overlay import open_missing, overlay
-from rlcore.config.overrides import COMMAND_LINE, content_at, override_layers
+from rlcore.config.overrides import COMMAND_LINE, override_layers, schema_at
 from rlcore.config.report import problem_lines
 from rlcore.errors import ConfigError
 
@@ -74,7 +74,7 @@ def _spelled_out(model: type[Config], places: Mapping[yaml_format.KeyPath, str])
     """``places``, and that of each short form also for the keys that it is written in place of."""
     found = dict(places)
     for path, place in places.items():
-        parent = content_at(model, [str(key) for key in path[:-1]])
+        parent = schema_at(model, [str(key) for key in path[:-1]])
         form = parent.short_forms.get(str(path[-1])) if parent is not None else None
         for key in (form.key, *form.sets) if form is not None else ():
             found.setdefault((*path[:-1], *key.split(".")), place)

@@ -10,17 +10,17 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from rlcore.config.algorithm import Algorithm, AlgorithmField
 from rlcore.config.base import Config
-from rlcore.config.choice import Choice, Chosen
 from rlcore.config.sections import PluginSections
 from rlcore.errors import PluginError
 
 
-def content(model: type[Config], key: str) -> type[Config] | Chosen | None:
-    """Return how a mapping under ``key`` of ``model`` is read: model, algorithm's parameters, or plain values (None)."""
+def schema_of_key(model: type[Config], key: str) -> type[Config] | AlgorithmField | None:
+    """Return how a mapping under ``key`` of ``model`` is read: model, algorithm's parameters, or plain (None)."""
     field = model.model_fields.get(key)
     if field is not None:
-        return content_of_type(field.annotation, field.metadata)
+        return schema_of_type(field.annotation, field.metadata)
     if issubclass(model, PluginSections):
         try:
             return model.section_model(key)
@@ -29,27 +29,28 @@ def content(model: type[Config], key: str) -> type[Config] | Chosen | None:
     return None
 
 
-def content_of_type(annotation: Any, metadata: Any = ()) -> type[Config] | Chosen | None:
+def schema_of_type(annotation: Any, metadata: Any = ()) -> type[Config] | AlgorithmField | None:
+    """Return how a mapping is read for a field of this type (see `schema_of_key`)."""
     for item in metadata:
-        if isinstance(item, Chosen):
+        if isinstance(item, AlgorithmField):
             return item
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return content_of_type(arguments[0], arguments[1:])
+        return schema_of_type(arguments[0], arguments[1:])
     if origin in (Union, UnionType):
-        found = [content_of_type(argument) for argument in arguments if argument is not NoneType]
+        found = [schema_of_type(argument) for argument in arguments if argument is not NoneType]
         return found[0] if len(found) == 1 else None
     return annotation if isinstance(annotation, type) and issubclass(annotation, Config) else None
 
 
-def overlay(kind: type[Config] | Chosen | None, below: Any, above: Any) -> Any:
-    """``above`` laid over ``below``.
+def overlay(kind: type[Config] | AlgorithmField | None, below: Any, above: Any) -> Any:
+    """Merge ``above``, which takes precedence, with ``below``.
 
-    Mappings merge key by key and everything else replaces. A mapping over a field that nobody has set yet is laid over
-    what the model's author set in the field's default. A choice keeps its parameters unless another name is chosen.
+    Mappings merge key by key, other values replace. A mapping for a field that no source has set yet is merged with the
+    field's default. An algorithm keeps its parameters unless another name is chosen.
     """
-    if isinstance(kind, Chosen):
-        return _overlay_choice(below, above)
+    if isinstance(kind, AlgorithmField):
+        return _overlay_algorithm(below, above)
     if not (isinstance(below, Mapping) and isinstance(above, Mapping)):
         if kind is None or not isinstance(above, Mapping):
             return above
@@ -59,7 +60,7 @@ def overlay(kind: type[Config] | Chosen | None, below: Any, above: Any) -> Any:
             above = kind.spelled_out(above)
     merged = dict(below)
     for key, value in above.items():
-        inner = content(kind, key) if kind is not None and isinstance(key, str) else None
+        inner = schema_of_key(kind, key) if kind is not None and isinstance(key, str) else None
         if key in merged:
             under = merged[key]
         else:
@@ -68,7 +69,7 @@ def overlay(kind: type[Config] | Chosen | None, below: Any, above: Any) -> Any:
     return merged
 
 
-def _overlay_choice(below: Any, above: Any) -> Any:
+def _overlay_algorithm(below: Any, above: Any) -> Any:
     under = {"name": below} if isinstance(below, str) else below
     if not (isinstance(under, Mapping) and isinstance(above, Mapping)):
         return above
@@ -85,7 +86,7 @@ def open_missing(model: type[Config], values: Mapping[str, Any]) -> dict[str, An
     """
     opened = dict(values)
     for key, field in model.model_fields.items():
-        inner = content(model, key)
+        inner = schema_of_key(model, key)
         if not isinstance(inner, type):
             continue
         if key not in values and not _buildable(inner, field):
@@ -117,4 +118,4 @@ def _explicit(field: FieldInfo | None) -> Any:
         given = default.model_dump(mode="json", exclude_unset=True)
         # a plugin's section that says nothing would stay when another plugin is named
         return {key: value for key, value in given.items() if value != {}}
-    return default.dump() if isinstance(default, Choice) else default
+    return default.dump() if isinstance(default, Algorithm) else default

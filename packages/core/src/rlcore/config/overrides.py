@@ -8,10 +8,10 @@ from types import NoneType
 from typing import Any, get_args, get_origin
 
 from rlcore.config import yaml_format
+from rlcore.config.algorithm import AlgorithmField
 from rlcore.config.base import LONGEST_NAME, Config
-from rlcore.config.choice import Chosen
 from rlcore.config.files import Layer
-from rlcore.config.overlay import content, content_of_type
+from rlcore.config.overlay import schema_of_key, schema_of_type
 from rlcore.config.values import is_list_of_text, is_text, plain_types
 from rlcore.config.yaml_format import inline, shortened
 from rlcore.errors import ConfigError
@@ -86,7 +86,7 @@ def type_at(model: type[Config], path: Sequence[str]) -> Any:
         return type_at(model, (*form.key.split("."), *rest))
     field = model.model_fields.get(key)
     if field is None:
-        inner = content(model, key)  # a plugin's section
+        inner = schema_of_key(model, key)  # a plugin's section
         return type_at(inner, rest) if isinstance(inner, type) and rest else None
     return _type_within(field.annotation, field.metadata, rest)
 
@@ -94,8 +94,8 @@ def type_at(model: type[Config], path: Sequence[str]) -> Any:
 def _type_within(annotation: Any, metadata: Any, path: Sequence[str]) -> Any:
     if not path:
         return annotation
-    inner = content_of_type(annotation, metadata)
-    if isinstance(inner, Chosen):
+    inner = schema_of_type(annotation, metadata)
+    if isinstance(inner, AlgorithmField):
         if path[0] == "name":
             return str
         models = [entry.params for entry in inner.registry if path[0] in entry.params.model_fields]
@@ -108,7 +108,7 @@ def _type_within(annotation: Any, metadata: Any, path: Sequence[str]) -> Any:
 
 def _check_short_forms(model: type[Config], given: dict[tuple[str, ...], Any]) -> None:
     for path in given:
-        parent = content_at(model, path[:-1])
+        parent = schema_at(model, path[:-1])
         form = parent.short_forms.get(path[-1]) if parent is not None else None
         for key, text in form.sets.items() if form is not None else ():
             other = given.get((*path[:-1], key), text)
@@ -117,10 +117,10 @@ def _check_short_forms(model: type[Config], given: dict[tuple[str, ...], Any]) -
                 raise ConfigError(f"{name} means {key}={text}, but {key}={other} is given too; keep one of them")
 
 
-def content_at(model: type[Config], path: Sequence[str]) -> type[Config] | None:
+def schema_at(model: type[Config], path: Sequence[str]) -> type[Config] | None:
     """Return the model of the section ``path`` of ``model``; None if there is none."""
     for key in path:
-        inner = content(model, key)
+        inner = schema_of_key(model, key)
         if not isinstance(inner, type):
             return None
         model = inner

@@ -1,4 +1,4 @@
-"""Named, typed choices: how an algorithm is found by the name in a configuration."""
+"""`Registry`: finds an algorithm by the name in a configuration."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from rlcore.plugins import import_algorithms
 F = TypeVar("F", bound=Callable[..., object])
 
 Trait = Literal["compares_group", "vanishes_with_advantage", "importance_ratio", "sequence_ratio"]
-"""What the rest of a run must know of a function to fit it in:
+"""Properties of a function that the rest of a run depends on:
 
-- ``compares_group``: an advantage estimator whose baseline is made of the other samples of the same prompt;
+- ``compares_group``: an advantage estimator whose baseline is computed from other samples of the same prompt;
 - ``vanishes_with_advantage``: a policy loss that is 0, with gradient 0, on a sequence whose advantages are all 0;
 - ``importance_ratio``: a policy loss that weighs samples by π/π_old itself, or a correction that weighs by π/π_rollout;
 - ``sequence_ratio``: a policy loss whose ratio is one per sequence, derived for means per sequence.
@@ -32,7 +32,7 @@ class Entry(Generic[F]):
     """A registered function and what it declared.
 
     Attributes:
-        needs: batch columns that the function reads besides the obvious ones, ``together`` included.
+        required_columns: batch columns that the function reads in addition to those of its kind, with ``together``.
         traits: see `Trait`.
         together: the column of unit ids whose samples it compares (`rlcore.engines.ForwardRequest`), or None.
     """
@@ -41,12 +41,12 @@ class Entry(Generic[F]):
     name: str
     function: F
     params: type[Config]
-    needs: frozenset[str]
+    required_columns: frozenset[str]
     traits: frozenset[Trait]
     together: str | None = None
 
     def check_columns(self, available: Collection[str]) -> None:
-        """See that a batch has what the function declared.
+        """Check that a batch has the columns that the function declared.
 
         Args:
             available: names of the batch's columns.
@@ -54,7 +54,7 @@ class Entry(Generic[F]):
         Raises:
             BatchError: a column is missing; the message names it.
         """
-        missing = sorted(self.needs - set(available))
+        missing = sorted(self.required_columns - set(available))
         if missing:
             raise BatchError(
                 f"the {self.kind} {self.name!r} needs the column {missing[0]!r}, which is not in the batch; it has "
@@ -81,7 +81,7 @@ class Registry(Generic[F]):
     Third parties add to it with `register`, in a module that is imported by their ``rlcore.algorithms`` entry point.
 
     Args:
-        columns: functions of this kind get the batch columns that they declare with ``needs``.
+        columns: functions of this kind get the batch columns that they declare with ``required_columns``.
         units: they may declare with ``together`` which samples they compare.
     """
 
@@ -97,7 +97,7 @@ class Registry(Generic[F]):
         name: str,
         *,
         params: type[Config] = NoParams,
-        needs: Set[str] = frozenset(),
+        required_columns: Set[str] = frozenset(),
         traits: Set[Trait] = frozenset(),
         together: str | None = None,
     ) -> Callable[[F], F]:
@@ -105,8 +105,8 @@ class Registry(Generic[F]):
 
         Args:
             params: the model of its parameters.
-            needs: batch columns it reads besides the obvious ones: per token, dense, or of objects. A run whose recipe
-                does not make one of them is refused.
+            required_columns: batch columns that it reads in addition to those of its kind: per token, dense, or of
+                objects. A run whose recipe does not make one of them is refused.
             traits: see `Trait`.
             together: a dense column of unit ids, such as ``group``: samples with the same id are never divided.
 
@@ -114,10 +114,10 @@ class Registry(Generic[F]):
             PluginError: another module has registered ``name``, a trait is unknown, or functions of this kind cannot
                 have what is declared.
         """
-        if (needs and not self._columns) or (together is not None and not self._units):
+        if (required_columns and not self._columns) or (together is not None and not self._units):
             raise PluginError(
-                f"{self.kind} {name!r} declares {'columns' if needs else 'together'}, which functions of this kind do "
-                "not get"
+                f"{self.kind} {name!r} declares {'required_columns' if required_columns else 'together'}, which "
+                "functions of this kind do not get"
             )
         unknown = sorted(traits - set(get_args(Trait)))
         if unknown:
@@ -125,12 +125,12 @@ class Registry(Generic[F]):
                 f"{self.kind} {name!r} has unknown traits: {', '.join(unknown)}; known: {', '.join(get_args(Trait))}"
             )
 
-        columns = frozenset(needs) | ({together} if together is not None else frozenset())
+        columns = frozenset(required_columns) | ({together} if together is not None else frozenset())
 
         def add(function: F) -> F:
             if name in self._entries and self._entries[name].function.__module__ != function.__module__:
                 raise PluginError(
-                    f"{self.kind} {name!r} is registered by {self._entries[name].function.__module__} already; "
+                    f"{self.kind} {name!r} is already registered by {self._entries[name].function.__module__}; "
                     f"choose another name in {function.__module__}"
                 )
             self._entries[name] = Entry(self.kind, name, function, params, columns, frozenset(traits), together)

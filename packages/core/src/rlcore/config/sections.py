@@ -44,7 +44,7 @@ class PluginSections(Config):
     """A model that names a plugin and holds a section per plugin: ``{engine: fsdp, fsdp: {...}}``.
 
     Subclasses set ``plugin_group`` and ``plugin_field``; that field holds one name, None, or several names. Sections of
-    other installed plugins may stand beside the named ones' (to switch by one word); they are validated too.
+    other installed plugins may be present too (to switch by one word); they are validated too.
     """
 
     model_config = ConfigDict(extra="allow")

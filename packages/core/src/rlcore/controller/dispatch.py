@@ -26,7 +26,7 @@ class Dispatch(Enum):
     Attributes:
         SHARD: divide the first argument (a `Batch` or a sequence) over data-parallel ranks by tokens, and gather the
             results: a `Batch` or list with one entry per sample in the order of the samples, `Metrics` that each rank
-            recorded of its own part (merged), or None.
+            recorded of its part (merged), or None.
         BROADCAST: every worker gets the same arguments; worker 0 answers.
         STREAM: every worker yields; the caller iterates over worker 0's items, to the end.
     """

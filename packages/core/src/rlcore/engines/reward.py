@@ -86,7 +86,7 @@ class Reward(ABC):
         """Return the sample's reward. A failure costs this sample its score; it does not end the run."""
 
     def score_batch(self, samples: Sequence[RewardSample], concurrency: int = 256) -> list[RewardResult]:
-        """Score all samples, with at most ``concurrency`` unfinished calls of `score`; return results in their order."""
+        """Score all samples, at most ``concurrency`` at a time, and return the results in their order."""
 
         async def gather() -> list[RewardResult]:
             slots, done = asyncio.Semaphore(concurrency), 0

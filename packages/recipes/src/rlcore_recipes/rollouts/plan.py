@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from rlcore.config import Choice
+from rlcore.config import Algorithm
 from rlcore_recipes.data.prompts import PromptSample
 from rlcore_recipes.rollouts.episode import Episode, single_completion
 from rlcore_recipes.rollouts.group_job import GroupJob
@@ -31,7 +31,7 @@ class RolloutPlan:
     seed: int
     purpose: str = "train"
     baseline: Episode | None = None
-    keep: Choice | None = None
+    keep: Algorithm | None = None
 
     def job(self, sample: PromptSample) -> GroupJob:
         """Return the episodes to run for ``sample``."""

@@ -9,13 +9,15 @@ from pydantic import Field
 from rlcore.algorithms.kl import KLPenaltySettings
 from rlcore.algorithms.registries import advantages, sampling_filters
 from rlcore.algorithms.shaping import OverlongSettings
-from rlcore.config import Choice, Chosen, Config
+from rlcore.config import Algorithm, AlgorithmField, Config
 
 
 class DynamicSamplingSettings(Config):
     """Groups that teach nothing are dropped, and further prompts generated for until the batch is full."""
 
-    filter: Annotated[Choice, Chosen(sampling_filters)] = Field("nonzero-spread", description="Which groups are kept.")
+    filter: Annotated[Algorithm, AlgorithmField(sampling_filters)] = Field(
+        "nonzero-spread", description="Which groups are kept."
+    )
     max_generations: int = Field(
         10, ge=1, description="Most rounds of generation for a step; then dropped groups fill what is missing."
     )
@@ -24,7 +26,7 @@ class DynamicSamplingSettings(Config):
 class AlgorithmSettings(Config):
     """Advantages and reward shaping."""
 
-    advantage: Annotated[Choice, Chosen(advantages)] = Field("grpo", description="Advantage estimator.")
+    advantage: Annotated[Algorithm, AlgorithmField(advantages)] = Field("grpo", description="Advantage estimator.")
     kl_in_reward: KLPenaltySettings | None = Field(
         None, description="KL penalty on the token rewards; null is off. With a target, β adapts to reach it."
     )

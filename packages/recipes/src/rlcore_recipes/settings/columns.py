@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Set
 
-from rlcore.config import Choice
+from rlcore.config import Algorithm
 
 SAMPLED = frozenset(
     {
@@ -25,9 +25,9 @@ CREDITED = frozenset({"token_rewards"})
 """Made before the advantages."""
 
 
-def missing_columns(key: str, choice: Choice, available: Set[str]) -> Iterator[tuple[str, str]]:
+def missing_columns(key: str, choice: Algorithm, available: Set[str]) -> Iterator[tuple[str, str]]:
     """Why ``choice`` cannot be used where a batch has the columns ``available``."""
-    for name in sorted(choice.entry.needs - available):
+    for name in sorted(choice.entry.required_columns - available):
         if name == "values":
             yield key, f"{choice.name} needs the values of a critic, which the recipe ppo trains"
         else:

@@ -52,7 +52,7 @@ def sequence_clip_for_tokens(config: RLSections) -> Iterator[Doubt]:
 
 def mean_of_token_advantages(config: RLSections) -> Iterator[Doubt]:
     loss, advantage = config.actor.objective.policy_loss, config.algorithm.advantage
-    per_token = "values" in advantage.entry.needs or config.algorithm.kl_in_reward is not None
+    per_token = "values" in advantage.entry.required_columns or config.algorithm.kl_in_reward is not None
     if loss.name == "gmpo" and per_token and "compares_group" not in advantage.entry.traits:
         yield (
             "actor.objective.policy_loss",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rlcore.algorithms.registries import advantages
-from rlcore.config import Choice
+from rlcore.config import Algorithm
 from rlcore.engines.settings import adapter_rank, wants_adapters
 from rlcore_recipes.settings.columns import missing_columns
 from rlcore_recipes.settings.combinations import doubts
@@ -66,7 +66,7 @@ def async_problems(config: RLSections) -> Iterator[tuple[str, str]]:
             "for them: put it on another one (controller.placement.rollout)",
         )
     advantage = config.algorithm.advantage
-    if config.reward_model is not None and "baseline_score" in advantage.entry.needs:
+    if config.reward_model is not None and "baseline_score" in advantage.entry.required_columns:
         yield (
             "reward_model",
             f"would score samples but not the baselines that {advantage.name} compares them with: in asynchronous "
@@ -82,11 +82,11 @@ def indivisible(train_batch_size: int, key: str, mini_batch_size: int) -> Iterat
         )
 
 
-def ungrouped(advantage: Choice, n: int) -> Iterator[tuple[str, str]]:
+def ungrouped(advantage: Algorithm, n: int) -> Iterator[tuple[str, str]]:
     """Why ``advantage`` cannot work with ``n`` completions of a prompt."""
     if n == 1 and "compares_group" in advantage.entry.traits:
         others = [
-            f"{entry.name} (recipe ppo)" if "values" in entry.needs else entry.name
+            f"{entry.name} (recipe ppo)" if "values" in entry.required_columns else entry.name
             for entry in advantages
             if "compares_group" not in entry.traits
         ]

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from rlcore.algorithms.objectives import PolicyObjectiveSettings, ValueObjectiveSettings
 from rlcore.algorithms.off_policy import MISParams
-from rlcore.config import Choice, Config, PluginSections, ShortForm
+from rlcore.config import Algorithm, Config, PluginSections, ShortForm
 from rlcore.engines import ModelSettings, OptimSettings, RewardSettings
 from rlcore.engines.settings import without_adapters
 
@@ -110,7 +110,7 @@ class ActorSettings(ModelRole):
             )
 
 
-def _weighs(correction: Choice | None) -> bool:
+def _weighs(correction: Algorithm | None) -> bool:
     """Whether ``correction`` multiplies by an importance ratio; it may also only drop samples."""
     if correction is None or "importance_ratio" not in correction.entry.traits:
         return False

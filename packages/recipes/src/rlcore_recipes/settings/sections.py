@@ -143,12 +143,12 @@ class RLSections(AsyncSection):  # type: ignore[misc,valid-type]
     @property
     def needs_entropy(self) -> bool:
         """Whether the entropy of the policy must be known before the update."""
-        return "entropy" in self.algorithm.advantage.entry.needs
+        return "entropy" in self.algorithm.advantage.entry.required_columns
 
     @property
     def needed_columns(self) -> frozenset[str]:
         """The columns that the advantage estimator and the policy loss declare."""
-        return self.algorithm.advantage.entry.needs | self.actor.objective.policy_loss.entry.needs
+        return self.algorithm.advantage.entry.required_columns | self.actor.objective.policy_loss.entry.required_columns
 
     @property
     def columns(self) -> frozenset[str]:

@@ -23,7 +23,7 @@ MOSTLY = 0.5  # the share of an update's tokens from which on it is worth a warn
 def add_advantages(session: Session[Any], batch: Batch) -> tuple[Batch, Metrics]:
     """Add the columns of `advantages`; the KL penalty's coefficient, if there is one, adapts to the batch."""
     config = session.config
-    unread = [name for name in batch.object_names if name not in config.algorithm.advantage.entry.needs]
+    unread = [name for name in batch.object_names if name not in config.algorithm.advantage.entry.required_columns]
     with session.timed("adv"):
         found, metrics, kl, odd = session.executor.compute(
             contained_advantages, batch.drop(*unread), config.algorithm, session.kl, config.data.max_response_length

@@ -89,7 +89,7 @@ def training_columns(batch: Batch, loss: Entry[Any] | None = None) -> Batch:
     if loss is None:
         return batch.select(*batch.jagged_names)
     loss.check_columns({*batch.names, "entropy"})  # the entropy is computed in the update
-    return batch.select(*dict.fromkeys([*batch.jagged_names, *sorted(loss.needs & set(batch.names))]))
+    return batch.select(*dict.fromkeys([*batch.jagged_names, *sorted(loss.required_columns & set(batch.names))]))
 
 
 @dataclass(frozen=True)

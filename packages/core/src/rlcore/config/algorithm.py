@@ -14,10 +14,10 @@ from rlcore.config.registry import Entry, Registry, registry_of_kind
 from rlcore.errors import PluginError
 
 
-class Choice:
+class Algorithm:
     """A registered function and its parameters: ``grpo``, or ``{name: grpo, normalize_std: false}``.
 
-    Declare a field with ``Annotated[Choice, Chosen(registry)]`` and a plain name (or mapping) as default.
+    Declare a field with ``Annotated[Algorithm, AlgorithmField(registry)]`` and a plain name (or mapping) as default.
     """
 
     __slots__ = ("entry", "params")
@@ -28,6 +28,7 @@ class Choice:
 
     @property
     def name(self) -> str:
+        """The name under which the function is registered."""
         return self.entry.name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -35,34 +36,35 @@ class Choice:
         return self.entry.function(*args, self.params, **kwargs)
 
     def __repr__(self) -> str:
-        return f"Choice({self.dump()})"
+        return f"Algorithm({self.dump()})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Choice) and self.dump() == other.dump()
+        return isinstance(other, Algorithm) and self.dump() == other.dump()
 
     def __hash__(self) -> int:
         return hash(self.name)
 
     def dump(self) -> dict[str, Any]:
+        """Return the name and the parameters, as they are written in a configuration."""
         return {"name": self.name, **self.params.model_dump(mode="json")}
 
     def __reduce__(self) -> Any:
         return _rebuild, (self.entry.kind, self.entry.function.__module__, self.name, self.params)
 
 
-def _dump(choice: Choice | str) -> dict[str, Any] | str:
+def _dump(choice: Algorithm | str) -> dict[str, Any] | str:
     """Serialise a field. Pydantic also calls this for the field's default, which is no `Algorithm` yet."""
-    return choice.dump() if isinstance(choice, Choice) else choice
+    return choice.dump() if isinstance(choice, Algorithm) else choice
 
 
-def _rebuild(kind: str, module: str, name: str, params: Config) -> Choice:
+def _rebuild(kind: str, module: str, name: str, params: Config) -> Algorithm:
     """Unpickle by name: functions stay where they are registered, on every worker."""
     import_module(module)
-    return Choice(registry_of_kind(kind).get(name), params)
+    return Algorithm(registry_of_kind(kind).get(name), params)
 
 
-class Chosen:
-    """Annotation that ties a `Choice` field to its registry."""
+class AlgorithmField:
+    """Annotation that ties a `Algorithm` field to its registry."""
 
     def __init__(self, registry: Registry[Any]) -> None:
         self.registry = registry
@@ -89,8 +91,8 @@ class Chosen:
             )
         return {"anyOf": variants}
 
-    def _validate(self, value: Any) -> Choice:
-        if isinstance(value, Choice) and value.entry.kind == self.registry.kind:
+    def _validate(self, value: Any) -> Algorithm:
+        if isinstance(value, Algorithm) and value.entry.kind == self.registry.kind:
             return value
         given = {"name": value} if isinstance(value, str) else value
         if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
@@ -104,4 +106,4 @@ class Chosen:
         except PluginError as error:
             raise PydanticCustomError("choice", "{reason}", {"reason": str(error)}) from None
         # a ValidationError of the parameters passes through pydantic, which puts this field's location before theirs
-        return Choice(entry, entry.params.model_validate({k: v for k, v in given.items() if k != "name"}))
+        return Algorithm(entry, entry.params.model_validate({k: v for k, v in given.items() if k != "name"}))

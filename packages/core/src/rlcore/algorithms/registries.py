@@ -43,12 +43,15 @@ class AdvantageEstimator(Protocol):
 
 @dataclass(frozen=True)
 class PolicyLossInputs:
-    """All ``[T]`` fp32 but ``lengths`` ``[B]`` int64 (CPU). ``mask`` is 1 where a token is trained on; the others are
-    0 where ``mask`` is 0. Only ``logprobs`` has a gradient; without an ``old_logprobs`` column its values stand in.
+    """What a policy loss reads: all ``[T]`` fp32, except ``lengths`` ``[B]`` int64 (CPU).
+
+    ``mask`` is 1 where a token is trained; the others are 0 where ``mask`` is 0. Only ``logprobs`` has a gradient. If
+    the batch has no column ``old_logprobs``, these are the values of ``logprobs``.
 
     Attributes:
-        columns: the ``required_columns`` of the loss, by name: per-token columns ``[T, ...]`` (those of floating point are 0 where
-            ``mask`` is 0), dense ones ``[B, ...]``, lists of objects. "entropy" is the current policy's, with gradient.
+        columns: the ``required_columns`` of the loss, by name: per-token columns ``[T, ...]`` (floating-point ones are 0
+            where ``mask`` is 0), dense ones ``[B, ...]``, lists of objects. "entropy" is the current policy's, with
+            gradient.
     """
 
     logprobs: torch.Tensor

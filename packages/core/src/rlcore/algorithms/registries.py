@@ -49,8 +49,8 @@ class PolicyLossInputs:
     the batch has no column ``old_logprobs``, these are the values of ``logprobs``.
 
     Attributes:
-        columns: the ``required_columns`` of the loss, by name: per-token columns ``[T, ...]`` (floating-point ones are 0
-            where ``mask`` is 0), dense ones ``[B, ...]``, lists of objects. "entropy" is the current policy's, with
+        columns: the ``required_columns`` of the loss, by name: per-token columns ``[T, ...]`` (0 where ``mask`` is 0 if
+            of floating point), dense ones ``[B, ...]``, lists of objects. "entropy" is the current policy's, with
             gradient.
     """
 

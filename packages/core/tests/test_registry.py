@@ -47,7 +47,7 @@ def test_declared_columns_are_checked(shapes):
     assert shapes.get("mosaic").together == "tile"
 
 
-@pytest.mark.parametrize("declared", [{"needs": {"corners"}}, {"together": "tile"}], ids=str)
+@pytest.mark.parametrize("declared", [{"required_columns": {"corners"}}, {"together": "tile"}], ids=str)
 def test_a_declaration_without_effect_is_refused(declared):
     with pytest.raises(PluginError, match=r"line 'x' declares .*, which functions of this kind do not get"):
         Registry("line").register("x", **declared)

@@ -34,7 +34,7 @@ MAX_MODEL_LEN = 8192  # thousands of tokens are made in the time of a few reques
 KEY_VARIABLE = "RLCORE_TEST_SGLANG_KEY"
 ON_CPU = {
     "device": "cpu",
-    "mem_fraction_static": 0.3,
+    "mem_fraction_static": 0.8,  # of the memory that other processes leave; max_total_tokens bounds the cache
     "max_total_tokens": 65536,
     "max_running_requests": 64,
     "env": {"PYTHONPATH": str(Path(__file__).parent / "cpu_shim"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},

@@ -16,7 +16,7 @@ KEY_VARIABLE = "RLCORE_TEST_SGLANG_KEY"
 SHIM = Path(__file__).parents[3] / "packages/rollout-sglang/tests/cpu_shim"
 STARTED = {
     "device": "cpu",
-    "mem_fraction_static": 0.3,
+    "mem_fraction_static": 0.8,  # of the memory that other processes leave; max_total_tokens bounds the cache
     "max_total_tokens": 16384,
     "max_running_requests": 64,
     "env": {"PYTHONPATH": str(SHIM), "OMP_NUM_THREADS": "1"},
@@ -54,9 +54,9 @@ def running(task: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dic
 
     settings = SGLangSettings(**STARTED, log_dir=tmp_path_factory.mktemp("logs"))
     engine: Any = build(RolloutSpec(ModelSettings(path=str(task.model)), settings, max_model_len=256))
-    server = engine._replicas[0].engine
+    server = engine.engines["SGLang server 0"]
     with pytest.MonkeyPatch.context() as environment:
-        environment.setenv(KEY_VARIABLE, server._process.api_key)
+        environment.setenv(KEY_VARIABLE, server.process.api_key)
         yield {"urls": [server.url], "api_key_env": KEY_VARIABLE, "keep_weights": False}
     engine.close()
 

@@ -87,7 +87,9 @@ def test_a_folder_of_two_ranks(tmp_path: Path, background: bool) -> None:
     for rank in range(2):
         rank_files.check_files(tmp_path, manifest, rank, 2)
     rank_files.check_shapes(tmp_path, manifest.shapes, {"w": torch.Size([4])})
-    with pytest.raises(CheckpointError, match=r"another model: w has shape \[4\] there and \[5\] here"):
+    with pytest.raises(
+        CheckpointError, match=r"another model: w has shape \[4\] in the checkpoint and \[5\] in the model"
+    ):
         rank_files.check_shapes(tmp_path, manifest.shapes, {"w": (5,)})
     with pytest.raises(CheckpointError, match="has format 7, this rlcore reads 8"):
         rank_files.read_manifest(tmp_path, Later)
@@ -125,7 +127,9 @@ def test_one_save_at_a_time(tmp_path: Path) -> None:
     saves = BackgroundSave(0, lambda value: [value])
     part = RankPart({}, {}, "{}")
     saves.start(tmp_path / "a", part, FACTS)
-    with pytest.raises(CheckpointError, match=r"cannot save to .*b: finish_save has not been called for .*a"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot save to .*b: the save to .*a is unfinished; call finish_save first"
+    ):
         saves.start(tmp_path / "b", part, FACTS)
     assert set(saves.finish()) == {rank_file(0), MANIFEST}
     assert saves.done()

@@ -116,7 +116,7 @@ def start_twice(model: Path, folder: Path) -> str:
 
 def test_a_second_save_is_refused_while_one_is_unfinished(two: RankPool, model_path: Path, tmp_path: Path) -> None:
     for message in two.run(start_twice, model_path, tmp_path):
-        assert f"finish_save has not been called for {tmp_path / 'first'}" in message
+        assert f"the save to {tmp_path / 'first'} is unfinished" in message
     assert not (tmp_path / "second").exists()
 
 

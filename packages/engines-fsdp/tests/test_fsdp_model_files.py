@@ -98,12 +98,12 @@ def test_only_regular_files_are_read(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("index", "words"),
     [
-        ({}, "is no index of weights"),
-        ({"weight_map": ["a"]}, "is no index of weights"),
-        ({"weight_map": {"a": 3}}, "is no index of weights"),
+        ({}, "is not an index of weights"),
+        ({"weight_map": ["a"]}, "is not an index of weights"),
+        ({"weight_map": {"a": 3}}, "is not an index of weights"),
         ({"weight_map": {"a": "model.safetensors"}}, 'index.json has no "metadata"'),
         ({"weight_map": {"a": "../model.safetensors"}, "metadata": {}}, "not a file of its folder"),
-        ({"weight_map": {"a": "b.safetensors"}, "metadata": {}}, "has no b.safetensors, which its"),
+        ({"weight_map": {"a": "b.safetensors"}, "metadata": {}}, "has no file b.safetensors, which"),
     ],
 )
 def test_an_index_that_names_missing_files_is_refused(

@@ -368,7 +368,7 @@ def test_an_error_names_the_damaged_file(
     else:
         index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}, "metadata": {}}
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-        words = "has no model-00001-of-00002.safetensors, which its model.safetensors.index.json names"
+        words = "has no file model-00001-of-00002.safetensors, which model.safetensors.index.json names"
     for message in ranks.run(load_error, tmp_path, LAYOUTS["tp2"], timeout=TIMEOUT_S):
         assert words in message
 

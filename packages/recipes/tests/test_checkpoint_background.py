@@ -14,7 +14,7 @@ import pytest
 from rlcore.controller import LocalExecutor
 from rlcore.engines import TrainEngine
 from rlcore.errors import CheckpointError
-from rlcore_kit.background import in_background
+from rlcore_kit.checkpoint.background_thread import in_background
 from rlcore_recipes.checkpoint import CheckpointManager, RunState, verify
 
 

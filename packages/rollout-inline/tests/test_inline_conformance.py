@@ -1,4 +1,4 @@
-"""The inline rollout under the conformance kit, with either decoder, with plenty of memory and with little."""
+"""The inline rollout passes the conformance suite with either decoder, with much and little memory."""
 
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +13,7 @@ from rlcore_kit.testing.rollout_engine import RolloutEngineConformance
 
 
 class PlainModel:
-    """A stand-in for the training engine: one unsharded model."""
+    """A minimal `WeightLender`: one unsharded model."""
 
     dp_rank, dp_size, device = 0, 1, torch.device("cpu")
 
@@ -56,13 +56,13 @@ class TestGeneric(InlineConformance):
 
 
 class TestLittleMemory(InlineConformance):
-    """Few rows, and a cache that holds only one sequence of the full length: rows give way and come back."""
+    """Few rows, and a cache that holds only one sequence of the full length: rows are preempted and come back."""
 
     settings = InlineSettings(max_running=12, kv_cache_tokens=4096, prefill_tokens=64)
 
 
-class TestWeightsOfItsOwn(RolloutEngineConformance):
-    """Without a policy in the process; weights come in buckets, as the kit sends them."""
+class TestModelCopy(RolloutEngineConformance):
+    """Without a policy in the process: weights arrive in buckets."""
 
     logprob_tolerance = 1e-5
 

@@ -163,7 +163,7 @@ def test_the_decoder_chosen(name: str) -> None:
 
 def test_derived_and_adapted_models_are_not_taken_for_known_ones() -> None:
     model = load("llama")
-    assert direct.unsupported(model) is None
+    assert direct.unsupported_reason(model) is None
 
     class Projection(torch.nn.Linear):
         def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -171,10 +171,12 @@ def test_derived_and_adapted_models_are_not_taken_for_known_ones() -> None:
 
     attention = model.model.layers[1].self_attn
     attention.v_proj.__class__ = Projection
-    assert direct.unsupported(model) == "model.layers.1.self_attn.v_proj is a Projection, not a plain linear layer"
+    assert (
+        direct.unsupported_reason(model) == "model.layers.1.self_attn.v_proj is a Projection, not a plain linear layer"
+    )
     model.model.layers[1].self_attn.v_proj.__class__ = torch.nn.Linear
     model.__class__ = type("LlamaForCausalLM", (type(model),), {"__module__": "my_package"})
-    assert "is not one of" in str(direct.unsupported(model))
+    assert "is not one of" in str(direct.unsupported_reason(model))
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mistral-window", "gemma2"])

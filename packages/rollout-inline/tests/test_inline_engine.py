@@ -1,4 +1,4 @@
-"""What the inline rollout does beyond the contract: scheduling, memory, weights, errors."""
+"""Behaviour of the inline rollout that the contract does not define: scheduling, memory, weights, errors."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def request(max_tokens: int, prompt: tuple[int, ...] = (5, 6, 7), **changes: Any
 
 @pytest.fixture
 def prefilled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """The shapes of all prefills, as they happen."""
+    """Record the shapes of all prefills."""
     shapes: list[tuple[int, int]] = []
     original = DirectDecoder.prefill
 
@@ -88,7 +88,7 @@ def prefilled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 # --- building --------------------------------------------------------------------------------------------------------
 
 
-def test_the_plugin_builds_it(source: Source, path: Path) -> None:
+def test_the_plugin_builds_the_engine(source: Source, path: Path) -> None:
     plugin = get("rlcore.rollout_engines", "inline")
     engine = plugin.build(RolloutSpec(ModelSettings(path=str(path)), plugin.config_class()(), MAX_LEN, 0, source))
     assert isinstance(engine, RolloutEngine)
@@ -138,7 +138,7 @@ def test_late_members_of_a_group_copy_the_prompt_of_a_running_one(
     assert [c.tokens for c in completions] == [c.tokens for c in expected]
 
 
-def test_prefills_keep_to_their_budget(source: Source, path: Path, prefilled: list[tuple[int, int]]) -> None:
+def test_prefills_respect_their_budget(source: Source, path: Path, prefilled: list[tuple[int, int]]) -> None:
     prompts = [tuple(range(5, 5 + length)) for length in (200, 3, 90, 40, 41, 40, 3, 120)]
     engine = make(source, path, prefill_tokens=100)
     engine.wake()
@@ -148,10 +148,8 @@ def test_prefills_keep_to_their_budget(source: Source, path: Path, prefilled: li
     assert all(rows * length <= 100 or rows == 1 for rows, length in prefilled)
 
 
-def test_rows_give_way_when_memory_is_short_and_come_back(
-    source: Source, path: Path, prefilled: list[tuple[int, int]]
-) -> None:
-    """512 positions for 10 sequences of up to 300: some must leave in the middle and be prefilled again."""
+def test_rows_are_preempted_when_memory_is_short(source: Source, path: Path, prefilled: list[tuple[int, int]]) -> None:
+    """512 positions for 10 sequences of up to 300: some are preempted and prefilled again."""
     requests = [request(250 + 5 * i, prompt=tuple(range(5, 9 + i)), seed=i) for i in range(10)]
     expected = make(source, path).generate_batch(requests)
     engine = make(source, path, kv_cache_tokens=512)
@@ -164,7 +162,7 @@ def test_rows_give_way_when_memory_is_short_and_come_back(
         assert completion.logprobs == pytest.approx(alone.logprobs, abs=1e-5)
 
 
-def test_first_come_first_served_but_for_priority(source: Source, path: Path) -> None:
+def test_requests_run_by_priority_then_arrival(source: Source, path: Path) -> None:
     engine = make(source, path, max_running=1)
     order: list[str] = []
 
@@ -223,7 +221,7 @@ def test_weights_are_held_only_while_there_are_requests_or_by_wake(source: Sourc
     assert engine._cache is None
 
 
-def test_changed_weights_are_noticed_without_being_told(source: Source, path: Path) -> None:
+def test_changed_weights_are_detected(source: Source, path: Path) -> None:
     engine = make(source, path)
     engine.wake()
     (before,) = engine.generate_batch([request(20)])
@@ -237,7 +235,7 @@ def test_changed_weights_are_noticed_without_being_told(source: Source, path: Pa
 
 
 def test_unfinished_requests_go_on_exactly_under_new_weights(source: Source, path: Path) -> None:
-    """After an update the whole past is computed anew, so that log-probs are those of the new weights alone."""
+    """After an update the past is computed again, so that log-probs are those of the new weights alone."""
     engine = make(source, path)
 
     async def scenario() -> Any:
@@ -259,20 +257,20 @@ def test_unfinished_requests_go_on_exactly_under_new_weights(source: Source, pat
     assert completion.logprobs[:old] != pytest.approx(expected[:old].tolist(), abs=1e-3)
 
 
-def test_other_peoples_weights_are_refused(source: Source, path: Path) -> None:
-    with pytest.raises(EngineError, match="takes no others"):
+def test_buckets_are_refused_with_lent_weights(source: Source, path: Path) -> None:
+    with pytest.raises(EngineError, match="without buckets"):
         make(source, path).update_weights([WeightBucket(())], 1)
 
 
 def test_a_cache_too_small_for_one_sequence_is_refused(source: Source, path: Path) -> None:
-    with pytest.raises(EngineError, match=r"room for 256 tokens, but one sequence of max_model_len 512 needs 512"):
+    with pytest.raises(EngineError, match=r"a capacity of 256 tokens, but one sequence of max_model_len 512 needs 512"):
         make(source, path, kv_cache_tokens=256).wake()
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
-def test_weights_that_are_no_numbers_end_requests_with_an_error_not_the_engine(source: Source, path: Path) -> None:
+def test_weights_that_are_not_finite_fail_requests_not_the_engine(source: Source, path: Path) -> None:
     engine = make(source, path)
     engine.wake()
     norm = source.model.model.norm.weight

@@ -57,7 +57,7 @@ def decoder(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def alone(path: Path, decoder: str) -> list[Completion]:
-    """Each target in an engine of its own."""
+    """Generate each target in a separate engine."""
     return [
         make(path, decoder=decoder).generate_batch([request(seed, *target)])[0] for seed, target in enumerate(TARGETS)
     ]
@@ -102,7 +102,7 @@ def test_without_it_bits_depend_on_company(path: Path) -> None:
 
 
 def test_stop_strings_of_requests_that_gave_way(path: Path) -> None:
-    """Their search begins anew with them."""
+    """Their stop strings are searched again from the start."""
     free = make(path)
     whole = free.generate_batch([request(seed, 20, 300) for seed in range(8)])
     tokenizer = free._load_tokenizer()
@@ -116,7 +116,7 @@ def test_stop_strings_of_requests_that_gave_way(path: Path) -> None:
 
 
 def test_tokens_of_older_weights_are_never_drawn_again(path: Path, tmp_path: Path) -> None:
-    """A request that gives way after an update keeps what the older weights made."""
+    """A request that is preempted after an update keeps the tokens of the older weights."""
     from transformers import AutoModelForCausalLM
 
     other = tiny_model(
@@ -141,8 +141,8 @@ def test_tokens_of_older_weights_are_never_drawn_again(path: Path, tmp_path: Pat
 
 
 def test_it_is_refused_where_it_cannot_be_had(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduler, "LEAST_ROWS", 1)
-    with pytest.raises(EngineError, match=r"batch_invariant cannot be had here: with Qwen2ForCausalLM in float32"):
+    monkeypatch.setattr(scheduler, "MIN_ROWS", 1)
+    with pytest.raises(EngineError, match=r"batch_invariant is not available: with Qwen2ForCausalLM in float32"):
         make(path)
 
 

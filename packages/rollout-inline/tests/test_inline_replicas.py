@@ -1,4 +1,4 @@
-"""Two inline engines with weights of their own behind `Replicas`: the contract of one engine."""
+"""Two inline engines with separate copies of the model behind `Replicas` fulfil the contract of one engine."""
 
 from functools import partial
 from pathlib import Path

@@ -36,9 +36,9 @@ from rlcore_fsdp.verification import TESTED, verify_packing, verify_values
 from rlcore_fsdp.weights import buckets, full_weights
 from rlcore_fsdp.writing import write_others
 from rlcore_kit.model_folder import files
-from rlcore_kit.model_folder.file_names import to_model_files
 from rlcore_kit.model_folder.length import check_rope
 from rlcore_kit.model_folder.loading import read_config
+from rlcore_kit.model_folder.tensor_names import to_model_files
 from rlcore_kit.model_folder.writing import write_on_first_rank
 from rlcore_kit.training.device import choose_device
 from rlcore_kit.training.lr_schedule import learning_rate

@@ -136,7 +136,7 @@ def complete(
             written = {**written, **{name: file_record(path / name) for name in _BY_RANK_0}}
         except OSError as problem:
             written = CheckpointError(f"rank 0: cannot write to {path}: {problem.strerror or problem}")
-    own = replace(part.own, places=list(_blocks(part)))
+    own = replace(part.own, description=list(_blocks(part)))
     return rank_files.complete(path, own, written, manifest, rank, gather)
 
 

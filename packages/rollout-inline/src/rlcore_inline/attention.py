@@ -1,6 +1,6 @@
-"""Attention over the KV cache: causal over whole prompts, and of one new token per row over its past.
+"""Attention over the KV cache: causal attention of prompts, and attention of one new token per row to its past.
 
-All windows count the token itself: with window *w* position *p* sees ``p - w + 1 … p``.
+Windows include the token itself: with window *w*, position *p* attends to ``p - w + 1 … p``.
 """
 
 from __future__ import annotations
@@ -11,27 +11,27 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from rlcore_inline.kv_cache import KVCache
-from rlcore_inline.rounding import in_whole_vectors
+from rlcore_inline.rounding import position_independent
 
 QUERY_CHUNK = 512
-"""Queries of a prompt handled at once where a score matrix or a mask must be built."""
+"""Number of queries of a prompt that are processed together where a score matrix or a mask must be built."""
 
 SPAN_STEP = 16
-"""The past is read in steps of this many positions: kernels like round sizes, and reading is what attention costs."""
+"""The length of the past that is read is a multiple of this: kernels are faster with round sizes."""
 
 INVARIANT_CHUNK = 384
-"""Most positions over which a kernel sums in one piece, whatever follows them: MKL divides longer sums, at a place that
-depends on their length (measured with torch 2.13 on AVX-512)."""
+"""Maximum number of positions whose sum a kernel does not divide. MKL divides longer sums, at a position that depends
+on their length (measured with torch 2.13 on AVX-512)."""
 
 
 @dataclass(frozen=True)
 class AttentionKind:
-    """What a layer's attention does besides softmax(q·k · scale).
+    """Variant of a layer's attention.
 
     Attributes:
-        scale: factor on the scores; None is 1/√dim.
-        window: positions seen, or None for all.
-        softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2).
+        scale: factor of the scores; None is 1/√dim.
+        window: number of positions attended to; None attends to all.
+        softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2); None leaves them unchanged.
     """
 
     scale: float | None = None
@@ -41,7 +41,12 @@ class AttentionKind:
 
 @dataclass
 class PrefillStep:
-    """Prompts ``[N, S]``, padded on the right, written to ``rows`` ``[N]`` of the cache (None: forgotten)."""
+    """A forward pass over prompts ``[N, S]``, padded on the right.
+
+    Attributes:
+        cache: cache to write to; None writes nothing.
+        rows: rows ``[N]`` of the cache.
+    """
 
     cache: KVCache | None = None
     rows: torch.Tensor | None = None
@@ -59,9 +64,10 @@ class PrefillStep:
         kind: AttentionKind,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``[N, heads, S, dim]`` from queries of that shape; keys and values have the layer's own heads.
+        """Attend causally: queries ``[N, heads, S, dim]`` to results of that shape.
 
-        Padding stands behind every real token, so the causal mask alone keeps it out.
+        Keys and values have the layer's number of key heads. Padding follows every real token, so the causal mask
+        excludes it.
         """
         length = query.shape[2]
         window = kind.window if kind.window is not None and kind.window < length else None
@@ -86,13 +92,13 @@ class PrefillStep:
 
 @dataclass
 class DecodeStep:
-    """One new token per row: row *r* is at ``positions[r]``.
+    """A forward pass over one new token per row, at position ``positions[r]`` of row *r*.
 
     Attributes:
-        positions: ``[R]`` int64, or longer: what follows the first ``rows`` is padding that attends to nothing.
-        longest: the largest of them, known on the host.
+        positions: ``[R]`` int64, or longer: entries after the first ``rows`` are padding that attends to nothing.
+        longest: largest position, known on the host.
         rows: R; None takes all ``positions``.
-        invariant: make a row's result independent, bit by bit, of how long the other rows are.
+        invariant: make the bits of a row's result independent of the length of the other rows.
     """
 
     cache: KVCache
@@ -107,14 +113,14 @@ class DecodeStep:
     def __post_init__(self) -> None:
         self.span = min(-(-(self.longest + 1) // SPAN_STEP) * SPAN_STEP, self.cache.width)
         self._count = len(self.positions) if self.rows is None else self.rows
-        self._places = self.positions[: self._count]
+        self._row_positions = self.positions[: self._count]
 
     def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the new ``[R, heads, dim]`` and return the layer's keys and values ``[R, heads, span, dim]``."""
         key, value = key[: self._count], value[: self._count]
         heads = key.shape[1]
         if heads not in self._indices:
-            self._indices[heads] = self.cache.flat_index(self._places, heads)
+            self._indices[heads] = self.cache.flat_index(self._row_positions, heads)
         keys, values = self.cache.flat(layer)
         keys.index_copy_(0, self._indices[heads], key.reshape(-1, key.shape[-1]))
         values.index_copy_(0, self._indices[heads], value.reshape(-1, value.shape[-1]))
@@ -128,7 +134,7 @@ class DecodeStep:
         kind: AttentionKind,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``[R, heads, dim]`` from queries of that shape, padding included (its result is 0).
+        """Attend to the past: queries ``[R, heads, dim]`` to results of that shape; the result of padding is 0.
 
         Query heads that share a key head become query positions of one attention, so that keys are read once.
         """
@@ -145,21 +151,21 @@ class DecodeStep:
         return output if not padding else torch.cat([output, output.new_zeros(padding, *output.shape[1:])])
 
     def _chunks(self, window: int | None, mask: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """``mask`` in pieces of `INVARIANT_CHUNK` positions, and ``[R, 1, 1]`` whether a row sees nothing there."""
+        """Divide ``mask`` into pieces of `INVARIANT_CHUNK` positions, each with the rows ``[R, 1, 1]`` it hides."""
         if window not in self._pieces:
             pieces = [piece.contiguous() for piece in mask.split(INVARIANT_CHUNK, dim=-1)]
             self._pieces[window] = [(piece, (piece == float("-inf")).all(-1)) for piece in pieces]
         return self._pieces[window]
 
     def _mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-        """``[R, 1, 1, span]``: 0 where a row may look, -inf elsewhere."""
+        """Return ``[R, 1, 1, span]``: 0 where a row may attend, -inf elsewhere."""
         if window is not None and window > self.longest:
             window = None
         if window not in self._masks:
             columns = torch.arange(self.span, device=self.positions.device)
-            seen = columns <= self._places[:, None]
+            seen = columns <= self._row_positions[:, None]
             if window is not None:
-                seen &= columns > self._places[:, None] - window
+                seen &= columns > self._row_positions[:, None] - window
             self._masks[window] = _additive(seen, dtype)[:, None, None]
         return self._masks[window]
 
@@ -175,10 +181,10 @@ def _attend_by_chunks(
     chunks: list[tuple[torch.Tensor, torch.Tensor]],
     scale: float | None,
 ) -> torch.Tensor:
-    """``[R, heads, Q, dim]``: attention over fixed chunks of the past, merged by the sums of their exponentials.
+    """Attend to fixed chunks of the past and merge results ``[R, heads, Q, dim]`` by the sums of their exponentials.
 
-    A chunk in which a row sees nothing changes none of its bits. torch's CPU kernel is called by its own name because
-    the public function does not return the sums (for such a row the kernel gives 0 where -inf is meant).
+    A chunk in which a row sees nothing changes none of the row's bits. torch's CPU kernel is called directly because
+    the public function does not return the sums. For a row that sees nothing the kernel returns 0 instead of -inf.
     """
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     output, total = None, None
@@ -190,10 +196,10 @@ def _attend_by_chunks(
             output, total = result, lse
             continue
         largest = torch.maximum(total, lse)
-        before, here = (in_whole_vectors(torch.exp, part - largest) for part in (total, lse))
+        before, here = (position_independent(torch.exp, part - largest) for part in (total, lse))
         both = before + here
         output = (output * before[..., None] + result * here[..., None]).div_(both[..., None])
-        total = largest + in_whole_vectors(torch.log, both)
+        total = largest + position_independent(torch.log, both)
     return output
 
 
@@ -205,9 +211,9 @@ def _attend(
     kind: AttentionKind,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attention with an explicit score matrix: ``[N, key heads, group, Q, dim]`` queries.
+    """Attend with an explicit score matrix; queries are ``[N, key heads, group, Q, dim]``.
 
-    ``sinks`` (gpt-oss) are one more score per query head that takes part in the softmax and carries no value.
+    ``sinks`` (gpt-oss) are one more score per query head, which takes part in the softmax and has no value.
     """
     if kind.softcap is None and sinks is None:
         heads, group = query.shape[1:3]

@@ -1,9 +1,9 @@
-"""The direct decoder: Llama-like models computed straight from their parameters.
+"""The direct decoder: computes Llama-like models from their parameters.
 
-The forward passes of Llama, Mistral, Qwen2 and Qwen3 are one: pre-norm blocks of grouped-query attention with rotary
-positions (biases, per-head norms and windows as the layer says) and a gated MLP. Writing it once, without modules,
-hooks and masks that a decoding step has no use for, is what makes small models fast. The parameters are the model's
-own: nothing is fused or copied.
+The forward passes of Llama, Mistral, Qwen2 and Qwen3 are the same: pre-norm blocks of grouped-query attention with
+rotary positions (biases, per-head norms and windows depend on the layer) and a gated MLP. This implementation has no
+modules, hooks and masks, which a decoding step does not need; that makes small models fast. It uses the model's
+parameters: nothing is fused or copied.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from rlcore_inline.attention import AttentionKind, DecodeStep, PrefillStep
 from rlcore_inline.kv_cache import LayerShape
 from rlcore_kit.model_folder.length import rope_boundary
 
-# Causal LM classes of transformers whose forward pass is the one below. Anything else, their subclasses included, is
-# the generic decoder's.
+# Causal LM classes of transformers with the forward pass below. The generic decoder computes all others, including
+# subclasses of these.
 KNOWN = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
 
 
@@ -43,8 +43,8 @@ class _Block:
     down: tuple[Tensor, Tensor | None]
 
 
-def unsupported(model: nn.Module) -> str | None:
-    """Why the direct decoder cannot serve ``model``; None if it can."""
+def unsupported_reason(model: nn.Module) -> str | None:
+    """Return the reason why the direct decoder does not support ``model``; None if it does."""
     kind = type(model)
     if kind.__name__ not in KNOWN or not kind.__module__.startswith("transformers.models."):
         return f"{kind.__name__} is not one of {', '.join(sorted(KNOWN))} of transformers"
@@ -62,7 +62,7 @@ def unsupported(model: nn.Module) -> str | None:
 
 
 class DirectDecoder:
-    """See the module's text. Holds references to the parameters, so it lives as long as they do."""
+    """Decodes from the model's parameters; see the module's docstring. Valid as long as the parameters exist."""
 
     def __init__(self, model: nn.Module) -> None:
         config: Any = model.config
@@ -98,7 +98,7 @@ class DirectDecoder:
             hidden = hidden + self._mlp(hidden, block)
 
     def decode(self, tokens: Tensor, step: DecodeStep) -> Tensor:
-        """Logits ``[R, V]`` after one more token per row."""
+        """Cache one more token per row and return the logits ``[R, V]`` after it."""
         hidden = embedding(tokens, self.embedding)
         turn = self._rotation(hidden, step.positions[None])
         for index, block in enumerate(self.blocks):
@@ -114,7 +114,7 @@ class DirectDecoder:
         return linear(hidden, *self.head)
 
     def _heads(self, hidden: Tensor, projection: tuple[Tensor, Tensor | None], norm: Tensor | None) -> Tensor:
-        """``[..., heads, dim]``, normalised per head where the model does."""
+        """Project to ``[..., heads, dim]``, normalised per head where the model does."""
         heads = linear(hidden, *projection).unflatten(-1, (-1, self.head_dim))
         return heads if norm is None else rms_norm(heads, (self.head_dim,), norm, self.eps)
 
@@ -124,7 +124,10 @@ class DirectDecoder:
         return linear(gated, *block.down)
 
     def _rotation(self, hidden: Tensor, positions: Tensor) -> Callable[[Tensor], Tensor]:
-        """Rotates ``[..., heads, dim]`` by the angles of ``positions`` (Su et al., 2021; halves, not pairs)."""
+        """Return a function that rotates ``[..., heads, dim]`` by the angles of ``positions``.
+
+        Rotary embedding (Su et al., 2021) of halves, not of pairs.
+        """
         cos, sin = (part.squeeze(0).unsqueeze(-2) for part in self.rotary(hidden, positions))
         half = self.head_dim // 2
         signed = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
@@ -155,7 +158,7 @@ def _block(layer: Any) -> _Block:
 
 
 def _window(attention: Any) -> int | None:
-    """Mistral keeps one window in the configuration, Qwen one per layer, Llama none."""
+    """Return the layer's window: Mistral has one in the configuration, Qwen one in each layer, Llama none."""
     if hasattr(attention, "sliding_window"):
         return attention.sliding_window
     return getattr(attention.config, "sliding_window", None)

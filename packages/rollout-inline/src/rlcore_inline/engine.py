@@ -1,4 +1,4 @@
-"""`InlineRollout`: the `RolloutEngine` in pure PyTorch, with the training engine's own weights or a copy of its own."""
+"""`InlineRollout`: the `RolloutEngine` in pure PyTorch, with a training engine's weights or a copy of the model."""
 
 from __future__ import annotations
 
@@ -17,32 +17,29 @@ from typing import Any, cast
 from transformers import PreTrainedModel
 
 from rlcore.boundary import boundary
-from rlcore.engines.memory import free_memory
 from rlcore.engines.rollout import Completion, GenerationRequest, RolloutEngine
 from rlcore.engines.settings import ModelSettings, RolloutSpec
 from rlcore.engines.weight_bucket import WeightBucket
 from rlcore.engines.weight_lender import WeightLender
 from rlcore.errors import EngineError
 from rlcore.progress import report
-from rlcore_inline import direct
+from rlcore_inline.decoder_choice import allocate_cache, choose_decoder
 from rlcore_inline.direct import DirectDecoder
 from rlcore_inline.generic import GenericDecoder
-from rlcore_inline.kv_cache import KVCache, LayerShape, whole_blocks
+from rlcore_inline.kv_cache import KVCache, LayerShape
 from rlcore_inline.scheduler import Decoder, Scheduler
 from rlcore_inline.seeds import stream_start
 from rlcore_inline.sequence import Sequence as RunningSequence
 from rlcore_inline.settings import InlineSettings
 from rlcore_inline.stopping import StopStrings, end_tokens
-from rlcore_inline.verification import verify, verify_invariance
-from rlcore_inline.weights import OwnWeights
-from rlcore_kit.model_folder.length import check_positions, check_rope
+from rlcore_inline.weights import ModelCopy
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.005
-"""How often a paused engine looks whether it may go on."""
-STANDING_STILL_S = 60
-"""When a batch says that it is waiting for a paused engine."""
+"""Seconds between checks of a paused engine whether it may continue."""
+WARN_AFTER_S = 60
+"""Seconds after which a batch warns that it waits for a paused engine."""
 
 
 def build(spec: RolloutSpec) -> InlineRollout:
@@ -53,7 +50,7 @@ def build(spec: RolloutSpec) -> InlineRollout:
     """
     source = spec.train_engine
     if source is None:
-        return InlineRollout(OwnWeights(spec.model, cast(InlineSettings, spec.options)), spec)
+        return InlineRollout(ModelCopy(spec.model, cast(InlineSettings, spec.options)), spec)
     if not isinstance(source, WeightLender):
         raise EngineError(
             "the inline rollout generates with weights that a training engine in its process lends it, but "
@@ -66,17 +63,17 @@ def build(spec: RolloutSpec) -> InlineRollout:
 class InlineRollout(RolloutEngine):
     """Continuous batching over the weights of ``source``.
 
-    Requests run under one scheduler. Whoever waits for them drives it: `generate_batch` until its requests are done,
-    and for `generate` one task per event loop, so that there is no thread and the order of everything is that of the
-    calls. Methods may be called from any thread.
+    Requests run under one scheduler, which has no thread: the waiting callers drive it. `generate_batch` drives it
+    until its requests are done; for `generate` one task per event loop does. The order of all steps is therefore that
+    of the calls. Methods may be called from any thread.
 
-    The whole weights are held while there are requests, and from `wake` to `sleep`. With data parallelism taking hold
-    is a collective operation, which must not depend on when a rank runs out of requests: `generate_batch`, `wake`,
-    `update_weights` and `sleep` are called on every rank, as dispatch does, and before `generate` is used alone, `wake`
-    is. Weights held that way are let go by `sleep`, which must come before training.
+    The engine holds the lent weights while it has requests, and from `wake` to `sleep`. With data parallelism,
+    borrowing is a collective operation, which must not depend on when a rank runs out of requests: `generate_batch`,
+    `wake`, `update_weights` and `sleep` are called on every rank, as dispatch does, and `wake` is called before
+    `generate` is used without `generate_batch`. `sleep` returns the weights; it must be called before training.
 
-    With `OwnWeights` there are no collective operations. Weights come by `update_weights`; while they come decoding
-    stands still, and everything else may be called.
+    With a `ModelCopy` there are no collective operations. `update_weights` replaces the weights; meanwhile decoding is
+    paused, and all other methods may be called.
     """
 
     def __init__(self, source: WeightLender, spec: RolloutSpec) -> None:
@@ -91,10 +88,10 @@ class InlineRollout(RolloutEngine):
             settings.max_running, settings.prefill_tokens, source.device, settings.batch_invariant
         )
         self._cache: KVCache | None = None
-        self._held: ExitStack | None = None  # holds the whole weights
-        self._held_at = -1  # the source's step_count then
-        self._kept = False  # until `sleep`, whether there are requests or not
-        self._decoder: Decoder | None = None  # valid while they are held
+        self._held: ExitStack | None = None  # returns the borrowed weights
+        self._held_at = -1  # the source's step_count when they were borrowed
+        self._keep = False  # hold the weights until `sleep`, with or without requests
+        self._decoder: Decoder | None = None  # valid while the weights are held
         self._decoder_class: type[Decoder] | None = None  # once chosen and verified
         self._shapes: list[LayerShape] = []
         self._end_tokens: frozenset[int] = frozenset()
@@ -103,13 +100,13 @@ class InlineRollout(RolloutEngine):
         self._version = 0
         self._paused = False
         self._asleep = False
-        self._loading = False  # weights come in, nothing may be computed with them
-        self._updates = threading.Lock()  # held while weights of our own change or move; before self._lock
+        self._loading = False  # weights are being replaced, nothing may be computed with them
+        self._updates = threading.Lock()  # held while a ModelCopy changes or moves; acquired before self._lock
         self._lock = threading.RLock()
-        self._intruders: list[None] = []  # one entry per caller that wants the lock between two steps
+        self._lock_requests: list[None] = []  # one entry per caller that waits for the lock between two steps
         self._drivers: dict[asyncio.AbstractEventLoop, asyncio.Task[None]] = {}
         if not self.shares_weights:
-            self._hold()  # errors come now, and requests can be checked while weights come in
+            self._borrow()  # reports errors now, and allows to check requests during a weight update
             self._release()
 
     @property
@@ -118,14 +115,16 @@ class InlineRollout(RolloutEngine):
 
     @property
     def shares_weights(self) -> bool:
-        return not isinstance(self._source, OwnWeights)
+        return not isinstance(self._source, ModelCopy)
 
     @property
     def dp_rank(self) -> int:
+        """Data-parallel rank of the training engine; 0 with a `ModelCopy`."""
         return self._source.dp_rank
 
     @property
     def dp_size(self) -> int:
+        """Number of data-parallel ranks of the training engine; 1 with a `ModelCopy`."""
         return self._source.dp_size
 
     # --- generating ------------------------------------------------------------------------------------------------
@@ -157,7 +156,7 @@ class InlineRollout(RolloutEngine):
     def generate_batch(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
         outcomes: dict[int, Completion | Exception] = {}
         submitted: list[RunningSequence] = []
-        patience = time.monotonic() + STANDING_STILL_S
+        warn_at = time.monotonic() + WARN_AFTER_S
         try:
             with self._between_steps():
                 self._wake()
@@ -167,8 +166,8 @@ class InlineRollout(RolloutEngine):
             while len(outcomes) < len(requests):
                 if not self._advance():
                     time.sleep(POLL_S)
-                    if time.monotonic() > patience:
-                        patience = math.inf
+                    if time.monotonic() > warn_at:
+                        warn_at = math.inf
                         logger.warning("generate_batch waits: the engine is paused or asleep; call resume() or wake()")
                 if len(outcomes) > finished:
                     finished = len(outcomes)
@@ -177,7 +176,7 @@ class InlineRollout(RolloutEngine):
             with self._between_steps():
                 if len(outcomes) < len(submitted):
                     self._scheduler.remove(submitted, self._cache)
-                if not self._kept and not self._scheduler.unfinished:
+                if not self._keep and not self._scheduler.unfinished:
                     self._release()
         completions: list[Completion] = []
         for index in range(len(requests)):
@@ -188,15 +187,15 @@ class InlineRollout(RolloutEngine):
         return completions
 
     async def _drive(self) -> None:
-        """Step until nothing is unfinished, giving way to the event loop after every step."""
+        """Step until no request is unfinished, and yield to the event loop after every step."""
         while self._scheduler.unfinished:
             await asyncio.sleep(0 if self._advance() else POLL_S)
         with self._between_steps():
             self._release_if_idle()
 
     def _advance(self) -> bool:
-        """Make one step; False if the engine stands still for now."""
-        if self._intruders:
+        """Make one step; return False if the engine is paused, asleep or needed by another caller."""
+        if self._lock_requests:
             return False
         with self._lock:
             if self._paused or self._asleep or self._loading:
@@ -209,7 +208,7 @@ class InlineRollout(RolloutEngine):
                 assert self._cache is not None
                 ended = self._scheduler.step(self._decoder, self._cache)
             except Exception as error:
-                self._cache = None  # it may hold NaN by now
+                self._cache = None  # it may hold NaN
                 for sequence in self._scheduler.clear():
                     sequence.done(error)
                 return True
@@ -222,16 +221,16 @@ class InlineRollout(RolloutEngine):
         sampling = request.sampling
         prompt = tuple(request.prompt)
         if not prompt:
-            raise EngineError(f"request {request.request_id!r} has an empty prompt; give it at least one token")
+            raise EngineError(f"request {request.request_id!r} has an empty prompt; it needs at least one token")
         if len(prompt) >= self._max_model_len:
             raise EngineError(
-                f"the prompt of request {request.request_id!r} has {len(prompt)} tokens, which leaves no room under "
-                f"max_model_len {self._max_model_len}; shorten it or raise max_model_len"
+                f"the prompt of request {request.request_id!r} has {len(prompt)} tokens, which leaves none to generate "
+                f"within max_model_len {self._max_model_len}; shorten the prompt or raise max_model_len"
             )
         if min(prompt) < 0 or max(prompt) >= self._vocabulary:
             raise EngineError(
-                f"the prompt of request {request.request_id!r} holds a token outside the model's vocabulary of "
-                f"{self._vocabulary}; was it made with another tokenizer?"
+                f"the prompt of request {request.request_id!r} has a token outside the model's vocabulary of "
+                f"{self._vocabulary}; make prompts with the model's tokenizer"
             )
         seed = self._seeds.getrandbits(64) if sampling.seed is None else sampling.seed
         sequence = RunningSequence(
@@ -250,13 +249,13 @@ class InlineRollout(RolloutEngine):
     # --- control ---------------------------------------------------------------------------------------------------
 
     def update_weights(self, buckets: Iterable[WeightBucket], version: int) -> None:
-        """Take over the weights in ``buckets``; with the trainer's own weights there are none, only the version.
+        """Load the weights in ``buckets``; with lent weights, which must come with no buckets, only set the version.
 
-        Unfinished requests are prefilled anew with their tokens so far.
+        Unfinished requests are prefilled again with the tokens that they have.
 
         Raises:
-            EngineError: ``buckets`` is not empty though the weights are the trainer's, or does not hold the model's
-                parameters (then requests fail until an update succeeds).
+            EngineError: ``buckets`` is not empty though the weights are lent, or does not hold the model's parameters;
+                in the latter case requests fail until an update succeeds.
         """
         with self._updates:
             with self._between_steps():
@@ -267,22 +266,25 @@ class InlineRollout(RolloutEngine):
                 self._release()
                 self._loading = True
             try:
-                if isinstance(self._source, OwnWeights):
+                if isinstance(self._source, ModelCopy):
                     self._source.load(buckets)
                 else:
                     for _ in buckets:
-                        raise EngineError("the inline rollout generates with the trainer's weights and takes no others")
+                        raise EngineError(
+                            "this inline rollout generates with weights that the training engine lends it; call "
+                            "update_weights without buckets"
+                        )
                 with self._between_steps():
                     self._version = version
                     if held:
-                        self._hold()
+                        self._borrow()
             finally:
                 self._loading = False
 
     def pause(self) -> None:
         self._paused = True
         with self._between_steps():
-            pass  # the step under way is over
+            pass  # waits until the current step has ended
 
     def resume(self) -> None:
         self._paused = False
@@ -299,20 +301,20 @@ class InlineRollout(RolloutEngine):
                 sequence.finish("abort", self._version)
 
     def sleep(self) -> None:
-        """Free the cache and let go of the whole weights. Unfinished requests wait, and are prefilled anew later."""
+        """Free the cache and return the weights. Unfinished requests wait, and are prefilled again after `wake`."""
         with self._updates, self._between_steps():
             self._asleep = True
             self._scheduler.evict_all()
             self._cache = None
-            self._kept = False
+            self._keep = False
             self._release()
-            if isinstance(self._source, OwnWeights):
-                self._source.rest()
+            if isinstance(self._source, ModelCopy):
+                self._source.offload()
 
     def wake(self) -> None:
         with self._between_steps():
             self._wake()
-            self._kept = True
+            self._keep = True
 
     def close(self) -> None:
         self.abort()
@@ -320,37 +322,37 @@ class InlineRollout(RolloutEngine):
 
     @contextmanager
     def _between_steps(self) -> Iterator[None]:
-        """Exclusive use of the scheduler; whoever drives it from another thread stands back."""
-        self._intruders.append(None)
+        """Hold the scheduler exclusively; callers that drive it from other threads stop stepping meanwhile."""
+        self._lock_requests.append(None)
         try:
             with self._lock:
                 yield
         finally:
-            self._intruders.pop()
+            self._lock_requests.pop()
 
     # --- weights and cache -----------------------------------------------------------------------------------------
 
     def _wake(self) -> None:
-        """Have weights, decoder and cache at hand; later, if weights are coming in."""
+        """Borrow the weights and make decoder and cache, unless a weight update is in progress."""
         self._asleep = False
         if self._loading:
             return
         if self._held is not None and self._held_at != self._source.step_count:
             if self.dp_size > 1:
                 raise EngineError(
-                    "the policy was trained while the inline rollout held its whole weights; call its sleep() before "
-                    "training"
+                    "the policy was trained while the inline rollout held its full weights; call the rollout's sleep() "
+                    "before training"
                 )
             self._scheduler.evict_all()
             self._release()
         if self._held is None:
-            self._hold()
+            self._borrow()
         assert self._decoder is not None
         if self._cache is None:
-            self._cache = self._allocate(self._decoder)
+            self._cache = allocate_cache(self._decoder, self._settings, self._max_model_len, self._source.device)
 
-    def _hold(self) -> None:
-        """Take hold of the whole weights; with data parallelism on all ranks together."""
+    def _borrow(self) -> None:
+        """Borrow the full weights; with data parallelism on all ranks together."""
         held = ExitStack()
         model = cast(PreTrainedModel, held.enter_context(self._source.generation_weights()))
         try:
@@ -361,8 +363,8 @@ class InlineRollout(RolloutEngine):
         self._held, self._held_at = held, self._source.step_count
 
     def _release_if_idle(self) -> None:
-        """Let go of the weights after the last request, unless other ranks would have to follow."""
-        if self.dp_size == 1 and not self._kept and not self._scheduler.unfinished:
+        """Return the weights after the last request, unless other ranks would have to take part."""
+        if self.dp_size == 1 and not self._keep and not self._scheduler.unfinished:
             self._release()
 
     def _release(self) -> None:
@@ -371,40 +373,16 @@ class InlineRollout(RolloutEngine):
         self._held = self._decoder = None
 
     def _make_decoder(self, model: PreTrainedModel) -> Decoder:
-        """The decoder that the settings and the model ask for; compared with the model itself the first time."""
+        """Make the decoder; choose and verify it the first time."""
         if self._decoder_class is DirectDecoder:
             return DirectDecoder(model)
         if self._decoder_class is GenericDecoder:
             return GenericDecoder(model, self._shapes)
-        check_positions(self._model_settings, model.config, self._max_model_len)
-        check_rope(self._model_settings, model.config, self._max_model_len, "the longest sequence of a rollout")
-        obstacle = direct.unsupported(model)
-        if self._settings.decoder == "direct" and obstacle is not None:
-            raise EngineError(f"the direct decoder cannot be used: {obstacle}; set decoder to 'auto' or 'generic'")
-        use_direct = obstacle is None and self._settings.decoder != "generic"
-        decoder: Decoder = DirectDecoder(model) if use_direct else GenericDecoder(model)
-        with boundary(f"the inline rollout cannot generate with {type(model).__name__}", EngineError):
-            verify(model, decoder, self._source.device)
-        if self._settings.batch_invariant:
-            verify_invariance(model, decoder, self._source.device)
+        decoder = choose_decoder(model, self._model_settings, self._settings, self._max_model_len, self._source.device)
         self._decoder_class, self._shapes = type(decoder), decoder.shapes
         self._vocabulary = model.get_input_embeddings().num_embeddings
         self._end_tokens = end_tokens(model)
         return decoder
-
-    def _allocate(self, decoder: Decoder) -> KVCache:
-        least = whole_blocks(self._max_model_len)
-        budget = self._settings.kv_cache_tokens
-        if budget is None:
-            position = sum(shape.nbytes for shape in decoder.shapes)
-            affordable = int(free_memory(self._source.device) * self._settings.kv_cache_fraction) // position
-            budget = min(self._settings.max_running * least, affordable)
-        if budget < least:
-            raise EngineError(
-                f"the KV cache has room for {budget} tokens, but one sequence of max_model_len {self._max_model_len} "
-                f"needs {least}; raise kv_cache_tokens or kv_cache_fraction, or lower max_model_len"
-            )
-        return KVCache(decoder.shapes, budget, self._source.device)
 
     def _load_tokenizer(self) -> Any:
         if self._tokenizer is None:
@@ -420,7 +398,7 @@ class InlineRollout(RolloutEngine):
 
 def _settle(future: asyncio.Future[Completion], outcome: Completion | Exception) -> None:
     if future.done():
-        return  # cancelled meanwhile
+        return  # the request was cancelled
     if isinstance(outcome, Exception):
         future.set_exception(outcome)
     else:

@@ -1,8 +1,8 @@
-"""The generic decoder: any architecture, through the model's own forward pass.
+"""The generic decoder: any architecture, by calls of the model's forward.
 
-A model that calls transformers' attention interface hands its keys and values to the `Cache` it was given and then
-calls the attention function its configuration names. Both are ours while we generate, so the slot cache works under
-every such model, custom ones included.
+A model with transformers' attention interface gives its keys and values to a `Cache` argument, and then calls the
+attention function that its configuration names. This module provides both during generation, so that `KVCache` works
+with every such model, including custom ones.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from rlcore_inline.kv_cache import LayerShape
 
 ATTENTION = "rlcore_inline"
 
-# The attention interface passes neither cache nor anything of ours, so the step travels beside the call.
+# The attention interface has no parameter for the step, so a context variable passes it to the attention function.
 _step: ContextVar[PrefillStep | DecodeStep] = ContextVar("step")
 
 
 class _ShapeRecorder(Cache):
-    """Notes what every layer caches."""
+    """Records what every layer caches."""
 
     def __init__(self) -> None:
         super().__init__(layers=[])
@@ -41,7 +41,7 @@ class _ShapeRecorder(Cache):
 
 
 class _StepCache(Cache):
-    """What the model takes for its cache: stores new keys and values, returns what its queries shall see."""
+    """The model's cache argument: stores new keys and values, and returns those that the queries attend to."""
 
     def __init__(self, step: PrefillStep | DecodeStep) -> None:
         super().__init__(layers=[])
@@ -66,7 +66,7 @@ def _attend(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function: ``[N, heads, S, dim]`` queries to ``[N, S, heads, dim]``."""
+    """Compute attention for transformers: queries ``[N, heads, S, dim]`` to results ``[N, S, heads, dim]``."""
     kind = AttentionKind(scaling, sliding_window, softcap)
     step = _step.get()
     if isinstance(step, DecodeStep):
@@ -78,7 +78,7 @@ AttentionInterface.register(ATTENTION, _attend)
 
 
 class GenericDecoder:
-    """See the module's text."""
+    """Decodes with the model's forward; see the module's docstring."""
 
     def __init__(self, model: nn.Module, shapes: list[LayerShape] | None = None) -> None:
         self.model = model
@@ -92,11 +92,11 @@ class GenericDecoder:
         self._forward(tokens, positions, step)
 
     def decode(self, tokens: Tensor, step: DecodeStep) -> Tensor:
-        """Logits ``[R, V]`` after one more token per row."""
+        """Cache one more token per row and return the logits ``[R, V]`` after it."""
         return self._forward(tokens[:, None], step.positions[:, None], step)[:, -1]
 
     def _forward(self, tokens: Tensor, positions: Tensor, step: PrefillStep | DecodeStep) -> Tensor:
-        with own_attention(self.model.config, step):
+        with step_attention(self.model.config, step):
             return self.model(
                 input_ids=tokens,
                 position_ids=positions,
@@ -108,30 +108,34 @@ class GenericDecoder:
 
 @torch.no_grad()
 def discover_shapes(model: nn.Module) -> list[LayerShape]:
-    """What each layer caches, learnt from a forward pass over two tokens."""
+    """Find the shape of what each layer caches by a forward pass over two tokens.
+
+    Raises:
+        EngineError: a layer has no key-value cache, or does not use the cache argument.
+    """
     config: Any = model.config
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
         raise EngineError(
             f"the inline rollout cannot generate with {type(model).__name__}: its layers of type "
-            f"{', '.join(sorted(kinds))} keep a state that is no key-value cache; use another rollout engine"
+            f"{', '.join(sorted(kinds))} have a state that is not a key-value cache; use another rollout engine"
         )
     recorder = _ShapeRecorder()
     tokens = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
-    with own_attention(config, PrefillStep()):
+    with step_attention(config, PrefillStep()):
         model(input_ids=tokens, position_ids=torch.arange(2, device=tokens.device)[None], past_key_values=recorder)
     layers = sorted(recorder.shapes)
     if not layers or layers != list(range(len(layers))):
         raise EngineError(
-            f"the inline rollout cannot generate with {type(model).__name__}: it does not use the cache it is given in "
-            "every layer; use another rollout engine"
+            f"the inline rollout cannot generate with {type(model).__name__}: not every layer uses the cache argument; "
+            "use another rollout engine"
         )
     return [recorder.shapes[layer] for layer in layers]
 
 
 @contextmanager
-def own_attention(config: Any, step: PrefillStep | DecodeStep) -> Iterator[None]:
-    """Our attention function in place of the model's, working on ``step``."""
+def step_attention(config: Any, step: PrefillStep | DecodeStep) -> Iterator[None]:
+    """Replace the model's attention function by the one of this module, which works on ``step``."""
     token = _step.set(step)
     try:
         with attention_implementation(config, ATTENTION):
@@ -142,7 +146,7 @@ def own_attention(config: Any, step: PrefillStep | DecodeStep) -> Iterator[None]
 
 @contextmanager
 def attention_implementation(config: Any, name: str) -> Iterator[None]:
-    """The model of ``config`` attends by the function registered as ``name``."""
+    """Let the model of ``config`` use the attention function that is registered as ``name``."""
     before = config._attn_implementation
     config._attn_implementation = name
     try:

@@ -1,8 +1,8 @@
-"""The KV cache: one preallocated block per layer, seen as rows of equal width.
+"""The KV cache: one preallocated block of memory for each layer, viewed as rows of equal width.
 
 A row is a running sequence, a column a position. Running sequences always fill the first rows, so that every operation
-of a decoding step is on one dense view. Width and number of rows trade off against each other inside the same storage:
-``rows * width <= budget``. Changing the width moves the rows in place, one layer at a time.
+of a decoding step is on one dense view. Width and number of rows share the same memory: ``rows * width <= budget``. A
+change of the width moves the rows in place, one layer at a time.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ BLOCK = 64
 
 
 def whole_blocks(tokens: int) -> int:
-    """``tokens`` rounded up to a width."""
+    """Return ``tokens`` rounded up to a multiple of `BLOCK`."""
     return -(-tokens // BLOCK) * BLOCK
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What one layer caches per position: keys ``[heads, key_dim]`` and values ``[heads, value_dim]``."""
+    """Shape of what one layer caches per position: keys ``[heads, key_dim]`` and values ``[heads, value_dim]``."""
 
     heads: int
     key_dim: int
@@ -33,7 +33,7 @@ class LayerShape:
 
     @property
     def nbytes(self) -> int:
-        """Memory of one position."""
+        """Memory of one position, in bytes."""
         return self.heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
 
 
@@ -54,23 +54,23 @@ class KVCache:
 
     @property
     def rows(self) -> int:
-        """Rows there are at the present width."""
+        """Number of rows at the present width."""
         return self.budget // self.width
 
     def view(self, layer: int, rows: int, span: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys ``[rows, heads, span, key_dim]`` and values ``[rows, heads, span, value_dim]`` of the first rows."""
+        """View the first rows: keys ``[rows, heads, span, key_dim]``, values ``[rows, heads, span, value_dim]``."""
         shape = self.shapes[layer]
         keys = _grid(self._keys[layer], rows, shape.heads, self.width, shape.key_dim)
         values = _grid(self._values[layer], rows, shape.heads, self.width, shape.value_dim)
         return keys[:, :, :span], values[:, :, :span]
 
     def flat(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values as ``[budget * heads, dim]``; see `flat_index`."""
+        """View keys and values as ``[budget * heads, dim]``; see `flat_index`."""
         shape = self.shapes[layer]
         return self._keys[layer].view(-1, shape.key_dim), self._values[layer].view(-1, shape.value_dim)
 
     def flat_index(self, positions: torch.Tensor, heads: int) -> torch.Tensor:
-        """``[rows * heads]`` indices into `flat` of position ``positions[r]`` of every row *r* and head."""
+        """Return indices ``[rows * heads]`` into `flat`: of position ``positions[r]``, for every row *r* and head."""
         row_heads = torch.arange(len(positions) * heads, device=positions.device).view(-1, heads)
         return (row_heads * self.width + positions[:, None]).view(-1)
 
@@ -87,7 +87,7 @@ class KVCache:
                 grid[target] = grid[source]
 
     def resize(self, width: int, rows: int, length: int) -> None:
-        """Change the width, keeping the first ``length`` positions of the first ``rows`` rows."""
+        """Change the width and keep the first ``length`` positions of the first ``rows`` rows."""
         assert rows * width <= self.budget
         old = self.width
         for storages, dims in (
@@ -101,9 +101,9 @@ class KVCache:
 
 
 def _zeros(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """``[count]`` zeros: masked positions enter attention as 0 · value, so they must not hold NaN.
+    """Allocate ``[count]`` zeros: masked positions enter attention as 0 · value, so they must not hold NaN.
 
-    On the CPU memory is taken from the system only where it is written.
+    On the CPU the operating system allocates pages when they are written.
     """
     if device.type == "cpu":
         return torch.from_numpy(np.zeros(count * dtype.itemsize, dtype=np.uint8)).view(dtype)

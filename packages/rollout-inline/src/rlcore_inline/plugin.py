@@ -1,4 +1,4 @@
-"""The entry point: what this package offers to rlcore. Imports neither torch nor transformers."""
+"""The entry point of the plugin. Imports neither torch nor transformers."""
 
 from rlcore.plugins import Plugin
 
@@ -6,5 +6,5 @@ rollout_engine = Plugin(
     interface=1,
     config="rlcore_inline.settings:InlineSettings",
     factory="rlcore_inline.engine:build",
-    summary="generates with the training engine's own weights, in its process",
+    summary="generates with the training engine's weights, in its process",
 )

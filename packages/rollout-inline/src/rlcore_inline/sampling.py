@@ -1,7 +1,7 @@
-"""Drawing tokens for many rows at once, each with its own parameters and its own randomness.
+"""Draw tokens for many rows together, each with separate sampling parameters and random numbers.
 
-One uniform number per token picks it from the cumulative distribution in float64. Rows never see each other: what a row
-draws depends on its logits and its uniform alone.
+One uniform number picks each token from the cumulative distribution in float64. Rows are independent: the token of a
+row depends on its logits and its uniform number only.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from dataclasses import dataclass
 import torch
 
 from rlcore.engines.rollout import SamplingParams
-from rlcore_inline.rounding import in_whole_vectors
+from rlcore_inline.rounding import position_independent
 
 CHUNK_ELEMENTS = 1 << 24
-"""Logits handled at once, which bounds the memory of the float64 sums (128 MiB)."""
+"""Maximum number of logits that are processed together, which bounds the memory of the float64 sums (128 MiB)."""
 
 
 @dataclass(frozen=True)
 class _Filters:
-    """The rows that keep only some tokens: their indices ``[F]``, and their parameters ``[F, 1]``."""
+    """Rows with top-k, top-p or min-p: their indices ``[F]`` and parameters ``[F, 1]``."""
 
     rows: torch.Tensor
     top_k: torch.Tensor
@@ -28,19 +28,19 @@ class _Filters:
     min_p: torch.Tensor
 
     def within(self, first: int, stop: int) -> _Filters:
-        """Those of rows ``first`` to ``stop``, counted from ``first``."""
+        """Select the rows ``first`` to ``stop``, with indices relative to ``first``."""
         mine = ((self.rows >= first) & (self.rows < stop)).nonzero()[:, 0]
         return _Filters(self.rows[mine] - first, self.top_k[mine], self.top_p[mine], self.min_p[mine])
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """The sampling parameters of the running rows, as tensors where rows need them.
+    """Sampling parameters of the running rows, as tensors where any row needs them.
 
     Attributes:
-        temperature: ``[R, 1]``, 1 for greedy rows; None if it is 1 everywhere.
+        temperature: ``[R, 1]``, 1 for greedy rows; None if it is 1 in all rows.
         greedy: ``[R]`` bool; None if no row is greedy.
-        filters: None if no row has one.
+        filters: top-k, top-p and min-p; None if no row has any.
     """
 
     temperature: torch.Tensor | None
@@ -49,7 +49,7 @@ class Sampler:
 
     @classmethod
     def build(cls, params: Sequence[SamplingParams], vocabulary: int, device: torch.device) -> Sampler:
-        """For rows with these parameters, in this order."""
+        """Build the sampler of rows with ``params``, in this order."""
 
         def column(values: list[float], dtype: torch.dtype) -> torch.Tensor:
             return torch.tensor(values, dtype=dtype, device=device)[:, None]
@@ -77,7 +77,7 @@ class Sampler:
         )
 
     def sample(self, logits: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens ``[R]`` int64 and their log-probs ``[R]`` fp32 under softmax(logits / temperature).
+        """Draw tokens ``[R]`` int64; return them and their log-probs ``[R]`` fp32 under softmax(logits / temperature).
 
         Args:
             logits: ``[R, V]``.
@@ -101,16 +101,16 @@ class Sampler:
             tokens[filters.rows] = _pick_filtered(probs[filters.rows], uniform[filters.rows], filters)
         if self.greedy is not None:
             tokens = torch.where(self.greedy[rows], logits.argmax(-1), tokens)
-        # A softmax in float32 sums to 1 only within 1e-5 with many tokens; its sum in float64 takes that bias out.
+        # With many tokens a float32 softmax sums to 1 only within 1e-5; its float64 sum removes that bias.
         chosen = probs.gather(-1, tokens[:, None])[:, 0].double() / total
-        return tokens, in_whole_vectors(torch.log, chosen).float()
+        return tokens, position_independent(torch.log, chosen).float()
 
 
 def _pick_filtered(probs: torch.Tensor, uniform: torch.Tensor, filters: _Filters) -> torch.Tensor:
     """Draw from ``probs`` ``[F, V]`` after top-k, top-p and min-p, in this order.
 
-    Top-p (Holtzman et al., 2019) keeps the smallest set of best tokens that holds the mass, counted within what top-k
-    left. The best token always stays.
+    Top-p (Holtzman et al., 2019) keeps the smallest set of best tokens with the given mass, relative to the tokens that
+    top-k kept. The best token is always kept.
     """
     ranked, order = probs.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(ranked.shape[1], device=ranked.device)
@@ -124,12 +124,12 @@ def _pick_filtered(probs: torch.Tensor, uniform: torch.Tensor, filters: _Filters
 
 
 def _pick(weights: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Index of the token at ``uniform`` of the cumulative weights ``[R, V]``, and their sum ``[R]`` float64.
+    """Return the index of the token at ``uniform`` of the cumulative weights ``[R, V]``, and their sum ``[R]`` float64.
 
     A token without weight is never picked.
 
-    ``uniform`` is at most 1 - 2⁻⁵², so its product with the total stays below the total in float64. Weights that are
-    not numbers give some valid index.
+    ``uniform`` is at most 1 - 2⁻⁵², so its product with the total is below the total in float64. Weights that are NaN
+    give some valid index.
     """
     cumulative = weights.cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1]

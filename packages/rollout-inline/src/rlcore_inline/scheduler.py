@@ -1,9 +1,9 @@
-"""Continuous batching: which requests run, in which rows, and one decoding step at a time.
+"""Continuous batching: admission of requests, their rows in the cache, and decoding steps.
 
-Every step decodes one token for all running rows. Prompts are prefilled up to their last token but one; the last token
-is then decoded like any other, so that prompts, copies of a prompt and evicted requests that come back all start the
-same way. A request that must leave its row (weights changed, memory is short) keeps its tokens and is prefilled with
-them when it returns; nothing of it is lost.
+Every step decodes one token for all running rows. Prompts are prefilled except for their last token, which is then
+decoded like any other, so that new prompts, copies of a prompt and preempted requests start in the same way. A request
+that is preempted (weights changed, memory is short) keeps its tokens and is prefilled with them when it is admitted
+again.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from rlcore_inline.sampling import Sampler
 from rlcore_inline.seeds import uniforms
 from rlcore_inline.sequence import Sequence
 
-LEAST_ROWS = 16
-"""Rows of a matrix product from which on its kernel, and so every row's sum, does not depend on their number (MKL's
-sgemm on AVX-512: 1 row, few rows and 16 or more differ; 6 or 11 are enough for narrow layers)."""
+MIN_ROWS = 16
+"""Minimum number of rows from which on the kernel of a matrix product, and so every row's sum, does not depend on the
+number of rows (MKL's sgemm on AVX-512: 1 row, few rows and 16 or more differ; 6 or 11 suffice for narrow layers)."""
 PREFILL_STEP = 32
-"""Lengths to which prompts are padded where their results shall not depend on their company."""
+"""Prompts are padded to a multiple of this length where results must not depend on the other prompts."""
 
 
 class Decoder(Protocol):
@@ -48,12 +48,13 @@ class Scheduler:
     """Owns the waiting and the running requests.
 
     Args:
-        max_running: most rows.
-        prefill_tokens: most tokens in one prefill, padding included.
-        invariant: compute so that a request's tokens and log-probs do not depend, bit by bit, on what else runs (see
-            `InlineSettings.batch_invariant`). Matrix products have at least `LEAST_ROWS` rows, prompts are prefilled
-            with others of their padded length only, and a request that gives way draws its tokens again when it
-            returns instead of prefilling them, since a prefill sums in another order than decoding.
+        max_running: maximum number of rows.
+        prefill_tokens: maximum number of tokens in one prefill, padding included.
+        device: device of the computation.
+        invariant: make a request's tokens and log-probs bit-identical whatever other requests run
+            (`InlineSettings.batch_invariant`). Matrix products have at least `MIN_ROWS` rows, prompts are prefilled
+            together with others of the same padded length only, and a preempted request draws its tokens again when it
+            is admitted again, because a prefill sums in another order than decoding.
     """
 
     def __init__(self, max_running: int, prefill_tokens: int, device: torch.device, invariant: bool = False) -> None:
@@ -63,20 +64,22 @@ class Scheduler:
         self.invariant = invariant
         self.waiting: list[Sequence] = []  # a heap
         self.running: list[Sequence] = []  # by row
-        self._sampler: Sampler | None = None  # of the running rows; rebuilt when they change
-        self._longest = 0  # tokens of the longest running request
+        self._sampler: Sampler | None = None  # of the running rows; rebuilt when the rows change
+        self._longest = 0  # number of tokens of the longest running request
         # per row: the token to decode next, its position, the start of the random stream, draws taken from it
-        self._state = torch.zeros(4, max(max_running, LEAST_ROWS), dtype=torch.int64, device=device)
+        self._state = torch.zeros(4, max(max_running, MIN_ROWS), dtype=torch.int64, device=device)
 
     @property
     def unfinished(self) -> bool:
+        """True while any request waits or runs."""
         return bool(self.waiting or self.running)
 
     def add(self, sequence: Sequence) -> None:
+        """Add a request to the waiting ones."""
         heapq.heappush(self.waiting, sequence)
 
     def remove(self, sequences: Iterable[Sequence], cache: KVCache | None) -> None:
-        """Forget requests, wherever they are."""
+        """Remove requests, waiting or running."""
         gone = set(sequences)
         self.waiting = [sequence for sequence in self.waiting if sequence not in gone]
         heapq.heapify(self.waiting)
@@ -84,24 +87,28 @@ class Scheduler:
             self._vacate([sequence for sequence in self.running if sequence in gone], cache)
 
     def clear(self) -> list[Sequence]:
-        """Forget all requests and return them."""
+        """Remove all requests and return them."""
         forgotten = [*self.running, *self.waiting]
         self.waiting, self.running, self._sampler = [], [], None
         return forgotten
 
     def evict_all(self) -> None:
-        """Put all running requests back among the waiting."""
+        """Preempt all running requests."""
         for sequence in self.running:
             heapq.heappush(self.waiting, sequence)
         self.running, self._sampler = [], None
 
     @torch.no_grad()
     def step(self, decoder: Decoder, cache: KVCache) -> list[tuple[Sequence, FinishReason]]:
-        """Admit what fits, decode one token for every row; returns what ended."""
+        """Admit requests that fit, decode one token for every row, and return the requests that ended.
+
+        Raises:
+            EngineError: the logits are not finite.
+        """
         self._admit(decoder, cache)
-        self._make_room(cache)
+        self._ensure_capacity(cache)
         rows = len(self.running)
-        padded = max(rows, LEAST_ROWS) if self.invariant else rows  # with what stands there from earlier rows
+        padded = max(rows, MIN_ROWS) if self.invariant else rows  # padding is what earlier rows left behind
         step = DecodeStep(cache, self._state[1, :padded], self._longest - 1, rows, self.invariant)
         logits = decoder.decode(self._state[0, :padded], step)[:rows]
         token, position, stream, draw = self._state[:, :rows]
@@ -116,7 +123,10 @@ class Scheduler:
         # the only transfer of a step
         host_tokens, host_logprobs = torch.stack([tokens.double(), logprobs.double()]).tolist()
         if not math.isfinite(sum(host_logprobs)):
-            raise EngineError("the model's logits are not finite; the weights have diverged or hold NaN")
+            raise EngineError(
+                "the model's logits are not finite: the weights have diverged or hold NaN; go back to an earlier "
+                "checkpoint and lower the learning rate"
+            )
         ended: list[tuple[Sequence, FinishReason]] = []
         for sequence, new, logprob in zip(self.running, host_tokens, host_logprobs):
             reason = sequence.append(int(new), logprob)
@@ -130,7 +140,7 @@ class Scheduler:
     # --- rows ------------------------------------------------------------------------------------------------------
 
     def _admit(self, decoder: Decoder, cache: KVCache) -> None:
-        """Take waiting requests into free rows, several at a time: a prefill costs as much as a step."""
+        """Admit waiting requests to free rows, several together, because a prefill costs as much as a step."""
         worth = min(len(self.waiting), max(1, self.max_running // 16))
         if not self.waiting or (self.running and self.max_running - len(self.running) < worth):
             return
@@ -141,7 +151,7 @@ class Scheduler:
             longest, final = max(longest, self.waiting[0].length), max(final, self.waiting[0].final_length)
             rows = len(self.running) + len(admitted) + 1
             if rows > 1 and rows * whole_blocks(min(final, longest * 9 // 8 + BLOCK)) > cache.budget:
-                break  # they would soon have to give way again, see _make_room
+                break  # a row would soon be preempted, see _ensure_capacity
             admitted.append(heapq.heappop(self.waiting))
         if not admitted:
             return
@@ -161,7 +171,7 @@ class Scheduler:
         self._state[:, first : len(self.running)] = torch.tensor(state, device=self.device)
 
     def _fill(self, admitted: list[Sequence], decoder: Decoder, cache: KVCache) -> None:
-        """Cache the histories of the admitted: each different one is computed once, known prompts are copied."""
+        """Cache the histories of admitted requests: compute each distinct history once, and copy known prompts."""
         first = admitted[0].row
         owners = {
             sequence.prompt[:-1]: sequence.row  # shift allowed: the part that is cached
@@ -192,13 +202,13 @@ class Scheduler:
                 torch.tensor(source, device=self.device), torch.tensor(target, device=self.device), max(lengths)
             )
 
-    def _make_room(self, cache: KVCache) -> None:
-        """See that every row has a position for its next token; the last to come give way."""
+    def _ensure_capacity(self, cache: KVCache) -> None:
+        """Ensure that every row has a position for its next token; preempt the latest requests if necessary."""
         if self._longest <= cache.width:
             return
         if _affordable(cache, len(self.running)) < self._longest:
             keep = cache.budget // whole_blocks(self._longest)
-            keep = max(1, min(keep, len(self.running) * 7 // 8))  # room for a while, not for one block
+            keep = max(1, min(keep, len(self.running) * 7 // 8))  # capacity for many steps, not for one block
             leaving = sorted(self.running)[keep:]
             self._vacate(leaving, cache)
             for sequence in leaving:
@@ -208,7 +218,7 @@ class Scheduler:
         self._fit(cache, rows_in_use=len(self.running))
 
     def _fit(self, cache: KVCache, rows_in_use: int) -> None:
-        """Give the cache a width that holds the running rows: what they may ever need, if there is memory for it."""
+        """Widen the cache so that it holds the running rows, up to their maximum length if memory suffices."""
         rows = len(self.running)
         if self._longest <= cache.width and rows <= cache.rows:
             return
@@ -216,7 +226,7 @@ class Scheduler:
         cache.resize(min(final, _affordable(cache, rows)), rows_in_use, min(self._longest, cache.width))
 
     def _vacate(self, leaving: list[Sequence], cache: KVCache) -> None:
-        """Take requests out of their rows and close the gaps with the last rows."""
+        """Remove requests from their rows, and fill the gaps with the last rows."""
         if not leaving:
             return
         rows = len(self.running) - len(leaving)
@@ -240,14 +250,14 @@ class Scheduler:
 
 
 def _affordable(cache: KVCache, rows: int) -> int:
-    """The greatest width at which the cache has ``rows`` rows."""
+    """Return the largest width with which the cache has ``rows`` rows."""
     return cache.budget // rows // BLOCK * BLOCK
 
 
-def _chunks(histories: list[tuple[int, ...]], most: int, invariant: bool) -> list[list[tuple[int, ...]]]:
-    """Divide histories, shortest first, into prefills of at most ``most`` tokens, little of it padding.
+def _chunks(histories: list[tuple[int, ...]], maximum: int, invariant: bool) -> list[list[tuple[int, ...]]]:
+    """Divide histories, shortest first, into prefills of at most ``maximum`` tokens with little padding.
 
-    If ``invariant``, only those that are padded to the same length go together.
+    If ``invariant``, only histories that are padded to the same length are prefilled together.
     """
     chunks: list[list[tuple[int, ...]]] = []
     used = 0
@@ -255,7 +265,7 @@ def _chunks(histories: list[tuple[int, ...]], most: int, invariant: bool) -> lis
         length = _padded(len(history)) if invariant else len(history)
         size = (len(chunks[-1]) + 1) * length if chunks else 0
         padding = size - used - length
-        if not chunks or size > most or (padding > 0 if invariant else padding > max(BLOCK * 4, size // 8)):
+        if not chunks or size > maximum or (padding > 0 if invariant else padding > max(BLOCK * 4, size // 8)):
             chunks.append([])
             used = 0
         chunks[-1].append(history)

@@ -1,7 +1,7 @@
-"""Randomness that belongs to a request: draw *i* of a seed is a pure function of both.
+"""Random numbers of a request: draw *i* of a seed is a pure function of *i* and the seed.
 
 The *i*-th output of the generator SplitMix64 (Steele, Lea & Flood, 2014) is ``mix(start + (i + 1) · γ)``, so any draw
-can be had without the ones before, for all rows of a batch at once and on any device.
+can be computed without the previous ones, for all rows of a batch together and on any device.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
 def stream_start(seed: int) -> int:
-    """The stream of ``seed`` (any integer), as a signed 64-bit number; hashed, so that near seeds give far streams."""
+    """Return the start of the stream of ``seed`` (any integer) as a signed 64-bit number.
+
+    The seed is hashed, so that streams of consecutive seeds do not overlap.
+    """
     digest = blake2b(str(seed).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
 def uniforms(starts: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-    """Draws ``draws`` ``[R]`` of the streams ``starts`` ``[R]`` (both int64).
+    """Return draw number ``draws`` ``[R]`` of the streams ``starts`` ``[R]`` (both int64).
 
     Integer arithmetic wraps around, so the result is the same on every device.
 
@@ -32,7 +35,7 @@ def uniforms(starts: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
 
 
 def splitmix64(starts: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-    """Output number ``draws`` of SplitMix64 started at ``starts``, as signed int64."""
+    """Return output number ``draws`` of SplitMix64 started at ``starts``, as signed int64."""
     z = starts + (draws + 1) * _signed(_GAMMA)
     z = (z ^ _shift_right(z, 30)) * _signed(_MULTIPLIERS[0])
     z = (z ^ _shift_right(z, 27)) * _signed(_MULTIPLIERS[1])
@@ -40,7 +43,7 @@ def splitmix64(starts: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
 
 
 def _shift_right(z: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical, where torch's shift of int64 is arithmetic."""
+    """Shift logically; torch's shift of int64 is arithmetic."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 

@@ -1,4 +1,4 @@
-"""One request on its way to a completion."""
+"""`Sequence`: the state of one request while its completion is generated."""
 
 from __future__ import annotations
 
@@ -11,16 +11,21 @@ from rlcore_inline.stopping import StopStrings
 
 @dataclass(eq=False)
 class Sequence:
-    """A request and what has been generated for it.
+    """A request and the tokens that have been generated for it.
 
     Attributes:
         order: ``(priority, arrival)``; lower runs first.
-        prompt: a tuple, so that equal prompts are found by hash.
+        prompt: prompt as a tuple, so that equal prompts are found by hash.
         end_tokens: tokens that end the completion.
-        limit: most tokens to generate, by the request and by ``max_model_len``.
+        limit: maximum number of tokens to generate, by the request and by ``max_model_len``.
         stream: start of the request's random numbers.
-        done: called once with the completion, or with the error that ended it.
-        prefilled: tokens in the prefill that it last began with; what follows them was decoded.
+        stop_strings: finds stop strings; None without any.
+        done: called once with the completion, or with the error that ended the request.
+        tokens: generated tokens.
+        logprobs: log-probs of the generated tokens.
+        versions: finished spans ``(version, count)`` of the generated tokens.
+        row: row in the cache; −1 before the first.
+        prefilled: number of tokens in the last prefill; later tokens were decoded.
     """
 
     request: GenerationRequest
@@ -42,19 +47,20 @@ class Sequence:
 
     @property
     def length(self) -> int:
+        """Number of tokens, prompt included."""
         return len(self.prompt) + len(self.tokens)
 
     @property
     def final_length(self) -> int:
-        """The length it may reach."""
+        """Maximum length, prompt included."""
         return len(self.prompt) + self.limit
 
     def history(self) -> tuple[int, ...]:
-        """The tokens whose keys and values must be cached before the next step: all but the last."""
+        """Return the tokens whose keys and values must be cached before the next step: all except the last."""
         return (self.prompt + tuple(self.tokens))[:-1]  # shift allowed: the part that is cached
 
     def append(self, token: int, logprob: float) -> FinishReason | None:
-        """Take the next token; the reason if it was the last one."""
+        """Append the next token; return the finish reason if it is the last one, else None."""
         self.tokens.append(token)
         self.logprobs.append(logprob)
         if token in self.end_tokens or (self.stop_strings is not None and self.stop_strings.push(token)):
@@ -62,19 +68,20 @@ class Sequence:
         return "length" if len(self.tokens) >= self.limit else None
 
     def close_span(self, version: int) -> None:
-        """Note that the tokens since the last span were made by weights ``version``."""
+        """Record that weights ``version`` generated the tokens since the last span."""
         count = len(self.tokens) - sum(count for _, count in self.versions)
         if count:
             self.versions.append((version, count))
 
     def rewind(self) -> None:
-        """Forget the tokens since the last span: they will be drawn again, the same ones."""
+        """Drop the tokens since the last span; the same tokens will be drawn again."""
         kept = sum(count for _, count in self.versions)
         del self.tokens[kept:], self.logprobs[kept:]
         if self.stop_strings is not None:
             self.stop_strings.restart(self.tokens)
 
     def finish(self, reason: FinishReason, version: int) -> None:
+        """Report the completion; ``version`` is that of the weights of the last span."""
         self.close_span(version)
         logprobs = self.logprobs if self.request.sampling.logprobs else []
         self.done(Completion(self.tokens, logprobs, reason, self.versions, self.request.request_id))

@@ -1,4 +1,4 @@
-"""What ends a completion: the model's end tokens, and stop strings, found while tokens arrive."""
+"""End tokens and stop strings, which end a completion."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-LONGEST_CHARACTER = 4
-"""Bytes of the longest UTF-8 character, hence the most tokens one can be spread over."""
+MAX_CHARACTER_BYTES = 4
+"""Bytes of the longest UTF-8 character, hence the maximum number of tokens of one character."""
 
 
 def end_tokens(model: PreTrainedModel) -> frozenset[int]:
-    """The model's end-of-sequence tokens: of its generation settings, else of its configuration."""
+    """Return the model's end-of-sequence tokens: those of its generation settings, else of its configuration."""
     for config in (model.generation_config, model.config.get_text_config()):
         tokens = getattr(config, "eos_token_id", None)
         if tokens is not None:
@@ -21,10 +21,10 @@ def end_tokens(model: PreTrainedModel) -> frozenset[int]:
 
 
 class StopStrings:
-    """Watches one completion's text.
+    """Finds stop strings in the text of one completion, token by token.
 
-    Tokens are decoded a few at a time, together with the ones before them (the text of a token may depend on its
-    predecessor), and text that ends in the middle of a character waits for the rest of it.
+    Each token is decoded together with the previous ones, because the text of a token may depend on its predecessor.
+    Text that ends within a character is decoded with the following token.
     """
 
     def __init__(self, stops: Sequence[str], tokenizer: Any) -> None:
@@ -34,19 +34,19 @@ class StopStrings:
         self.restart([])
 
     def restart(self, tokens: Sequence[int]) -> None:
-        """Forget what came, and take ``tokens``, which hold no stop string."""
-        self._context: list[int] = []  # tokens whose text is known already
-        self._fresh: list[int] = []  # tokens whose text is not complete yet
-        self._tail = ""  # the last characters, in which a stop string may have begun
+        """Start again with ``tokens``, which contain no stop string."""
+        self._context: list[int] = []  # tokens whose text is known
+        self._fresh: list[int] = []  # tokens whose text is incomplete
+        self._tail = ""  # the last characters, which may be the beginning of a stop string
         for token in tokens:
             self.push(token)
 
     def push(self, token: int) -> bool:
-        """Whether a stop string is complete with ``token``."""
+        """Add ``token``; return True if it completes a stop string."""
         self._fresh.append(token)
         before = self._decode(self._context)
         text = self._decode(self._context + self._fresh)
-        if text.endswith("�") and len(self._fresh) < LONGEST_CHARACTER:
+        if text.endswith("�") and len(self._fresh) < MAX_CHARACTER_BYTES:
             return False
         tail = self._tail + text[len(before) :]
         self._tail = tail[-self._reach :] if self._reach else ""

@@ -1,4 +1,4 @@
-"""Checks before a decoder is used: that it computes what the model computes, and, if asked for, rows of their own."""
+"""Checks before a decoder is used: equality with the model's forward pass and, if required, batch invariance."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from rlcore.errors import EngineError
 from rlcore_inline.attention import INVARIANT_CHUNK, DecodeStep, PrefillStep
 from rlcore_inline.generic import attention_implementation
 from rlcore_inline.kv_cache import BLOCK, KVCache, whole_blocks
-from rlcore_inline.scheduler import LEAST_ROWS, Decoder, Scheduler
+from rlcore_inline.scheduler import MIN_ROWS, Decoder, Scheduler
 from rlcore_inline.sequence import Sequence
 
 LENGTHS = (7, 4)
 DECODED = 3
-# Largest deviation of logits allowed, relative to their standard deviation. A wrong mask, position or missing term
-# shows at once; the bounds leave room for another order of summation only.
+# Maximum deviation of logits, relative to their standard deviation: far below the effect of a wrong mask, position or
+# missing term, far above that of another order of summation.
 TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-6}
 LOW_PRECISION_TOLERANCE = 0.25
 
 
 @torch.no_grad()
 def deviation(model: nn.Module, decoder: Decoder, device: torch.device) -> float:
-    """Largest difference of logits, in standard deviations, to the model's plain forward pass over whole sequences.
+    """Return the largest difference of logits to the model's forward pass over complete sequences.
 
-    Two sequences of different lengths are prefilled together and continued token by token.
+    Two sequences of different lengths are prefilled together and continued token by token. The unit is the standard
+    deviation of the logits.
     """
     config: Any = model.config
     vocabulary = config.get_text_config().vocab_size
@@ -44,50 +45,51 @@ def deviation(model: nn.Module, decoder: Decoder, device: torch.device) -> float
         ours.append(decoder.decode(new, DecodeStep(cache, positions, max(LENGTHS) + step)))
     worst = 0.0
     for row, length in enumerate(LENGTHS):
-        whole = tokens[row : row + 1, : length + DECODED]
+        sequence = tokens[row : row + 1, : length + DECODED]
         with attention_implementation(config, "eager"):
-            plain = model(input_ids=whole, use_cache=False).logits[0, length:].float()
+            plain = model(input_ids=sequence, use_cache=False).logits[0, length:].float()
         own = torch.stack([logits[row] for logits in ours]).float()
         worst = max(worst, float((own - plain).abs().max() / plain.std()))
     return worst
 
 
 def verify(model: nn.Module, decoder: Decoder, device: torch.device) -> None:
-    """Raise `EngineError` if ``decoder`` does not compute what ``model`` does."""
+    """Raise `EngineError` if ``decoder`` and ``model`` compute different logits."""
     found = deviation(model, decoder, device)
     allowed = TOLERANCE.get(decoder.shapes[0].dtype, LOW_PRECISION_TOLERANCE)
     if not found <= allowed:
         raise EngineError(
-            f"the inline rollout cannot generate with {type(model).__name__}: token by token its logits deviate from "
-            f"its forward pass by {found:.2g} standard deviations (allowed: {allowed:g}); use another rollout engine"
+            f"the inline rollout cannot generate with {type(model).__name__}: logits computed token by token deviate "
+            f"from those of its forward pass by {found:.2g} standard deviations (maximum: {allowed:g}); use another "
+            "rollout engine"
         )
 
 
 def verify_invariance(model: nn.Module, decoder: Decoder, device: torch.device) -> None:
-    """Raise `EngineError` if a short or a long sequence has other log-probs, bit by bit, in company than alone.
+    """Raise `EngineError` if log-probs of a short or a long sequence change in any bit when other sequences run too.
 
-    Only float32 on the CPU is tried; the remedies are for its kernels.
+    Always raises except for float32 on the CPU, for whose kernels batch invariance is implemented.
     """
     tried = device.type == "cpu" and decoder.shapes[0].dtype == torch.float32
-    if not tried or _depends_on_company(model, decoder, device):
+    if not tried or _depends_on_batch(model, decoder, device):
         dtype = str(decoder.shapes[0].dtype).removeprefix("torch.")
         raise EngineError(
-            f"batch_invariant cannot be had here: with {type(model).__name__} in {dtype} on {device.type} completions "
-            "depend on what else runs; set it to false, or compute in float32 on the CPU"
+            f"batch_invariant is not available: with {type(model).__name__} in {dtype} on {device.type} completions "
+            "depend on the other requests of a batch; set batch_invariant to false, or compute in float32 on the CPU"
         )
 
 
-def _depends_on_company(model: nn.Module, decoder: Decoder, device: torch.device) -> bool:
+def _depends_on_batch(model: nn.Module, decoder: Decoder, device: torch.device) -> bool:
     vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
-    lengths = (9, INVARIANT_CHUNK + 9, *range(1, LEAST_ROWS + 1))
+    lengths = (9, INVARIANT_CHUNK + 9, *range(1, MIN_ROWS + 1))
     prompts = [tuple(torch.randint(vocabulary, (length,), generator=generator).tolist()) for length in lengths]
     together = _greedy_logprobs(decoder, prompts, device)
     return any(_greedy_logprobs(decoder, [prompts[index]], device) != [together[index]] for index in range(2))
 
 
 def _greedy_logprobs(decoder: Decoder, prompts: list[tuple[int, ...]], device: torch.device) -> list[list[float]]:
-    """Log-probs of a few greedy tokens after each prompt, generated together."""
+    """Generate a few greedy tokens after each prompt, together, and return their log-probs."""
     cache = KVCache(decoder.shapes, len(prompts) * whole_blocks(max(map(len, prompts)) + DECODED), device)
     scheduler = Scheduler(len(prompts), sum(map(len, prompts)), device, invariant=True)
     sampling = SamplingParams(max_tokens=DECODED, temperature=0.0, ignore_eos=True)

@@ -1,4 +1,4 @@
-"""Where the inline rollout's weights come from: a training engine in this process, or a copy of the model."""
+"""A copy of the model for an inline rollout without a training engine in its process."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from rlcore.engines import ModelSettings
 from rlcore.engines.weight_bucket import WeightBucket
 from rlcore.errors import EngineError
 from rlcore_inline.settings import InlineSettings
-from rlcore_kit.model_folder.file_names import FromModelFiles
 from rlcore_kit.model_folder.loading import load_model, read_config
+from rlcore_kit.model_folder.tensor_names import FromModelFiles
 from rlcore_kit.training.device import choose_device
 
-NAMED = 3
-"""Most missing parameters that an error names."""
+MAX_NAMED = 3
+"""Maximum number of missing parameters that an error names."""
 
 
-class OwnWeights:
+class ModelCopy:
     """A `WeightLender` that is no training engine: a copy of the model in this process, without data parallelism.
 
     Raises:
@@ -36,23 +36,28 @@ class OwnWeights:
         loaded = load_model(model, read_config(model), "policy", getattr(torch, dtype), 0, "sdpa")
         self.model = loaded.to(self.device).requires_grad_(False)
         self.step_count = 0
-        self._whole = True
+        self._complete = True
 
     @contextmanager
     def generation_weights(self) -> Iterator[PreTrainedModel]:
-        if not self._whole:
-            raise EngineError("the last weight update failed midway; send the whole weights again before generating")
+        """Return the model, on the device, as `WeightLender.generation_weights` does.
+
+        Raises:
+            EngineError: the last weight update failed midway.
+        """
+        if not self._complete:
+            raise EngineError("the last weight update failed midway; send all weights again before generating")
         self.model.to(self.device)
         yield self.model
 
     @torch.no_grad()
     def load(self, buckets: Iterable[WeightBucket]) -> None:
-        """Copy whole tensors into the model, under the names of model files; tied weights come under any of theirs.
+        """Copy full tensors, named as in model files, into the model; tied weights may have any of their names.
 
-        Nothing may be generated meanwhile, nor after an error in the middle until a later call succeeds.
+        The caller must not generate meanwhile, nor after an error until a later call succeeds.
 
         Raises:
-            EngineError: a name that the model does not have, another shape, or parameters that did not come.
+            EngineError: a tensor has a name that the model does not have or another shape, or parameters are missing.
         """
         own = self.model.state_dict(keep_vars=True)
         came: set[int] = set()
@@ -69,22 +74,22 @@ class OwnWeights:
                         f"the weight update holds {name} of shape {list(tensor.shape)}, but the rollout's model has "
                         f"{list(target.shape)} there"
                     )
-                self._whole = False  # a stream that breaks before it begins does no harm
+                self._complete = False  # only now: a stream that fails before its first tensor does no harm
                 target.copy_(tensor)
                 came.add(id(target))
-            if self.device.type == "cuda":  # the sender may use the bucket's memory again for the next one
+            if self.device.type == "cuda":  # the sender may reuse the bucket's memory
                 torch.cuda.synchronize(self.device)
         missing = [name for name, parameter in self.model.named_parameters() if id(parameter) not in came]
         if missing:
-            named = ", ".join(missing[:NAMED]) + (", …" if len(missing) > NAMED else "")
+            named = ", ".join(missing[:MAX_NAMED]) + (", …" if len(missing) > MAX_NAMED else "")
             raise EngineError(
                 f"the weight update lacks {len(missing)} of {len(list(self.model.parameters()))} parameters: {named}"
             )
-        self._whole = True
+        self._complete = True
         self.step_count += 1
 
-    def rest(self) -> None:
-        """Move to host memory until `generation_weights`."""
+    def offload(self) -> None:
+        """Move the model to host memory until `generation_weights`."""
         if self.device.type == "cuda":
             self.model.to("cpu")
             torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Saving while training goes on: a thread writes what has been copied to host memory."""
+"""Save a checkpoint while training continues: a thread writes what was copied to host memory."""
 
 from __future__ import annotations
 
@@ -9,23 +9,25 @@ from typing import Generic, TypeVar
 
 from rlcore.engines.train import FileRecord
 from rlcore.errors import CheckpointError
-from rlcore_kit.background import in_background
 from rlcore_kit.checkpoint import rank_files
+from rlcore_kit.checkpoint.background_thread import in_background
 from rlcore_kit.checkpoint.rank_files import Gather, RankManifest
 
 Part = TypeVar("Part")
 Files = dict[str, FileRecord]
 
-# Where threads compete for cores, training goes before writing; whoever waits for the writer leaves it the core.
+# Where threads compete for cores, training has priority over writing.
 _NICENESS = 10
 
 
 class BackgroundSave(Generic[Part]):
-    """The saves of one engine, one at a time.
+    """Saves checkpoints of one engine, one at a time.
 
     Args:
-        write: writes the part of a rank without communicating, as `rank_files.write_part` does a `RankPart`.
-        complete: adds what all parts together need, as `rank_files.complete` does.
+        rank: rank of this process.
+        gather: see `rank_files.Gather`.
+        write: writes the part of one rank without communicating, as `rank_files.write_part`.
+        complete: adds the manifest, as `rank_files.complete`.
     """
 
     def __init__(
@@ -42,27 +44,33 @@ class BackgroundSave(Generic[Part]):
         self._running: tuple[Path, Part, Callable[..., RankManifest], Future[Files]] | None = None
 
     def check_idle(self, path: Path) -> None:
-        """Raise CheckpointError if another save than the one to ``path`` has not been finished."""
+        """Raise `CheckpointError` if an earlier save is unfinished; ``path`` is where the next one would go."""
         if self._running is not None:
-            raise CheckpointError(f"cannot save to {path}: finish_save has not been called for {self._running[0]}")
+            raise CheckpointError(
+                f"cannot save to {path}: the save to {self._running[0]} is unfinished; call finish_save first"
+            )
 
     def start(self, path: Path, part: Part, manifest: Callable[..., RankManifest]) -> None:
-        """Begin to write ``part``, which nobody changes any more, to the folder ``path``.
+        """Begin to write ``part`` to the folder ``path``; the caller must not change ``part`` afterwards.
 
         Args:
             manifest: see `rlcore_kit.checkpoint.rank_files.complete`.
+
+        Raises:
+            CheckpointError: an earlier save is unfinished.
         """
         self.check_idle(path)
         writing = in_background(lambda: self._write(path, part, self._rank), "save", _NICENESS)
         self._running = (path, part, manifest, writing)
 
     def done(self) -> bool:
+        """Return True if this rank has nothing left to write, or has failed."""
         return self._running is None or self._running[-1].done()
 
     def finish(self) -> Files:
-        """Wait for all ranks; the files of this one, or nothing if they have been asked for.
+        """Wait for all ranks and return the files that this rank wrote; empty if they were returned before.
 
-        Collective, on the calling thread: the writing one never communicates.
+        Collective, on the calling thread: the writing thread never communicates.
 
         Raises:
             CheckpointError: a rank could not write.
@@ -81,7 +89,7 @@ class BackgroundSave(Generic[Part]):
         return self._complete(path, part, outcome, manifest, self._rank, self._gather)
 
     def save(self, path: Path, part: Part, manifest: Callable[..., RankManifest]) -> None:
-        """Write at once, on the calling thread; `finish` then gives the files. Collective.
+        """Write on the calling thread; `finish` then returns the files. Collective.
 
         Raises:
             CheckpointError: a rank could not write.

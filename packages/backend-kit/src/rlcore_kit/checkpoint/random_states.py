@@ -1,4 +1,4 @@
-"""The state of every random generator of a process, as tensors and plain text."""
+"""Collect and restore the state of every random generator of a process, as tensors and plain text."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from rlcore.json_file import Count, Finite, JsonFile
 
 
 class PlainStates(JsonFile):
-    """What is stored as text: Python's generator, and all of NumPy's but its key."""
+    """The states that are stored as text: Python's generator, and NumPy's without its key."""
 
-    python: tuple[Count, tuple[Count, ...], Finite | None] = Field(description="As `random.getstate` gives it.")
+    python: tuple[Count, tuple[Count, ...], Finite | None] = Field(description="State of `random.getstate`.")
     numpy: tuple[str, Count, Count, Finite] = Field(description="Kind, position, and the cached normal number.")
 
 
 @dataclass(frozen=True)
 class RandomStates:
-    """States that `checked` has seen to be complete."""
+    """Complete states, as `checked` returns them."""
 
     python: Any
     numpy: Any
@@ -36,7 +36,7 @@ class RandomStates:
 
 
 def collect() -> tuple[dict[str, Tensor], str]:
-    """States of torch (and CUDA where there is one) and NumPy, and as JSON those of Python and the rest of NumPy's."""
+    """Return the states of torch, of CUDA if available, and of NumPy's key as tensors, and the others as JSON text."""
     numpy: Any = np.random.get_state()
     kind, keys, position, has_gauss, cached = numpy
     states = {"random/torch": torch.get_rng_state(), "random/numpy": torch.from_numpy(keys.astype(np.int64))}
@@ -47,10 +47,10 @@ def collect() -> tuple[dict[str, Tensor], str]:
 
 
 def checked(states: Mapping[str, Tensor], text: str, where: str) -> RandomStates:
-    """Take what `collect` returned, as it was read from the file ``where``.
+    """Check states that `collect` returned and that were read from the file ``where``.
 
     Raises:
-        CheckpointError: a generator does not accept it.
+        CheckpointError: a generator does not accept its state.
     """
     plain = json_file.parse(text, PlainStates, f"{where}, random states")
     kind, position, has_gauss, cached = plain.numpy
@@ -59,7 +59,7 @@ def checked(states: Mapping[str, Tensor], text: str, where: str) -> RandomStates
         if keys.min() < 0:
             raise ValueError("a key of NumPy's generator is negative")
         numpy = (kind, keys.astype(np.uint32), position, has_gauss, cached)
-        # generators that nothing uses say what is wrong with a state
+        # unused generators validate the states before any generator of the process is changed
         random.Random().setstate(plain.python)
         np.random.RandomState().set_state(numpy)
         torch.Generator().set_state(states["random/torch"])
@@ -70,7 +70,7 @@ def checked(states: Mapping[str, Tensor], text: str, where: str) -> RandomStates
 
 
 def restore(states: RandomStates) -> None:
-    """Set all generators to what `collect` returned."""
+    """Set all generators of the process to ``states``."""
     random.setstate(states.python)
     np.random.set_state(states.numpy)
     torch.set_rng_state(states.torch)

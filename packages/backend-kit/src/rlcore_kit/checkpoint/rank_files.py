@@ -1,8 +1,8 @@
-"""A folder that the ranks of an engine write together: a file of tensors each and a manifest, without any pickle.
+"""The folder that the ranks of an engine write together: one file of tensors for each rank, and a manifest.
 
-``rank-NNNNN.safetensors`` holds the parts of whole tensors that a rank writes, and its random states.
-``checkpoint.json``, written last, says which parts those are (in the engine's own terms), the files' checksums, and
-what identifies the model. Each engine describes it by a `RankManifest` of its own.
+``rank-NNNNN.safetensors`` holds the parts of full tensors that one rank writes, and its random states.
+``checkpoint.json``, written last, describes these parts (in a form that the engine defines), the checksums of the
+files, and what identifies the model. Each engine extends `RankManifest`; `rlcore_kit.checkpoint` explains it.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """Optimizer states of a weight (AdamW's moments), by their names in checkpoints and in torch."""
 
 Gather = Callable[[Any], list[Any]]
-"""Gives a value of plain data that each rank calls it with to all of them, by rank."""
+"""All-gather of a JSON-like value: returns every rank's value, in rank order."""
 
 
 class RankManifest(JsonFile):
-    """What ``checkpoint.json`` holds; an engine adds ``format: Literal[...]`` and whatever else it needs."""
+    """The contents of ``checkpoint.json``; an engine adds ``format: Literal[...]`` and further fields."""
 
-    optimizer: bool = Field(description="Whether optimizer states are in it.")
-    schedule_step: Count = Field(description="Steps of the schedule that were made.")
-    shapes: dict[str, list[Count]] = Field(description="Shapes of the whole tensors by name.")
-    files: dict[FileName, FileRecord] = Field(description="All files but this one.")
-    ranks: Sequence[Any] = Field(min_length=1, description="Which parts of the whole each rank wrote.")
+    optimizer: bool = Field(description="Whether the checkpoint holds optimizer states.")
+    schedule_step: Count = Field(description="Finished steps of the learning-rate schedule.")
+    shapes: dict[str, list[Count]] = Field(description="Shapes of the full tensors by name.")
+    files: dict[FileName, FileRecord] = Field(description="All files except this one.")
+    ranks: Sequence[Any] = Field(min_length=1, description="Parts of the full tensors that each rank wrote.")
 
 
 Manifest = TypeVar("Manifest", bound=RankManifest)
@@ -50,33 +50,35 @@ Manifest = TypeVar("Manifest", bound=RankManifest)
 
 @dataclass(frozen=True)
 class RankPart:
-    """What one rank writes.
+    """The part of a checkpoint that one rank writes.
 
     Attributes:
-        tensors: by their names in the file, on any device; live views or copies.
-        places: which parts of the whole they are, as JSON.
-        random: random states as text (the rest of them is among ``tensors``).
+        tensors: tensors by their names in the file, on any device; live views or copies.
+        description: which parts of the full tensors they are, as JSON; becomes the rank's entry in
+            `RankManifest.ranks`.
+        random: random states as text; the others are among ``tensors``.
     """
 
     tensors: Mapping[str, torch.Tensor]
-    places: Any
+    description: Any
     random: str
 
 
 def rank_file(rank: int) -> str:
+    """Return the name of the file of ``rank``."""
     return f"rank-{rank:05d}.safetensors"
 
 
 def write_part(path: Path, part: RankPart, rank: int) -> dict[str, FileRecord]:
-    """Write ``part`` to the folder ``path`` and flush it to disk; its checksum is taken on the way. No collective.
+    """Write ``part`` to the folder ``path``, flush it to disk, and return the file's record. Not collective.
 
     Raises:
-        CheckpointError: names the file.
+        CheckpointError: the file could not be written; the message names it.
     """
     file = path / rank_file(rank)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if rank == 0:  # of an earlier checkpoint, which this one replaces
+        if rank == 0:  # this checkpoint replaces an earlier one
             (path / MANIFEST).unlink(missing_ok=True)
         return {file.name: write_tensors(file, part.tensors, {"random": part.random})}
     except OSError as problem:
@@ -91,11 +93,11 @@ def complete(
     rank: int,
     gather: Gather,
 ) -> dict[str, FileRecord]:
-    """Add the manifest once all ranks have written their parts; collective.
+    """Write the manifest after all ranks have written their parts; collective.
 
     Args:
-        written: what became of this rank's part: its files.
-        manifest: makes that of the whole model out of ``files`` and ``ranks``; called on rank 0.
+        written: files that this rank wrote, or its error.
+        manifest: makes the manifest from the keyword arguments ``files`` and ``ranks``; called on rank 0.
 
     Returns:
         the files that this rank wrote.
@@ -104,7 +106,7 @@ def complete(
         CheckpointError: a rank could not write; the folder then has no manifest.
     """
     failed = isinstance(written, CheckpointError)
-    reports = gather((str(written) if failed else None, None if failed else written, part.places))
+    reports = gather((str(written) if failed else None, None if failed else written, part.description))
     _raise_first(f"checkpoint {path} could not be written", (report[0] for report in reports))
     assert not isinstance(written, CheckpointError)
     records = dict(written)
@@ -112,13 +114,13 @@ def complete(
     if rank == 0:
         files = {name: record for report in reports for name, record in report[1].items()}
         try:
-            whole = manifest(files=files, ranks=[report[2] for report in reports])
-            records[MANIFEST] = _write_manifest(path, whole.encoded())
+            content = manifest(files=files, ranks=[report[2] for report in reports])
+            records[MANIFEST] = _write_manifest(path, content.encoded())
         except OSError as problem:
             error = f"rank 0: cannot write {path / MANIFEST}: {problem.strerror or problem}"
-        except ValidationError as problem:  # such as a number of the optimizer's that is not finite
+        except ValidationError as problem:  # such as an optimizer state that is not finite
             error = f"rank 0: cannot write {path / MANIFEST}: {json_file.first_problem(problem)}"
-    # nobody returns before the manifest stands
+    # every rank waits until the manifest is written
     _raise_first(f"checkpoint {path} could not be written", gather(error))
     return records
 
@@ -127,10 +129,11 @@ def read_manifest(path: Path, kind: type[Manifest], optimizer: bool = False) -> 
     """Read the manifest of the checkpoint ``path``.
 
     Args:
-        optimizer: whether the optimizer's states are needed.
+        optimizer: require optimizer states.
 
     Raises:
-        CheckpointError: there is none, it is damaged, has another format than ``kind``, or no optimizer states.
+        CheckpointError: the manifest is missing, damaged or of another format than ``kind``, or the checkpoint has no
+            optimizer states.
     """
     if not os.path.exists(path / MANIFEST):
         raise CheckpointError(f"{path} holds no complete checkpoint: {MANIFEST} is missing")
@@ -146,21 +149,22 @@ def read_manifest(path: Path, kind: type[Manifest], optimizer: bool = False) -> 
 
 
 def check_shapes(path: Path, saved: Mapping[str, Iterable[int]], ours: Mapping[str, Iterable[int]]) -> None:
-    """Compare the shapes of whole tensors.
+    """Compare the shapes of the full tensors in the checkpoint with those of the model.
 
     Raises:
-        CheckpointError: the checkpoint ``path`` is of another model.
+        CheckpointError: a shape differs: the checkpoint ``path`` is of another model.
     """
     for name in sorted(saved.keys() | ours.keys()):
         here, there = (list(known[name]) if name in known else "nothing" for known in (ours, saved))
         if here != there:
             raise CheckpointError(
-                f"{path} is a checkpoint of another model: {name} has shape {there} there and {here} here"
+                f"{path} is a checkpoint of another model: {name} has shape {there} in the checkpoint and "
+                f"{here} in the model"
             )
 
 
 def check_files(path: Path, manifest: RankManifest, rank: int, world: int) -> None:
-    """Compare this rank's share of the files with their checksums: together all ranks read each of them once.
+    """Compare this rank's share of the files with their checksums; all ranks together read each file once.
 
     Raises:
         CheckpointError: a file is missing or damaged.
@@ -175,7 +179,7 @@ def check_files(path: Path, manifest: RankManifest, rank: int, world: int) -> No
 
 
 def read_random_states(path: Path, manifest: RankManifest, rank: int) -> RandomStates:
-    """The random states of ``rank`` (of another one where there were fewer), for `random_states.restore`.
+    """Read the random states of ``rank`` (of another rank if the checkpoint has fewer), for `random_states.restore`.
 
     Raises:
         CheckpointError: the file is missing or damaged.
@@ -190,10 +194,10 @@ def read_random_states(path: Path, manifest: RankManifest, rank: int) -> RandomS
 
 
 def file_record(file: Path) -> FileRecord:
-    """What the regular file holds, by reading it.
+    """Return size and checksum of a regular file.
 
     Raises:
-        OSError: it cannot be read, or is something else.
+        OSError: the file cannot be read, or is not a regular file.
     """
     with open_regular(file) as content:
         size = os.fstat(content.fileno()).st_size
@@ -201,7 +205,7 @@ def file_record(file: Path) -> FileRecord:
 
 
 def agree(error: Exception | None, path: Path, gather: Gather, done: str = "loaded") -> None:
-    """Raise CheckpointError on every rank if one of them has an error; collective."""
+    """Raise `CheckpointError` on every rank if one rank has an error; collective."""
     reports = gather(None if error is None else str(error))
     if error is not None:
         raise error

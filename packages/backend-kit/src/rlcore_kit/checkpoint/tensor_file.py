@@ -1,4 +1,4 @@
-"""Writing safetensors files whose checksum is taken while they are written, one tensor in host memory at a time.
+"""Write safetensors files and compute their checksum in one pass, with one tensor at a time in host memory.
 
 Source of the format: https://github.com/huggingface/safetensors (README, "Format").
 """
@@ -15,7 +15,7 @@ import torch
 
 from rlcore.engines.train import FileRecord
 
-_CHUNK = 4 << 20  # bytes that are hashed and written in turn: few enough to stay in the processor's cache
+_CHUNK = 4 << 20  # bytes that are hashed, then written: few enough to stay in the processor's cache
 _NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -33,19 +33,19 @@ _NAMES = {
 
 
 def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> FileRecord:
-    """Write ``tensors`` (on any device) and flush them to disk.
+    """Write ``tensors`` (on any device) to ``file``, flush it to disk, and return its size and checksum.
 
     Raises:
         OSError: the file cannot be written.
     """
-    # widest types first, as the format's own writer does, so that every tensor is aligned
+    # widest types first, as safetensors writes them, so that every tensor is aligned
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
     digest, size = hashlib.sha256(), 0
     with file.open("wb", buffering=0) as target:
         for chunk in _chunks(ordered, metadata):
             digest.update(chunk)
             size += chunk.nbytes
-            while chunk:  # an unbuffered file may take less than it is given
+            while chunk:  # an unbuffered write may be partial
                 chunk = chunk[target.write(chunk) :]
         os.fsync(target.fileno())
     return {"size": size, "sha256": digest.hexdigest()}

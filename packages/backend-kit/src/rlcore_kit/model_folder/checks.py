@@ -1,4 +1,4 @@
-"""Checks of a model folder before anything is computed: do its files fit one another, and what the engine wants?"""
+"""Checks of a model folder before anything is computed: do its files agree, and do they suit the engine?"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rlcore.engines.settings import Head, ModelSettings
 from rlcore.errors import EngineError, RlcoreWarning
 from rlcore_kit.model_folder.files import CONFIG, Tensor, end_tokens, read_json, tensors
 
-MOST_LABELS = 100_000
+MAX_LABELS = 100_000
 
 _INTEGER_TYPES = frozenset({"BOOL", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"})
 
@@ -29,23 +29,21 @@ _SIZES = (
 
 
 def check_config_file(folder: Path) -> None:
-    """Raise `EngineError` if ``config.json`` cannot be read, or would make transformers build lists without end."""
+    """Raise `EngineError` if ``config.json`` cannot be read, or would make transformers build endless lists."""
     labels = read_json(folder / CONFIG).get("num_labels")
-    if isinstance(labels, int) and labels > MOST_LABELS:
-        raise EngineError(
-            f"{folder / CONFIG}: num_labels is {labels!r:.100}, more than the {MOST_LABELS} that are read"
-        )
+    if isinstance(labels, int) and labels > MAX_LABELS:
+        raise EngineError(f"{folder / CONFIG}: num_labels is {labels!r:.100}, more than the maximum of {MAX_LABELS}")
 
 
 def check_files(settings: ModelSettings, config: Any, head: Head, folder: Path | None) -> None:
-    """Check what the model's files say against its configuration, and against ``head``.
+    """Compare the model's files with its configuration and with ``head``.
 
     Args:
-        config: of transformers.
-        folder: with the files; None if they are not here yet.
+        config: configuration of transformers.
+        folder: folder of the files; None if they have not been fetched yet.
 
     Raises:
-        EngineError: what contradicts what.
+        EngineError: two of them contradict each other; the message names both.
     """
     check_unquantised(settings, config)
     found = tensors(folder) if folder else {}
@@ -57,7 +55,7 @@ def check_files(settings: ModelSettings, config: Any, head: Head, folder: Path |
 
 
 def check_unquantised(settings: ModelSettings, config: Any) -> None:
-    """Raise `EngineError` if the configuration (of transformers) says that the weights are quantised."""
+    """Raise `EngineError` if the configuration (of transformers) declares quantised weights."""
     quantised = getattr(config, "quantization_config", None)
     if quantised is None:
         return
@@ -70,30 +68,30 @@ def check_unquantised(settings: ModelSettings, config: Any) -> None:
 
 
 def check_sizes(settings: ModelSettings, config: Any, found: dict[str, Tensor]) -> None:
-    """Raise `EngineError` if a size of the configuration (of transformers) is none, or larger than any tensor.
+    """Raise `EngineError` if a size in the configuration (of transformers) is invalid or larger than any tensor.
 
-    Such a model could take any amount of memory before its weights are seen not to fit.
+    Such a model could allocate any amount of memory before its weights are compared.
 
     Args:
-        found: the tensors of the files; empty if they are not here yet.
+        found: tensors of the files; empty if they have not been fetched yet.
     """
     widest = max((max(tensor.shape, default=0) for tensor in found.values()), default=0)
     for name in _SIZES:
         value = getattr(config.get_text_config(), name, None)
-        if value is None or isinstance(value, list | tuple):  # of every layer
+        if value is None or isinstance(value, list | tuple):  # one size for each layer
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise EngineError(f"model {settings.path!r}: {name} in {CONFIG} is {value!r:.100}, which is no size")
-        most = len(found) if name == "num_hidden_layers" else widest
-        if found and value > most and name != "max_position_embeddings":
+            raise EngineError(f"model {settings.path!r}: {name} in {CONFIG} is {value!r:.100}, not a positive integer")
+        maximum = len(found) if name == "num_hidden_layers" else widest
+        if found and value > maximum and name != "max_position_embeddings":
             raise EngineError(
                 f"model {settings.path!r}: {name} in {CONFIG} is {value!r:.100}, but the weights have "
-                + (f"{most} tensors" if name == "num_hidden_layers" else f"no dimension larger than {most}")
+                + (f"{maximum} tensors" if name == "num_hidden_layers" else f"no dimension larger than {maximum}")
             )
 
 
 def check_tensors(settings: ModelSettings, found: dict[str, Tensor], head: Head) -> None:
-    """Raise `EngineError` if the files hold integers as weights, or a head that is not the scalar one of ``head``.
+    """Raise `EngineError` if the files hold integers as weights, or a head that does not suit ``head``.
 
     Args:
         head: "policy", "value" or "score". A score head must be in the files; a value head may start with new weights.
@@ -122,7 +120,7 @@ def check_tensors(settings: ModelSettings, found: dict[str, Tensor], head: Head)
 
 
 def warn_of_new_head(settings: ModelSettings) -> None:
-    """Say that a critic's head is not that of its files, which have none."""
+    """Warn that the head of a critic is new, because its files have none."""
     warn(
         f"the critic's head is new: the weights of {settings.path!r} have none (score.weight)",
         RlcoreWarning,
@@ -131,5 +129,5 @@ def warn_of_new_head(settings: ModelSettings) -> None:
 
 
 def not_ignored(names: Iterable[str], ignored: Sequence[str]) -> list[str]:
-    """Those of ``names``, tensors that the model does not take, that none of ``ignored_weights`` allows; sorted."""
+    """Return the ``names`` that no pattern in ``ignored`` (`ModelSettings.ignored_weights`) matches, sorted."""
     return sorted(name for name in names if not any(fnmatchcase(name, pattern) for pattern in ignored))

@@ -1,7 +1,7 @@
-"""The files of a model folder, read and checked in one place for every engine.
+"""Read the files of a model folder, and check each of them, in one place for every engine.
 
-Libraries are more forgiving: they ignore a ``generation_config.json`` that is cut off, load an adapter that lies next
-to complete weights, and take any number for the end token.
+Libraries are more lenient: they ignore a truncated ``generation_config.json``, load an adapter that is in the same
+folder as complete weights, and accept any number as end token.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ ADAPTER = "adapter_config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-LARGEST_JSON = 256 << 20
-"""Bytes of the largest JSON file that is read; indices of the largest models take a few MiB."""
+MAX_JSON_BYTES = 256 << 20
+"""Maximum size of a JSON file; indices of the largest models take a few MiB."""
 
 _FLOAT_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """What the header of a weight file says of a tensor; ``dtype`` as safetensors names it ("BF16")."""
+    """A tensor in a weight file, as the file's header describes it; ``dtype`` is safetensors' name ("BF16")."""
 
     file: Path
     dtype: str
@@ -49,10 +49,10 @@ class EndTokens:
 
 
 def model_folder(settings: ModelSettings) -> Path | None:
-    """The model's folder; None if its name is one of the Hub's.
+    """Return the model's folder; None if ``settings.path`` is a name on the Hugging Face Hub.
 
     Raises:
-        EngineError: the folder is missing, has no configuration or no weights, or holds an adapter too.
+        EngineError: the folder is missing, has no configuration or no weights, or holds an adapter.
     """
     path = Path(settings.path).expanduser()
     if not path.is_dir():
@@ -63,12 +63,12 @@ def model_folder(settings: ModelSettings) -> Path | None:
     if (path / ADAPTER).is_file():
         if complete:
             raise EngineError(
-                f"model folder {path} holds complete weights and an adapter ({ADAPTER}): which of the two the model is "
-                f"cannot be known; remove {ADAPTER} and its weights, or merge the adapter"
+                f"model folder {path} holds complete weights and an adapter ({ADAPTER}), so the model is ambiguous; "
+                f"remove {ADAPTER} and its weights, or merge the adapter"
             )
         raise EngineError(
-            f"model folder {path} holds an adapter ({ADAPTER}) and no complete weights; merge it into its base model "
-            "and name the merged folder"
+            f"model folder {path} holds an adapter ({ADAPTER}) and no complete weights; merge the adapter into its "
+            "base model and give the merged folder"
         )
     if not (path / CONFIG).is_file():
         raise EngineError(f"model folder {path} has no {CONFIG}")
@@ -78,16 +78,16 @@ def model_folder(settings: ModelSettings) -> Path | None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in ``file``.
+    """Read the JSON object in ``file``.
 
     Raises:
-        EngineError: the file is missing, no regular file, too large, or holds something else.
+        EngineError: the file is missing, not a regular file, too large, or holds no JSON object.
     """
     with boundary(f"{file} is damaged", EngineError):
         if not file.is_file():
             raise EngineError(f"{file} is not a regular file")
-        if (size := file.stat().st_size) > LARGEST_JSON:
-            raise EngineError(f"{file} has {size} bytes, more than any file of its kind ({LARGEST_JSON})")
+        if (size := file.stat().st_size) > MAX_JSON_BYTES:
+            raise EngineError(f"{file} has {size} bytes, more than the maximum of {MAX_JSON_BYTES} for a JSON file")
         found = json.loads(file.read_text(encoding="utf-8"), parse_constant=_constant)
     if not isinstance(found, dict):
         raise EngineError(f"{file} holds a JSON {type(found).__name__} where an object is expected")
@@ -96,12 +96,12 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def _constant(text: str) -> float:
     if text == "NaN":
-        raise ValueError("NaN is no value of a setting")
+        raise ValueError("NaN is not a valid number")
     return float(text)
 
 
 def optional_file(settings: ModelSettings, name: str) -> Path | None:
-    """The file ``name`` of the model's folder, fetched from the Hub if need be; None if the model has none."""
+    """Return the path of the model's file ``name``, fetched from the Hub if necessary; None if it does not exist."""
     folder = Path(settings.path).expanduser()
     if folder.is_dir():
         return folder / name if os.path.lexists(folder / name) else None  # a broken link is a damaged file
@@ -116,16 +116,16 @@ def optional_file(settings: ModelSettings, name: str) -> Path | None:
 
 
 def end_tokens(settings: ModelSettings, vocabulary: int) -> EndTokens:
-    """The model's end tokens: those of its ``generation_config.json``, or else of its ``config.json``.
+    """Return the model's end tokens: those of ``generation_config.json`` if it names any, else of ``config.json``.
 
     Args:
-        vocabulary: tokens that the model knows.
+        vocabulary: number of tokens of the model.
 
     Raises:
-        EngineError: a file is damaged, or names something that is no token of the model.
+        EngineError: a file is damaged, or names a value that is not a token of the model.
     """
     found = EndTokens((), None)
-    for name in (CONFIG, GENERATION):  # both are checked, the second has priority
+    for name in (CONFIG, GENERATION):  # both are checked; the second has priority
         file = optional_file(settings, name)
         if file is None:
             continue
@@ -153,7 +153,7 @@ def _token_ids(file: Path, value: Any, vocabulary: int) -> tuple[int, ...]:
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor in the weight files of ``folder``: of `SINGLE` if it exists, else of those that `INDEX` names.
+    """Read the headers of the weight files of ``folder``: of `SINGLE` if it exists, else of those that `INDEX` names.
 
     Raises:
         EngineError: a file is missing or damaged.
@@ -170,14 +170,18 @@ def tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """The names of the files with the weights, each of which exists."""
+    """Return the names of the weight files of ``folder``, each of which exists.
+
+    Raises:
+        EngineError: the index is damaged, or a file is missing.
+    """
     if (folder / SINGLE).is_file():
         return [SINGLE]
     index = folder / INDEX
     content = read_json(index)
     names = content.get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-        raise EngineError(f"{index} is no index of weights: weight_map must give the file of every tensor")
+        raise EngineError(f"{index} is not an index of weights: weight_map must give the file of every tensor")
     if not isinstance(content.get("metadata"), dict):
         raise EngineError(f'{index} has no "metadata", without which transformers cannot read it; add "metadata": {{}}')
     files = sorted(set(names.values()))
@@ -185,7 +189,7 @@ def weight_files(folder: Path) -> list[str]:
         if Path(name).name != name:
             raise EngineError(f"{index} names {name!r}, which is not a file of its folder")
         if not (folder / name).is_file():
-            raise EngineError(f"model folder {folder} has no {name}, which its {INDEX} names")
+            raise EngineError(f"model folder {folder} has no file {name}, which {INDEX} names")
     return files
 
 
@@ -199,13 +203,13 @@ def _generation_text(settings: ModelSettings) -> str | None:
 
 @dataclass(frozen=True)
 class Origin:
-    """What an exported model takes over from the files that it came from.
+    """What an exported model takes over from the files of the model that it was loaded from.
 
     Attributes:
-        dtype: precision of the weights, by torch's name.
-        dtypes: of the tensors, by name, that have another one.
-        generation: the text of ``generation_config.json``, which is exported as it is: many models publish what
-            transformers refuse to write (sampling values while sampling is off). None if there is none.
+        dtype: precision of most weights, by torch's name.
+        dtypes: precision of the tensors, by name, that differ from ``dtype``.
+        generation: text of ``generation_config.json``, which is exported unchanged: many models publish settings that
+            transformers refuses to write (sampling values while sampling is off). None if there is no such file.
     """
 
     dtype: str
@@ -214,7 +218,7 @@ class Origin:
 
     @classmethod
     def of(cls, settings: ModelSettings, head: Head) -> Origin:
-        """Read it when the engine is built, after the weights: the files may be gone when the model is exported."""
+        """Read the files when the engine is built: they may have been deleted when the model is exported."""
         generation = _generation_text(settings) if head == "policy" else None
         if settings.export_dtype is not None:
             return cls(settings.export_dtype, {}, generation)
@@ -228,5 +232,5 @@ class Origin:
         return cls(main, {name: dtype for name, dtype in known.items() if dtype != main}, generation)
 
     def dtype_of(self, name: str) -> str:
-        """The precision of a tensor, by torch's name."""
+        """Return the precision of a tensor, by torch's name."""
         return self.dtypes.get(name, self.dtype)

@@ -1,4 +1,4 @@
-"""How long a sequence may be for a model: where its positions end, and where its rotary scaling changes."""
+"""Maximum sequence length of a model: the number of its positions, and the limit of its rotary scaling."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def rope_boundary(config: Any) -> tuple[str, int] | None:
-    """The kind of rotary scaling, and the longest sequence that it leaves alone; None if length has no effect.
+    """Return the kind of rotary scaling and the maximum length without effect on it; None if length has no effect.
 
-    Beyond it transformers choose the frequencies by the longest sequence of a forward pass, and inference engines by
-    other rules, so that log-probs would depend on what a sequence is computed with.
+    Beyond this length, transformers chooses the frequencies by the longest sequence of a forward pass, and inference
+    engines by other rules, so that log-probs would depend on the other sequences of a batch.
     """
     config = config.get_text_config()
     found: list[tuple[str, int]] = []
@@ -30,7 +30,7 @@ def rope_boundary(config: Any) -> tuple[str, int] | None:
 
 
 def longest_position(config: Any) -> int | None:
-    """Tokens of the longest sequence that the model has positions for, its rotary scaling counted; None if unknown."""
+    """Return the number of the model's positions, including its rotary scaling; None if it is unknown."""
     config = config.get_text_config()
     length = getattr(config, "max_position_embeddings", None)
     if not isinstance(length, int):
@@ -44,7 +44,7 @@ def longest_position(config: Any) -> int | None:
 
 
 def check_rope(settings: ModelSettings, config: Any, longest: int, what: str) -> None:
-    """Raise `EngineError` if a sequence of ``longest`` tokens changes how the model computes shorter ones.
+    """Raise `EngineError` if a sequence of ``longest`` tokens would change how the model computes shorter ones.
 
     Args:
         what: the subject of the error, such as "the longest sequence of the run".
@@ -60,7 +60,7 @@ def check_rope(settings: ModelSettings, config: Any, longest: int, what: str) ->
 
 
 def check_positions(settings: ModelSettings, config: Any, longest: int) -> None:
-    """Raise `EngineError` if sequences of ``longest`` tokens have more positions than the model."""
+    """Raise `EngineError` if the model has fewer than ``longest`` positions."""
     positions = longest_position(config)
     if positions is not None and longest > positions:
         raise EngineError(
@@ -70,10 +70,10 @@ def check_positions(settings: ModelSettings, config: Any, longest: int) -> None:
 
 
 def check_sequences(settings: ModelSettings, config: Any, lengths: torch.Tensor) -> None:
-    """Check the ``lengths`` ``[B]`` of sequences that are computed together; more tokens than positions are a warning.
+    """Check the ``lengths`` ``[B]`` of sequences that are computed together; warn if the model has too few positions.
 
     Raises:
-        EngineError: the rotary scaling would depend on the longest of them.
+        EngineError: the rotary scaling would depend on the longest sequence.
     """
     longest = int(lengths.max()) if len(lengths) else 0
     check_rope(settings, config, longest, "a sequence")
@@ -81,14 +81,14 @@ def check_sequences(settings: ModelSettings, config: Any, lengths: torch.Tensor)
     if positions is not None and longest > positions:
         warn(
             f"sequences are longer than the {positions} positions of the model {settings.path!r} "
-            "(max_position_embeddings): what it computes beyond them was never trained",
+            "(max_position_embeddings); the model was not trained beyond them",
             RlcoreWarning,
             stacklevel=2,
         )
 
 
 def _rope_parameters(config: Any) -> Iterator[Mapping[str, Any]]:
-    """The rotary parameters of the configuration: one set, or one for each type of layer."""
+    """Yield the rotary parameters of the configuration: one set, or one for each type of layer."""
     found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
     if not isinstance(found, Mapping):
         return
@@ -99,7 +99,7 @@ def _rope_parameters(config: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def _original(config: Any, rope: Mapping[str, Any]) -> int:
-    """Positions before scaling."""
+    """Return the number of positions before scaling."""
     name = "original_max_position_embeddings"
     return int(rope.get(name) or getattr(config, name, None) or config.max_position_embeddings)
 

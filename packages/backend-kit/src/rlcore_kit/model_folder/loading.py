@@ -1,4 +1,4 @@
-"""Reading a Hugging Face model folder: the right class for a head, and one clear sentence when something is wrong."""
+"""Load the configuration and the model of a Hugging Face model folder, with the class that suits a head."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from rlcore.engines.settings import Head
 from rlcore.errors import EngineError
 from rlcore_kit.model_folder import checks, files
 
-# What a layer may attend to; anything else (linear attention, convolutions, chunks) crosses sequences in a packed row.
+# Supported types of layers; all others (linear attention, convolutions, chunks) mix the sequences of a packed row.
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _SCORE = "score"
 """The scalar head's module in transformers' classes."""
 
 
 def read_config(settings: ModelSettings, head: Head = "policy") -> Any:
-    """The model's configuration, and checks of the files that belong to it.
+    """Read the model's configuration and check the files that belong to it.
 
     Raises:
-        EngineError: the folder is missing or incomplete, a file of it is damaged, or its architecture is unsupported.
+        EngineError: the folder is missing or incomplete, a file is damaged, or the architecture is unsupported.
     """
     folder = files.model_folder(settings)
     where = "cannot be read" if folder else "is not a local folder and cannot be fetched from the Hub"
@@ -55,11 +55,16 @@ def load_model(
     seed: int,
     attention: str,
 ) -> PreTrainedModel:
-    """The model with its weights, on the CPU, in evaluation mode. New heads are initialised from ``seed``.
+    """Load the model with its weights, on the CPU, in evaluation mode.
 
     Args:
-        dtype: of the parameters; "auto" is that of the files.
-        attention: name in transformers' attention interface.
+        config: configuration of transformers, from `read_config`.
+        dtype: precision of the parameters; "auto" takes that of the files.
+        seed: initialises a new head.
+        attention: name of the attention implementation in transformers' attention interface.
+
+    Raises:
+        EngineError: the weights cannot be loaded, or do not agree with the configuration.
     """
     with boundary(f"weights of {settings.path!r} cannot be loaded", EngineError):
         cls = _auto_class(settings, config, head)
@@ -71,12 +76,12 @@ def load_model(
                 use_safetensors=True,
                 attn_implementation=attention,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are judged below
+                ignore_mismatched_sizes=True,  # _check_loaded reports them
             )
     _check_loaded(settings, model, info, head)
     new = {name for name in info["missing_keys"] if name.startswith(f"{_SCORE}.")}
     if f"{_SCORE}.weight" in new:
-        # Small, so that a new critic starts near zero everywhere.
+        # small, so that a new critic's values start near zero
         generator = torch.Generator().manual_seed(seed)
         weight = torch.randn(model.score.weight.shape, generator=generator) / (model.score.in_features + 1)
         model.score.weight.data.copy_(weight)
@@ -87,9 +92,9 @@ def load_model(
 
 
 def _check_loaded(settings: ModelSettings, model: PreTrainedModel, info: dict[str, Any], head: Head) -> None:
-    """Raise `EngineError` unless files and model agree on every tensor; a value head may be new."""
+    """Raise `EngineError` if files and model differ in any tensor; a value head may be new."""
     where, cls = f"weights of {settings.path!r}", type(model).__name__
-    if getattr(model, "_hf_peft_config_loaded", False):  # a folder is refused before it is loaded
+    if getattr(model, "_hf_peft_config_loaded", False):  # of the Hub; a folder with an adapter is refused earlier
         raise EngineError(f"model {settings.path!r} comes with an adapter, which was loaded on top of its weights")
     if misshapen := sorted(info["mismatched_keys"]):
         name, in_file, in_model = misshapen[0]
@@ -104,7 +109,7 @@ def _check_loaded(settings: ModelSettings, model: PreTrainedModel, info: dict[st
     if unknown := checks.not_ignored(set(info["unexpected_keys"]) - outputs, settings.ignored_weights):
         raise EngineError(
             f"{where} hold {len(unknown)} tensors that {cls} of its {files.CONFIG} does not take, first "
-            f"{unknown[0]}; correct {files.CONFIG}, or name what may be left out in the model's ignored_weights"
+            f"{unknown[0]}; correct {files.CONFIG}, or name tensors to ignore in the model's ignored_weights"
         )
     tied = model.get_expanded_tied_weights_keys(all_submodels=True)
     if apart := sorted(set(tied) - set(model.all_tied_weights_keys)):
@@ -115,7 +120,7 @@ def _check_loaded(settings: ModelSettings, model: PreTrainedModel, info: dict[st
 
 
 def _output_names(model: PreTrainedModel) -> set[str]:
-    """The language-model head in the files of a model that is read with a scalar head."""
+    """Return the names of the language-model head, which a model with a scalar head ignores."""
     causal = transformers.AutoModelForCausalLM._model_mapping.get(type(model.config), None)
     tied = getattr(causal, "_tied_weights_keys", None) or ()
     return {"lm_head.weight", "lm_head.bias", *tied}
@@ -124,7 +129,7 @@ def _output_names(model: PreTrainedModel) -> set[str]:
 def empty_model(
     settings: ModelSettings, config: Any, head: Head, dtype: torch.dtype, attention: str
 ) -> PreTrainedModel:
-    """The model's structure on the meta device; ``attention`` as in `load_model`."""
+    """Build the model without weights, on the meta device; the arguments are those of `load_model`."""
     with boundary(f"model {settings.path!r} cannot be built", EngineError), quiet(), torch.device("meta"):
         model = _auto_class(settings, config, head).from_config(
             config, dtype=dtype, attn_implementation=attention, trust_remote_code=settings.trust_remote_code

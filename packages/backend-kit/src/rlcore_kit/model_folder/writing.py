@@ -1,4 +1,4 @@
-"""Writing a Hugging Face model folder: weights first, which no later failure loses."""
+"""Write a Hugging Face model folder. Weights are written first, so that no later failure loses them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rlcore_kit.model_folder.files import ADAPTER, CONFIG, GENERATION, INDEX, SI
 
 MAX_FILE_BYTES = 4 << 30
 ADAPTERS = "adapter"
-"""The folder within a model folder that has the adapters merged into its weights, in PEFT's format."""
+"""Subfolder of a model folder with the adapters that are merged into the weights, in PEFT's format."""
 
 
 def write_model_folder(
@@ -26,14 +26,17 @@ def write_model_folder(
     write_others: Callable[[Path, set[str]], None],
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
-    """Write ``weights`` and what belongs to them to the folder ``path``, which may hold other files already.
+    """Write ``weights`` and the other files of a model to the folder ``path``, which may hold other files.
 
-    Everything is written to a folder next to it first. A new folder appears in one piece; in an existing one
-    ``config.json`` is removed first and comes back last, so that a folder with a configuration is complete. One file's
-    tensors at a time are in host memory.
+    All files are first written to a temporary folder in the same parent folder. A new folder appears atomically; in an
+    existing folder ``config.json`` is removed first and moved in last, so that a folder with a configuration is
+    complete. The tensors of one file at a time are in host memory.
 
     Args:
-        write_others: writes ``config.json`` and all else into the folder it is given; also gets the tensors' names.
+        weights: names and tensors, on any device.
+        write_others: ``write_others(folder, names)`` writes ``config.json`` and further files to ``folder``; ``names``
+            are those of the tensors.
+        max_file_bytes: maximum size of a weight file, unless one tensor alone is larger.
 
     Raises:
         EngineError: there are no tensors, or files cannot be written. If only ``write_others`` failed, the weights are
@@ -53,7 +56,7 @@ def write_model_folder(
             write_others(temporary, names)
         except Exception as error:
             failure = error
-            (temporary / CONFIG).unlink(missing_ok=True)  # the folder is not complete
+            (temporary / CONFIG).unlink(missing_ok=True)  # an incomplete folder has no configuration
         try:
             _put_in_place(temporary, path)
         except Exception as error:
@@ -75,10 +78,10 @@ def write_on_first_rank(
     gather: Callable[[str | None], list[str | None]],
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
-    """Write a stream of tensors, in which all ranks take part, as `write_model_folder` does, on rank 0.
+    """Write a stream of tensors that all ranks produce together, on rank 0, as `write_model_folder` does.
 
     Args:
-        gather: gives every rank the values of all.
+        gather: all-gather: returns every rank's value, in rank order.
 
     Raises:
         EngineError: on every rank, if the folder could not be written.
@@ -96,11 +99,12 @@ def write_on_first_rank(
 
 
 def write_configuration(config: Any, architecture: str, origin: Origin, folder: Path) -> None:
-    """Write ``config.json``, and ``generation_config.json`` as it was in the files that the model came from.
+    """Write ``config.json``, and ``generation_config.json`` unchanged from the files that the model was loaded from.
 
     Args:
-        config: configuration of transformers; its precision and class are changed to those of what is written.
+        config: configuration of transformers; its precision and class are set to those of the written model.
         architecture: class of transformers that loads the folder.
+        origin: precision and generation settings of the original model.
     """
     config.dtype = origin.dtype
     config.architectures = [architecture]
@@ -110,7 +114,7 @@ def write_configuration(config: Any, architecture: str, origin: Origin, folder: 
 
 
 def _write_weights(weights: Iterable[tuple[str, torch.Tensor]], folder: Path, max_file_bytes: int) -> set[str]:
-    """Write the files and their index, under the names that transformers give them; the tensors' names."""
+    """Write the weight files and their index, named as transformers names them; return the tensors' names."""
     from safetensors.torch import save_file
 
     files: list[dict[str, int]] = []  # bytes of the tensors in each
@@ -153,7 +157,7 @@ def _put_in_place(temporary: Path, path: Path) -> None:
     (path / CONFIG).unlink(missing_ok=True)
     for stale in path.glob("model*.safetensors*"):
         stale.unlink()
-    if (path / ADAPTERS / ADAPTER).is_file():  # of the weights before
+    if (path / ADAPTERS / ADAPTER).is_file():  # adapters of the replaced weights
         shutil.rmtree(path / ADAPTERS)
     for entry in sorted(temporary.iterdir(), key=lambda entry: entry.name == CONFIG):
         entry.replace(path / entry.name)

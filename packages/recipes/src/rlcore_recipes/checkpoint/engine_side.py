@@ -17,7 +17,7 @@ from pathlib import Path
 from rlcore.engines import TrainEngine
 from rlcore.engines.train import FileRecord
 from rlcore.errors import CheckpointError
-from rlcore_kit.background import in_background
+from rlcore_kit.checkpoint.background_thread import in_background
 from rlcore_kit.checkpoint.rank_files import file_record
 from rlcore_recipes.checkpoint.manifest import check_contents, check_size
 from rlcore_recipes.checkpoint.naming import Place

@@ -1,4 +1,4 @@
-"""The inline rollout with weights of its own: what it takes, what it refuses, and that it needs nobody."""
+"""The inline rollout with a copy of the model: weight updates, refused updates, independence of process groups."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def make(path: Path, **settings: Any) -> InlineRollout:
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
-    """Every name, those of tied weights too."""
+    """Return the weights under every name, including those of tied weights."""
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).state_dict()
 
 
@@ -63,7 +63,7 @@ def expected_logprobs(path: Path, completion: Completion) -> list[float]:
 # --- taking weights --------------------------------------------------------------------------------------------------
 
 
-def test_it_begins_with_the_model_in_the_folder(paths: list[Path]) -> None:
+def test_it_starts_with_the_model_in_the_folder(paths: list[Path]) -> None:
     engine = make(paths[0])
     assert not engine.shares_weights
     assert (engine.dp_rank, engine.dp_size, engine.version) == (0, 1, 0)
@@ -80,7 +80,7 @@ def test_tied_weights_come_under_any_of_their_names(paths: list[Path], left_out:
     assert completion.logprobs == pytest.approx(expected_logprobs(paths[1], completion), abs=1e-5)
 
 
-def test_the_senders_tensors_may_change_afterwards(paths: list[Path]) -> None:
+def test_the_sender_may_change_its_tensors_afterwards(paths: list[Path]) -> None:
     engine = make(paths[0])
     sent = weights(paths[1])
     engine.update_weights((bucket({name: tensor}) for name, tensor in sent.items()), 1)
@@ -121,7 +121,7 @@ def broken(path: Path, how: str) -> Iterator[WeightBucket]:
     ],
 )
 def test_a_broken_update(paths: list[Path], how: str, error: type[Exception], message: str) -> None:
-    """Nothing is generated with a mixture of weights; a whole update heals."""
+    """Nothing is generated with a mixture of weights; a complete update repairs it."""
     engine = make(paths[0])
     engine.update_weights([bucket(weights(paths[0]))], 1)
     with pytest.raises(error, match=message):
@@ -134,7 +134,7 @@ def test_a_broken_update(paths: list[Path], how: str, error: type[Exception], me
     assert completion.logprobs == pytest.approx(expected_logprobs(paths[1], completion), abs=1e-5)
 
 
-def test_a_stream_that_breaks_before_it_begins_does_no_harm(paths: list[Path]) -> None:
+def test_a_stream_that_fails_before_it_begins_does_no_harm(paths: list[Path]) -> None:
     def nothing() -> Iterator[WeightBucket]:
         raise ConnectionError("the trainer is gone")
         yield
@@ -146,7 +146,7 @@ def test_a_stream_that_breaks_before_it_begins_does_no_harm(paths: list[Path]) -
     assert engine.generate_batch([request(20)]) == [before]
 
 
-def test_errors_of_loading_come_when_it_is_built(tmp_path: Path) -> None:
+def test_a_missing_model_fails_at_build(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="does not exist"):
         make(tmp_path / "nothing")
 
@@ -166,7 +166,7 @@ def test_sleep_keeps_weights_and_takes_new_ones(paths: list[Path]) -> None:
 
 
 def test_other_calls_do_not_wait_for_the_stream(paths: list[Path]) -> None:
-    """The stream is fed by the very event loop that submits, aborts and cancels requests meanwhile."""
+    """The event loop that feeds the stream submits, aborts and cancels requests meanwhile."""
     engine = make(paths[0])
     under_way, go_on = threading.Event(), threading.Event()
 
@@ -202,11 +202,11 @@ def test_other_calls_do_not_wait_for_the_stream(paths: list[Path]) -> None:
     assert len(first.tokens) == 400
 
 
-def test_many_requests_of_many_threads_live_through_updates(paths: list[Path], tmp_path: Path) -> None:
+def test_requests_of_many_threads_survive_updates(paths: list[Path], tmp_path: Path) -> None:
     """Every token has the log-prob of the weights that its span names, given all tokens before it; none is lost."""
     threads, each, updates = 3, 12, 4
     models = [*paths, *(tiny_model(tmp_path / str(seed), seed=seed, initializer_range=0.15) for seed in (2, 3, 4))]
-    engine = make(models[0], max_running=24, kv_cache_tokens=4096)  # some wait, and some give way
+    engine = make(models[0], max_running=24, kv_cache_tokens=4096)  # some wait, and some are preempted
     completions: dict[tuple[int, int], Completion] = {}
 
     def ask(thread: int) -> None:
@@ -264,7 +264,7 @@ def test_many_requests_of_many_threads_live_through_updates(paths: list[Path], t
 
 
 def generate_alone(path: Path, other: Path) -> dict[str, Any] | None:
-    """Rank 1 does everything, rank 0 nothing: a collective operation would never end."""
+    """Run everything on rank 1 and nothing on rank 0: a collective operation would never end."""
     dist.init_process_group("gloo")
     assert dist.get_world_size() == 2
     if dist.get_rank() == 0:
@@ -287,7 +287,7 @@ def ranks() -> Iterator[RankPool]:
     pool.close()
 
 
-def test_process_groups_do_not_matter(ranks: RankPool, paths: list[Path]) -> None:
+def test_a_model_copy_ignores_process_groups(ranks: RankPool, paths: list[Path]) -> None:
     _, found = ranks.run(generate_alone, *paths)
     assert found["ranks"] == (0, 1)
     engine = make(paths[0])

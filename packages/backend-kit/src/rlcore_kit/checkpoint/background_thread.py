@@ -1,4 +1,4 @@
-"""Work on a thread of its own, beside a program that must not wait for it."""
+"""Run work on a background thread that does not delay the exit of the process."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ T = TypeVar("T")
 
 
 def in_background(work: Callable[[], T], name: str, niceness: int = 0) -> Future[T]:
-    """Start ``work`` on a thread named ``name``; its result or error is in the future.
+    """Start ``work`` on a daemon thread and return the future of its result or error.
 
-    The thread ends with the process, unlike those of `concurrent.futures`, which the interpreter's exit waits for.
+    The thread ends with the process. The interpreter waits at exit for threads of `concurrent.futures`, but not for
+    this one.
 
     Args:
-        niceness: how far the thread gives way to others where there are fewer cores than threads (Linux only).
+        name: name of the thread.
+        niceness: nice value of the thread, which lowers its priority where cores are scarce (Linux only).
     """
     future: Future[T] = Future()
 
@@ -27,7 +29,7 @@ def in_background(work: Callable[[], T], name: str, niceness: int = 0) -> Future
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
         try:
             result = work()
-        except BaseException as error:  # whoever asks for the result gets it
+        except BaseException as error:  # raised by future.result()
             future.set_exception(error)
         else:
             future.set_result(result)

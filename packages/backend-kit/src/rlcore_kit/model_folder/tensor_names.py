@@ -1,7 +1,7 @@
-"""Tensors of model files and parameters of transformers' modules, which are not always the same.
+"""Convert between the parameters of a transformers module and the tensors in model files.
 
-transformers (5 and later) fuses the experts of a layer into one parameter when it reads a model's files, which hold one
-matrix per expert. Rollout engines know the names in the files, so weights are sent under these names.
+transformers (5 and later) fuses the experts of a layer into one parameter when it reads model files, which hold one
+matrix for each expert. Rollout engines know the names in the files, so weights are transferred under these names.
 """
 
 from __future__ import annotations

@@ -58,10 +58,10 @@ ESTIMATORS: dict[str, tuple[Estimate, str, tuple[Any, ...]]] = {
         "test_one_number_per_token_and_none_where_masked",
         (0,),
     ),
-    "writes into the batch": (writes, "test_leaves_the_batch_as_it_is", ()),
+    "writes into the batch": (writes, "test_does_not_change_the_batch", ()),
     "trains on equal scores": (
         lambda batch: trained_mask(batch) * scores(batch),
-        "test_equal_scores_teach_nothing",
+        "test_equal_scores_give_no_advantage",
         (),
     ),
 }

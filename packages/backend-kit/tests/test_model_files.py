@@ -1,4 +1,4 @@
-"""What the files of a model folder say, and which of them is believed."""
+"""The files of a model folder are read and checked; `generation_config.json` has priority over `config.json`."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def folder(path: Path, config: dict[str, Any], generation: dict[str, Any] | None
         ({"text_config": {"eos_token_id": 4}}, None, EndTokens((4,), "config.json")),
     ],
 )
-def test_the_settings_for_generation_come_first(
+def test_generation_settings_have_priority(
     tmp_path: Path, config: dict[str, Any], generation: dict[str, Any] | None, expected: EndTokens
 ) -> None:
     assert end_tokens(folder(tmp_path, config, generation), 10) == expected
 
 
 @pytest.mark.parametrize("value", [-1, 10, [], [3, 10], "3", True, 3.0, {}])
-def test_end_tokens_are_tokens(tmp_path: Path, value: Any) -> None:
-    """In both files, whichever is believed."""
+def test_end_tokens_must_be_tokens_of_the_model(tmp_path: Path, value: Any) -> None:
+    """Both files are checked, whichever has priority."""
     for config, generation in (({"eos_token_id": value}, {"eos_token_id": 3}), ({}, {"eos_token_id": value})):
         with pytest.raises(EngineError, match=r"eos_token_id is .* must be a token of the model \(0 to 9\)"):
             end_tokens(folder(tmp_path, config, generation), 10)
@@ -52,7 +52,7 @@ def test_patterns_of_ignored_weights() -> None:
 
 
 @pytest.mark.parametrize("name", ["a.weight", "a.bias"])
-def test_parameters_are_no_integers(tmp_path: Path, name: str) -> None:
+def test_integer_parameters_are_refused(tmp_path: Path, name: str) -> None:
     found = {each: Tensor(tmp_path / "model.safetensors", "I32", (1,)) for each in ("a.position_ids", name)}
     with pytest.raises(EngineError, match=rf"weights of 'm': {name} holds integers \(I32\)"):
         check_tensors(ModelSettings(path="m"), found, "policy")

@@ -1,4 +1,4 @@
-"""Checkpoint folders that ranks write together: complete or recognised as incomplete, on all ranks alike."""
+"""The folder that ranks write together is complete, or recognised as incomplete on all ranks."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def save(folder: Path, rank: int, gather: Any, background: bool) -> dict[str, An
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_a_folder_of_two_ranks(tmp_path: Path, background: bool) -> None:
+def test_two_ranks_write_a_folder(tmp_path: Path, background: bool) -> None:
     ranks = Ranks()
     records = ranks.run(lambda rank: save(tmp_path, rank, ranks.gather(rank), background))
     assert [set(record) for record in records] == [{rank_file(0), MANIFEST}, {rank_file(1)}]
@@ -123,7 +123,7 @@ def test_ranks_agree_on_an_error(tmp_path: Path) -> None:
     assert "cannot be loaded on another rank: a file is missing" in str(outcomes[0])
 
 
-def test_one_save_at_a_time(tmp_path: Path) -> None:
+def test_a_second_save_must_wait_for_the_first(tmp_path: Path) -> None:
     saves = BackgroundSave(0, lambda value: [value])
     part = RankPart({}, {}, "{}")
     saves.start(tmp_path / "a", part, FACTS)
@@ -168,7 +168,7 @@ def test_a_manifest_that_does_not_fit_is_damaged(tmp_path: Path, entries: dict[s
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"\xff", b"[" * 100_000, b"NaN", b"1" * 5000])
-def test_a_manifest_that_is_no_json_object(tmp_path: Path, content: bytes) -> None:
+def test_a_manifest_must_be_a_json_object(tmp_path: Path, content: bytes) -> None:
     (tmp_path / MANIFEST).write_bytes(content)
     with pytest.raises(CheckpointError, match=f"{MANIFEST} is damaged"):
         rank_files.read_manifest(tmp_path, Saved)
@@ -206,13 +206,13 @@ def damaged_states() -> list[tuple[dict[str, torch.Tensor], str]]:
 
 
 @pytest.mark.parametrize("case", range(len(damaged_states())))
-def test_random_states_that_no_generator_takes(case: int) -> None:
+def test_random_states_that_no_generator_accepts_are_refused(case: int) -> None:
     states, text = damaged_states()[case]
     with pytest.raises(CheckpointError, match=r"^the file"):
         random_states.checked(states, text, "the file")
 
 
-def test_random_states_come_back() -> None:
+def test_random_states_are_restored() -> None:
     states, text = random_states.collect()
 
     def draw() -> tuple[float, float, float]:

@@ -1,4 +1,4 @@
-"""`RankPool` runs real processes and says who fails or hangs."""
+"""`RankPool` runs real processes and names the rank that fails or hangs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def die_on_rank_one() -> None:
         os._exit(3)
 
 
-def test_results_come_by_rank_from_processes_that_stay(pool: RankPool) -> None:
+def test_results_are_in_rank_order_and_processes_are_reused(pool: RankPool) -> None:
     first, second = pool.run(who, 10), pool.run(who, 20)
     assert [result[1:] for result in first] == [(10, 2), (11, 2)]
     assert [result[1:] for result in second] == [(20, 2), (21, 2)]
@@ -46,7 +46,7 @@ def test_results_come_by_rank_from_processes_that_stay(pool: RankPool) -> None:
     assert os.getpid() not in {result[0] for result in first}
 
 
-def test_a_failure_shows_its_traceback_and_who_waited(pool: RankPool) -> None:
+def test_a_failure_shows_its_traceback_and_the_ranks_that_waited(pool: RankPool) -> None:
     with pytest.raises(
         AssertionError, match=r"(?s)rank 1 failed:.*one is unwell.*ranks \[0\] of 2 did not return after"
     ):

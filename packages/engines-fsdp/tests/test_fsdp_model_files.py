@@ -117,7 +117,7 @@ def test_an_index_that_names_missing_files_is_refused(
 def test_a_folder_with_only_an_adapter_is_refused(model: Path, tmp_path: Path) -> None:
     path = edited(model, tmp_path / "model", files={"adapter_config.json": "{}"})
     (path / "model.safetensors").rename(path / "adapter_model.safetensors")
-    assert "merge it into its base model" in refused(path)
+    assert "merge the adapter into its base model" in refused(path)
 
 
 def test_a_failing_export_keeps_the_weights(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ def build_from(path: str, kwargs: dict[str, Any] | None = None, **settings: Any)
 
 @pytest.fixture
 def build(tmp_path: Path) -> Iterator[Build]:
-    """Builds a reward from source code that defines ``f``; closes it in the end."""
+    """Build rewards from source code that defines ``f``, and close them at the end."""
     built: list[Reward] = []
 
     def from_source(source: str, kwargs: dict[str, Any] | None = None) -> Reward:
@@ -183,9 +183,9 @@ def test_finds_functions_by_import_path(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("source", "path", "message"),
     [
-        ("", "missing.py:f", "there is no file"),
+        ("", "missing.py:f", r"file .*missing\.py does not exist"),
         ("", "s3://bucket/reward.py:f", "must be in a file on this machine, not at a URL$"),
-        ("", "{file}/../folder.py:f", r"folder\.py is no regular file$"),
+        ("", "{file}/../folder.py:f", r"folder\.py is not a regular file$"),
         ("", "no_such_package.module:f", "there is no module 'no_such_package'"),
         ("", "json.nothing:f", "there is no module 'json.nothing'"),
         ("def g(sample): ...", "{file}:f", "has no 'f'; it has g"),
@@ -220,7 +220,7 @@ def test_a_function_that_cannot_be_used_is_one_clear_error(
     assert str(caught.value).startswith("reward function '")
 
 
-def test_kwargs_that_it_does_not_take_are_an_error(build: Build) -> None:
+def test_kwargs_that_the_function_does_not_take_are_an_error(build: Build) -> None:
     with pytest.raises(ConfigError, match=r"with kwargs \['scale'\]: got an unexpected keyword argument 'scale'"):
         build("def f(solution_str): return 1", {"scale": 2})
 

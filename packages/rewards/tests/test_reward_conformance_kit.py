@@ -22,7 +22,7 @@ BROKEN = {
     ),
     "changes the sample": (
         "sample.prompt.append({})\n        return RewardResult(float(sample.completion == 'a'))",
-        "test_leaves_samples_as_they_are",
+        "test_does_not_change_samples",
     ),
 }
 

@@ -77,7 +77,7 @@ def f(solution_str, ground_truth):
 
 @pytest.fixture
 def pids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[int]]:
-    """The processes that functions have reported so far."""
+    """Return the processes that functions have reported so far."""
     file = tmp_path / "pids"
     file.touch()
     monkeypatch.setenv("PIDS", str(file))
@@ -129,12 +129,12 @@ def wait_until(condition: Callable[[], bool], seconds: float = 10) -> bool:
         ("raise Unprintable", "exception", "Unprintable"),
         ("raise KeyboardInterrupt", "exception", "KeyboardInterrupt"),
         ("raise ValueError('x' * 10**7)", "exception", "xxx"),
-        ("raise ValueError('x' * 200_000_000)", "exception", "ValueError, whose text cannot be made: MemoryError"),
+        ("raise ValueError('x' * 200_000_000)", "exception", "ValueError, whose text cannot be formatted: MemoryError"),
         ("(g := lambda: g())()", "exception", "RecursionError|NameError"),
         ("raise asyncio.CancelledError", "exception", "CancelledError"),
         ("sys.exit(0)", "exit", "SystemExit"),
         ("os._exit(7)", "died", "ended with code 7"),
-        ("print('last words', flush=True); os._exit(0)", "died", "ended with code 0; it printed last: last words"),
+        ("print('last words', flush=True); os._exit(0)", "died", "ended with code 0; its last output: last words"),
         ("ctypes.string_at(0)", "died", "SIGSEGV"),
         ("os.kill(os.getpid(), signal.SIGKILL)", "died", "SIGKILL"),
         ("os.kill(0, signal.SIGKILL)", "died", "SIGKILL"),
@@ -166,11 +166,11 @@ def wait_until(condition: Callable[[], bool], seconds: float = 10) -> bool:
         ),
     ],
 )
-def test_mischief_costs_one_sample(
+def test_a_misbehaving_function_costs_one_sample(
     build: Callable[..., PooledReward], caplog: pytest.LogCaptureFixture, code: str, kind: str | None, message: str
 ) -> None:
     reward = build()
-    reward.score_batch([do("pass")])  # a first call has no time limit but that of the start
+    reward.score_batch([do("pass")])  # a first call has the start-up timeout
     samples = [do("pass"), do(code), *[do("time.sleep(0.01)")] * 8]
     before = time.monotonic()
     results = reward.score_batch(samples)
@@ -194,7 +194,7 @@ def test_a_failure_costs_the_worker_only_where_it_must(build: Callable[..., Pool
 
 
 def test_the_first_call_of_a_worker_may_import(build: Callable[..., PooledReward]) -> None:
-    """Later workers' first calls too, as long as they take about as long; other calls have the sample's limit."""
+    """So may first calls of later workers if they take about as long; other calls have the sample's timeout."""
     first = "time.sleep(0.7 if not globals().setdefault('imported', []) else 0); imported.append(1)"
     reward = build(workers=1, timeout_s=0.6)
     codes = [first, first, "time.sleep(9)", first, "os._exit(0)", "time.sleep(9)"]
@@ -210,7 +210,7 @@ def test_each_kind_is_logged_once(build: Callable[..., PooledReward], caplog: py
     assert reward.stats() == {"samples": 3, "errors": 3, "errors/exception": 2, "errors/exit": 1}
 
 
-def test_workers_run_side_by_side_and_start_when_needed(build: Callable[..., PooledReward], pids: Any) -> None:
+def test_workers_run_in_parallel_and_start_when_needed(build: Callable[..., PooledReward], pids: Any) -> None:
     reward = build(workers=4)
     reward.score_batch([do("pass")])
     assert len(pids()) == 1
@@ -346,7 +346,7 @@ def test_workers_end_with_a_trainer_that_forgets_to_close(
 def test_a_sample_whose_worker_was_killed_is_scored_again(
     build: Callable[..., PooledReward], pids: Any, tmp_path: Path
 ) -> None:
-    """From outside: once. What kills its workers again and again fails at the second."""
+    """A sample is scored a second time after a kill from outside; a sample that kills its workers fails then."""
     reward = build(workers=1, timeout_s=60)
     going = tmp_path / "going on"
     sample = do(f"[time.sleep(0.01) for _ in iter(lambda: os.path.exists({str(going)!r}), True)]")

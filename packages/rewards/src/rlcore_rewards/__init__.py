@@ -1,1 +1,1 @@
-"""Rewards for rlcore, and the pool of worker processes that functions run in."""
+"""Rewards for rlcore, and the pool of worker processes that runs reward functions."""

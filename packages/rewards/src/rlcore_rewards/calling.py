@@ -1,4 +1,4 @@
-"""Find a user's reward function and call it; imported in workers only."""
+"""Load and call a user's reward function; imported in workers only."""
 
 from __future__ import annotations
 
@@ -23,17 +23,20 @@ KEYWORDS: dict[str, Callable[[RewardSample], Any]] = {
     "ground_truth": lambda sample: sample.ground_truth,
     "extra_info": lambda sample: _extra_info(sample.extra),
 }
-"""The keyword arguments of verl's ``compute_score``, and their values from a sample."""
+"""The keyword arguments of verl's ``compute_score``, as functions of a sample."""
 
 BATCHED = ("completions", "prompts")
-"""First parameters of functions that score a list of samples in one call."""
+"""First parameters of functions that score a list of samples, such as TRL's."""
 
 
 def load(options: Mapping[str, Any]) -> Callable[[RewardSample], Any]:
-    """Return the function ``name`` in the file or module ``home``, ready to be called with a sample.
+    """Load a user's function and return a function that calls it with a sample.
 
-    It takes either some of `KEYWORDS` by name, ``solution_str`` among them, or one `RewardSample`, plus ``kwargs``.
-    It may be a coroutine function; all calls share one event loop.
+    The user's function takes either some of `KEYWORDS` by name, ``solution_str`` among them, or one `RewardSample`,
+    and in addition ``kwargs``. It may be a coroutine function; all calls share one event loop.
+
+    Args:
+        options: ``home`` (a file or module), ``name`` of the function in it, and ``kwargs``.
 
     Raises:
         WorkerFailure: the function does not exist or takes other arguments.
@@ -60,12 +63,12 @@ def load(options: Mapping[str, Any]) -> Callable[[RewardSample], Any]:
 
 
 def _from_file(file: Path) -> ModuleType:
-    sys.path.insert(0, str(file.parent))  # modules of its folder can be imported, as in a script
+    sys.path.insert(0, str(file.parent))  # the file can import its neighbours, as a script can
     spec = spec_from_file_location(f"reward_function_{file.stem}", file)
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look up the module of a class
+    sys.modules[spec.name] = module  # dataclasses and others look up their module here
     spec.loader.exec_module(module)
     return module
 
@@ -82,7 +85,7 @@ def _from_import(home: str) -> ModuleType:
 def _adapt(function: Callable[..., Any], kwargs: dict[str, Any]) -> Callable[[RewardSample], Any]:
     try:
         signature = inspect.signature(function)
-    except ValueError:  # some functions written in C have none
+    except ValueError:  # some functions written in C have no signature
         return lambda sample: function(sample, **kwargs)
     parameters = signature.parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
@@ -101,7 +104,7 @@ def _adapt(function: Callable[..., Any], kwargs: dict[str, Any]) -> Callable[[Re
     except TypeError as error:
         raise WorkerFailure(
             "startup",
-            f"it must take {', '.join(KEYWORDS)} as keyword arguments (those it needs, at least solution_str) or one "
+            f"it must take keyword arguments among {', '.join(KEYWORDS)} (at least solution_str) or one "
             f"RewardSample, but {_name_of(function)}{signature} cannot be called in this way"
             f"{f' with kwargs {sorted(kwargs)}' if kwargs else ''}: {error}",
         ) from None
@@ -118,7 +121,7 @@ def _name_of(function: Callable[..., Any]) -> str:
 
 
 def _extra_info(extra: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the data file's remaining fields; the fields of its column ``extra_info``, if any, on the same level."""
+    """Return the remaining fields of the data file; merge those of its column ``extra_info``, if it has one."""
     nested = extra.get("extra_info")
     if not isinstance(nested, Mapping):
         return dict(extra)

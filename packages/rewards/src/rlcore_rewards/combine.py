@@ -21,8 +21,8 @@ class Part(PluginSections):
     plugin_field: ClassVar[str] = "name"
 
     name: str = Field(description="Reward (`rlcore plugins` lists the installed ones).")
-    weight: float = Field(1.0, description="Factor of its score in the sum.")
-    label: str = Field("", description="Name of its score in the metrics; empty: the name of the reward.")
+    weight: float = Field(1.0, description="Factor of the reward's score in the sum.")
+    label: str = Field("", description="Name of the score in metrics; the reward's name when empty.")
 
 
 class CombineOptions(Config):
@@ -36,21 +36,22 @@ class CombineOptions(Config):
         twice = [label for label, count in Counter(map(label_of, rewards)).items() if count > 1]
         if twice:
             raise ValueError(
-                f"several rewards have the label {', '.join(map(repr, twice))}; set a different label for each"
+                f"several rewards have the label {', '.join(map(repr, twice))}; give each a different label"
             )
         return rewards
 
 
 def label_of(part: Part) -> str:
-    """Return the name of a part's score in the metrics."""
+    """Return the label of ``part``, which is its name if it has none."""
     return part.label or part.name
 
 
 class CombinedReward(Reward):
-    """Reward Σ weight·score. Extras: each part's score under ``<label>/score`` and its extras under ``<label>/…``.
+    """The reward Σ weight·score over its parts.
 
-    A part that fails on a sample contributes its error score; the result names the first such failure. The answer is
-    that of the first part that reads one.
+    Extras are each part's score as ``<label>/score`` and its extras as ``<label>/…``. A part that fails on a sample
+    contributes its error score; the result names the first such failure. The answer is that of the first part that
+    reads one.
     """
 
     def __init__(self, options: CombineOptions, settings: RewardSettings) -> None:
@@ -76,7 +77,7 @@ class CombinedReward(Reward):
         return RewardResult(total, extras, answer, error)
 
     def stats(self) -> dict[str, int]:
-        """Return sums over the parts: a sample counts once in each."""
+        """Return the sums over the parts: a sample counts once in each part."""
         total: Counter[str] = Counter({"samples": 0, "errors": 0})
         for _, reward in self._parts.values():
             total.update(reward.stats())

@@ -1,4 +1,4 @@
-"""`function`: a Python function of the user's, run in the pool. Workers use `rlcore_rewards.calling`."""
+"""`function`: a Python function of the user, run in the pool. `rlcore_rewards.calling` is the workers' side."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class FunctionOptions(Config):
     """Options of `function`."""
 
     path: FileName = Field(description="'file.py:function' or 'package.module:function'.")
-    kwargs: dict[str, JsonValue] = Field({}, description="Further keyword arguments of every call.")
+    kwargs: dict[str, JsonValue] = Field({}, description="Additional keyword arguments of every call.")
 
     @field_validator("path")
     @classmethod
@@ -34,19 +34,19 @@ class FunctionOptions(Config):
 
 
 def function_reward(options: FunctionOptions, settings: RewardSettings) -> PooledReward:
-    """Return the function as a reward; see `rlcore_rewards.calling.load` for its arguments and results.
+    """Make a reward of the user's function; `rlcore_rewards.calling.load` describes its arguments and results.
 
     Raises:
-        ConfigError: the file, module or function does not exist, or it cannot be called with a sample.
+        ConfigError: the file, module or function does not exist, or cannot be called with a sample.
     """
     home, _, name = options.path.rpartition(":")
     if is_url(home):
-        raise ConfigError(f"reward function {options.path!r}: must be in a file on this machine, not at a URL")
+        raise ConfigError(f"reward function {options.path!r}: it must be in a file on this machine, not at a URL")
     if home.endswith(".py"):
         file = Path(home).expanduser().resolve()
         if not file.is_file():
-            found = f"{file} is no regular file" if file.exists() else f"there is no file {file}{similar_paths(file)}"
-            raise ConfigError(f"reward function {options.path!r}: {found}")
+            problem = "is not a regular file" if file.exists() else f"does not exist{similar_paths(file)}"
+            raise ConfigError(f"reward function {options.path!r}: file {file} {problem}")
         home = str(file)
     spec: dict[str, Any] = {"home": home, "name": name, "kwargs": options.kwargs}
     try:

@@ -1,6 +1,6 @@
 """`gsm8k`: grade-school arithmetic, whose answers are numbers after ``####`` (Cobbe et al., 2021).
 
-The check is a regular expression that takes linear time, so it runs in the trainer's process, not in the pool.
+The check is a regular expression in linear time, so it runs in the trainer's process instead of the pool.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _ANY = re.compile(_NUMBER)
 _WHOLE = re.compile(rf"\s*\$?({_NUMBER})\.?\s*")
 
 TAIL = 300
-"""Characters at the end of a completion in which ``strict`` looks for the answer; no answer is longer."""
+"""Number of characters at the end of a completion in which ``strict`` searches the answer; no answer is longer."""
 
 
 class GSM8KOptions(Config):
-    """Options of `gsm8k`: how the answer is read and scored."""
+    """Options of `gsm8k`."""
 
     method: Literal["strict", "flexible"] = Field(
         "strict",
@@ -35,7 +35,7 @@ class GSM8KOptions(Config):
         "'flexible': the last number anywhere.",
     )
     format_score: float = Field(
-        0.0, description="Score of an answer that can be read but is wrong; a right one scores 1."
+        0.0, description="Score of a wrong answer in the right format; a right answer scores 1."
     )
 
 
@@ -49,7 +49,7 @@ def read_answer(completion: str, method: Literal["strict", "flexible"]) -> Decim
 
 
 def read_ground_truth(ground_truth: Any) -> Decimal:
-    """Return the number in a ground truth: a number, its text, or a complete gold answer that ends in ``#### number``.
+    """Return the number of a ground truth: a number, its text, or a gold answer that ends in ``#### number``.
 
     Raises:
         ValueError: the ground truth has no number.
@@ -69,7 +69,7 @@ def _value(number: str) -> Decimal:
 
 
 class GSM8KReward(Reward):
-    """Reward 1 for the right number, ``format_score`` for a wrong one, 0 for none.
+    """Scores the right number 1, a wrong number ``format_score`` and no number 0.
 
     Extras: ``correct`` and ``answered``, each 0 or 1.
     """
@@ -94,6 +94,6 @@ class GSM8KReward(Reward):
 
 
 def _canonical(number: Decimal) -> str:
-    """Return equal strings for equal numbers: 18, 18.0 and 18.00 are "18"."""
+    """Return the same text for equal numbers: "18" for 18, 18.0 and 18.00."""
     text = f"{number or Decimal():f}"
     return text.rstrip("0").rstrip(".") if "." in text else text

@@ -1,4 +1,4 @@
-"""`math`: mathematical equality, by math-verify, in the pool. Workers use `rlcore_rewards.math_answers`."""
+"""`math`: mathematical equality by math-verify, in the pool. `rlcore_rewards.math_answers` is the workers' side."""
 
 from __future__ import annotations
 
@@ -15,19 +15,17 @@ from rlcore_rewards.reply import WorkerFailure
 
 
 class MathOptions(Config):
-    """Options of `math`: how the answer is read and scored."""
+    """Options of `math`."""
 
     extraction: Literal["boxed", "any"] = Field(
         "any",
         description=r"'boxed': the content of the last \boxed{}; 'any': that or, without one, the last expression.",
     )
     max_chars: int = Field(
-        20_000,
-        gt=0,
-        description="Maximum number of characters at the end of a completion that are searched for the answer.",
+        20_000, gt=0, description="Number of characters at the end of a completion that are searched for the answer."
     )
     format_score: float = Field(
-        0.0, description="Score of an answer that can be read but is wrong; a right one scores 1."
+        0.0, description="Score of a wrong answer in the right format; a right answer scores 1."
     )
 
     def packages(self) -> Iterator[tuple[str, Package]]:
@@ -35,12 +33,12 @@ class MathOptions(Config):
 
 
 def math_reward(options: MathOptions, settings: RewardSettings) -> PooledReward:
-    """Reward 1 for an equal expression, ``format_score`` for another one, 0 for none.
+    """Make the reward that scores an equal expression 1, another expression ``format_score`` and none 0.
 
     Extras: ``correct`` and ``answered``, each 0 or 1.
 
     Raises:
-        PluginError: math-verify cannot be used.
+        PluginError: math-verify cannot be imported.
     """
     try:
         return PooledReward("math", "rlcore_rewards.math_answers:load", options.model_dump(), settings)

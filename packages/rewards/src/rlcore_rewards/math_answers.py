@@ -1,7 +1,7 @@
 """Read and compare mathematical answers with math-verify; imported in workers only.
 
-math-verify's timeouts are disabled: they are alarms, which do not interrupt a long operation in C, and they report
-"too slow" as "wrong". The pool's timeout kills the worker and is counted.
+math-verify's time limits are switched off: they are alarms, which do not interrupt a long operation in C, and they
+silently turn "too slow" into "wrong". The pool's limit kills the worker and is counted.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def load(options: Mapping[str, Any]) -> Callable[[RewardSample], RewardResult]:
 
 
 def score(sample: RewardSample, extraction: str, max_chars: int, format_score: float) -> RewardResult:
-    """Score a sample; the arguments are the fields of `rlcore_rewards.math.MathOptions`.
+    """Score a sample; the arguments are those of `rlcore_rewards.math.MathOptions`.
 
     Raises:
         WorkerFailure: the ground truth cannot be read.
@@ -58,8 +58,8 @@ class Gold:
     """One right answer.
 
     Attributes:
-        expressions: the expressions that math-verify reads in it.
-        words: the answer in lower case if it is words ("no", "no solution"); None for anything else.
+        expressions: the answer as math-verify parses it.
+        words: the answer in lower case if it consists of words ("no", "no solution"); otherwise None.
     """
 
     expressions: list[Any]
@@ -67,16 +67,16 @@ class Gold:
 
 
 def read_ground_truth(ground_truth: Any) -> list[Gold]:
-    r"""Return the right answers: a number, a boolean, a text, or a list of these, each of which is right.
+    r"""Read the right answers from a number, a boolean, a text, or a list of these, any of which is right.
 
-    A text is plain LaTeX ("\frac{1}{2}"), words, or a solution with \boxed{} or "#### answer".
+    A text is LaTeX ("\frac{1}{2}"), words, or a solution with \boxed{} or "#### answer".
 
     Raises:
-        WorkerFailure: the ground truth is something else, or has no expression.
+        WorkerFailure: the ground truth is of another type, or holds no expression.
     """
     answers = ground_truth if isinstance(ground_truth, list | tuple) else [ground_truth]
     if not answers:
-        raise WorkerFailure("ground_truth", "the ground truth is an empty list")
+        raise WorkerFailure("ground_truth", "the ground truth is an empty list; it must hold at least one answer")
     return [_read_answer(answer) for answer in answers]
 
 
@@ -98,16 +98,16 @@ def _read_answer(answer: Any) -> Gold:
 
 
 def _equal(gold: Gold, answer: list[Any], words: str | None) -> bool:
-    # math-verify reads words as the product of their letters, so that "on" would equal "No"
+    # math-verify parses words as the product of their letters, so that "on" would equal "No"
     if gold.words is not None and words is not None:
         return gold.words == words
     return bool(verify(gold.expressions, answer, timeout_seconds=None))
 
 
 def _words(text: str) -> str | None:
-    r"""Return ``text``, or the content of its \text{}, in lower case if it is words; None otherwise.
+    r"""Return ``text``, or the content of its \text{}, in lower case if it consists of words; otherwise None.
 
-    A single word has at least two letters, and one of several at least three: "a b" and "ab c" are products.
+    A single word has at least two letters, one of several words at least three: "a b" and "ab c" are products.
     """
     text = text.strip().strip("$").strip()
     found = _TEXT.fullmatch(text)
@@ -119,7 +119,7 @@ def _words(text: str) -> str | None:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Return the content of the last opened \boxed{} or \fbox{} that is closed; None without one."""
+    r"""Return the content of the \boxed{} or \fbox{} that opens last among the closed ones; None without any."""
     open_braces: list[tuple[int, bool]] = []
     best = None
     for brace in _BRACES.finditer(text):

@@ -1,4 +1,4 @@
-"""The rewards this package offers; nothing is imported until one of them is used.
+"""Entry points of the rewards in this package. Nothing is imported until a reward is used.
 
 Factory contract of the group ``rlcore.rewards``: ``factory(options: Config, settings: RewardSettings) -> Reward``.
 """

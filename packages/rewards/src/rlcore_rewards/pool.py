@@ -1,9 +1,9 @@
-"""Rewards that run in a pool of worker processes, so that no sample can take the trainer down.
+"""Rewards that run in a pool of worker processes, so that no sample can end the trainer.
 
-Each thread of a small pool borrows one worker at a time and asks it for one sample within the limits of
-`RewardSettings`. A worker that breaks a limit, dies or sends a malformed answer is killed with all processes it
-started, and its sample fails; a new worker replaces it when it is needed. If it was killed by SIGKILL, usually from
-outside (the kernel's memory killer, an operator), the sample is retried once.
+Each thread of a small thread pool takes one worker and sends it one sample, within the limits of `RewardSettings`. A
+worker that exceeds a limit, dies or sends an invalid reply is killed together with all processes that it started, and
+its sample gets the error score; a new worker replaces it when one is needed. If the worker was ended by SIGKILL, which
+usually comes from outside (a machine without free memory, an operator), the sample is scored once more.
 """
 
 from __future__ import annotations
@@ -25,14 +25,16 @@ from rlcore_rewards.worker_process import WorkerProcess
 
 
 class PooledReward(Reward):
-    """Score with a function in worker processes.
+    """Scores with a function in worker processes.
 
-    The first worker starts immediately and shows whether the function loads; others start as calls overlap.
+    The first worker starts immediately and reports a function that cannot be loaded; others start when calls overlap.
 
     Args:
-        name: for log messages.
+        name: name of the reward in log messages.
         loader: ``module:attribute`` of a function that takes ``options`` and returns the function that scores a
             `RewardSample`. It is imported in the workers only.
+        options: argument of the loader.
+        settings: limits, number of workers and error score.
 
     Raises:
         WorkerFailure: the function cannot be loaded.
@@ -59,7 +61,7 @@ class PooledReward(Reward):
 
     def close(self) -> None:
         """End all workers; samples that are being scored fail."""
-        if self._closed or os.getpid() != self._owner:  # in a fork of the trainer the workers belong to the trainer
+        if self._closed or os.getpid() != self._owner:  # a fork of the trainer does not own the workers
             return
         with self._lock:
             self._closed = True
@@ -89,16 +91,16 @@ class PooledReward(Reward):
     def _ask(self, worker: WorkerProcess, request: bytes) -> bytes:
         """Return the worker's reply to a pickled sample, within the sample's timeout.
 
-        A worker's first call may import what the function needs, so it has up to ``startup_timeout_s``. Once first
-        calls have been answered, it has ``timeout_s`` and twice the time of the slowest of these: a sample that hangs
-        must not cost each new worker the full start-up timeout.
+        The first call of a worker may import modules, so its timeout is ``startup_timeout_s``. After the first call of
+        any worker was answered, it is ``timeout_s`` plus twice the time of the slowest first call: a sample that never
+        ends must not cost each new worker the full start-up timeout.
         """
         seconds, limit = self._settings.timeout_s, f"timeout_s={self._settings.timeout_s:g}"
         if worker.answered:
             return worker.ask(request, seconds, limit)
-        longest = self._settings.startup_timeout_s
-        if self._slowest_first is None and longest > seconds:
-            seconds, limit = longest, f"startup_timeout_s={longest:g} (the first call)"
+        startup = self._settings.startup_timeout_s
+        if self._slowest_first is None and startup > seconds:
+            seconds, limit = startup, f"startup_timeout_s={startup:g} (the first call)"
         elif self._slowest_first is not None:
             seconds += 2 * self._slowest_first
             limit += f" and {2 * self._slowest_first:.3g} s for imports"
@@ -124,7 +126,7 @@ class PooledReward(Reward):
             try:
                 worker = WorkerProcess(self._settings)
             except OSError as error:
-                raise WorkerFailure("startup", f"no worker process can be started: {error}") from error
+                raise WorkerFailure("startup", f"a worker process cannot be started: {error}") from error
             self._workers.add(worker)
         try:
             worker.start(self._loader, self._options)

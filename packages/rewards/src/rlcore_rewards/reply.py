@@ -1,4 +1,4 @@
-"""Replies of workers: JSON, because the trainer must never unpickle data of a process that ran user code."""
+"""Replies of workers, as JSON: the trainer must never unpickle data of a process that ran a user's code."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ MAX_BYTES = 1 << 20
 
 
 HARMLESS = frozenset({"exception", "exit", "result", "ground_truth"})
-"""Kinds of failure after which a worker continues."""
+"""Kinds of failure after which a worker can continue."""
 
 REPORTED = HARMLESS | {"memory", "startup"}
-"""Kinds that a worker reports; the trainer observes the others from outside."""
+"""Kinds of failure that a worker reports; the trainer detects the others."""
 
 
 class WorkerFailure(Exception):
-    """A sample has no result: a ``kind`` to count, and a message to log.
+    """A sample could not be scored, or a function not be loaded.
 
     Attributes:
-        killed: the worker was ended by SIGKILL, possibly not because of the sample.
+        kind: kind of failure, which is counted.
+        killed: the worker was ended by SIGKILL, for which the sample is not necessarily the cause.
     """
 
     def __init__(self, kind: str, message: str, killed: bool = False) -> None:
@@ -34,14 +35,14 @@ class WorkerFailure(Exception):
 
 
 def encode_result(value: Any) -> bytes:
-    """Return the reply for the return value of a reward function.
+    """Encode what a reward function returned.
 
     Args:
         value: a number, a `RewardResult`, or a mapping with ``score``. Of a mapping, other finite numbers become
-            extras, the text under ``answer`` or ``pred`` becomes the answer, and the rest is left out.
+            extras, the text under ``answer`` or ``pred`` becomes the answer, and the rest is ignored.
 
     Raises:
-        WorkerFailure: of kind "result", for anything else.
+        WorkerFailure: of kind "result", for any other value.
     """
     extras: dict[str, float] = {}
     answer = None
@@ -66,17 +67,17 @@ def encode_result(value: Any) -> bytes:
         raise WorkerFailure("result", f"the function returned {problem}")
     reply = json.dumps({"score": result.score, "extras": extras, "answer": answer}).encode()
     if len(reply) > MAX_BYTES:
-        raise WorkerFailure("result", f"the function returned {len(reply)} bytes, more than {MAX_BYTES}")
+        raise WorkerFailure("result", f"the function returned {len(reply)} bytes, more than the maximum of {MAX_BYTES}")
     return reply
 
 
 def encode_failure(kind: str, message: str) -> bytes:
-    """Return the reply that reports a failure."""
+    """Encode a failure, from which `decode` makes a `WorkerFailure`."""
     return json.dumps({"failure": kind, "message": message}).encode()
 
 
 def decode(reply: bytes) -> RewardResult:
-    """Return the result in a reply, checked again: user code in the worker may write to the pipe.
+    """Decode the result in a reply, and check it again: code in the worker may write to the pipe.
 
     Raises:
         WorkerFailure: the reply reports a failure, or is malformed (kind "protocol").
@@ -100,7 +101,7 @@ def decode(reply: bytes) -> RewardResult:
 
 
 def _finite(value: Any) -> float:
-    """Return ``value`` as a finite float: Python's, NumPy's and torch's numbers, but no text."""
+    """Convert ``value`` to a finite float: a number of Python, NumPy or torch, but no text."""
     try:
         if isinstance(value, str | bytes | bytearray):
             raise TypeError

@@ -1,4 +1,4 @@
-"""Count samples and failures; every kind of failure is logged once, with its message."""
+"""Count samples and failures; log the first failure of every kind with its message."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 class Tally:
-    """Counts for `rlcore.engines.reward.Reward.stats`, and the result of failed samples. Thread-safe."""
+    """The counts of `rlcore.engines.reward.Reward.stats`, and the result of failed samples. Thread-safe."""
 
     def __init__(self, reward: str, error_score: float) -> None:
         self.reward = reward
@@ -39,13 +39,13 @@ class Tally:
             self.reward,
             kind,
             self.error_score,
-            "; more of this kind are only counted" if first else "",
+            "; further failures of this kind are only counted" if first else "",
             message,
         )
         return RewardResult(self.error_score, error=kind)
 
     def stats(self) -> dict[str, int]:
-        """Return the number of samples, of failures, and of failures by kind."""
+        """Return the number of ``samples``, of ``errors``, and of ``errors/<kind>`` for every kind."""
         with self._lock:
             kinds = {f"errors/{kind}": count for kind, count in sorted(self._failures.items())}
             return {"samples": self._samples, "errors": self._failures.total(), **kinds}

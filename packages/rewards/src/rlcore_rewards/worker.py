@@ -1,7 +1,7 @@
 """The worker process: ``python -m rlcore_rewards.worker``, started by `rlcore_rewards.worker_process`.
 
-It reads pickled requests, which the trainer wrote, and writes replies (`rlcore_rewards.reply`), each after its length
-in four bytes. The first request names the function to load.
+It reads pickled requests of the trainer and writes replies (`rlcore_rewards.reply`), each after its length in four
+bytes. The first request names the function to load.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any, BinaryIO
 
-from rlcore_rewards.guard import run_guarded
 from rlcore_rewards.reply import WorkerFailure, encode_failure, encode_result
+from rlcore_rewards.worker_guard import run_guarded
 
 LENGTH = struct.Struct("!I")
 READY = b"{}"
@@ -24,7 +24,7 @@ MAX_MESSAGE = 4000
 
 
 def main() -> None:
-    """Run the worker that the command-line arguments describe (`rlcore_rewards.worker_process`)."""
+    """Serve requests under a guard; the command line holds the arguments that `WorkerProcess` passes."""
     requests, replies, control, owner, memory, processes = map(int, sys.argv[1:])
     for descriptor in (requests, replies, control):
         os.set_inheritable(descriptor, False)
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def serve(requests: int, replies: int) -> None:
-    """Answer requests until their pipe is closed."""
+    """Answer requests until the pipe of requests is closed."""
     process = os.getpid()
     score: Callable[[Any], Any] | None = None
     with open(requests, "rb") as incoming, open(replies, "wb") as outgoing:
@@ -51,7 +51,7 @@ def serve(requests: int, replies: int) -> None:
             for stream in (sys.stdout, sys.stderr):
                 if stream and not stream.closed:
                     stream.flush()
-            if os.getpid() != process:  # the function forked, and this is the copy
+            if os.getpid() != process:  # the function forked; this is the forked process
                 os._exit(0)
             outgoing.write(LENGTH.pack(len(reply)) + reply)
             outgoing.flush()
@@ -71,7 +71,7 @@ def _load(setup: dict[str, Any]) -> tuple[Callable[[Any], Any] | None, bytes]:
         return None, encode_failure(failure.kind, str(failure))
     except BaseException as error:
         text = str(error).partition("\n")[0][:MAX_MESSAGE]
-        if not isinstance(error, SyntaxError):  # its message has the line
+        if not isinstance(error, SyntaxError):  # its text has file and line
             where = traceback.extract_tb(error.__traceback__)[-1]
             text += f" ({where.filename}, line {where.lineno})"
         message = f"importing it fails with {type(error).__name__}: {text}"
@@ -84,7 +84,7 @@ def _attempt(score: Callable[[Any], Any], request: bytes) -> bytes:
     except WorkerFailure as failure:
         return encode_failure(failure.kind, str(failure))
     except MemoryError:
-        return encode_failure("memory", "the function asked for more memory than memory_mb allows")
+        return encode_failure("memory", "the function requested more memory than memory_mb allows")
     except SystemExit as error:
         return encode_failure("exit", _traceback(error))
     except BaseException as error:
@@ -94,8 +94,8 @@ def _attempt(score: Callable[[Any], Any], request: bytes) -> bytes:
 def _traceback(error: BaseException) -> str:
     try:
         return "".join(traceback.format_exception(error))[-MAX_MESSAGE:].strip()
-    except BaseException as another:  # its text is the function's too, and may be huge or raise
-        return f"{type(error).__name__}, whose text cannot be made: {type(another).__name__}"
+    except BaseException as another:  # the function defines the text, which may be huge or raise
+        return f"{type(error).__name__}, whose text cannot be formatted: {type(another).__name__}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The trainer's side of one worker process: start, request within limits, kill. Blocking; used from one thread."""
+"""The trainer's end of one worker process: start it, send it samples, kill it. Blocking; used from one thread."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from threading import Lock
 from typing import Any
 
 from rlcore.engines.settings import RewardSettings
-from rlcore_rewards import guard
-from rlcore_rewards.guard import CHECK, QUIT
+from rlcore_rewards import worker_guard
 from rlcore_rewards.reply import MAX_BYTES, WorkerFailure, decode
 from rlcore_rewards.worker import LENGTH, READY
+from rlcore_rewards.worker_guard import CHECK, QUIT
 
 CHECK_INTERVAL = 0.1
-"""Seconds between checks of the number of processes and the memory of a busy worker."""
+"""Seconds between checks of a busy worker and its descendants (number of processes, memory)."""
 
-LAST_WORDS = 2000
-"""Bytes of a dead worker's output that are logged."""
+LOGGED_OUTPUT = 2000
+"""Maximum number of bytes of a dead worker's output that are logged."""
 
 _ENVIRONMENT = ("PATH", "HOME", "USER", "LOGNAME", "TMPDIR", "LANG", "TZ", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
 _ENVIRONMENT_PREFIXES = ("LC_", "PYTHON")
-# one thread each, because there are many workers; the GPUs belong to the trainer
+# One thread for each of many workers; GPUs are reserved for the trainer.
 _ENVIRONMENT_SET = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
@@ -38,10 +38,10 @@ _ENVIRONMENT_SET = {
 
 
 class WorkerProcess:
-    """One worker; call `start` before `ask`.
+    """One worker process; `start` must be called before `ask`.
 
     Attributes:
-        answered: whether the worker has replied to a sample.
+        answered: True if the worker has replied to a sample.
     """
 
     def __init__(self, settings: RewardSettings) -> None:
@@ -63,7 +63,7 @@ class WorkerProcess:
                 stderr=output_write,
                 pass_fds=theirs,
                 env=environment(settings.pass_env),
-                start_new_session=True,  # Ctrl-C is the trainer's
+                start_new_session=True,  # only the trainer receives Ctrl-C
             )
         except BaseException:
             self._close_pipes()
@@ -75,10 +75,10 @@ class WorkerProcess:
             os.set_blocking(descriptor, False)
 
     def start(self, loader: str, options: Mapping[str, Any]) -> None:
-        """Have the function loaded: ``loader`` is ``module:attribute`` of what makes it from ``options``.
+        """Load the function in the worker: ``loader`` is ``module:attribute`` of a function that takes ``options``.
 
         Raises:
-            WorkerFailure: it cannot be loaded; the worker must be killed then.
+            WorkerFailure: the function cannot be loaded; the worker must be killed.
         """
         setup = {"sys_path": sys.path, "loader": loader, "options": dict(options)}
         seconds = self._settings.startup_timeout_s
@@ -87,29 +87,30 @@ class WorkerProcess:
             decode(reply)
 
     def ask(self, request: bytes, seconds: float, limit: str) -> bytes:
-        """Return the reply to a pickled sample.
+        """Send a pickled sample and return the reply.
 
         Args:
-            limit: the setting that ``seconds`` come from, for the message.
+            seconds: timeout.
+            limit: setting that defines ``seconds``, for the error message.
 
         Raises:
-            WorkerFailure: there is no reply; kill the worker then.
+            WorkerFailure: no reply arrived; the worker must be killed.
         """
         reply = self._exchange(request, seconds, limit)
         self.answered = True
         return reply
 
     def idle(self) -> bool:
-        """Return whether the worker lives and has sent no data without a request."""
+        """Return True if the worker is alive and has sent nothing unexpected."""
         poll = select.poll()
         poll.register(self._replies, select.POLLIN)
         return not poll.poll(0)
 
     def interrupt(self) -> None:
-        """End the worker from another thread than the one that uses it; calls in that thread then fail."""
+        """End the worker from another thread than the one that uses it; the using thread sees the worker die."""
         with self._closing:
             if not self._closed:
-                self._tell(QUIT)
+                self._command(QUIT)
 
     def kill(self) -> None:
         """End the worker and all its descendants; idempotent."""
@@ -129,11 +130,11 @@ class WorkerProcess:
             os.close(descriptor)
 
     def _exchange(self, request: bytes, seconds: float, limit: str) -> bytes:
-        """Write a request, read its reply, and drain the worker's output, all within ``seconds``."""
+        """Write a request, read the reply and the worker's output, all within ``seconds``."""
         now = time.monotonic()
         deadline, check = now + seconds, now + CHECK_INTERVAL
         outgoing = memoryview(LENGTH.pack(len(request)) + request)
-        reply, printed, last_words = bytearray(), 0, b""
+        reply, printed, output = bytearray(), 0, b""
         poll = select.poll()
         poll.register(self._requests, select.POLLOUT)
         poll.register(self._replies, select.POLLIN)
@@ -147,59 +148,61 @@ class WorkerProcess:
                 elif descriptor == self._output:
                     text = os.read(self._output, 65536)
                     printed += len(text)
-                    last_words = (last_words + text)[-LAST_WORDS:]
+                    output = (output + text)[-LOGGED_OUTPUT:]
                     if not text:  # the worker closed its stdout and stderr
                         poll.unregister(self._output)
                     if printed > self._settings.max_output_kb << 10:
-                        raise WorkerFailure("output", f"printed more than max_output_kb={self._settings.max_output_kb}")
+                        raise WorkerFailure(
+                            "output", f"the function printed more than max_output_kb={self._settings.max_output_kb}"
+                        )
                 else:
                     text = os.read(self._replies, 65536)
                     if not text:
-                        raise self._death(last_words)
+                        raise self._death(output)
                     reply += text
                     if len(reply) >= LENGTH.size:
                         expected = LENGTH.size + LENGTH.unpack_from(reply)[0]
                         if len(reply) == expected:
                             return bytes(reply[LENGTH.size :])
                         if len(reply) > expected or expected > LENGTH.size + MAX_BYTES:
-                            raise WorkerFailure("protocol", "the worker sent more or less than one reply")
+                            raise WorkerFailure("protocol", "the worker sent data that is not one reply")
             now = time.monotonic()
             if now >= deadline:
-                raise WorkerFailure("timeout", f"took longer than {limit}")
+                raise WorkerFailure("timeout", f"the function took longer than {limit}")
             if now >= check:
                 check = now + CHECK_INTERVAL
-                self._tell(CHECK)
+                self._command(CHECK)
 
-    def _tell(self, command: bytes) -> None:
-        with contextlib.suppress(BrokenPipeError):  # the guard is gone, and the worker with it
+    def _command(self, command: bytes) -> None:
+        with contextlib.suppress(BrokenPipeError):  # the guard has ended, and the worker with it
             os.write(self._control, command)
 
     def _write(self, outgoing: memoryview) -> memoryview:
         try:
             return outgoing[os.write(self._requests, outgoing) :]
-        except BrokenPipeError:  # the other pipe reports its death
+        except BrokenPipeError:  # the pipe of replies reports the death
             return outgoing[:0]
 
-    def _death(self, last_words: bytes) -> WorkerFailure:
+    def _death(self, output: bytes) -> WorkerFailure:
         with contextlib.suppress(BlockingIOError):
-            last_words = (last_words + os.read(self._output, 65536))[-LAST_WORDS:]
+            output = (output + os.read(self._output, 65536))[-LOGGED_OUTPUT:]
         try:
             code = self._process.wait(1)
         except subprocess.TimeoutExpired:
             return WorkerFailure("died", "the worker closed its pipe")
-        if code == guard.MEMORY:
+        if code == worker_guard.MEMORY:
             return WorkerFailure("memory", f"the worker held more than memory_mb={self._settings.memory_mb}")
-        if code == guard.PROCESSES:
+        if code == worker_guard.PROCESSES:
             return WorkerFailure("processes", f"the worker had more than max_processes={self._settings.max_processes}")
         number = -code if code < 0 else code - 128  # negative: the guard itself was killed
         how = f"by signal {signal.Signals(number).name}" if number in set(signal.Signals) else f"with code {code}"
-        said = last_words.decode(errors="replace").strip()
-        message = f"the worker process ended {how}{f'; it printed last: {said}' if said else ''}"
+        printed = output.decode(errors="replace").strip()
+        message = f"the worker process ended {how}{f'; its last output: {printed}' if printed else ''}"
         return WorkerFailure("died", message, killed=number == signal.SIGKILL)
 
 
 def environment(passed: tuple[str, ...]) -> dict[str, str]:
-    """Return the part of the trainer's environment for a worker: no keys or tokens unless ``passed`` names them."""
+    """Return the environment of a worker: no keys or tokens of the trainer except those named in ``passed``."""
     kept = {
         name: value
         for name, value in os.environ.items()

@@ -187,12 +187,13 @@ def _attend_by_chunks(
     the public function does not return the sums. For a row that sees nothing the kernel returns 0 instead of -inf.
     """
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    output, total = None, None
+    output: torch.Tensor | None = None
+    total: torch.Tensor | None = None
     for index, (mask, blind) in enumerate(chunks):
         span = slice(index * INVARIANT_CHUNK, (index + 1) * INVARIANT_CHUNK)
         result, lse = kernel(query, keys[:, :, span], values[:, :, span], 0.0, False, attn_mask=mask, scale=scale)
         lse = lse.masked_fill_(blind, float("-inf"))
-        if output is None:
+        if output is None or total is None:
             output, total = result, lse
             continue
         largest = torch.maximum(total, lse)
@@ -200,6 +201,7 @@ def _attend_by_chunks(
         both = before + here
         output = (output * before[..., None] + result * here[..., None]).div_(both[..., None])
         total = largest + position_independent(torch.log, both)
+    assert output is not None, "there are no chunks"
     return output
 
 

@@ -164,5 +164,5 @@ def _window(attention: Any) -> int | None:
     return getattr(attention.config, "sliding_window", None)
 
 
-def _linear(module: nn.Linear) -> tuple[Tensor, Tensor | None]:
+def _linear(module: Any) -> tuple[Tensor, Tensor | None]:
     return module.weight, module.bias

@@ -380,7 +380,8 @@ class InlineRollout(RolloutEngine):
             return GenericDecoder(model, self._shapes)
         decoder = choose_decoder(model, self._model_settings, self._settings, self._max_model_len, self._source.device)
         self._decoder_class, self._shapes = type(decoder), decoder.shapes
-        self._vocabulary = model.get_input_embeddings().num_embeddings
+        embeddings: Any = model.get_input_embeddings()
+        self._vocabulary = embeddings.num_embeddings
         self._end_tokens = end_tokens(model)
         return decoder
 

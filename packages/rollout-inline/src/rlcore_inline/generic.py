@@ -35,9 +35,12 @@ class _ShapeRecorder(Cache):
         super().__init__(layers=[])
         self.shapes: dict[int, LayerShape] = {}
 
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.shapes[layer_idx] = LayerShape(keys.shape[1], keys.shape[-1], values.shape[-1], keys.dtype)
-        return keys, values
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        heads, key_dim, value_dim = key_states.shape[1], key_states.shape[-1], value_states.shape[-1]
+        self.shapes[layer_idx] = LayerShape(heads, key_dim, value_dim, key_states.dtype)
+        return key_states, value_states
 
 
 class _StepCache(Cache):
@@ -47,11 +50,13 @@ class _StepCache(Cache):
         super().__init__(layers=[])
         self.step = step
 
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         if isinstance(self.step, DecodeStep):
-            return self.step.append(layer_idx, keys[:, :, 0], values[:, :, 0])
-        self.step.write(layer_idx, keys, values)
-        return keys, values
+            return self.step.append(layer_idx, key_states[:, :, 0], value_states[:, :, 0])
+        self.step.write(layer_idx, key_states, value_states)
+        return key_states, value_states
 
 
 def _attend(

@@ -80,7 +80,8 @@ def verify_invariance(model: nn.Module, decoder: Decoder, device: torch.device) 
 
 
 def _depends_on_batch(model: nn.Module, decoder: Decoder, device: torch.device) -> bool:
-    vocabulary = model.config.get_text_config().vocab_size
+    config: Any = model.config
+    vocabulary = config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     lengths = (9, INVARIANT_CHUNK + 9, *range(1, MIN_ROWS + 1))
     prompts = [tuple(torch.randint(vocabulary, (length,), generator=generator).tolist()) for length in lengths]

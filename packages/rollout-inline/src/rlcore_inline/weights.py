@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import starmap
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -34,7 +35,8 @@ class ModelCopy:
         self.device = choose_device(settings.device)
         dtype = settings.dtype or ("bfloat16" if self.device.type == "cuda" else "float32")
         loaded = load_model(model, read_config(model), "policy", getattr(torch, dtype), 0, "sdpa")
-        self.model = loaded.to(self.device).requires_grad_(False)
+        self.model: Any = cast(Any, loaded).to(self.device)  # Any, because transformers' types of `to` are wrong
+        self.model.requires_grad_(False)
         self.step_count = 0
         self._complete = True
 

@@ -1,1 +1,1 @@
-"""Conformance kit for backend authors (pytest)."""
+"""Conformance suites for backend authors, and support for their tests (pytest)."""

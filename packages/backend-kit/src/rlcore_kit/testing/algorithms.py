@@ -10,7 +10,7 @@ A module of tests, which imports what registers the function, holds::
         params = {"clip": 0.1}
 
 pytest then checks the contracts of `rlcore.algorithms.registries` on ragged batches: sequences without tokens, without
-trained ones, and with one; groups of several sizes, whose samples are not next to each other.
+trained tokens, and with one token; groups of several sizes whose samples are not adjacent.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ PER_TOKEN = ("advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs", "
 
 
 def algorithm_batch(seed: int, lengths: Sequence[int] = LENGTHS, groups: Sequence[int] = GROUPS) -> Batch:
-    """Samples with every column that recipes make of numbers, and two of objects; fp32.
+    """Make samples with every numeric column of the recipes in fp32, and two columns of objects.
 
-    About a third of the tokens is masked; the last sample has no trained token, and rewards stand on trained ones only.
+    About a third of the tokens is masked. The last sample has no trained token. Only trained tokens have rewards.
     """
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.tensor(lengths, dtype=torch.int64)
@@ -68,34 +68,38 @@ def algorithm_batch(seed: int, lengths: Sequence[int] = LENGTHS, groups: Sequenc
 
 
 class _AlgorithmConformance:
-    """What the suites share."""
+    """Base of the suites."""
 
     registry: ClassVar[Registry[Any]]
     name: str
-    """As it is registered."""
+    """Name under which the function is registered."""
     params: Mapping[str, Any] = {}
     """Parameters that differ from their defaults."""
     tolerance: float = 1e-5
-    """Largest difference, absolute and relative, where samples are taken in another order."""
+    """Maximum difference, absolute and relative, where samples are in another order."""
 
     def batch(self, seed: int) -> Batch:
-        """Samples to try the function on; override it to add columns of your own to `algorithm_batch`."""
+        """Return the samples of the tests; override it to add columns to `algorithm_batch`."""
         return algorithm_batch(seed)
 
     @property
     def choice(self) -> Algorithm:
+        """The function under test, with its parameters."""
         entry = self.registry.get(self.name)
         return Algorithm(entry, entry.params.model_validate(dict(self.params)))
 
     def close(self, found: torch.Tensor, expected: torch.Tensor) -> None:
+        """Compare two tensors within `tolerance`."""
         torch.testing.assert_close(found, expected, rtol=self.tolerance, atol=self.tolerance)
 
     def test_is_found_by_its_name_in_other_processes(self) -> None:
-        assert copy(self.choice) == self.choice, "a copy is made as in another process: by name, out of the registry"
+        assert copy(self.choice) == self.choice, (
+            "a copy must be found by its name in the registry, as in another process"
+        )
 
     @staticmethod
     def _with_garbage(batch: Batch, garbage: float) -> Batch:
-        """``garbage`` under the mask of all floating-point columns but the rewards, which may stand there."""
+        """Put ``garbage`` on the masked tokens of all floating-point columns except rewards, which may be masked."""
         trained = trained_mask(batch)
         names = [name for name in batch.jagged_names if batch.flat(name).is_floating_point()]
         dirty = {
@@ -112,7 +116,7 @@ class AdvantageConformance(_AlgorithmConformance):
     registry = advantages
 
     def estimate(self, batch: Batch) -> Advantages:
-        """The estimator's result on what it may read of ``batch``."""
+        """Return the estimator's result on the columns of ``batch`` that it declares."""
         entry = self.choice.entry
         names = {"tokens", "loss_mask", "token_rewards", "group", *entry.required_columns}
         result: Advantages = self.choice(batch.select(*(name for name in batch.names if name in names)))
@@ -147,13 +151,13 @@ class AdvantageConformance(_AlgorithmConformance):
         found = self.estimate(self._with_garbage(batch, garbage)).advantages
         assert torch.equal(found, self.estimate(batch).advantages)
 
-    def test_leaves_the_batch_as_it_is(self) -> None:
+    def test_does_not_change_the_batch(self) -> None:
         batch, before = self.batch(0), self.batch(0)
         self.estimate(batch)
         assert batch.select(*batch.jagged_names, "group").equals(before.select(*before.jagged_names, "group"))
 
-    def test_equal_scores_teach_nothing(self) -> None:
-        """Of estimators that compare the samples of a group."""
+    def test_equal_scores_give_no_advantage(self) -> None:
+        """Applies to estimators that compare the samples of a group."""
         if "compares_group" not in self.choice.entry.traits:
             return
         batch = self.batch(0)
@@ -168,17 +172,24 @@ class AdvantageConformance(_AlgorithmConformance):
 class PolicyLossConformance(_AlgorithmConformance):
     """The contract of `rlcore.algorithms.registries.PolicyLoss`: subclass it and set ``name``.
 
-    The loss is tried as training engines call it, inside a `PolicyObjective`.
+    The loss is called as in training engines, by a `PolicyObjective`.
     """
 
     registry = policy_losses
     aggregation: Any = "seq-mean-token-mean"
-    """As in the configuration: the one that the loss is made for."""
+    """The aggregation for which the loss is designed, as in the configuration."""
 
     def evaluate(
         self, batch: Batch, denominators: Mapping[str, float] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, Metrics, torch.Tensor]:
-        """The share of ``batch`` in the loss, its gradient ``[T]`` with respect to log-probs, metrics, token losses."""
+        """Compute the loss of ``batch``.
+
+        Args:
+            denominators: those of the mini-batch of which ``batch`` is a part; None takes those of ``batch``.
+
+        Returns:
+            the loss, its gradient ``[T]`` with respect to log-probs, metrics, and the losses ``[T]`` of tokens.
+        """
         entry = self.choice.entry
         losses: list[torch.Tensor] = []
 
@@ -202,7 +213,7 @@ class PolicyLossConformance(_AlgorithmConformance):
         return loss.detach(), gradient, metrics, losses[0]
 
     def samples(self, seed: int) -> Batch:
-        """`batch` with what a model computes for it; the log-probs are near the old ones."""
+        """Return `batch` with the outputs of a model, whose log-probs are close to the old ones."""
         batch = self.batch(seed)
         generator = torch.Generator().manual_seed(seed + 1)
         noise = torch.randn(batch.total_tokens, generator=generator) / 4
@@ -235,7 +246,7 @@ class PolicyLossConformance(_AlgorithmConformance):
 
     @pytest.mark.parametrize("budget", [1, 12, 25])
     def test_the_division_into_micro_batches_does_not_matter(self, budget: int) -> None:
-        """Units of the column that the loss declares with ``together`` stay whole, as in training engines."""
+        """Samples with the same value in the column ``together`` are in one micro-batch, as in training engines."""
         batch = self.samples(0)
         loss, gradient, metrics, _ = self.evaluate(batch)
         parts = batch.micro_batches(budget, self.choice.entry.together)
@@ -261,14 +272,14 @@ class PolicyLossConformance(_AlgorithmConformance):
         assert float(loss) == 0
         assert float(gradient.abs().max()) == 0
 
-    def test_leaves_its_inputs_as_they_are(self) -> None:
+    def test_does_not_change_its_inputs(self) -> None:
         batch, before = self.samples(0), self.samples(0)
         self.evaluate(batch)
         names = [*batch.jagged_names, "group", "score"]
         assert batch.select(*names).equals(before.select(*names))
 
     def test_vanishes_with_the_advantage(self) -> None:
-        """If the loss says so: runs leave out samples without advantage then."""
+        """Applies to losses that declare it: runs drop samples without advantage then."""
         if "vanishes_with_advantage" not in self.choice.entry.traits:
             return
         batch = self.samples(0)

@@ -1,4 +1,4 @@
-"""Copies of a model folder with something changed in them, for tests of what reads and writes model folders."""
+"""Changed copies of a model folder, for tests of code that reads and writes model folders."""
 
 from __future__ import annotations
 
@@ -24,7 +24,13 @@ def edited(
     weights: Callable[[Tensors], None] | None = None,
     files: Mapping[str, str] | None = None,
 ) -> Path:
-    """A copy of the model folder ``source`` with other keys of ``config.json``, other weights or other files."""
+    """Copy the model folder ``source`` to ``target`` and change it.
+
+    Args:
+        config: keys to set in ``config.json``.
+        weights: changes the tensors of the weight file in place.
+        files: texts of files to write, by name.
+    """
     safetensors: Any = import_module("safetensors.torch")
     shutil.copytree(source, target)
     if config is not None:
@@ -41,12 +47,13 @@ def edited(
 
 
 def precisions(folder: Path) -> dict[str, torch.dtype]:
-    """The precision of every tensor in a model folder with one weight file."""
+    """Return the precision of every tensor in a model folder with one weight file."""
     safetensors: Any = import_module("safetensors.torch")
     return {name: tensor.dtype for name, tensor in safetensors.load_file(folder / "model.safetensors").items()}
 
 
 def half_precision(tensors: Tensors) -> None:
+    """Convert matrices to bfloat16."""
     tensors.update({name: tensor.bfloat16() for name, tensor in tensors.items() if tensor.dim() > 1})
 
 
@@ -59,6 +66,7 @@ def _integers(tensors: Tensors) -> None:
 
 
 def two_labels(tensors: Tensors) -> None:
+    """Give the scalar head a second row."""
     tensors["score.weight"] = tensors["score.weight"].repeat(2, 1)
 
 
@@ -66,7 +74,7 @@ def _generation(text: str) -> dict[str, Any]:
     return {"files": {"generation_config.json": text}}
 
 
-# words of the error, and what is changed in a folder that is right
+# by case: a pattern of the error message, and the changes to a valid folder
 WRONG_FILES: dict[str, tuple[str, dict[str, Any]]] = {
     "a layer too many": (r"model\.layers\.1\.", {"config": ONE_LAYER}),
     "a head that is tied": (

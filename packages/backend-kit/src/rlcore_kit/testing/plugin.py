@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-# The suites' assertions show their operands, as those in test files do.
-SUITES = ("algorithms", "reward", "rollout_engine", "tracker", "train_engine", "parallel")
+# Assertions of the suites show their operands, as those in test files do.
+SUITES = ("algorithms", "reward", "rollout_engine", "tracker", "train_engine", "layout_equality")
 pytest.register_assert_rewrite(*(f"rlcore_kit.testing.{suite}" for suite in SUITES))
 
 
 @pytest.fixture(scope="session")
 def tiny_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a random Qwen2 model of width 32 and its byte-level tokenizer; needs transformers."""
+    """Return a folder with a random Qwen2 model of width 32 and its byte-level tokenizer; needs transformers."""
     from rlcore_kit.testing.tiny_model import tiny_model
 
     return tiny_model(tmp_path_factory.mktemp("models") / "tiny-qwen2")

@@ -1,4 +1,4 @@
-"""Running a test's function on several real processes, with ``torchrun``'s environment."""
+"""Run a function of a test on several processes, with the environment of ``torchrun``."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-# Importing torch on a busy machine takes its time.
+# Importing torch takes minutes on a busy machine.
 _START_S = 300
 
 
 class RankPool:
-    """Worker processes that stay alive between calls, forked from one that imports torch and ``preload`` once.
+    """Worker processes that live between calls, forked from one process that imports torch and ``preload`` once.
 
-    Each has one thread, and ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT`` (a free one
-    on loopback) in its environment. Process groups that a function initialises stay for the next one.
+    Each worker has one thread, and ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT`` (a
+    free port on loopback) in its environment. A process group that a function initialises exists in later calls too.
     """
 
     def __init__(self, world_size: int, preload: Sequence[str] = ()) -> None:
@@ -37,11 +37,11 @@ class RankPool:
         """Call ``function(*args)`` on every rank and return the results by rank.
 
         Args:
-            function: a module-level function, of a test module too; arguments and results are pickled.
+            function: a module-level function, which may be in a test module; arguments and results are pickled.
 
         Raises:
-            AssertionError: a rank raised (its traceback is the message), or did not return within ``timeout``
-                seconds (all stacks go to stderr). The processes are killed then; the next call starts new ones.
+            AssertionError: a rank raised (the message has its traceback), or did not return within ``timeout``
+                seconds (all stacks are written to stderr). The processes are killed; the next call starts new ones.
         """
         if not self._ranks:
             self._start()
@@ -63,7 +63,7 @@ class RankPool:
                     results[waiting[connection]] = value
                 else:
                     failures[waiting[connection]] = value
-            if failures:  # the others may wait for the failed rank for ever
+            if failures:  # the other ranks may wait for the failed rank forever
                 deadline = min(deadline, time.monotonic() + 3)
         if failures or len(results) < self.world_size:
             hanging = [rank for rank in range(self.world_size) if rank not in results and rank not in failures]

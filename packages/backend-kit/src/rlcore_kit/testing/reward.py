@@ -1,4 +1,4 @@
-"""The conformance suite of rewards."""
+"""Conformance suite for rewards."""
 
 from __future__ import annotations
 
@@ -41,22 +41,23 @@ class RewardConformance(ABC):
 
     @abstractmethod
     def make(self) -> Reward:
-        """A new reward; the tests share one, save that which closes it."""
+        """Make a new reward; all tests share one, except the test of `Reward.close`."""
 
     @abstractmethod
     def cases(self) -> Sequence[tuple[RewardSample, float]]:
-        """Samples and their scores; at least two different scores among them."""
+        """Return samples and their scores, of which at least two differ."""
 
     @pytest.fixture(scope="class")
     @classmethod
     def reward(cls) -> Iterator[Reward]:
+        """Make the reward that the tests share."""
         reward = cls().make()
         yield reward
         reward.close()
 
     def test_scores_each_case(self, reward: Reward) -> None:
         cases = self.cases()
-        assert len({score for _, score in cases}) > 1, "cases() must hold different scores to mean anything"
+        assert len({score for _, score in cases}) > 1, "cases() must return at least two different scores"
         for sample, score in cases:
             result = asyncio.run(reward.score(sample))
             _check(result)
@@ -93,7 +94,7 @@ class RewardConformance(ABC):
         _check(results[0])
         assert results[1].score == pytest.approx(score)
 
-    def test_leaves_samples_as_they_are(self, reward: Reward) -> None:
+    def test_does_not_change_samples(self, reward: Reward) -> None:
         for sample, _ in self.cases():
             before = copy.deepcopy(sample)
             reward.score_batch([sample])

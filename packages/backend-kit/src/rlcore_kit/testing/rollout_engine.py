@@ -1,6 +1,6 @@
-"""The conformance kit of `RolloutEngine`: subclass `RolloutEngineConformance` in a test module of your backend.
+"""Conformance suite for rollout engines: subclass `RolloutEngineConformance` in a test module of the backend.
 
-The reference is the plain forward pass of transformers in float32 over the engine's own completions.
+The reference is the forward pass of transformers in float32 over the engine's completions.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ PROMPT = [10, 60, 110, 160, 210, 35, 85]
 class RolloutEngineConformance:
     """Checks the contract of `RolloutEngine` on tiny models.
 
-    Override `make_engine`, and `load_weights` unless ``update_weights`` takes buckets. One engine serves all tests of
-    the class. The engine computes in float32; where its arithmetic is coarser, widen ``logprob_tolerance``.
+    Override `make_engine`, and `load_weights` unless ``update_weights`` takes buckets. All tests of the class share one
+    engine. The engine computes in float32; raise ``logprob_tolerance`` if its arithmetic is less precise.
     """
 
     logprob_tolerance = 1e-4
-    """Largest difference of a log-prob to the reference."""
+    """Maximum difference of a log-prob to the reference."""
     timeout_s = 120.0
-    """Most seconds one test waits for completions."""
+    """Timeout of a test that waits for completions, in seconds."""
     max_model_len = MAX_MODEL_LEN
-    """Of the engine; more where a completion of that length is made before a test can interfere with it."""
+    """Maximum length of the engine; raise it if such a completion ends before a test can abort or pause it."""
     draws = 4000
-    """Tokens drawn for the comparison with the model's distribution; fewer where requests are dear."""
+    """Number of tokens drawn for the comparison with the model's distribution; lower it if requests are slow."""
 
     def make_engine(self, model: Path, max_model_len: int) -> RolloutEngine:
-        """An engine that generates with the model in the folder ``model``."""
+        """Make an engine that generates with the model in the folder ``model``."""
         raise NotImplementedError
 
     def load_weights(self, engine: RolloutEngine, model: Path, version: int) -> None:
@@ -59,26 +59,30 @@ class RolloutEngineConformance:
     @pytest.fixture(scope="class")
     @classmethod
     def model(cls, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """Write the model of the engine and return its folder."""
         return _sharp_model(tmp_path_factory.mktemp("model"), seed=0)
 
     @pytest.fixture(scope="class")
     @classmethod
     def other_model(cls, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """Write a model of the same architecture with other weights and return its folder."""
         return _sharp_model(tmp_path_factory.mktemp("other_model"), seed=1)
 
     @pytest.fixture(scope="class")
     @classmethod
     def reference(cls, model: Path) -> Any:
+        """Load the model in transformers."""
         return _load(model)
 
     @pytest.fixture(scope="class")
     @classmethod
     def engine(cls, model: Path) -> Iterator[RolloutEngine]:
+        """Make the engine that the tests share."""
         engine = cls().make_engine(model, cls.max_model_len)
         yield engine
         engine.close()
 
-    # --- what a completion holds -------------------------------------------------------------------------------------
+    # --- contents of a completion ------------------------------------------------------------------------------------
 
     def test_shape_of_a_completion(self, engine: RolloutEngine) -> None:
         request = GenerationRequest(PROMPT, SamplingParams(max_tokens=9, ignore_eos=True, seed=0), request_id="one")
@@ -116,7 +120,7 @@ class RolloutEngineConformance:
             self._check_logprobs(reference, request, completion)
 
     def test_many_requests_of_all_lengths(self, engine: RolloutEngine, reference: Any) -> None:
-        """More than a small engine runs at once, in groups that share a prompt, mixed parameters."""
+        """More requests than a small engine runs together, in groups that share a prompt, with mixed parameters."""
         requests = [
             replace(
                 _request(1 + 7 * index % 40, prompt=[20 + index // 4] * (1 + index // 4), seed=index),
@@ -159,13 +163,13 @@ class RolloutEngineConformance:
                 if "min_p" in changes:
                     assert float((chosen[:, 0] / probs.max(-1).values).min()) > 0.3 - self.logprob_tolerance
 
-    def test_a_seed_gives_the_same_completion_in_any_company(self, engine: RolloutEngine) -> None:
+    def test_a_seed_gives_the_same_completion_in_any_batch(self, engine: RolloutEngine) -> None:
         request = _request(40, seed=5)
         (alone,) = engine.generate_batch([request])
-        company = [_request(3 + 5 * index, prompt=[40 + index] * (index + 2), seed=index) for index in range(12)]
-        in_company = engine.generate_batch([*company, request, *company])[len(company)]
-        assert in_company.tokens == alone.tokens
-        assert in_company.logprobs == pytest.approx(alone.logprobs, abs=self.logprob_tolerance)
+        others = [_request(3 + 5 * index, prompt=[40 + index] * (index + 2), seed=index) for index in range(12)]
+        together = engine.generate_batch([*others, request, *others])[len(others)]
+        assert together.tokens == alone.tokens
+        assert together.logprobs == pytest.approx(alone.logprobs, abs=self.logprob_tolerance)
 
     def test_other_seeds_give_other_completions(self, engine: RolloutEngine) -> None:
         completions = engine.generate_batch([_request(20, seed=seed) for seed in (1, 2, 3, None, None)])
@@ -177,7 +181,7 @@ class RolloutEngineConformance:
     def test_tokens_follow_the_distribution(
         self, engine: RolloutEngine, reference: Any, changes: dict[str, Any]
     ) -> None:
-        """A χ² test of draws with fixed seeds, at a significance of 1e-4."""
+        """Draws with fixed seeds pass a χ² test at a significance of 1e-4."""
         draws = self.draws
         sampling = SamplingParams(max_tokens=1, ignore_eos=True, **changes)
         requests = [GenerationRequest(PROMPT, replace(sampling, seed=seed), group=0) for seed in range(draws)]
@@ -310,8 +314,10 @@ class RolloutEngineConformance:
         assert again.tokens == before.tokens
         self._check_logprobs(reference, request, again)
 
-    def test_new_weights_under_way(self, engine: RolloutEngine, model: Path, other_model: Path, reference: Any) -> None:
-        """Tokens before the update have the log-probs of the old weights, those after it of the new ones alone."""
+    def test_new_weights_during_generation(
+        self, engine: RolloutEngine, model: Path, other_model: Path, reference: Any
+    ) -> None:
+        """Tokens before an update have log-probs of the old weights, tokens after it of the new weights alone."""
         requests = [
             replace(self._endless(name), prompt=[30 + index] * (1 + 5 * index)) for index, name in enumerate("abcd")
         ]
@@ -385,10 +391,10 @@ class RolloutEngineConformance:
 
         assert len(self._run(scenario()).tokens) == 5
 
-    # --- tools -------------------------------------------------------------------------------------------------------
+    # --- support -----------------------------------------------------------------------------------------------------
 
     def _endless(self, request_id: str) -> GenerationRequest:
-        """Still running when the test is over."""
+        """Make a request that is still running at the end of the test."""
         return replace(_request(self.max_model_len - 1000, prompt=[30, 31, 32]), request_id=request_id)
 
     def _run(self, scenario: Awaitable[T]) -> T:
@@ -411,7 +417,7 @@ def _request(
 
 
 def _sharp_model(path: Path, seed: int) -> Path:
-    """Larger initial weights than usual, so that distributions are far from uniform and depend on the past."""
+    """Write a model with large initial weights, so that distributions are far from uniform and depend on the past."""
     return tiny_model(path, seed=seed, initializer_range=0.15, max_position_embeddings=MAX_MODEL_LEN)
 
 
@@ -428,14 +434,14 @@ def _vocabulary(reference: Any) -> int:
 
 @torch.no_grad()
 def _logits(reference: Any, request: GenerationRequest, completion: Completion) -> torch.Tensor:
-    """``[tokens, V]`` float32: what each token of the completion was drawn from."""
+    """Return the logits ``[tokens, V]`` in float32 from which each token of the completion was drawn."""
     sequence = torch.tensor([[*request.prompt, *completion.tokens]])
     logits: torch.Tensor = reference(input_ids=sequence).logits[0, len(request.prompt) - 1 : -1]
     return logits
 
 
 def _filtered(probs: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
-    """``probs`` ``[V]`` after top-k, top-p and min-p, token by token from the definitions."""
+    """Return ``probs`` ``[V]`` after top-k, top-p and min-p, computed token by token from the definitions."""
     kept: list[int] = []
     ranked = sorted(range(len(probs)), key=lambda token: -float(probs[token]))[: sampling.top_k or None]
     total = sum(float(probs[token]) for token in ranked)
@@ -451,5 +457,5 @@ def _filtered(probs: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
 
 
 def _chi2_quantile(degrees: int, z: float) -> float:
-    """The χ² quantile at which a standard normal reaches ``z`` (Wilson & Hilferty, 1931)."""
+    """Return the χ² quantile at which a standard normal reaches ``z`` (Wilson & Hilferty, 1931)."""
     return degrees * (1 - 2 / (9 * degrees) + z * (2 / (9 * degrees)) ** 0.5) ** 3  # type: ignore[no-any-return]

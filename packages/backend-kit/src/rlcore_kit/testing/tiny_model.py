@@ -1,4 +1,4 @@
-"""Tiny random models and tokenizers in Hugging Face format, for tests that need a model folder and no network."""
+"""Tiny random models and tokenizers in Hugging Face format, for tests that need a model folder without network."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SPECIAL_TOKENS = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>
 
 
 def tiny_tokenizer() -> Any:
-    """A byte-level tokenizer (no merges) with a chat template; pad is 0, end of sequence is 1."""
+    """Make a byte-level tokenizer (no merges) with a chat template; pad is 0, end of sequence is 1."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     transformers: Any = import_module("transformers")
@@ -74,7 +74,7 @@ def tiny_model(
         torch.manual_seed(seed)
         kind = "CausalLM" if head == "policy" else "SequenceClassification"
         model = getattr(transformers, f"{architecture}For{kind}")(config)
-        # transformers starts the padding token at zero, where the gradient through a normalisation is enormous
+        # transformers initialises the padding token with zeros, where the gradient of a normalisation is enormous
         padding = model.get_input_embeddings().weight.data[tokenizer.pad_token_id]
         padding.normal_(std=config.initializer_range)
     bars = logging.is_progress_bar_enabled()

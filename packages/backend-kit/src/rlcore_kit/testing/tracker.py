@@ -36,15 +36,16 @@ class TrackerConformance:
     """The contract of `rlcore.tracking.Tracker`: subclass it, name the subclass ``Test…`` and implement `make`."""
 
     def make(self, info: RunInfo) -> Tracker:
-        """A new tracker of the run ``info``; a second one for the same ``run_id`` continues it."""
+        """Make a tracker of the run ``info``; a second tracker of the same ``run_id`` continues the run."""
         raise NotImplementedError
 
     def logged(self, info: RunInfo) -> Mapping[int, Mapping[str, float | None]] | None:
-        """What has arrived for the run, by step; None where that cannot be read."""
+        """Return the logged metrics of the run by step; None if they cannot be read back."""
         return None
 
     @pytest.fixture
     def info(self, tmp_path: Path) -> RunInfo:
+        """Make the description of a run."""
         return RunInfo(
             tmp_path,
             project="p",
@@ -56,6 +57,7 @@ class TrackerConformance:
 
     @pytest.fixture
     def tracker(self, info: RunInfo) -> Iterator[Tracker]:
+        """Make a tracker that is closed after the test."""
         tracker = self.make(info)
         yield tracker
         tracker.close()
@@ -65,7 +67,7 @@ class TrackerConformance:
         tracker.log({}, 0)
         tracker.log(metrics, 1)
         tracker.log({"late": 3.0}, 2)
-        assert metrics.keys() == METRICS.keys(), "the tracker changed what it was given"
+        assert metrics.keys() == METRICS.keys(), "the tracker changed its argument"
         tracker.close()
         self._check(info, {1: {name: v for name, v in METRICS.items() if math.isfinite(v)}, 2: {"late": 3.0}})
 
@@ -76,8 +78,8 @@ class TrackerConformance:
         tracker.log_table("val/generations", list(columns), [], 2)
         assert [len(row) for row in given] == [2, 2, 2]
 
-    def test_a_resumed_run_goes_on(self, info: RunInfo) -> None:
-        """Steps after the checkpoint were logged before the run was broken off, and are logged again."""
+    def test_a_resumed_run_continues(self, info: RunInfo) -> None:
+        """Steps after the checkpoint, logged before the run was interrupted, are logged again."""
         first = self.make(info)
         for step in (1, 2, 3):
             first.log({"loss": float(step)}, step)

@@ -60,13 +60,13 @@ class BroadcastSender(SenderEnd):
 
     def send(self, payload: Payload, bucket: str) -> None:
         reader = PieceReader(payload)
-        under_way: list[Any] = [None, None]
+        works: list[Any] = [None, None]
         for index, (start, stop) in enumerate(piece_ranges(payload.nbytes, self._piece_bytes)):
             slot = self._slots[index % 2]
-            _finish(under_way[index % 2], self._channels, self._timeout_s, f"take {bucket}")
+            _finish(works[index % 2], self._channels, self._timeout_s, f"take {bucket}")
             reader.read_into(slot[: stop - start])
-            under_way[index % 2] = process_group.broadcast(self._group, slot[: stop - start])
-        for work in under_way:
+            works[index % 2] = process_group.broadcast(self._group, slot[: stop - start])
+        for work in works:
             _finish(work, self._channels, self._timeout_s, f"take {bucket}")
 
     def close(self) -> None:

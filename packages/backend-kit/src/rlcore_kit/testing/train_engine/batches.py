@@ -1,4 +1,4 @@
-"""Batches to train on, and what a plain forward pass of transformers computes for them."""
+"""Batches for training, and the outputs of a forward pass of transformers over them."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ LENGTHS = (5, 30, 17, 2, 40, 1, 9)
 
 
 def make_pairs() -> Batch:
-    """Eight samples, of which those that belong together are far apart and of different lengths."""
+    """Make eight samples in four pairs; the samples of a pair are far apart and of different lengths."""
     return make_batch((5, 30, 17, 2, 40, 6, 9, 21)).with_columns(pair=torch.tensor([0, 1, 2, 3, 3, 0, 1, 2]))
 
 
 def make_batch(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> Batch:
-    """Random tokens, the padding token (0) among them; about a third masked out at the start of each sequence (a
-    prompt); ``weights`` per token."""
+    """Make random tokens, including the padding token (0), with a weight per token.
+
+    About a third of each sequence, at its start, is masked: the prompt.
+    """
     generator = torch.Generator().manual_seed(seed)
     tokens = [torch.randint(5, 250, (length,), generator=generator) for length in lengths]
     for sequence in tokens:
-        sequence[len(sequence) // 2] = 0  # a token like any other: nothing is padded
+        sequence[len(sequence) // 2] = 0  # nothing is padded: the padding token is an ordinary token
     masks = [(torch.arange(length) >= max(1, length // 3)).float() for length in lengths]
     weights = [torch.randn(length, generator=generator) for length in lengths]
     return Batch(
@@ -36,7 +38,7 @@ def make_batch(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> Batch:
 
 
 def reference_outputs(model: Any, tokens: torch.Tensor, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs and entropies ``[L]`` of one sequence by a plain transformers forward pass; 0 for the first token."""
+    """Compute log-probs and entropies ``[L]`` of one sequence with transformers; 0 for the first token."""
     logits = model(tokens[None], use_cache=False).logits[0, :-1].float() / temperature  # shift allowed: reference
     logprobs = logits.log_softmax(-1)
     chosen = logprobs.gather(-1, tokens[1:, None]).squeeze(-1)  # shift allowed: reference
@@ -46,5 +48,5 @@ def reference_outputs(model: Any, tokens: torch.Tensor, temperature: float = 1.0
 
 
 def exported(engine: TrainEngine) -> dict[str, torch.Tensor]:
-    """A copy of all weights, by name."""
+    """Return a copy of all weights by name."""
     return {name: tensor.cpu().clone() for bucket in engine.export_weights() for name, tensor in bucket.tensors}

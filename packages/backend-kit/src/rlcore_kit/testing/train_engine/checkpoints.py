@@ -38,11 +38,11 @@ class CheckpointTests(TrainEngineTests):
         assert all(torch.equal(first[name], second[name]) for name in first)
 
     def test_training_goes_on_while_a_checkpoint_is_written(self, model_path: Path, tmp_path: Path) -> None:
-        """What `start_save` began is what `save` writes at that moment, and stays so."""
+        """`start_save` writes what `save` would have written when it was called."""
         engine = self.engine(model_path)
         assert engine.save_done()
         assert engine.finish_save() == {}
-        for step in range(2):  # the second time with whatever the first one has left behind
+        for step in range(2):  # the second time with the buffers of the first
             engine.train(make_batch(seed=step), WeightedLogprobs())
             now, later = tmp_path / f"now{step}", tmp_path / f"later{step}"
             engine.save(now)

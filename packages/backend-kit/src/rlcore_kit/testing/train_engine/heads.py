@@ -19,7 +19,7 @@ class HeadTests(TrainEngineTests):
 
     @pytest.mark.parametrize("head", ["value", "score"])
     def test_scalar_heads_read_the_right_state(self, heads: dict[str, Path], head: str) -> None:
-        """A value stands before its token, a score at it: changing token *t* changes only what may see it."""
+        """A value is read before its token, a score at its token: a changed token affects only later entries."""
         engine = self.engine(heads[head], head=head)
         tokens = torch.arange(10, 22)
         changed = tokens.clone()

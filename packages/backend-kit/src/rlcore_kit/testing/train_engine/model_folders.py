@@ -37,7 +37,7 @@ class ModelFolderTests(TrainEngineTests):
             torch.testing.assert_close(got["logprobs"], logprobs * row["loss_mask"], atol=self.logprob_atol, rtol=0)
 
     def test_an_exported_model_is_like_the_original(self, model_path: Path, tmp_path: Path) -> None:
-        """In precision, tensor by tensor, and in settings that transformers would refuse to write."""
+        """Precision of each tensor, and settings that transformers would refuse to write, are kept."""
         source = edited(model_path, tmp_path / "source", weights=half_precision, config={"temperature": 0.6})
         generation = '{"do_sample": false, "temperature": 0.6, "eos_token_id": [1, 4]}'
         (source / "generation_config.json").write_text(generation)

@@ -1,4 +1,4 @@
-"""Losses with which tests train: over log-probs, over values, over pairs; and one that fails."""
+"""Objectives for tests: losses over log-probs, values and pairs, and one that fails."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class WeightedLogprobs:
 
 @dataclasses.dataclass
 class BreaksOff(WeightedLogprobs):
-    """Fails in the second micro-batch, after the first one's gradient."""
+    """Fails in the second micro-batch, after the gradient of the first."""
 
     calls: int = 0
 

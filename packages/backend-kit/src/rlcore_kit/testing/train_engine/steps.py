@@ -55,7 +55,7 @@ class StepTests(TrainEngineTests):
     def test_a_step_does_not_depend_on_micro_batches(self, model_path: Path) -> None:
         batch, weights, metrics = make_batch(), [], []
         for size in (1000, 41, 1):
-            # Plain gradient descent in disguise: with a huge ε, AdamW's first step is lr · gradient / ε.
+            # With a huge ε, AdamW's first step is plain gradient descent: lr · gradient / ε.
             engine = self.engine(model_path, max_tokens=size, optim=OptimSettings(lr=1.0, eps=1.0, clip_grad=None))
             metrics.append(engine.train(batch, WeightedLogprobs()).to_dict())
             weights.append(exported(engine))
@@ -94,7 +94,7 @@ class StepTests(TrainEngineTests):
         assert metrics["lr"] == pytest.approx(2.5e-3)
         after = exported(engine)
         assert all(torch.equal(after[name], before[name]) for name in before)
-        # It counts for the schedule and leaves nothing behind in the optimizer.
+        # A skipped step counts for the schedule and does not change the optimizer.
         metrics = engine.train(make_batch(), WeightedLogprobs()).to_dict()
         assert metrics["lr"] == pytest.approx(5e-3)
         control.train(make_batch(), WeightedLogprobs(scale=scale))
@@ -115,7 +115,7 @@ class StepTests(TrainEngineTests):
             self.engine(model_path, optim=None).train(make_batch(), WeightedLogprobs())
 
     def test_a_step_that_broke_off_leaves_nothing(self, model_path: Path) -> None:
-        """The next step is as if nothing had been, or refused."""
+        """The next step equals that of an engine without the failed step, or is refused."""
         engine, control = self.engine(model_path), self.engine(model_path)
         with pytest.raises(RuntimeError, match="broken objective"):
             engine.train(make_batch(), BreaksOff())

@@ -1,14 +1,15 @@
-"""The small process between the trainer and one worker, which outlives the worker and cleans up after it.
+"""The guard process between the trainer and one worker, which ends everything that the worker started.
 
-The guard forks the worker and never runs a line of the user's code. It is the *subreaper* of everything that descends
-from the worker (prctl(2)), so that a child which changes its session or loses its parent still belongs to it. It kills
-all of them when
+The guard forks the worker and never runs the user's code. It is the *subreaper* of all descendants of the worker
+(prctl(2)), so that a process that changes its session or loses its parent is still its descendant. It kills all of them
+when
 
-- the worker ends, for any reason;
-- the control pipe receives `QUIT` or is closed: the trainer ends the worker, or has died;
-- a byte on the control pipe asks for a check, and the family has too many processes or too much memory.
+- the worker ends, for whatever reason;
+- the control pipe requests it, or is closed because the trainer died;
+- a byte on the control pipe requests a check, and the descendants are too many or hold too much memory.
 
-The worker in turn dies with its guard (parent-death signal). Linux only.
+The worker dies with its guard (parent-death signal). Linux only. The guard of a Ray cluster (`rlcore_ray`) has another
+mechanism: Ray's daemons are not descendants of a guard, so it finds them by a mark in their environment.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-# Exit codes of the guard; other codes are the worker's own (128 + n: killed by signal n).
+# Exit codes of the guard; all others are those of the worker (128 + n: killed by signal n).
 MEMORY = 250
 PROCESSES = 251
 
@@ -39,13 +40,13 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 def run_guarded(
     work: Callable[[], None], *, pipes: tuple[int, ...], owner: int, control: int, memory: int, processes: int
 ) -> NoReturn:
-    """Run ``work`` in a forked, watched process.
+    """Run ``work`` in a forked process, watch it, and exit with its exit code.
 
     Args:
-        pipes: descriptors that belong to the worker alone.
+        pipes: descriptors for the worker only.
         owner: process id of the trainer, the parent of this process.
         control: read end of the control pipe.
-        memory: maximum bytes that the worker and its descendants hold together, and that each allocates.
+        memory: maximum bytes that the worker and its descendants hold together, and that each of them allocates.
         processes: maximum number of the worker and its descendants.
     """
     wake, waker = os.pipe()
@@ -55,7 +56,7 @@ def run_guarded(
         signal.signal(number, lambda *_: None)  # a handler of any kind makes signals reach the pipe
     signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
-    # The signal is also sent when the trainer's *thread* that started this process ends, so `_watch` checks the parent.
+    # The signal also arrives when the *thread* of the trainer that started this process ends: compare the parent's id.
     _prctl(_PR_SET_PDEATHSIG, signal.SIGUSR1)
     guard = os.getpid()
     worker = os.fork()
@@ -84,8 +85,8 @@ def _become_worker(guard: int, memory: int) -> None:
     if os.getppid() != guard:
         os._exit(1)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # RLIMIT_DATA counts private writable memory. RLIMIT_AS would also count reserved address space, which for numerical
-    # libraries and threads is many times the used memory; RLIMIT_RSS has no effect on Linux.
+    # RLIMIT_DATA counts private writable memory. RLIMIT_AS would also count reserved memory, which numerical libraries
+    # and threads reserve many times over; RLIMIT_RSS has no effect on Linux.
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
 
 
@@ -114,7 +115,7 @@ def _watch(worker: int, *, owner: int, control: int, wake: int, memory: int, pro
 
 
 def _reap(worker: int) -> int | None:
-    """Collect ended children; the worker's wait status if it is among them."""
+    """Collect ended children; return the worker's wait status if it is among them."""
     result = None
     with contextlib.suppress(ChildProcessError):
         while (ended := os.waitpid(-1, os.WNOHANG))[0]:
@@ -124,7 +125,7 @@ def _reap(worker: int) -> int | None:
 
 
 def _kill_family(worker: int) -> None:
-    # The kernel signals a process group in one piece: no fork in it escapes, so that fork bombs end here.
+    # The kernel signals a process group atomically: no fork in it escapes, which ends fork bombs.
     with contextlib.suppress(ProcessLookupError):
         os.killpg(worker, signal.SIGKILL)
     while family := list(_descendants(os.getpid())):
@@ -144,7 +145,7 @@ def _descendants(pid: int) -> Iterator[int]:
         try:
             with open(f"/proc/{pid}/task/{thread}/children") as file:
                 children = [int(child) for child in file.read().split()]
-        except OSError:  # ended meanwhile
+        except OSError:  # the process has ended
             continue
         for child in children:
             yield child
@@ -152,11 +153,11 @@ def _descendants(pid: int) -> Iterator[int]:
 
 
 def _private_memory(pid: int) -> int:
-    """Return resident bytes that are not file pages; pages shared after a fork count in each process."""
+    """Return the resident bytes that are not file pages; pages shared after a fork count in each process."""
     try:
         with open(f"/proc/{pid}/statm") as file:
             _, resident, shared, *_ = map(int, file.read().split())
-    except OSError:  # ended meanwhile
+    except OSError:  # the process has ended
         return 0
     return (resident - shared) * _PAGE
 

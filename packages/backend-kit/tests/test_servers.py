@@ -1,4 +1,4 @@
-"""Clients of inference servers: timeouts that exclude pauses, aborts, labels of weights."""
+"""Clients of inference servers: timeouts that exclude pauses, aborts, labels of weights, the shared rollout engine."""
 
 import asyncio
 import time
@@ -6,11 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from rlcore.engines import GenerationRequest, SamplingParams
+from rlcore.engines import Completion, GenerationRequest, ModelSettings, RolloutSpec, SamplingParams
+from rlcore.errors import WorkerError
 from rlcore_kit.serving import calls as calls_module
 from rlcore_kit.serving.calls import Calls
+from rlcore_kit.serving.handshake import Handshake
 from rlcore_kit.serving.pause_clock import PauseClock
 from rlcore_kit.serving.server_api import ServerAPI
+from rlcore_kit.serving.server_rollout import ServerRollout, open_connection
+from rlcore_kit.serving.settings import ServerClientSettings
 from rlcore_kit.serving.weight_labels import FRESH, UNKNOWN, WeightLabels
 
 LONG_S = 100.0
@@ -125,14 +129,15 @@ def test_an_abort_without_requests_reaches_no_server():
 class RecordingServer(ServerAPI):
     """Records what it is asked for; its weights carry ``label``."""
 
-    def __init__(self, label: str) -> None:
+    def __init__(self, label: str, connection=None) -> None:
         self.label, self.actions = label, []
-        self.connection = SimpleNamespace(url="url", wait_for=lambda work, what: asyncio.run(work))
+        self.connection = connection or SimpleNamespace(url="url", wait_for=lambda work, what: asyncio.run(work))
 
     def weight_label(self) -> str:
         return self.label
 
     def set_weight_label(self, label: str) -> None:
+        self.label = label
         self.actions.append(label)
 
     def reload_model(self, timeout_s: float) -> None:
@@ -175,3 +180,88 @@ def test_weights_of_a_server_at_the_handshake(label, known, version, actions):
     assert labels.take_over(server, 1.0) == version
     assert server.actions == actions
     assert labels.known_servers == {"url"}
+
+
+class EchoRollout(ServerRollout):
+    """Completes every request with its prompt, and records the order in which the server is used."""
+
+    failure: Exception | None = None
+
+    async def _complete(self, call) -> Completion:
+        await self._admit(call)
+        self.api.actions.append("generate")
+        return Completion(list(call.request.prompt), [], "stop", [(self.version, len(call.request.prompt))])
+
+    def _prepare_update(self, buckets):
+        self.api.actions.append("prepare")
+        return buckets
+
+    def _send_weights(self, buckets, version) -> None:
+        self.api.actions.append(list(buckets))
+        if self.failure is not None:
+            raise self.failure
+
+
+@pytest.fixture
+def echo():
+    """A client of a server that exists as a record only; its connection is never used for HTTP."""
+    labels = WeightLabels("ours")
+    settings = ServerClientSettings(timeout_s=LONG_S)
+    api = RecordingServer("ours:0", open_connection("http://127.0.0.1:9", settings, None))
+    spec = RolloutSpec(ModelSettings(path="anywhere"), None, 64)
+    client = EchoRollout(api, Handshake(0, 1, 100, frozenset()), spec, settings, labels)
+    yield client
+    client.close()
+
+
+def request(index: int) -> GenerationRequest:
+    return GenerationRequest([1, 2, index], SamplingParams(4), request_id=str(index))
+
+
+def test_requests_wait_in_this_process_while_the_server_is_paused(echo):
+    async def scenario():
+        echo.pause()
+        waiting = [asyncio.create_task(echo.generate(request(index))) for index in range(2)]
+        await asyncio.sleep(0.1)
+        assert echo.api.actions == ["pause"]
+        await asyncio.to_thread(echo.abort, ["0"])
+        await asyncio.to_thread(echo.resume)
+        return await asyncio.gather(*waiting)
+
+    aborted, completed = asyncio.run(scenario())
+    assert (aborted.tokens, aborted.finish_reason) == ([], "abort")
+    assert completed.tokens == [1, 2, 1]
+    assert echo.api.actions == ["pause", "resume", "generate"]
+
+
+def test_a_request_wakes_a_sleeping_server(echo):
+    echo.sleep()
+    echo.sleep()
+    echo.generate_batch([request(0)])
+    assert echo.api.actions == ["sleep", "wake", "resume", "generate"]
+
+
+def test_an_update_pauses_labels_sends_and_resumes(echo):
+    echo.update_weights(["bucket"], 3)
+    assert echo.version == 3
+    assert echo.api.actions == ["prepare", "pause", "ours:updating", ["bucket"], "reset", "ours:3", "resume"]
+    assert echo.generate_batch([request(0)])[0].versions == [(3, 3)]
+
+
+def test_an_update_of_a_paused_server_leaves_it_paused(echo):
+    echo.pause()
+    echo.update_weights([], 1)
+    assert echo.api.actions[-1] == "ours:1"
+    echo.resume()
+    assert echo.api.actions[-1] == "resume"
+
+
+def test_a_failed_update_leaves_the_server_paused_with_a_label_of_no_version(echo):
+    echo.failure = WorkerError("connection reset")
+    with pytest.raises(WorkerError, match="connection reset"):
+        echo.update_weights([], 1)
+    assert echo.api.label == "ours:updating"
+    assert "resume" not in echo.api.actions
+    echo.failure = None
+    echo.update_weights([], 2)
+    assert echo.api.actions[-1] == "resume"

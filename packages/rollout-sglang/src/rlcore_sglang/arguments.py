@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from typing import Any
 
 from rlcore.engines.settings import RolloutSpec
+from rlcore_kit.serving.extra_arguments import problems_of
 from rlcore_sglang.settings import SGLangSettings
 
 SERVER_FIELDS = (
@@ -63,15 +63,12 @@ def server_arguments(spec: RolloutSpec, settings: SGLangSettings, on_cpu: bool) 
 
 def problems(extra: Mapping[str, Any], known: Iterable[str]) -> list[str]:
     """Return all problems of the user's arguments ``extra``; ``known`` are the names that the installed version has."""
-    known = sorted(known)
-    found = []
-    for name in extra:
-        if name in OURS:
-            found.append(f"{name} cannot be set: {OURS[name]}")
-        elif name in SERVER_FIELDS:
-            found.append(f"{name} is a setting: set rollout.sglang.{name} instead of args.{name}")
-        elif name not in known:
-            close = get_close_matches(name, known, n=3)
-            hint = f"did you mean {' or '.join(close)}?" if close else "see `sglang serve --help` for its arguments"
-            found.append(f"the installed SGLang has no argument {name}; {hint}")
-    return found
+    return problems_of(
+        extra,
+        known=set(known),
+        reserved=OURS,
+        settings=SERVER_FIELDS,
+        section="rollout.sglang",
+        engine="SGLang",
+        help_command="sglang serve --help",
+    )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from difflib import get_close_matches
 from typing import Any, cast
 
 from rlcore.engines.settings import RolloutSpec
 from rlcore.errors import EngineError
+from rlcore_kit.serving.extra_arguments import problems_of
 from rlcore_vllm.adapters import lora_arguments
 from rlcore_vllm.settings import VLLMSettings
 
@@ -101,16 +101,14 @@ def check_extra_arguments(extra: dict[str, Any]) -> None:
     """Raise `EngineError` with all problems of the user's arguments ``extra``, and suggestions for unknown names."""
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-    known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
-    problems = []
-    for name in extra:
-        if name in OURS:
-            problems.append(f"{name} cannot be set: {OURS[name]}")
-        elif name in VLLMSettings.model_fields and name != "args":
-            problems.append(f"{name} is a setting: set rollout.vllm.{name} instead of args.{name}")
-        elif name not in known:
-            close = get_close_matches(name, sorted(known), n=3)
-            hint = f"did you mean {' or '.join(close)}?" if close else "see `vllm serve --help` for its arguments"
-            problems.append(f"the installed vLLM has no engine argument {name}; {hint}")
+    problems = problems_of(
+        extra,
+        known={field.name for field in dataclasses.fields(AsyncEngineArgs)},
+        reserved=OURS,
+        settings=VLLMSettings.model_fields.keys() - {"args"},
+        section="rollout.vllm",
+        engine="vLLM",
+        help_command="vllm serve --help",
+    )
     if problems:
         raise EngineError("rollout.vllm.args: " + "; ".join(problems))

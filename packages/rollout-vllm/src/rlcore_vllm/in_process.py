@@ -35,15 +35,14 @@ class InProcess:
         self._paused = self._closing = False
         self._error: EngineError | WorkerError = EngineError(CLOSED)  # raised to requests after the engine ended
         self._engine: Any = None
-        started: concurrent.futures.Future[None] = concurrent.futures.Future()
+        started: concurrent.futures.Future[Any] = concurrent.futures.Future()  # of vLLM's configuration
         self._thread = threading.Thread(target=self._run, args=(arguments, started), name="vllm", daemon=True)
         with quirks.undisturbed():
             self._thread.start()
             try:
-                started.result(start_timeout_s)
+                self.config = started.result(start_timeout_s)
             except TimeoutError:
                 raise EngineError(f"vLLM did not start within {start_timeout_s:g} s (start_timeout_s)") from None
-        self.config = self._engine.vllm_config
         self._adapter = adapter_request(self.config)
         self.workers = self.config.parallel_config.world_size
         self.local = self.workers == 1
@@ -143,7 +142,7 @@ class InProcess:
 
     # --- on the engine's thread --------------------------------------------------------------------------------------
 
-    def _run(self, arguments: dict[str, Any], started: concurrent.futures.Future[None]) -> None:
+    def _run(self, arguments: dict[str, Any], started: concurrent.futures.Future[Any]) -> None:
         with noting_reasons(arguments) as (noting, reason):
             try:
                 self._engine = _make_engine(noting)
@@ -151,7 +150,7 @@ class InProcess:
             except BaseException as error:
                 started.set_exception(EngineError(f"vLLM cannot start: {reason() or quirks.root_reason(error)}"))
                 return
-        started.set_result(None)
+        started.set_result(self._engine.vllm_config)
         try:
             while self._wait_for_work():
                 while self._work:

@@ -126,7 +126,7 @@ def _source_class() -> Any:
     """Return a subclass of vLLM's ``WeightSource`` over one bucket."""
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
-    class BucketSource(WeightSource):
+    class BucketSource(WeightSource):  # type: ignore[misc]
         def __init__(self, bucket: WeightBucket) -> None:
             self._bucket = bucket
 

@@ -34,7 +34,7 @@ HEADS = {"architecture": "Llama", "head_dim": 32}
 
 
 class VLLMConformance(RolloutEngineConformance):
-    """The kit with heads of 32 dimensions: its own have 8, for which vLLM's attention on the CPU has no kernel."""
+    """The kit with heads of size 32: vLLM's attention on the CPU has no kernel for the kit's size of 8."""
 
     options: ClassVar[dict[str, Any]] = {}
 
@@ -70,7 +70,7 @@ class VLLMConformance(RolloutEngineConformance):
         ],
         ids=["half a fused layer", "a missing norm", "an unknown name", "another shape"],
     )
-    def test_weights_that_do_not_fit(
+    def test_weights_of_another_model_are_refused(
         self, engine: RolloutEngine, model: Path, change: Callable[[dict[str, Any]], None], message: str
     ) -> None:
         before = engine.generate_batch([request(8)])[0].tokens
@@ -85,7 +85,7 @@ class VLLMConformance(RolloutEngineConformance):
 
     # --- beyond the contract -----------------------------------------------------------------------------------------
 
-    def test_fields_of_vllm(self, engine: VLLMRollout, reference: Any) -> None:
+    def test_further_sampling_fields_of_vllm(self, engine: VLLMRollout, reference: Any) -> None:
         asked = request(4, prompt=[10, 20, 30])
         made, output = asyncio.run(engine.generate_with(asked, {"logprobs": 3, "prompt_logprobs": 0}))
         assert largest_difference(reference, asked, made) < 1e-4
@@ -146,7 +146,7 @@ class TestSeparateProcess(VLLMConformance):
 
 
 class TestTensorParallel:
-    """Two workers, which on two cores take long for a token."""
+    """Two workers, which are slow on two cores."""
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -175,7 +175,7 @@ class TestTensorParallel:
     def test_ten_steps_of_an_optimizer(self, engine: RolloutEngine, model: Path) -> None:
         take_ten_steps(engine, model)
 
-    def test_weights_that_do_not_fit(self, engine: RolloutEngine, model: Path) -> None:
+    def test_weights_of_another_model_are_refused(self, engine: RolloutEngine, model: Path) -> None:
         weights = dict(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).named_parameters())
         half = {name: tensor for name, tensor in weights.items() if "k_proj" not in name}
         with pytest.raises(EngineError, match="lacks weights of 2 layers"):
@@ -186,7 +186,7 @@ class TestTensorParallel:
 
 
 def take_ten_steps(engine: RolloutEngine, model: Path) -> None:
-    """Fresh tokens have the trainer's log-probs after every step of an optimizer, and had others before the update."""
+    """New tokens have the trainer's log-probs after every step of an optimizer, and had others before the update."""
     trainer = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
     optimizer = torch.optim.AdamW(trainer.parameters(), lr=0.01)
     tokens = torch.randint(5, 250, (4, 24), generator=torch.Generator().manual_seed(0))
@@ -209,7 +209,7 @@ def request(max_tokens: int, *, prompt: Sequence[int] = (10, 60, 110), seed: int
 
 
 def tiny_buckets(model: Any) -> Iterator[WeightBucket]:
-    """Buckets of one tensor each, so that every fused layer is cut, in memory that is overwritten afterwards."""
+    """Buckets of one tensor each, which divide fused layers, in memory that is overwritten afterwards."""
     for name, parameter in model.named_parameters():
         sent = parameter.detach().clone()
         yield WeightBucket(((name, sent),))
@@ -218,7 +218,7 @@ def tiny_buckets(model: Any) -> Iterator[WeightBucket]:
 
 @torch.no_grad()
 def largest_difference(model: Any, asked: GenerationRequest, made: Completion) -> float:
-    """Between the completion's log-probs and those of ``model``."""
+    """Largest difference of the completion's log-probs to those of ``model``."""
     logits = model(input_ids=torch.tensor([[*asked.prompt, *made.tokens]])).logits[0, len(asked.prompt) - 1 : -1]
     expected = logits.log_softmax(-1).gather(-1, torch.tensor(made.tokens)[:, None])[:, 0]
     return float((expected - torch.tensor(made.logprobs)).abs().max())

@@ -53,8 +53,12 @@ def request(max_tokens: int) -> GenerationRequest:
 @pytest.mark.parametrize(
     ("options", "max_model_len", "message"),
     [
-        ({"args": {"quantisation": "fp8"}}, 64, r"no engine argument quantisation; did you mean quantization"),
-        ({"args": {"model": "x", "max_num_seqs": 2}}, 64, r"model cannot be set: .*set max_num_seqs instead of args\."),
+        ({"args": {"quantisation": "fp8"}}, 64, r"no argument quantisation; did you mean quantization"),
+        (
+            {"args": {"model": "x", "max_num_seqs": 2}},
+            64,
+            r"model cannot be set: .*set rollout\.vllm\.max_num_seqs instead of args\.",
+        ),
         ({"args": {"quantization": "nonsense"}}, 64, r"vLLM cannot start: .*nonsense"),
         ({}, 30_000, r"vLLM cannot start: .*max_model_len \(30000\).*20000"),
         ({"kv_cache_memory_bytes": 1 << 20}, 20_000, r"vLLM cannot start: .*KV cache.*max_model_len"),
@@ -83,16 +87,16 @@ def test_start_up_failures_have_one_readable_message(
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_without_a_model(tmp_path: Path) -> None:
+def test_the_error_of_a_folder_without_a_model_names_it(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"vLLM cannot start: .*") as caught:
         start(tmp_path)
     assert str(tmp_path) in str(caught.value)
 
 
-# --- what an engine in this process leaves alone, and leaves behind -------------------------------------------------
+# --- effects of an engine in this process on the trainer ----------------------------------------------------------
 
 
-def test_the_trainer_notices_nothing(model: Path) -> None:
+def test_the_trainers_state_does_not_change(model: Path) -> None:
     torch.manual_seed(3)
     random.seed(3)
     set_num_threads = torch.set_num_threads
@@ -144,7 +148,7 @@ def apart(model: Path) -> Iterator[VLLMRollout]:
 
 
 def engine_processes() -> list[psutil.Process]:
-    """Living descendants of this process that vLLM started."""
+    """Running descendants of this process that vLLM started."""
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
@@ -155,7 +159,7 @@ def engine_processes() -> list[psutil.Process]:
     return found
 
 
-def test_a_killed_engine(apart: VLLMRollout, weights: list[WeightBucket]) -> None:
+def test_a_killed_engine_is_replaced_at_the_next_update(apart: VLLMRollout, weights: list[WeightBucket]) -> None:
     before = apart.generate_batch([request(6)])[0].tokens
 
     async def scenario() -> None:
@@ -176,8 +180,8 @@ def test_a_killed_engine(apart: VLLMRollout, weights: list[WeightBucket]) -> Non
     assert after.versions == [(5, 6)]
 
 
-def test_one_of_two_engines_is_killed(model: Path, weights: list[WeightBucket]) -> None:
-    """The other one makes what it had not finished, with the same tokens, and it is replaced."""
+def test_another_engine_takes_over_from_a_killed_one(model: Path, weights: list[WeightBucket]) -> None:
+    """It generates the unfinished requests with the same tokens, and the killed engine is replaced."""
     requests = [GenerationRequest([10, index], SamplingParams(1000, seed=index, ignore_eos=True)) for index in range(6)]
     settings = VLLMSettings(mode="process", replicas=2, kv_cache_memory_bytes=KV_CACHE_BYTES)
     others = engine_processes()
@@ -209,7 +213,7 @@ def test_one_of_two_engines_is_killed(model: Path, weights: list[WeightBucket]) 
     assert not [process for process in engine_processes() if process not in others]
 
 
-def test_a_hung_engine(apart: VLLMRollout) -> None:
+def test_a_hung_engine_fails_its_requests(apart: VLLMRollout) -> None:
     async def scenario() -> None:
         running = asyncio.create_task(apart.generate(request(19_000)))
         await apart.generate(request(4))

@@ -52,7 +52,7 @@ def engine(request: pytest.FixtureRequest, model: Path) -> Iterator[RolloutEngin
 
 
 def random_adapters(model: Path, seed: int) -> dict[str, torch.Tensor]:
-    """For every linear layer but the head, with the factor in B, as training engines export them."""
+    """Adapters of every linear layer except the head, with the scaling in B, as training engines export them."""
     generator = torch.Generator().manual_seed(seed)
     found = {}
     for name, layer in plain(model).named_modules():
@@ -86,13 +86,13 @@ def tiny_buckets(adapters: dict[str, torch.Tensor]) -> Iterator[WeightBucket]:
 
 @torch.no_grad()
 def logprobs(reference: Any, asked: GenerationRequest, made: Completion) -> torch.Tensor:
-    """Those of ``reference`` for the completion's tokens."""
+    """Log-probs of ``reference`` for the completion's tokens."""
     logits = reference(input_ids=torch.tensor([[*asked.prompt, *made.tokens]])).logits[0, len(asked.prompt) - 1 : -1]
     return logits.log_softmax(-1).gather(-1, torch.tensor(made.tokens)[:, None])[:, 0]
 
 
 def largest_difference(reference: Any, engine: RolloutEngine, version: int) -> float:
-    """Between the log-probs of fresh completions, all by ``version``, and those of ``reference``."""
+    """Largest difference of log-probs of new completions, all of ``version``, to those of ``reference``."""
     found = []
     for asked, made in zip(REQUESTS, engine.generate_batch(REQUESTS), strict=True):
         assert made.versions == [(version, len(made.tokens))]
@@ -101,7 +101,7 @@ def largest_difference(reference: Any, engine: RolloutEngine, version: int) -> f
 
 
 def test_adapters_are_replaced_in_place(engine: RolloutEngine, model: Path) -> None:
-    """Prompts stay the same, so that a prefix cache which outlived an update would show."""
+    """Prompts stay the same, so that a prefix cache of an older version would be noticed."""
     assert engine.takes_adapters
     assert largest_difference(plain(model), engine, engine.version) < 1e-4
     for version in range(1, 4):
@@ -113,8 +113,8 @@ def test_adapters_are_replaced_in_place(engine: RolloutEngine, model: Path) -> N
         assert largest_difference(reference, engine, version) < 1e-4
 
 
-def test_workers_that_share_layers(model: Path) -> None:
-    """Each takes whole adapters and computes with its part."""
+def test_tensor_parallel_workers_take_adapters(model: Path) -> None:
+    """Each worker takes full adapters and computes with its shard."""
     engine = make_engine(model, mode="process", tensor_parallel_size=2)
     try:
         for version in (1, 2):
@@ -126,15 +126,15 @@ def test_workers_that_share_layers(model: Path) -> None:
 
 
 def test_layers_without_adapters_compute_as_before(engine: RolloutEngine, model: Path) -> None:
-    """An update replaces all adapters: those that do not come any more are gone. Half a fused layer may have one."""
+    """An update replaces all adapters: others are removed. A part of a fused layer may have one."""
     adapters = random_adapters(model, seed=9)
     few = {name: tensor for name, tensor in adapters.items() if "v_proj" in name or "layers.1.mlp.up_proj" in name}
     engine.update_weights(tiny_buckets(few), 10)
     assert largest_difference(merged(model, few), engine, 10) < 1e-4
 
 
-def test_an_update_in_mid_generation(engine: RolloutEngine, model: Path) -> None:
-    """What is unfinished goes on with the new adapters; every token says which it is of."""
+def test_unfinished_requests_continue_with_new_adapters(engine: RolloutEngine, model: Path) -> None:
+    """Every token has the version of the adapters that sampled it."""
     adapters = {version: random_adapters(model, seed=version) for version in (20, 21)}
     engine.update_weights(tiny_buckets(adapters[20]), 20)
     asked = GenerationRequest([7, 8, 9], SamplingParams(max_tokens=40, seed=3, ignore_eos=True))
@@ -171,7 +171,7 @@ def test_an_update_in_mid_generation(engine: RolloutEngine, model: Path) -> None
     ],
     ids=["half an adapter", "full weights", "an unknown layer", "too high a rank"],
 )
-def test_adapters_that_do_not_fit(engine: RolloutEngine, model: Path, change: Any, message: str) -> None:
+def test_adapters_of_another_model_are_refused(engine: RolloutEngine, model: Path, change: Any, message: str) -> None:
     adapters = random_adapters(model, seed=1)
     change(adapters)
     with pytest.raises(EngineError, match=message):
@@ -187,18 +187,18 @@ def test_adapters_that_do_not_fit(engine: RolloutEngine, model: Path, change: An
     ("options", "message"),
     [
         ({"mode": "server", "server": {"urls": ["http://127.0.0.1:1"]}}, "servers take full weights"),
-        ({"mode": "process", "weight_transfer": "nccl"}, "not weight_transfer=nccl"),
-        ({"sleep_level": 2}, "sleep_level=2 drops the weights below"),
-        ({"load_format": "dummy"}, "load_format=dummy reads no weights"),
+        ({"mode": "process", "weight_transfer": "nccl"}, "set weight_transfer to rlcore, not nccl"),
+        ({"sleep_level": 2}, "sleep_level=2 drops the base weights"),
+        ({"load_format": "dummy"}, "load_format=dummy reads no base weights"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_options_that_do_not_go_together(options: dict[str, Any], message: str) -> None:
+def test_contradicting_settings_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         VLLMSettings(enable_lora=True, **options)
 
 
-def test_an_engine_without_room_for_the_adapters(model: Path) -> None:
+def test_a_rank_that_vllm_does_not_support_is_refused(model: Path) -> None:
     with pytest.raises(EngineError, match="enable_lora: the policy trains full weights"):
         make_engine(model, rank=None)
     with pytest.raises(EngineError, match="vLLM takes at most 512"):

@@ -48,7 +48,7 @@ class ByHandTrainer(TrainerInitInfo):
 
 
 class Receiving(WeightTransferEngine[Nothing, Names]):
-    """Takes tensors of one process from `WIRE`, the way vLLM's engines take theirs from GPUs."""
+    """Takes tensors from `WIRE` in the same process, as vLLM's engines take them from GPUs."""
 
     init_info_cls, update_info_cls = Nothing, Names
 
@@ -116,7 +116,7 @@ def engine(model: Path) -> Iterator[VLLMRollout]:
 
 
 def one_by_one(weights: dict[str, torch.Tensor]) -> Iterator[WeightBucket]:
-    """Buckets of one tensor each, so that every fused layer is cut, in memory that is overwritten afterwards."""
+    """Buckets of one tensor each, which divide fused layers, in memory that is overwritten afterwards."""
     for name, tensor in weights.items():
         sent = tensor.clone()
         yield WeightBucket(((name, sent),))

@@ -83,7 +83,7 @@ class _AlgorithmConformance:
         return algorithm_batch(seed)
 
     @property
-    def choice(self) -> Algorithm:
+    def algorithm(self) -> Algorithm:
         """The function under test, with its parameters."""
         entry = self.registry.get(self.name)
         return Algorithm(entry, entry.params.model_validate(dict(self.params)))
@@ -93,7 +93,7 @@ class _AlgorithmConformance:
         torch.testing.assert_close(found, expected, rtol=self.tolerance, atol=self.tolerance)
 
     def test_is_found_by_its_name_in_other_processes(self) -> None:
-        assert copy(self.choice) == self.choice, (
+        assert copy(self.algorithm) == self.algorithm, (
             "a copy must be found by its name in the registry, as in another process"
         )
 
@@ -117,9 +117,9 @@ class AdvantageConformance(_AlgorithmConformance):
 
     def estimate(self, batch: Batch) -> Advantages:
         """Return the estimator's result on the columns of ``batch`` that it declares."""
-        entry = self.choice.entry
+        entry = self.algorithm.entry
         names = {"tokens", "loss_mask", "token_rewards", "group", *entry.required_columns}
-        result: Advantages = self.choice(batch.select(*(name for name in batch.names if name in names)))
+        result: Advantages = self.algorithm(batch.select(*(name for name in batch.names if name in names)))
         return result
 
     @pytest.mark.parametrize("seed", range(3))
@@ -158,7 +158,7 @@ class AdvantageConformance(_AlgorithmConformance):
 
     def test_equal_scores_give_no_advantage(self) -> None:
         """Applies to estimators that compare the samples of a group."""
-        if "compares_group" not in self.choice.entry.traits:
+        if "compares_group" not in self.algorithm.entry.traits:
             return
         batch = self.batch(0)
         first = torch.zeros(batch.total_tokens)
@@ -190,7 +190,7 @@ class PolicyLossConformance(_AlgorithmConformance):
         Returns:
             the loss, its gradient ``[T]`` with respect to log-probs, metrics, and the losses ``[T]`` of tokens.
         """
-        entry = self.choice.entry
+        entry = self.algorithm.entry
         losses: list[torch.Tensor] = []
 
         def spied(inputs: PolicyLossInputs, params: Any) -> tuple[torch.Tensor, Metrics]:
@@ -198,7 +198,7 @@ class PolicyLossConformance(_AlgorithmConformance):
             losses.append(found.detach())
             return found, metrics
 
-        watched = Algorithm(replace(entry, function=spied), self.choice.params)
+        watched = Algorithm(replace(entry, function=spied), self.algorithm.params)
         objective = PolicyObjective(PolicyObjectiveSettings(policy_loss=watched, aggregation=self.aggregation))
         names = {"tokens", "loss_mask", "advantages", "old_logprobs", *entry.required_columns} - {"entropy"}
         outputs: dict[str, torch.Tensor] = {
@@ -249,7 +249,7 @@ class PolicyLossConformance(_AlgorithmConformance):
         """Samples with the same value in the column ``together`` are in one micro-batch, as in training engines."""
         batch = self.samples(0)
         loss, gradient, metrics, _ = self.evaluate(batch)
-        parts = batch.micro_batches(budget, self.choice.entry.together)
+        parts = batch.micro_batches(budget, self.algorithm.entry.together)
         sums = PolicyObjective(PolicyObjectiveSettings()).denominators(batch)
         shares = [self.evaluate(batch.take(part), sums) for part in parts]
         self.close(torch.stack([share[0] for share in shares]).sum(), loss)
@@ -280,7 +280,7 @@ class PolicyLossConformance(_AlgorithmConformance):
 
     def test_vanishes_with_the_advantage(self) -> None:
         """Applies to losses that declare it: runs drop samples without advantage then."""
-        if "vanishes_with_advantage" not in self.choice.entry.traits:
+        if "vanishes_with_advantage" not in self.algorithm.entry.traits:
             return
         batch = self.samples(0)
         loss, gradient, _, losses = self.evaluate(

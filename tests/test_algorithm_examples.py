@@ -45,7 +45,7 @@ def test_estimators(registered: None, name: str) -> None:
     suite.test_the_order_of_samples_does_not_matter(0)
     suite.test_the_numbers_of_groups_do_not_matter()
     suite.test_masked_values_are_never_read(float("nan"))
-    suite.test_leaves_the_batch_as_it_is()
+    suite.test_does_not_change_the_batch()
 
 
 @pytest.mark.parametrize("name", LOSSES)

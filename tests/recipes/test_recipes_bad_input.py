@@ -131,7 +131,7 @@ def test_checkpoint_of_another_run_does_not_continue_in_a_taken_folder(
 
 def test_folder_that_cannot_be_written(task: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    fails(task, tmp_path / "file" / "below", {}, "cannot be made")
+    fails(task, tmp_path / "file" / "below", {}, "cannot be created")
 
 
 def test_checkpoint_of_another_model(task: Any, tmp_path: Path, finished: Path) -> None:
@@ -155,5 +155,5 @@ def test_truncated_checkpoint(
     fails(task, tmp_path / "out", {"trainer.resume": step}, largest.name, "bytes instead of")
     before = metrics_of(finished)
     with pytest.warns(UserWarning, match="skipped a damaged checkpoint"):
-        fails(task, finished, {}, "no checkpoint in", "is whole", "move them away")
+        fails(task, finished, {}, "no checkpoint in", "is complete", "move them away")
     assert metrics_of(finished) == before

@@ -120,4 +120,4 @@ def test_grpo_with_vllm_and_adapters(task: Any, model: Path, metrics_of: Metrics
 def test_a_policy_without_adapters_is_refused(task: Any, tmp_path: Path) -> None:
     result = task.run("grpo", tmp_path, {"rollout.engine": "vllm", "rollout.vllm": {"enable_lora": True}})
     assert result.exit_code != 0
-    assert "rollout.vllm.enable_lora: the actor's engine fsdp trains whole weights here" in result.output
+    assert "rollout.vllm.enable_lora: the actor's engine fsdp trains full weights here" in result.output

@@ -56,7 +56,7 @@ class World:
     steps: int
     choices: random.Random
     drop_share: float = 0.0
-    most_at_once: int | None = None
+    max_concurrent: int | None = None
     version: int = 0
     positions: int = 0
     started: dict[int, int] = field(default_factory=dict)  # version by group
@@ -68,7 +68,7 @@ class World:
         scheduler = GroupScheduler(self.batch, self.k, self.steps)
         for step in range(1, self.steps + 1):
             self.start(scheduler)
-            # some finish whether anybody waits for them or not, as they do while a step trains
+            # some finish whether a step waits for them or not, as they do while a step trains
             for _ in range(self.choices.randint(0, len(self.sampling))):
                 self.finish_one(scheduler)
                 self.start(scheduler)
@@ -87,7 +87,7 @@ class World:
         assert scheduler.unfinished == 0, "something was started that no step would take"
 
     def start(self, scheduler: GroupScheduler) -> None:
-        while scheduler.capacity(self.version) > 0 and len(self.sampling) < (self.most_at_once or 10**9):
+        while scheduler.capacity(self.version) > 0 and len(self.sampling) < (self.max_concurrent or 10**9):
             scheduler.start(self.positions, self.version)
             self.started[self.positions] = self.version
             self.sampling.append(self.positions)
@@ -117,12 +117,12 @@ class World:
     steps=st.integers(1, 12),
     seed=st.integers(0, 2**32),
     drop_share=st.sampled_from([0.0, 0.3, 0.8]),
-    most_at_once=st.sampled_from([None, 1, 3]),
+    max_concurrent=st.sampled_from([None, 1, 3]),
 )
 def test_no_group_is_ever_too_old_and_every_one_is_used_once(
-    batch: int, k: int, steps: int, seed: int, drop_share: float, most_at_once: int | None
+    batch: int, k: int, steps: int, seed: int, drop_share: float, max_concurrent: int | None
 ) -> None:
-    world = World(batch, k, steps, random.Random(seed), drop_share, most_at_once)
+    world = World(batch, k, steps, random.Random(seed), drop_share, max_concurrent)
     world.run()
     used = sorted(group for groups in world.taken for group in groups)
     assert sorted(used + world.dropped) == list(range(world.positions))
@@ -458,7 +458,7 @@ def test_a_filter_that_lets_nothing_pass_ends_no_run(bench: Callable[..., Bench]
     assert metrics["dynamic_sampling/unfilled"] == 1
 
 
-def test_a_resumed_run_samples_anew_what_no_step_had(bench: Callable[..., Bench]) -> None:
+def test_a_resumed_run_samples_again_what_no_step_had(bench: Callable[..., Bench]) -> None:
     made = bench(k=2, steps=6)
     made.engine.hold = {0, 2}  # due in step 3
     seen = [taken(made, 1)[0]["group"].tolist()[::2]]
@@ -483,7 +483,7 @@ def test_what_goes_wrong_in_a_worker_reaches_the_step(bench: Callable[..., Bench
         made.groups.take(1)
 
 
-def test_nobody_waits_for_ever(bench: Callable[..., Bench]) -> None:
+def test_waiting_for_a_group_times_out(bench: Callable[..., Bench]) -> None:
     made = bench(k=1, timeout_s=0.5)
     made.engine.hold = set(range(200))
     with pytest.raises(WorkerError, match=r"no group was finished within 0.5 s; waiting for a thread( and \d+ more)?"):
@@ -507,7 +507,7 @@ def test_replaced_processes_get_the_weights_from_the_thread_that_trains(bench: C
     assert made.caught_up == [threading.current_thread()]
 
 
-def test_no_more_than_so_many_groups_are_sampled_at_once(bench: Callable[..., Bench]) -> None:
+def test_the_number_of_groups_sampled_at_the_same_time_is_limited(bench: Callable[..., Bench]) -> None:
     made = bench(k=2, max_concurrent=3)
     most = 0
     count = made.engine.generate

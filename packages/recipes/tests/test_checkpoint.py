@@ -32,7 +32,7 @@ def state(step: int) -> RunState:
 
 
 class Files:
-    """An engine that writes with a function and reads everything; it saves at once and knows no checksums."""
+    """An engine that writes with a function and reads everything; it saves in the foreground and knows no checksums."""
 
     start_save = TrainEngine.start_save
     save_done = TrainEngine.save_done

@@ -93,7 +93,7 @@ def test_a_checkpoint_counts_when_everything_is_written(tmp_path: Path) -> None:
     manager.start(1, group(engine), state(1))
     engine.value = 2
     for _ in range(3):
-        manager.poll()  # does not wait: nobody has let the engine write
+        manager.poll()  # does not wait: the engine was not allowed to write yet
     assert names(tmp_path) == ["step-000001.tmp"]
     assert manager.newest is None
     engine.may_write.set()
@@ -166,6 +166,6 @@ def test_what_an_engine_says_it_wrote_must_be_there(tmp_path: Path) -> None:
     manager, engine = CheckpointManager(tmp_path), Forgets()
     engine.may_write.set()
     manager.start(1, group(engine), state(1))
-    with pytest.raises(CheckpointError, match="actor/other was written but is not there"):
+    with pytest.raises(CheckpointError, match="actor/other was written but is missing"):
         manager.finish()
     assert names(tmp_path) == []

@@ -237,7 +237,7 @@ def test_a_missing_package_names_the_extra(url: str, hint: str, monkeypatch: pyt
 
 
 def test_an_unknown_protocol(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no URL that fsspec knows"):
+    with pytest.raises(CheckpointError, match="not a URL that fsspec supports"):
         CheckpointManager("nonsense://x")
 
 

@@ -1,4 +1,4 @@
-"""Runs that are told to stop, or fail, around a checkpoint."""
+"""Runs that are stopped, or fail, around a checkpoint."""
 
 from __future__ import annotations
 

@@ -265,7 +265,7 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "zero.parquet").symlink_to("/dev/zero")
     for name in ("pipe.jsonl", "zero.parquet"):
-        with pytest.raises(DataError, match="is no regular file"):
+        with pytest.raises(DataError, match="is not a regular file"):
             load(tmp_path / name)
     with pytest.raises(DataError, match=r"cannot be read: OSError: .*File name too long"):
         load(tmp_path / ("x" * 300 + ".jsonl"))
@@ -338,5 +338,5 @@ def test_tokenizer_folders_that_cannot_be_read(good_folder: Path, tmp_path: Path
         load_tokenizer(ModelSettings(path="x" * 5000))
     (tmp_path / "tokenizer.json").write_text((good_folder / "tokenizer.json").read_text())
     make(tmp_path / "tokenizer_config.json")
-    with pytest.raises(DataError, match=r"tokenizer_config\.json is no regular file"):
+    with pytest.raises(DataError, match=r"tokenizer_config\.json is not a regular file"):
         load_tokenizer(ModelSettings(path=str(tmp_path)))

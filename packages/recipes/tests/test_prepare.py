@@ -249,7 +249,7 @@ def bare(options):
     ("out", "message"),
     [
         ("s3://bucket/a", "must be a file or folder on this machine, not a URL"),
-        ("~nobody-here/a", "there is no home folder ~nobody-here"),
+        ("~missing-user/a", "there is no home folder ~missing-user"),
         (__file__, "is a file"),
     ],
 )

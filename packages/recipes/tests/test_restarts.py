@@ -22,7 +22,7 @@ class Settings(Config):
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds of every wait; nobody waits."""
+    """The seconds of every wait; none is waited."""
     waited: list[float] = []
     monkeypatch.setattr(restarts.time, "sleep", waited.append)
     return waited
@@ -60,7 +60,7 @@ def died(why: str = "actor.train on train[1] (process 7) is gone: killed") -> Wo
     return WorkerDied(f"{why}\nand more")
 
 
-def test_goes_on_from_its_own_checkpoints_and_counts_anew_after_each(
+def test_continues_from_its_own_checkpoints_and_counts_restarts_from_zero_after_each(
     config: Callable[..., Settings], waits: list[float], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     run = Run(died(), died(), 10, died(), died(), 20, None)

@@ -81,9 +81,12 @@ def test_things_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="file is a file; name a folder"), claimed(tmp_path / "file"):
         pass
-    with pytest.raises(ConfigError, match="cannot be made: NotADirectoryError"), claimed(tmp_path / "file" / "below"):
+    with (
+        pytest.raises(ConfigError, match="cannot be created: NotADirectoryError"),
+        claimed(tmp_path / "file" / "below"),
+    ):
         pass
-    with pytest.raises(ConfigError, match=r"cannot be made: OSError: .*too long"), claimed(tmp_path / ("x" * 300)):
+    with pytest.raises(ConfigError, match=r"cannot be created: OSError: .*too long"), claimed(tmp_path / ("x" * 300)):
         pass
     os.mkfifo(tmp_path / LOCK)
     with pytest.raises(ConfigError, match="is not a regular file; move it away"), claimed(tmp_path):

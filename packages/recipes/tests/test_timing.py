@@ -95,7 +95,7 @@ def test_a_part_that_fails_took_its_time(clock: Clock) -> None:
 
 
 def test_work_of_others_belongs_to_the_part_that_asked_for_it(clock: Clock) -> None:
-    """The controller asks and goes on; both ranks work on it at once, and with ref and values side by side."""
+    """The controller asks and goes on; both ranks work on it together, and with ref and values side by side."""
     workers = Workers()
     timed, start = timings(workers), clock.now
     with timed("step"):

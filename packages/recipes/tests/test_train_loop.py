@@ -363,10 +363,10 @@ def test_a_run_that_failed_before_its_first_step_may_start_again_corrected(tmp_p
             )
             for url in ("s3://bucket/a", "file:///tmp/a", "gs://bucket", "hf://datasets/x")
         ),
-        (["trainer.out_dir=~nobody-has-this-name/x"], "out_dir: there is no home folder ~nobody-has-this-name"),
+        (["trainer.out_dir=~no-such-user/x"], "out_dir: there is no home folder ~no-such-user"),
         (["trainer.out_dir=x", "trainer.checkpoint_dir=memory://x"], "checkpoint_dir: memory:// ends with the process"),
-        (["trainer.out_dir=x", "trainer.checkpoint_dir=~nobody-has-this-name/x"], "checkpoint_dir: there is no home"),
-        (["trainer.out_dir=x", "trainer.resume=~nobody-has-this-name/x"], "resume: there is no home"),
+        (["trainer.out_dir=x", "trainer.checkpoint_dir=~no-such-user/x"], "checkpoint_dir: there is no home"),
+        (["trainer.out_dir=x", "trainer.resume=~no-such-user/x"], "resume: there is no home"),
     ],
 )
 def test_places_that_are_none(keys: list[str], reason: str) -> None:

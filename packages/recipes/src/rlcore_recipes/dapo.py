@@ -33,7 +33,7 @@ class DAPOAlgorithmSettings(AlgorithmSettings):
 
     overlong: OverlongSettings | None = Field(
         default_factory=lambda: OverlongSettings(buffer=128),
-        description="Punishment of completions close to data.max_response_length; null is off.",
+        description="Penalty on completions close to data.max_response_length; null is off.",
     )
     dynamic_sampling: DynamicSamplingSettings | None = Field(
         default_factory=DynamicSamplingSettings, description="Dynamic sampling; null is off."
@@ -58,6 +58,7 @@ class DAPOConfig(RLConfig):
         return self.algorithm.dynamic_sampling
 
     def problems(self) -> Iterator[tuple[str, str]]:
+        """Yield the key and the reason of what cannot work."""
         yield from super().problems()
         if self.algorithm.dynamic_sampling is not None and self.rollout.n == 1:
             yield "rollout.n", "is 1: dynamic sampling compares several completions of a prompt"

@@ -1,4 +1,4 @@
-"""What this package offers by entry point; importing it loads neither torch nor a tracker's library."""
+"""The entry points of this package; importing them loads neither torch nor a tracker's library."""
 
 from rlcore.plugins import Plugin
 

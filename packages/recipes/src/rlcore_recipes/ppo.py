@@ -1,4 +1,4 @@
-"""PPO: advantages from a critic that learns beside the policy (Schulman et al., 2017, arXiv:1707.06347)."""
+"""PPO: advantages from a critic that is trained with the policy (Schulman et al., 2017, arXiv:1707.06347)."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ class PPOConfig(RLConfig):
         return self.critic if (needed if self.critic.enable is None else self.critic.enable) else None
 
     def problems(self) -> Iterator[tuple[str, str]]:
+        """Yield the key and the reason of what cannot work."""
         yield from super().problems()
         if self.has_critic:
             if self.critic.mini_batch_size is not None:

@@ -33,5 +33,5 @@ def on_rank_zero(work: Callable[[], T]) -> T:
 
 
 def all_gather(value: T) -> list[T]:
-    """Every rank's ``value``, by rank."""
+    """Return every rank's ``value``, by rank."""
     return executor.all_gather(value)

@@ -30,7 +30,7 @@ from rlcore_recipes.checkpoint.manifest import (
     records_of,
     verify,
 )
-from rlcore_recipes.checkpoint.naming import Place, is_leftover, is_name, step_of
+from rlcore_recipes.checkpoint.naming import CheckpointLocation, is_leftover, is_name, step_of
 
 
 class FolderStorage:
@@ -51,9 +51,11 @@ class FolderStorage:
             return list(self.root.iterdir()) if self.root.exists() else []
 
     def manifest(self, name: str) -> Manifest:
+        """Return the manifest of checkpoint ``name``."""
         return read_manifest(self.root / name)
 
     def read(self, name: str, file: str) -> bytes:
+        """Return the bytes of a file of checkpoint ``name``."""
         return json_file.read_bytes(self.root / name / file)
 
     def check(self, name: str) -> None:
@@ -65,7 +67,7 @@ class FolderStorage:
             pass
 
     def check_replaceable(self, name: str) -> None:
-        final, unfinished = self.root / name, Place(str(self.root), name).unfinished
+        final, unfinished = self.root / name, CheckpointLocation(str(self.root), name).unfinished
         for path in (final, unfinished, _replaced(final)):
             if os.path.lexists(path) and not _is_ours(path):
                 raise CheckpointError(
@@ -75,7 +77,7 @@ class FolderStorage:
 
     def begin(self, name: str) -> None:
         self.check_replaceable(name)
-        unfinished = Place(str(self.root), name).unfinished
+        unfinished = CheckpointLocation(str(self.root), name).unfinished
         with _reported(f"cannot create {unfinished}"):
             _remove(unfinished)
             unfinished.mkdir(parents=True)
@@ -84,7 +86,7 @@ class FolderStorage:
     def publish(
         self, name: str, step: int, metrics: Mapping[str, float], files: Mapping[str, FileRecord], state: bytes
     ) -> None:
-        final, unfinished = self.root / name, Place(str(self.root), name).unfinished
+        final, unfinished = self.root / name, CheckpointLocation(str(self.root), name).unfinished
         old = _replaced(final)
         try:
             (unfinished / STATE).write_bytes(state)
@@ -94,7 +96,7 @@ class FolderStorage:
             unknown = [file for file in paths if file not in found]
             found |= dict(zip(unknown, records_of(paths[file] for file in unknown)))
             if lost := found.keys() - paths.keys():
-                raise CheckpointError(f"cannot write {final}: {min(lost)} was written but is not there")
+                raise CheckpointError(f"cannot write {final}: {min(lost)} was written but is missing")
             (unfinished / MANIFEST).write_bytes(encode(step, metrics, found))
             (unfinished / MARK).unlink(missing_ok=True)
             for path in [*unfinished.rglob("*"), unfinished]:
@@ -112,16 +114,16 @@ class FolderStorage:
 
     def abandon(self, name: str) -> None:
         with suppress(OSError):
-            _remove(Place(str(self.root), name).unfinished)
+            _remove(CheckpointLocation(str(self.root), name).unfinished)
 
     def delete(self, name: str) -> None:
-        doomed = Place(str(self.root), name).unfinished
+        doomed = CheckpointLocation(str(self.root), name).unfinished
         with _reported(f"cannot delete the old checkpoint {self.root / name}"):
             os.rename(self.root / name, doomed)
             _remove(doomed)
 
     def clean_up(self) -> None:
-        """Also puts back a checkpoint that was being replaced."""
+        """Remove what interrupted writes left; put back a checkpoint that was being replaced."""
         for path in self._entries():
             if not is_leftover(path.name) or not _is_ours(path):
                 continue
@@ -138,7 +140,7 @@ def _replaced(final: Path) -> Path:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether this module wrote the folder. An empty one may be left of that; nothing is lost with it."""
+    """Return whether this module wrote the folder. An empty one may be left of that; nothing is lost with it."""
     with _reported(f"{path} cannot be read"):
         if path.is_symlink() or not path.is_dir():
             return False

@@ -19,7 +19,7 @@ from rlcore.json_file import JsonFile
 from rlcore_kit.checkpoint.background_thread import in_background
 from rlcore_recipes.checkpoint import engine_side
 from rlcore_recipes.checkpoint.manifest import STATE, RunState, decode_state
-from rlcore_recipes.checkpoint.naming import Place, name_of, normal, step_of
+from rlcore_recipes.checkpoint.naming import CheckpointLocation, name_of, normal, step_of
 from rlcore_recipes.checkpoint.retention import best, outdated
 from rlcore_recipes.checkpoint.storage import Storage, open_storage
 
@@ -29,21 +29,16 @@ Engines = Mapping[str, TrainEngine]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint.
+    """A complete checkpoint.
 
     Attributes:
         files: what each engine's part consists of, by role.
         state: the plain values that were saved with it.
     """
 
-    place: Place
+    location: CheckpointLocation
     files: Mapping[str, Mapping[str, FileRecord]]
     state: RunState
-
-    @property
-    def location(self) -> str:
-        """Its folder or URL."""
-        return self.place.location
 
 
 class _Stage(Enum):
@@ -57,7 +52,7 @@ class _Saving:
     """The checkpoint under way."""
 
     step: int
-    place: Place
+    location: CheckpointLocation
     engines: Engines
     state: bytes
     metrics: dict[str, float]
@@ -106,7 +101,7 @@ class CheckpointManager:
         self._storage: Storage = open_storage(self.root)
         self._damaged: set[str] = set()
         self._saving: _Saving | None = None
-        self.newest: str | None = None  # where the newest whole checkpoint is that this process knows of
+        self.newest: str | None = None  # where the newest complete checkpoint is that this process knows of
         self._on_main(self._storage.clean_up, "clean_up_checkpoints")
 
     # --- saving --------------------------------------------------------------------------------------------------
@@ -118,7 +113,7 @@ class CheckpointManager:
         state: RunState,
         metrics: Mapping[str, float] | None = None,
     ) -> str:
-        """Write the checkpoint of ``step``, delete those that are no longer kept, and return its place.
+        """Write the checkpoint of ``step``, delete those that are no longer kept, and return its location.
 
         Raises:
             CheckpointError: see `start`.
@@ -144,23 +139,23 @@ class CheckpointManager:
             engines: worker groups by role, whose processes write their parts.
             state: plain values; the main process's are stored.
             metrics: the step's metrics, of which ``best_metric`` is remembered.
-            background: False: the engines save at once.
+            background: False: the engines save in the foreground.
 
         Raises:
             CheckpointError: writing failed in some process, or the name is taken by something else; earlier
                 checkpoints are as they were.
         """
         self.finish()
-        place = Place(self.root, name_of(step))
+        location = CheckpointLocation(self.root, name_of(step))
         chosen = {
             name: float(value)
             for name, value in (metrics or {}).items()
             if name == self._best_metric and math.isfinite(value)
         }
-        saving = _Saving(step, place, dict(engines), state.encoded(), chosen, {})
-        self._on_main(lambda: self._storage.begin(place.name), f"begin_checkpoint {step}")
+        saving = _Saving(step, location, dict(engines), state.encoded(), chosen, {})
+        self._on_main(lambda: self._storage.begin(location.name), f"begin_checkpoint {step}")
         self._saving = saving
-        self._or_abandon(lambda: self._to_engines(engine_side.save_part, place, background=background))
+        self._or_abandon(lambda: self._to_engines(engine_side.save_part, location, background=background))
 
     def poll(self) -> None:
         """Complete the checkpoint under way if all processes have written their parts; wait for nothing.
@@ -186,7 +181,7 @@ class CheckpointManager:
         if saving.stage is _Stage.WRITING:
             return all(all(self._apply(engine, engine_side.part_is_written)) for engine in saving.engines.values())
         if saving.stage is _Stage.UPLOADING:
-            return all(self._to_engines(engine_side.part_is_uploaded, saving.place))
+            return all(self._to_engines(engine_side.part_is_uploaded, saving.location))
         return self._on_main(lambda: saving.publishing is None or saving.publishing.done(), "checkpoint_published")
 
     def _end_stage(self) -> None:
@@ -195,14 +190,14 @@ class CheckpointManager:
         assert saving is not None
         if saving.stage is _Stage.PUBLISHING:
             self._on_main(lambda: saving.publishing and saving.publishing.result(), f"publish_checkpoint {saving.step}")
-            self.newest = saving.place.location
-            self._damaged.discard(saving.place.name)
+            self.newest = saving.location.path
+            self._damaged.discard(saving.location.name)
             self._saving = None
             return
         gather = engine_side.finish_part if saving.stage is _Stage.WRITING else engine_side.finish_upload
-        for records in self._to_engines(gather, saving.place):
+        for records in self._to_engines(gather, saving.location):
             saving.files.update(records)
-        if saving.stage is _Stage.WRITING and saving.place.remote:
+        if saving.stage is _Stage.WRITING and saving.location.remote:
             saving.stage = _Stage.UPLOADING
             return
         saving.stage = _Stage.PUBLISHING
@@ -210,9 +205,9 @@ class CheckpointManager:
             saving.publishing = in_background(lambda: self._publish(saving), "publish-checkpoint")
 
     def _publish(self, saving: _Saving) -> None:
-        """On the main process, beside its main thread."""
-        self._storage.publish(saving.place.name, saving.step, saving.metrics, saving.files, saving.state)
-        steps = {step_of(name) for name in self._storage.names() if name not in self._damaged - {saving.place.name}}
+        """Publish the checkpoint: in a thread of the main process."""
+        self._storage.publish(saving.location.name, saving.step, saving.metrics, saving.files, saving.state)
+        steps = {step_of(name) for name in self._storage.names() if name not in self._damaged - {saving.location.name}}
         for step in outdated(self._complete(steps), self._scores(), saving.step, self._keep):
             try:
                 self._storage.delete(name_of(step))
@@ -227,7 +222,7 @@ class CheckpointManager:
             saving, self._saving = self._saving, None
             assert saving is not None
             if self._ranks.is_main:
-                self._storage.abandon(saving.place.name)
+                self._storage.abandon(saving.location.name)
             raise
 
     def check_room(self, done: int, last: int) -> None:
@@ -247,16 +242,16 @@ class CheckpointManager:
     # --- finding -------------------------------------------------------------------------------------------------
 
     def latest(self, engines: Engines | None = None) -> Checkpoint | None:
-        """The newest checkpoint that is whole, or None; damaged ones are passed over with a warning.
+        """Return the newest complete checkpoint, or None; damaged ones are passed over with a warning.
 
         Args:
             engines: from a URL, their processes fetch their parts of the checkpoint, which checks the contents, and
                 hold them for `load`. Without engines only sizes are compared there.
         """
         for name in reversed(self._on_main(self._storage.names, "list_checkpoints")):
-            place = Place(self.root, name)
+            location = CheckpointLocation(self.root, name)
             try:
-                return self._open(place, self._storage, engines or {})
+                return self._open(location, self._storage, engines or {})
             except CheckpointError as error:
                 self._damaged.add(name)
                 if self._ranks.is_main:
@@ -264,16 +259,16 @@ class CheckpointManager:
         return None
 
     def best(self) -> str | None:
-        """Where the checkpoint is that is best by ``best_metric``, if any."""
+        """Return where the checkpoint is that is best by ``best_metric``, if any."""
         step = self._on_main(lambda: best(self._scores()), "best_checkpoint")
         return None if step is None else f"{self.root}/{name_of(step)}"
 
     def is_empty(self) -> bool:
-        """Whether nothing is named like a checkpoint, whole or not."""
+        """Return whether nothing is named like a checkpoint, whole or not."""
         return not self._on_main(self._storage.names, "list_checkpoints")
 
     def resume_from(self, choice: str, engines: Engines | None = None) -> Checkpoint | None:
-        """The checkpoint to go on from, None to start afresh.
+        """Return the checkpoint to go on from, None to start afresh.
 
         Args:
             choice: "auto" (the newest whole one), "never", or a checkpoint's folder or URL.
@@ -285,57 +280,57 @@ class CheckpointManager:
         """
         if choice == "auto":
             found = self.latest(engines)
-            self.newest = None if found is None else found.location
+            self.newest = None if found is None else found.location.path
             return found
-        place = None if choice == "never" else Place.of(choice)
+        location = None if choice == "never" else CheckpointLocation.of(choice)
         newer = self._on_main(self._storage.names, "list_checkpoints")
-        if place is not None and place.root == self.root:
-            newer = [name for name in newer if step_of(name) > step_of(place.name)]
+        if location is not None and location.root == self.root:
+            newer = [name for name in newer if step_of(name) > step_of(location.name)]
         if newer:
-            if place is not None:
-                self._open(place, open_storage(place.root), {})
+            if location is not None:
+                self._open(location, open_storage(location.root), {})
             raise CheckpointError(
                 f"{self.root}/{newer[-1]} belongs to an earlier run that resume={choice} does not continue; choose "
                 "another output folder, move it away, or set resume=auto"
             )
-        if place is None:
+        if location is None:
             return None
-        found = self._open(place, open_storage(place.root), engines or {})
-        self.newest = found.location
+        found = self._open(location, open_storage(location.root), engines or {})
+        self.newest = found.location.path
         return found
 
     def load(self, found: Checkpoint, engines: Engines) -> None:
         """Restore ``engines`` from a checkpoint that `latest` or `resume_from` found for them."""
         for role, engine in engines.items():
-            self._apply(engine, engine_side.load_part, found.place, role, found.files[role])
+            self._apply(engine, engine_side.load_part, found.location, role, found.files[role])
         self.release(found, engines)
 
     def release(self, found: Checkpoint, engines: Engines) -> None:
         """Delete what the engines' processes fetched of a checkpoint at a URL; `load` does so itself."""
-        for role, engine in engines.items() if found.place.remote else ():
+        for role, engine in engines.items() if found.location.remote else ():
             if role in found.files:
-                self._apply(engine, engine_side.discard_part, found.place, role, found.files[role])
+                self._apply(engine, engine_side.discard_part, found.location, role, found.files[role])
 
-    def _open(self, place: Place, storage: Storage, engines: Engines) -> Checkpoint:
-        """Raises CheckpointError on all processes if the checkpoint is missing or damaged."""
+    def _open(self, location: CheckpointLocation, storage: Storage, engines: Engines) -> Checkpoint:
+        """Open the checkpoint; raise CheckpointError on all processes if it is missing or damaged."""
 
         def read() -> tuple[dict[str, FileRecord], RunState]:
-            storage.check(place.name)
-            manifest = storage.manifest(place.name)
-            state = decode_state(storage.read(place.name, STATE), manifest, self._parts, place.location)
+            storage.check(location.name)
+            manifest = storage.manifest(location.name)
+            state = decode_state(storage.read(location.name, STATE), manifest, self._parts, location.path)
             return manifest.files, state
 
-        files, state = self._on_main(read, f"check_checkpoint {place.name}")
+        files, state = self._on_main(read, f"check_checkpoint {location.name}")
         by_role: dict[str, dict[str, FileRecord]] = {}
         for name, record in files.items():
             if "/" in name:
                 by_role.setdefault(name.partition("/")[0], {})[name] = record
-        found = Checkpoint(place, by_role, state)
-        if place.remote:
+        found = Checkpoint(location, by_role, state)
+        if location.remote:
             try:
                 for role, engine in engines.items():
                     if role in by_role:
-                        self._apply(engine, engine_side.fetch_part, place, role, by_role[role])
+                        self._apply(engine, engine_side.fetch_part, location, role, by_role[role])
             except CheckpointError:
                 self.release(found, engines)
                 raise
@@ -344,7 +339,7 @@ class CheckpointManager:
     # --- on the main process -------------------------------------------------------------------------------------
 
     def _complete(self, steps: set[int]) -> list[int]:
-        """Those of the steps whose checkpoints have a manifest."""
+        """Return the steps whose checkpoints have a manifest."""
         found = []
         for step in steps:
             try:
@@ -355,7 +350,7 @@ class CheckpointManager:
         return found
 
     def _scores(self) -> dict[int, float]:
-        """How good checkpoints are, larger being better, where that is known."""
+        """Return how good checkpoints are, larger being better, where that is known."""
         found: dict[int, float] = {}
         for name in self._storage.names() if self._best_metric is not None else ():
             try:
@@ -371,10 +366,10 @@ class CheckpointManager:
     def _on_main(self, work: Callable[[], T], name: str) -> T:
         return self._ranks.on_main(work, name)
 
-    def _to_engines(self, function: Callable[..., T], place: Place, **options: Any) -> list[T]:
-        """``function(engine, place, role, ...)`` in every process of every engine under way."""
+    def _to_engines(self, function: Callable[..., T], location: CheckpointLocation, **options: Any) -> list[T]:
+        """``function(engine, location, role, ...)`` in every process of every engine under way."""
         assert self._saving is not None
         results: list[T] = []
         for role, engine in self._saving.engines.items():
-            results += self._apply(engine, function, place, role, *options.values())
+            results += self._apply(engine, function, location, role, *options.values())
         return results

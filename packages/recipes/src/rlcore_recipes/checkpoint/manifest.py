@@ -53,7 +53,7 @@ class RunState(JsonFile):
 
 
 def encode(step: int, metrics: Mapping[str, float], files: Mapping[str, FileRecord]) -> bytes:
-    """The manifest as it is written.
+    """Return the manifest as it is written.
 
     Raises:
         CheckpointError: an engine names a file outside its folder, or the like.
@@ -65,7 +65,7 @@ def encode(step: int, metrics: Mapping[str, float], files: Mapping[str, FileReco
 
 
 def decode(content: bytes, location: str) -> Manifest:
-    """The manifest of the checkpoint at ``location``.
+    """Return the manifest of the checkpoint at ``location``.
 
     Raises:
         CheckpointError: it is damaged, of another version's format, or of another step than the name says.
@@ -78,7 +78,7 @@ def decode(content: bytes, location: str) -> Manifest:
 
 
 def decode_state(content: bytes, manifest: Manifest, parts: Mapping[str, type[JsonFile]], location: str) -> RunState:
-    """The state of the checkpoint at ``location``.
+    """Return the state of the checkpoint at ``location``.
 
     Args:
         parts: what describes the entries of ``parts``, by name; others are not looked into.
@@ -96,16 +96,18 @@ def decode_state(content: bytes, manifest: Manifest, parts: Mapping[str, type[Js
 
 
 def record(content: bytes) -> FileRecord:
+    """Return what the manifest holds of a file: size and checksum."""
     return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def records_of(paths: Iterable[Path]) -> list[FileRecord]:
+    """Return the record of each file, computed in threads."""
     with ThreadPoolExecutor(4) as pool:
         return list(pool.map(file_record, paths))
 
 
 def check_size(location: str, name: str, size: int | None, expected: FileRecord) -> None:
-    """Args: ``size`` in bytes of the file ``name``; None if there is none."""
+    """Check ``size``, in bytes, of the file ``name``; None if there is no such file."""
     if size is None:
         raise CheckpointError(f"{location} lacks {name}")
     if size != expected["size"]:
@@ -113,6 +115,7 @@ def check_size(location: str, name: str, size: int | None, expected: FileRecord)
 
 
 def check_contents(location: str, name: str, found: FileRecord, expected: FileRecord) -> None:
+    """Compare the checksum of the file ``name`` with that in the manifest."""
     if found["sha256"] != expected["sha256"]:
         raise CheckpointError(f"{location}: the contents of {name} have changed since it was written")
 
@@ -146,13 +149,13 @@ def verify(path: Path) -> None:
 
 
 def contents(path: Path) -> set[str]:
-    """What is below the folder ``path`` and not itself a folder, by relative path."""
+    """Return what is below the folder ``path`` and not itself a folder, by relative path."""
     files = (file for file in path.rglob("*") if file.is_symlink() or not file.is_dir())
     return {file.relative_to(path).as_posix() for file in files}
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest of a local checkpoint."""
+    """Return the manifest of a local checkpoint."""
     file = path / MANIFEST
     if not os.path.lexists(file):
         raise CheckpointError(f"{path} has no {MANIFEST}: it is unfinished or not a checkpoint")

@@ -11,25 +11,27 @@ _LEFTOVER = re.compile(r"step-\d{6,}\.(tmp|old)")
 
 
 def name_of(step: int) -> str:
+    """Return the name of the checkpoint of ``step``."""
     return f"step-{step:06d}"
 
 
 def step_of(name: str) -> int:
-    """The step in a checkpoint's name; -1 if the name is another."""
+    """Return the step in a checkpoint's name; -1 if the name is another."""
     return int(name.removeprefix("step-")) if is_name(name) else -1
 
 
 def is_name(name: str) -> bool:
+    """Return whether a checkpoint can have this name."""
     return _NAME.fullmatch(name) is not None
 
 
 def is_leftover(name: str) -> bool:
-    """Whether a local folder of that name is what a crash left of writing or replacing a checkpoint."""
+    """Return whether a local folder of that name is what a crash left of writing or replacing a checkpoint."""
     return _LEFTOVER.fullmatch(name) is not None
 
 
 def is_url(root: str) -> bool:
-    """Whether ``root`` is reached through fsspec; ``file://`` is a folder like any other."""
+    """Return whether ``root`` is reached through fsspec; ``file://`` is a folder like any other."""
     return "://" in root and not root.startswith("file://")
 
 
@@ -43,24 +45,26 @@ def normal(root: str | Path) -> str:
 
 
 @dataclass(frozen=True)
-class Place:
+class CheckpointLocation:
     """The checkpoint ``name`` below ``root`` (see `normal`)."""
 
     root: str
     name: str
 
     @classmethod
-    def of(cls, location: str | Path) -> Place:
-        """The place of a checkpoint's own folder or URL."""
+    def of(cls, location: str | Path) -> CheckpointLocation:
+        """Return the place of a checkpoint's own folder or URL."""
         parent, _, name = normal(location).rpartition("/")
         return cls(parent, name)
 
     @property
     def remote(self) -> bool:
+        """Whether the checkpoint is at a URL."""
         return is_url(self.root)
 
     @property
-    def location(self) -> str:
+    def path(self) -> str:
+        """The folder or URL of the checkpoint, for messages."""
         return f"{self.root}/{self.name}"
 
     @property

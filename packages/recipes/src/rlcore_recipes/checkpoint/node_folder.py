@@ -20,26 +20,26 @@ _held: dict[int, Path] = {}  # by process id: a forked child has not its parent'
 
 
 def base() -> Path:
-    """The user's own folder for all of this.
+    """Return the user's folder for uploads.
 
     Raises:
-        CheckpointError: it belongs to somebody else, or cannot be made.
+        CheckpointError: it belongs to another user, or cannot be created.
     """
     folder = Path(tempfile.gettempdir()) / f"rlcore-checkpoints-{os.getuid()}"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         owner = folder.stat(follow_symlinks=False).st_uid
     except OSError as error:
-        raise CheckpointError(f"cannot create {folder}: {error}; name another place by TMPDIR") from error
+        raise CheckpointError(f"cannot create {folder}: {error}; set TMPDIR to another folder") from error
     if owner != os.getuid():
-        raise CheckpointError(f"{folder} belongs to another user; remove it, or name another place by TMPDIR")
+        raise CheckpointError(f"{folder} belongs to another user; remove it, or set TMPDIR to another folder")
     return folder
 
 
 def outbox() -> Path:
-    """The folder of this process for what it uploads; only its own files are there."""
+    """Return the folder of this process for what it uploads; only its own files are there."""
     if os.getpid() not in _held:
-        with locked(base() / "outbox"):  # nobody takes a folder that is being made for one left over
+        with locked(base() / "outbox"):  # so that no process takes a folder that is being made for a leftover
             _delete_left_over()
             folder = Path(tempfile.mkdtemp(prefix="save-", dir=base()))
             # held open, and with it the lock, until the process ends
@@ -51,7 +51,7 @@ def outbox() -> Path:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """One process of this machine at a time."""
+    """Let one process of this machine at a time into the block."""
     descriptor = os.open(folder.with_suffix(".lock"), os.O_CREAT | os.O_RDWR, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

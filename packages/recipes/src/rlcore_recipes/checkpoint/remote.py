@@ -30,7 +30,7 @@ from rlcore_recipes.data.url_packages import package_of
 
 
 def file_system(root: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL, and the URL's path in it.
+    """Return the fsspec file system of a URL, and the URL's path in it.
 
     Raises:
         CheckpointError: there is none, or its package is not installed.
@@ -43,13 +43,13 @@ def file_system(root: str) -> tuple[Any, str]:
         package = package_of(root)
         raise CheckpointError(f"{root} {package.advice if package else error}") from error
     except ValueError as error:
-        raise CheckpointError(f"{root} is no URL that fsspec knows: {error}") from error
+        raise CheckpointError(f"{root} is not a URL that fsspec supports: {error}") from error
     return system, path.rstrip("/")
 
 
 @contextmanager
 def reported(what: str) -> Iterator[None]:
-    """Any error as a CheckpointError: clients of object stores raise errors of their own, of all kinds."""
+    """Turn any error in the block into a CheckpointError: each client of an object store has its own exceptions."""
     try:
         yield
     except CheckpointError:
@@ -96,6 +96,7 @@ class RemoteStorage:
         return self.names()
 
     def manifest(self, name: str) -> Manifest:
+        """Return the manifest of checkpoint ``name``."""
         location = f"{self.root}/{name}"
         with reported(f"cannot read {location}/{MANIFEST}"):
             try:
@@ -105,17 +106,18 @@ class RemoteStorage:
         return decode(content, location)
 
     def read(self, name: str, file: str) -> bytes:
+        """Return the bytes of a file of checkpoint ``name``."""
         with reported(f"cannot read {self.root}/{name}/{file}"):
             return self._content(name, file)
 
     def _content(self, name: str, file: str) -> bytes:
         path = self._inside(name, file)
         if (size := self._system.info(path)["size"]) > LIMIT:
-            raise CheckpointError(f"{self.root}/{name}/{file} has {size} bytes, too many for what it should be")
+            raise CheckpointError(f"{self.root}/{name}/{file} has {size} bytes, more than such a file can have")
         return self._system.cat_file(path)  # type: ignore[no-any-return]
 
     def check(self, name: str) -> None:
-        """Compares sizes; contents are checked where they are downloaded."""
+        """Compare sizes; contents are checked where they are downloaded."""
         expected = self.manifest(name).files
         sizes = {file: info["size"] for file, info in self._files(name).items()}
         for file in expected:
@@ -152,13 +154,13 @@ class RemoteStorage:
             self._system.rm_file(self._inside(name, MARK))
 
     def abandon(self, name: str) -> None:
-        """The mark stays for the next `clean_up`: a process that failed late may still be uploading."""
+        """Leave the mark for the next `clean_up`: a process that failed late may still be uploading."""
         with suppress(CheckpointError):
             if MANIFEST not in self._files(name):
                 self._empty(name)
 
     def delete(self, name: str) -> None:
-        """The mark is written first and goes last, so that an interrupted deletion is known as ours."""
+        """Delete the checkpoint; the mark is written first and deleted last, so that an interruption is noticed."""
         self._empty(name)
         with reported(f"cannot delete {self.root}/{name}"):
             self._system.rm_file(self._inside(name, MARK))
@@ -179,7 +181,7 @@ class RemoteStorage:
                 self.delete(name)
 
     def _files(self, name: str) -> dict[str, dict[str, Any]]:
-        """What stands under the checkpoint's name, by relative path."""
+        """Return what is stored under the checkpoint's name, by relative path."""
         folder = self._inside(name, "")
         with reported(f"cannot list {self.root}/{name}"):
             self._system.invalidate_cache()

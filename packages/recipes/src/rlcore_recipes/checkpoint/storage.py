@@ -1,4 +1,4 @@
-"""Where checkpoints are kept: what the manager asks of a folder and of a URL alike.
+"""Storage of checkpoints: one interface for folders and URLs.
 
 Everything here is called on the main process only.
 """
@@ -18,19 +18,23 @@ class Storage(Protocol):
     """Checkpoints by name below one root. Errors are `CheckpointError`."""
 
     def names(self) -> list[str]:
-        """What is named like a checkpoint, complete or not, oldest first."""
+        """Return what is named like a checkpoint, complete or not, oldest first."""
         ...
 
-    def manifest(self, name: str) -> Manifest: ...
+    def manifest(self, name: str) -> Manifest:
+        """Return the manifest of checkpoint ``name``."""
+        ...
 
-    def read(self, name: str, file: str) -> bytes: ...
+    def read(self, name: str, file: str) -> bytes:
+        """Return the bytes of a file of checkpoint ``name``."""
+        ...
 
     def check(self, name: str) -> None:
-        """Raise unless the checkpoint is whole, as far as that can be seen without fetching it from elsewhere."""
+        """Raise unless the checkpoint is complete, as far as that can be seen without fetching it from elsewhere."""
         ...
 
     def taken(self) -> list[str]:
-        """The names of checkpoints at which something stands already, be it only what would be in the way of one."""
+        """Return the names of checkpoints at which something is stored already, be it a checkpoint or not."""
         ...
 
     def check_writable(self) -> None:
@@ -65,7 +69,7 @@ class Storage(Protocol):
 
 
 def open_storage(root: str | Path) -> Storage:
-    """The storage at a folder or URL.
+    """Return the storage at a folder or URL.
 
     Raises:
         CheckpointError: there is no implementation for the URL; the message names what to install.

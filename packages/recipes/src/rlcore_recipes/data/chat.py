@@ -76,7 +76,7 @@ def _message(message: Message, where: str) -> Message:
 
 
 def _part(part: Any, where: str) -> str:
-    """The text of one part of a content list."""
+    """Return the text of one part of a content list."""
     if not isinstance(part, dict) or part.get("type") != "text":
         kind = part.get("type") if isinstance(part, dict) else None
         what = f"of type {kind!r}" if isinstance(kind, str) else _shown(part)
@@ -101,26 +101,26 @@ class Renderer:
         self.tokenizer = tokenizer
 
     def messages(self, prompt: str | list[Message]) -> list[Message]:
-        """The conversation with its system prompt; text becomes one user message."""
+        """Return the conversation with its system prompt; text becomes one user message."""
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if self.settings.system_prompt is not None and messages[0]["role"] != "system":
             return [{"role": "system", "content": self.settings.system_prompt}, *messages]
         return messages
 
     def is_chat(self, prompt: str | list[Message]) -> bool:
-        """Whether the chat template is used for ``prompt``."""
+        """Return whether the chat template is used for ``prompt``."""
         how = self.settings.apply_chat_template
         return how == "always" or (how == "auto" and not isinstance(prompt, str))
 
     def prompt_text(self, prompt: str | list[Message], where: str) -> str:
-        """The prompt up to where the model's answer begins."""
+        """Return the prompt up to where the model's answer begins."""
         messages = self.messages(prompt)
         if self.is_chat(prompt):
             return self.chat_text(messages, where, add_generation_prompt=True)
         return "\n\n".join(message["content"] for message in messages)
 
     def chat_text(self, messages: list[Message], where: str, *, add_generation_prompt: bool) -> str:
-        """The conversation under the tokenizer's chat template.
+        """Return the conversation under the tokenizer's chat template.
 
         Raises:
             DataError: the template is missing or broken, refuses the conversation, or takes too long over it.
@@ -147,7 +147,7 @@ class Renderer:
         if not isinstance(text, str) or len(text) > LONGEST_TEXT:
             what = f"{len(text):,} characters" if isinstance(text, str) else type(text).__name__
             raise DataError(
-                f"{where}: the chat template makes {what} of this conversation, not text of at most {LONGEST_TEXT:,} "
+                f"{where}: the chat template returns {what} for this conversation, not text of up to {LONGEST_TEXT:,} "
                 "characters"
             )
         return text

@@ -14,7 +14,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Columns:
-    """What is read of a file.
+    """The columns that are read of a file.
 
     Attributes:
         keys: column by the setting that names it; null ones are not needed. Dots reach into structs.
@@ -42,13 +42,13 @@ class Columns:
             raise DataError(f"{file} has no column {key!r}, only {', '.join(names)}; {hint}")
 
     def chosen(self, columns: Iterable[str]) -> list[str]:
-        """Those of a file's ``columns`` that are read."""
+        """Return the columns among ``columns`` of a file that are read."""
         named = [key for key in self.keys.values() if key is not None]
         return [name for name in columns if self.others or any(_reaches(key, name) for key in named)]
 
 
 def column(row: Row, key: str) -> Any:
-    """The value of column ``key``, None if the row lacks it.
+    """Return the value of column ``key``, None if the row lacks it.
 
     Dots reach into structs, unless a column has the dotted name itself.
     """
@@ -61,7 +61,7 @@ def column(row: Row, key: str) -> Any:
 
 
 def data_source(row: Row, key: str | None, file: str, default: str) -> str:
-    """The name of the row's data set: that in column ``key``, or ``default`` without a key.
+    """Return the name of the row's data set: that in column ``key``, or ``default`` without a key.
 
     Raises:
         DataError: the column holds no name; ``file`` names file and row.
@@ -79,7 +79,7 @@ def data_source(row: Row, key: str | None, file: str, default: str) -> str:
 
 
 def names_in(rows: Iterable[Row]) -> list[str]:
-    """Names of the columns of ``rows``, and of the fields of structs with dots."""
+    """Return names of the columns of ``rows``, and of the fields of structs with dots."""
     return list(dict.fromkeys(name for row in rows for name in _names(row)))
 
 

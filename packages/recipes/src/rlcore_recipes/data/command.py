@@ -35,6 +35,7 @@ class DataSets(click.Group):
         return _command(name, _from_file(Path(path), function)) if path.endswith(".py") else None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the data sets of all installed packages."""
         rows = []
         for name, point in sorted(_installed().items()):
             try:
@@ -54,7 +55,7 @@ def data() -> None:
 
 
 def _command(name: str, prepare: Preparation) -> click.Command:
-    """The command of a data set: an option for every field of its options, and where to write."""
+    """Return the command of a data set: an option for every field of its options, and where to write."""
     options = next(iter(get_type_hints(prepare).values()), None)
     if not (isinstance(options, type) and issubclass(options, Config)):
         raise DataError(f"{name}: the function's argument must be annotated with its options, an rlcore.config.Config")
@@ -72,7 +73,7 @@ def _command(name: str, prepare: Preparation) -> click.Command:
     for field, info in options.model_fields.items():
         default = {"required": True} if info.is_required() else {"default": info.default, "show_default": True}
         flag = f"--{field.replace('_', '-')}"
-        # text: the options' model reads it, and reports everything that is wrong at once
+        # text: the options' model reads it, and reports all problems together
         params.append(click.Option([flag, field], type=str, help=info.description, **default))
     params += [
         click.Option(["--out"], type=Folder(), required=True, help="Folder to write to."),

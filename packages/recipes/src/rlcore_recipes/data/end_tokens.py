@@ -18,7 +18,7 @@ _ANSWER = "answer"
 
 
 def model_tokens(model: ModelSettings) -> tuple[int, frozenset[int]]:
-    """The number of tokens that ``model`` knows, and those that end a completion, as its configuration says.
+    """Return the number of tokens that ``model`` knows, and those that end a completion, as its configuration says.
 
     Raises:
         DataError: it cannot be read.
@@ -30,7 +30,7 @@ def model_tokens(model: ModelSettings) -> tuple[int, frozenset[int]]:
 
 
 def written_ends(renderer: Renderer, chat: bool) -> frozenset[int]:
-    """The tokens that end an answer in text: the tokenizer's end token and, under a chat template, the template's.
+    """Return the tokens that end an answer in text: the tokenizer's end token and the chat template's.
 
     Args:
         chat: whether the chat template is used.
@@ -40,7 +40,7 @@ def written_ends(renderer: Renderer, chat: bool) -> frozenset[int]:
 
 
 def end_of_turn(renderer: Renderer) -> int | None:
-    """The special token that the chat template writes after an assistant's answer; None if it writes none."""
+    """Return the special token that the chat template writes after an assistant's answer; None if it writes none."""
     probe = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _ANSWER}]
     where = "a conversation of two messages"
     try:
@@ -52,7 +52,7 @@ def end_of_turn(renderer: Renderer) -> int | None:
 
 
 def missing_ends(model: ModelSettings, tokenizer: Any, written: frozenset[int]) -> tuple[int, ...]:
-    """Those of the tokens ``written`` after answers that are no end tokens of ``model``.
+    """Return the tokens ``written`` after answers that are no end tokens of ``model``.
 
     Warns if there are any, and if nothing ends a completion: neither one of these nor an end token of the model.
     """

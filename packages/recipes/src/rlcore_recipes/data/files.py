@@ -30,7 +30,7 @@ LONGEST_LINE = 1 << 30
 
 
 def read_rows(file: str | Path, default_split: str = "train") -> list[Row]:
-    """All rows of a ``.parquet`` or ``.jsonl`` file, or of ``hub:org/name[:config][@split]``.
+    """Read all rows of a ``.parquet`` or ``.jsonl`` file, or of ``hub:org/name[:config][@split]``.
 
     Raises:
         DataError: missing, of another format, malformed (with line or column), or without rows.
@@ -39,7 +39,7 @@ def read_rows(file: str | Path, default_split: str = "train") -> list[Row]:
 
 
 def read_files(files: Sequence[str], columns: Columns, limit: int | None = None) -> Iterator[tuple[str, list[Row]]]:
-    """Each file and its rows, until ``limit`` rows of all files together.
+    """Yield each file and its rows, until ``limit`` rows of all files together.
 
     Raises:
         DataError: as `read_rows`, or a column is missing.
@@ -54,12 +54,12 @@ def read_files(files: Sequence[str], columns: Columns, limit: int | None = None)
 
 
 def pads_with_nulls(file: str) -> bool:
-    """Whether a null in a struct may say that the field is absent: Arrow gives every struct all fields."""
+    """Return whether a null in a struct may say that the field is absent: Arrow gives every struct all fields."""
     return not file.endswith((".jsonl", ".ndjson"))
 
 
 def fingerprint(rows: Iterable[Row], file: str) -> str:
-    """A hash of what the ``rows`` of ``file`` hold, to notice that it has changed."""
+    """Return a hash of what the ``rows`` of ``file`` hold, to notice that it has changed."""
     digest = blake2b(digest_size=8)
     with boundary(f"{file} cannot be compared with what a checkpoint saw"):
         for row in rows:
@@ -68,7 +68,7 @@ def fingerprint(rows: Iterable[Row], file: str) -> str:
 
 
 def _plain(value: Any) -> str:
-    """What json.dumps writes for types that JSON lacks; their type alone where the text may hold an address."""
+    """Return what json.dumps writes for types that JSON lacks; their type alone where the text may hold an address."""
     known = isinstance(value, bytes | date | time | timedelta | Decimal | UUID)
     return f"{type(value).__name__} {value}" if known else type(value).__name__
 
@@ -99,7 +99,7 @@ def _checked(rows: list[Row], columns: Columns, file: str) -> list[Row]:
 
 
 def existing_file(file: str) -> Path:
-    """The path of a data file; it is a regular one, because a pipe or a device may never end.
+    """Return the path of a data file; it is a regular one, because a pipe or a device may never end.
 
     Raises:
         DataError: it is not there, or is something else.
@@ -115,7 +115,7 @@ def existing_file(file: str) -> Path:
         if path.is_dir():
             what = "is a folder; name the files in it"
         else:
-            what = "is no regular file" if path.exists() else f"does not exist{similar_paths(path)}"
+            what = "is not a regular file" if path.exists() else f"does not exist{similar_paths(path)}"
         raise DataError(f"data file {path} {what}")
 
 
@@ -153,7 +153,7 @@ def _read_jsonl(path: Path, limit: int | None) -> list[Row]:
 
 
 def _parsed(line: str) -> tuple[Any, bool]:
-    """What the JSON ``line`` holds, and False if integers in it had to become text."""
+    """Return what the JSON ``line`` holds, and False if integers in it had to become text."""
     try:
         return json.loads(line), True
     except json.JSONDecodeError:
@@ -170,7 +170,7 @@ def _integer(digits: str) -> int | str:
 
 
 def read_hub(name: str, config: str | None, split: str) -> list[Row]:
-    """The rows of a Hub data set (needs the extra ``hub``)."""
+    """Read the rows of a Hub data set (needs the extra ``hub``)."""
     go_offline_without_network([name])  # before the import, by which the library reads whether it is offline
     try:
         from datasets import load_dataset  # type: ignore[import-not-found, unused-ignore]

@@ -12,7 +12,7 @@ from rlcore.errors import RlcoreWarning
 from rlcore_recipes.ranks import launched_as_main
 
 CONNECT_S = 5.0
-"""Longest wait for a connection to the Hub, name resolution included."""
+"""Timeout of a connection to the Hub, name resolution included."""
 
 
 def go_offline_without_network(names: Iterable[str]) -> None:
@@ -40,7 +40,7 @@ def go_offline_without_network(names: Iterable[str]) -> None:
 
 
 def _connection_problem(url: str) -> str | None:
-    """Why there is no answer from ``url``; None if there is one."""
+    """Return why there is no answer from ``url``; None if there is one."""
     from huggingface_hub.utils import get_session
 
     found: list[Any] = []

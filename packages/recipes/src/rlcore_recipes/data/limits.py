@@ -14,7 +14,7 @@ MEMORY_BYTES = 1 << 30
 
 
 class LimitReached(BaseException):
-    """What runs under `limited` took or asked for too much.
+    """Code under `limited` exceeded its time or memory.
 
     No `Exception`: Jinja goes on after those that it meets in constant expressions.
     """

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class LoaderState(JsonFile):
-    """What a checkpoint holds of a loader."""
+    """The state of a loader in a checkpoint."""
 
     drawn: Count = Field(description="Batches drawn.")
     ahead: list[Count] = Field([], description="Positions after those that were trained on already.")
@@ -104,10 +104,10 @@ class Loader(ABC, Generic[T]):
 
     @abstractmethod
     def _take(self, indices: list[int], position: int) -> T:
-        """The batch of these samples, the first of which is number ``position`` of the run."""
+        """Return the batch of these samples, the first of which is number ``position`` of the run."""
 
     def state(self) -> dict[str, Any]:
-        """What `restore` needs, as JSON."""
+        """Return what `restore` needs, as JSON."""
         return {"drawn": self._drawn, **self._identity()}
 
     def restore(self, state: Mapping[str, Any]) -> None:

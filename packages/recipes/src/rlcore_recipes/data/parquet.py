@@ -18,7 +18,7 @@ BATCH_BYTES = 64 << 20
 
 
 def read_parquet(path: Path, columns: Columns, limit: int | None = None) -> list[Row]:
-    """The rows of a Parquet file, of its first ``limit`` ones if that is given.
+    """Read the rows of a Parquet file; only the first ``limit`` if that is given.
 
     A row group is read in batches: Arrow cannot hold more than 2 GiB of nested text in one array. Columns that
     ``columns`` leaves out are not read at all. Times that Python's datetime cannot hold become text, with a warning.
@@ -53,7 +53,7 @@ def read_parquet(path: Path, columns: Columns, limit: int | None = None) -> list
 
 
 def _group(file: Any, group: int, columns: list[str], path: Path, as_text: set[str], limit: int | None) -> list[Row]:
-    """The first ``limit`` rows of one row group; adds columns with times that had to become text to ``as_text``."""
+    """Read the first ``limit`` rows of one row group; add columns whose times had to become text to ``as_text``."""
     sizes = file.metadata.row_group(group)
     wanted = sizes.num_rows if limit is None else min(limit, sizes.num_rows)
     size = max(1, min(wanted, sizes.num_rows * BATCH_BYTES // max(sizes.total_byte_size, 1)))
@@ -92,7 +92,7 @@ def _row_by_row(batch: Any, as_text: set[str]) -> Iterator[Row]:
 
 
 def _with_times_as_text(scalar: Any) -> Any:
-    """The value of an Arrow scalar, in which times that Python's datetime cannot hold are text."""
+    """Return the value of an Arrow scalar, in which times that Python's datetime cannot hold are text."""
     import pyarrow as pa
 
     try:
@@ -108,7 +108,7 @@ def _with_times_as_text(scalar: Any) -> Any:
 
 
 def _fields(fields: Any, prefix: str = "") -> Iterator[str]:
-    """Names of columns, and of the fields of structs with dots."""
+    """Yield the names of columns, and of the fields of structs with dots."""
     import pyarrow as pa
 
     for field in fields:

@@ -22,7 +22,7 @@ class PromptSample:
     Attributes:
         prompt_tokens: token ids, generation prompt included.
         messages: the conversation; one user message for plain text.
-        extra: the row's other columns, with those of a struct ``extra_info`` beside them.
+        extra: the row's other columns, and the fields of a struct ``extra_info``.
         index: position in its data set.
         position: how many samples the loader drew before this one in the whole run, from which its seed derives;
             `PromptLoader` sets it, until then it equals ``index``.
@@ -131,7 +131,7 @@ def _file_samples(
 
 
 def _short_enough(settings: DataSettings, tokens: list[list[int]], file: str) -> list[int]:
-    """The rows whose prompts are not too long.
+    """Return the rows whose prompts are not too long.
 
     Raises:
         DataError: there are none, or there are others and those are an error.

@@ -1,4 +1,4 @@
-"""What a recipe's ``data`` section holds."""
+"""The section ``data`` of a recipe's configuration."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class DataFiles(Config):
     )
     val_files: list[FileName] = Field([], description="Files to validate on, as train_files; none validates nothing.")
     train_batch_size: int = Field(256, ge=1, description="Prompts (or SFT samples) per step.")
-    val_batch_size: int | None = Field(None, ge=1, description="Prompts per validation batch; null takes all at once.")
+    val_batch_size: int | None = Field(None, ge=1, description="Prompts per validation batch; null: all together.")
     val_limit: int | None = Field(None, ge=1, description="Validate on the first rows of the val files only.")
     shuffle: bool = Field(True, description="Use the samples of every epoch in a new order, determined by the seed.")
     weights: list[Annotated[float, Field(gt=0)]] | None = Field(
@@ -50,7 +50,7 @@ class DataFiles(Config):
         "data_source", description="Column that names the data set of a row; null uses the file's name."
     )
     system_prompt: str | None = Field(
-        None, description="System message for conversations without one; stands before a plain-text prompt."
+        None, description="System message for conversations without one; precedes a plain-text prompt."
     )
     apply_chat_template: Literal["auto", "always", "never"] = Field(
         "auto",
@@ -89,15 +89,15 @@ class DataSettings(DataFiles):
         "ground_truth",
         description="Column of the reference answer, such as 'reward_model.ground_truth'; null for none.",
     )
-    max_prompt_length: int = Field(512, ge=1, description="Longest prompt, in tokens.")
-    max_response_length: int = Field(512, ge=1, description="Longest completion, in tokens.")
+    max_prompt_length: int = Field(512, ge=1, description="Maximum length of a prompt, in tokens.")
+    max_response_length: int = Field(512, ge=1, description="Maximum length of a completion, in tokens.")
     overlong_prompts: Literal["filter", "error"] = Field(
         "filter", description="What to do with prompts longer than max_prompt_length: leave them out, or stop."
     )
 
     @property
     def longest_sequence(self) -> int:
-        """Most tokens of a prompt and its completion."""
+        """Maximum tokens of a prompt and its completion."""
         return self.max_prompt_length + self.max_response_length
 
 
@@ -109,7 +109,7 @@ class SFTDataSettings(DataFiles):
         description="Column of whole conversations, trained on every assistant turn; null reads prompt and response.",
     )
     response_key: str = Field("response", description="Column of the text to learn, after the prompt.")
-    max_length: int = Field(1024, ge=2, description="Longest sample, prompt included, in tokens.")
+    max_length: int = Field(1024, ge=2, description="Maximum length of a sample, prompt included, in tokens.")
     overlong: Literal["filter", "truncate", "error"] = Field(
         "filter", description="What to do with longer samples: leave them out, cut their end off, or stop."
     )

@@ -111,7 +111,7 @@ def _is_chat(settings: SFTDataSettings, renderer: Renderer, row: Row) -> bool:
 def _file_samples(
     settings: SFTDataSettings, renderer: Renderer, rows: list[Row], file: str, vocabulary: int | None
 ) -> list[_Sample]:
-    """The samples of a file, without those that are too long."""
+    """Return the samples of a file, without those that are too long."""
     places = [f"{file}, row {number}" for number in range(len(rows))]
     key, padded = settings.messages_key or settings.prompt_key, pads_with_nulls(file)
     prompts = [as_prompt(column(row, key), where, padded) for row, where in zip(rows, places)]
@@ -140,7 +140,7 @@ def _file_samples(
 
 
 def _encode_conversations(renderer: Renderer, prompts: list[_Prompt], places: list[str], key: str) -> list[_Encoded]:
-    """Tokens and loss mask of the conversations in column ``key``, of which every assistant turn is learned."""
+    """Return tokens and loss mask of the conversations in column ``key``, of which every assistant turn is learned."""
     ends = _end_texts(renderer, chat=True)
     conversations = []
     for messages, where in zip(prompts, places):
@@ -159,7 +159,7 @@ def _encode_conversations(renderer: Renderer, prompts: list[_Prompt], places: li
 def _encode_answers(
     renderer: Renderer, prompts: list[_Prompt], responses: list[Any], places: list[str]
 ) -> list[_Encoded]:
-    """Tokens and loss mask of prompts with responses, which are learned."""
+    """Return tokens and loss mask of prompts with responses, which are learned."""
     answers = []
     chat = any(map(renderer.is_chat, prompts))
     chat_ends, plain_ends = _end_texts(renderer, chat), _end_texts(renderer, chat=False)
@@ -188,11 +188,11 @@ def _without_end(answer: str, ends: tuple[str, ...]) -> str:
 
 
 def _turns(renderer: Renderer, messages: list[Message], where: str) -> list[Segment]:
-    """The conversation's text, divided into what comes from outside and what the assistant says."""
+    """Return the conversation's text, divided into what comes from outside and what the assistant says."""
     if messages[0]["role"] == "assistant":
         raise DataError(
-            f"{where}: the conversation begins with an assistant turn, before which nothing is asked; put a message of "
-            "the system or the user there"
+            f"{where}: the conversation begins with an assistant turn; put a message of the system or the user before "
+            "it"
         )
     segments: list[Segment] = []
     said = ""
@@ -213,7 +213,7 @@ def _turns(renderer: Renderer, messages: list[Message], where: str) -> list[Segm
 
 
 def _turn(renderer: Renderer, messages: list[Message], where: str) -> tuple[str, str]:
-    """The text before the last message, generation prompt included, and that message's text."""
+    """Return the text before the last message, generation prompt included, and that message's text."""
     before = renderer.chat_text(messages[:-1], where, add_generation_prompt=True)  # shift allowed: messages
     whole = renderer.chat_text(messages, where, add_generation_prompt=False)
     if not whole.startswith(before):
@@ -225,7 +225,7 @@ def _turn(renderer: Renderer, messages: list[Message], where: str) -> tuple[str,
 
 
 def _encode_segments(renderer: Renderer, samples: list[list[Segment]], places: list[str], chat: bool) -> list[_Encoded]:
-    """Tokens of each sample's segments one after another, and 1 where they are learned.
+    """Return tokens of each sample's segments one after another, and 1 where they are learned.
 
     What a template writes after the end token of a turn (a line break, say) is never generated and not learned.
     """

@@ -16,7 +16,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 
 
 def load_tokenizer(model: ModelSettings) -> Any:
-    """The transformers tokenizer of ``model.tokenizer_path``, or of ``model.path``.
+    """Load the transformers tokenizer of ``model.tokenizer_path``, or of ``model.path``.
 
     Raises:
         DataError: no such folder, or one without a tokenizer, or with one that cannot be used.
@@ -66,7 +66,7 @@ def _check_files(folder: Path, name: str) -> None:
         # libraries pass in silence over a folder, or a link to nothing, of a name that they would read
         expected = file.suffix in READ_SUFFIXES or (file.exists() and not file.is_dir())
         if expected and not file.is_file():
-            raise DataError(f"{name}: {file.name} is no regular file, or a link to one that is not there")
+            raise DataError(f"{name}: {file.name} is not a regular file, or is a broken link")
     if not any((folder / file).is_file() for file in TOKENIZER_FILES):
         raise DataError(
             f"{name} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy the model's tokenizer files there "

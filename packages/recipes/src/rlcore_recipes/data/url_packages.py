@@ -8,7 +8,7 @@ _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 
 
 def package_of(url: str) -> Package | None:
-    """The package by which fsspec reaches ``url``; None for a path or an unknown protocol."""
+    """Return the package by which fsspec reaches ``url``; None for a path or an unknown protocol."""
     protocol, separator, _ = url.partition("://")
     if not separator:
         return None

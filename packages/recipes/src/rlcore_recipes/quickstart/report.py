@@ -1,4 +1,4 @@
-"""What a quickstart leaves behind: curves, samples before and after, summary."""
+"""The report of a quickstart: curves, samples before and after, summary."""
 
 from __future__ import annotations
 
@@ -43,10 +43,12 @@ def write_report(out: Path, curves: Curves, seconds: float, seed: int) -> dict[s
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a file of JSON lines."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def draw(curves: Curves, path: Path) -> None:
+    """Draw the learning curves into ``path``."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.6), layout="constrained")
@@ -63,7 +65,7 @@ def draw(curves: Curves, path: Path) -> None:
 
 
 def samples(rows: list[dict[str, Any]]) -> str:
-    """The answers to the same problems at the first and the last validation, as Markdown."""
+    """Return the answers to the same problems at the first and the last validation, as Markdown."""
     first, last = min(row["step"] for row in rows), max(row["step"] for row in rows)
     before = [row for row in rows if row["step"] == first]
     after = [row for row in rows if row["step"] == last]

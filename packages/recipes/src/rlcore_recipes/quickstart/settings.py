@@ -1,4 +1,4 @@
-"""What the quickstart trains, on what, and how; tuned for two CPU cores and three minutes."""
+"""Settings of the quickstart, tuned for two CPU cores and three minutes."""
 
 from __future__ import annotations
 

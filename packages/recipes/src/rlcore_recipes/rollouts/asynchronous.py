@@ -215,7 +215,7 @@ class AsynchronousGroups:
         self._seen = self._passed = self._dropped = 0
         return found
 
-    # --- in the thread of its own ------------------------------------------------------------------------------------
+    # --- in the background thread ------------------------------------------------------------------------------------
 
     def _work(self) -> None:
         try:
@@ -273,5 +273,5 @@ def check_fresh(batch: Batch, step: int, max_staleness: int) -> None:
     if staleness > max_staleness:
         raise EngineError(
             f"a sample for step {step} has tokens that are {staleness} versions old, and async.max_staleness is "
-            f"{max_staleness}: the rollout engine reports an older version than it was given weights of"
+            f"{max_staleness}: the rollout engine reports an older version than that of the weights it received"
         )

@@ -1,7 +1,7 @@
 """Coroutines that wait for worker processes.
 
-They wait for nothing else, so they need no event loop: whoever executes their calls resumes them, in its own thread and
-in an order that it chooses. That keeps runs reproducible, and the ranks of ``torchrun`` in step.
+They wait for nothing else, so they need no event loop: the thread that executes their calls resumes them, in the order
+that it chooses. That keeps runs reproducible, and the ranks of ``torchrun`` in step.
 """
 
 from __future__ import annotations

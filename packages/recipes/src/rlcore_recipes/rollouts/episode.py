@@ -30,7 +30,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What an episode returns; it becomes one row of a batch.
+    """The result of an episode; it becomes one row of a batch.
 
     Attributes:
         segments: in the order of the sequence; the tokens before the first sampled segment are the prompt.

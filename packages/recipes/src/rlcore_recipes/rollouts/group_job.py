@@ -1,4 +1,4 @@
-"""What a rollout process does for a group: run the episodes of one sample."""
+"""Run the episodes of a group, in a rollout process."""
 
 from __future__ import annotations
 

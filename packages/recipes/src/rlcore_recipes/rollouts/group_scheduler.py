@@ -1,4 +1,4 @@
-"""Which groups may be started, and which of them a step trains on, so that no sample is ever too old.
+"""Bound the staleness of samples: decide which groups may be started, and which of them a step trains on.
 
 A *group* is a prompt with its completions. Version *v* of the policy is the one after *v* steps, and step *t* trains
 version *t* − 1. A group that is started under version *v* holds no token of an older one, so that it may be trained on
@@ -51,7 +51,7 @@ class GroupScheduler:
         return len(self._deadlines) - len(self._finished)
 
     def capacity(self, version: int) -> int:
-        """Groups that may be started under ``version``."""
+        """Return the number of groups that may be started under ``version``."""
         until = min(version + self.max_staleness + 1, self.last_step)
         return until * self.batch - self.taken * self.batch - len(self._deadlines)
 
@@ -67,12 +67,12 @@ class GroupScheduler:
         self._finished.add(group)
 
     def drop(self, group: int) -> None:
-        """Forget ``group``, which nobody will train on; another one may be started in its place."""
+        """Forget ``group``, which no step will train on; another one may be started instead."""
         del self._deadlines[group]
         self._finished.discard(group)
 
     def take(self) -> list[int] | None:
-        """The groups of the next step, in the order of their prompts; None if they are not finished yet."""
+        """Return the groups of the next step, in the order of their prompts; None if they are not finished yet."""
         step = self.taken + 1
         urgent = sorted(self._finished, key=lambda group: (self._deadlines[group], group))[: self.batch]
         left = Counter(self._deadlines.values()) - Counter(self._deadlines[group] for group in urgent)

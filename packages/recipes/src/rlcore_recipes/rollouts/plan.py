@@ -1,4 +1,4 @@
-"""How the samples of training and of validation are rolled out, as the configuration says."""
+"""Plans of rolling samples out in training and in validation, from the configuration."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ class PromptQueue:
         self._done: set[int] = set()
 
     def draw(self) -> PromptSample:
-        """The next prompt that is not done."""
+        """Return the next prompt that is not done."""
         while True:
             if not self._next:
                 self._next.extend(next(self._loader))
@@ -39,7 +39,7 @@ class PromptQueue:
         self._done.add(position)
 
     def state(self) -> dict[str, Any]:
-        """What `restore` needs, as JSON: the loader's state, and ``ahead``, positions that it must pass over."""
+        """Return what `restore` needs, as JSON: the loader's state, and ``ahead``, positions that it must pass over."""
         size = self._loader.batch_size
         waiting = [*self._open, *(prompt.position for prompt in self._next if prompt.position not in self._done)]
         batch = min(waiting, default=self._loader.drawn * size) // size

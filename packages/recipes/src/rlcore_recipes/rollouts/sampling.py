@@ -1,4 +1,4 @@
-"""How completions are sampled in training, in validation, and for a baseline."""
+"""Sampling parameters of training, of validation, and of a baseline."""
 
 from __future__ import annotations
 

@@ -47,6 +47,7 @@ class Scorer:
 
     @dispatch(Dispatch.BROADCAST)
     def close(self) -> None:
+        """Release what the reward holds."""
         self.reward.close()
 
 
@@ -56,12 +57,12 @@ def score(scorer: Scorer, trajectories: Batch) -> Batch:
 
 
 def reward_of(role: RewardRole) -> Reward:
-    """The reward that ``role`` names."""
+    """Build the reward that ``role`` names."""
     return plugins.get(role.plugin_group, role.name).build(role.options, role)  # type: ignore[no-any-return]
 
 
 def build_scorer(role: RewardRole, model: ModelSettings, ends: frozenset[int], engines: Mapping[str, Any]) -> Scorer:
-    """The scorer that ``role`` names, for completions of ``model`` that end with ``ends``."""
+    """Build the scorer that ``role`` names, for completions of ``model`` that end with ``ends``."""
     kept = ends if role.keep_special_tokens else None
     return Scorer(reward_of(role), load_tokenizer(model), role.error_score, kept)
 
@@ -85,6 +86,7 @@ def checked(results: Sequence[RewardResult], error_score: float) -> list[RewardR
 
 
 def reward_samples(batch: Batch, texts: list[str], completions: list[list[int]]) -> list[RewardSample]:
+    """Return what a reward is given for each row of ``batch``."""
     return [
         RewardSample(
             prompt=messages,

@@ -1,4 +1,4 @@
-"""What a step receives from whatever makes its groups."""
+"""The interface between a step and the source of its groups."""
 
 from __future__ import annotations
 

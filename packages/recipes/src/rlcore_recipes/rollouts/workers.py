@@ -15,7 +15,7 @@ from rlcore_recipes.run.timing import Timings
 
 @dataclass(frozen=True)
 class RolloutWorkers:
-    """What rolls samples out.
+    """The executor and worker groups that roll samples out.
 
     Attributes:
         rollout: runs episodes.

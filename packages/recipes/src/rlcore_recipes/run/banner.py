@@ -1,4 +1,4 @@
-"""What a run says of itself before its first step and after its last one."""
+"""Messages before the first step of a run and after its last one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def model_rows(
     tokenizer: Any,
     ends: Iterable[int],
 ) -> list[Row]:
-    """The model under training, where it is, its end tokens, and the token budgets of micro-batches."""
+    """Return the model under training, where it is, its end tokens, and the token budgets of micro-batches."""
     memory = budgets.memory["actor"]
     parameters = None if memory is None else memory.parameters
     size = "" if parameters is None else f", {parameters:,} parameters"
@@ -42,12 +42,13 @@ def model_rows(
 
 
 def device_of(engine: TrainEngine) -> str:
+    """Return the name of the device of ``engine``."""
     device = engine.device
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def devices(names: Sequence[str]) -> str:
-    """The devices of all ranks, such as "8 × NVIDIA H200"."""
+    """Return the devices of all ranks, such as "8 × NVIDIA H200"."""
     return ", ".join(f"{count} × {name}" if count > 1 else name for name, count in sorted(Counter(names).items()))
 
 

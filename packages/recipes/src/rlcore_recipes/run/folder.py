@@ -13,7 +13,7 @@ from rlcore.config import Config, dump_config, yaml_format
 from rlcore.config.values import is_path
 from rlcore.errors import ConfigError
 from rlcore.regular_file import read_regular
-from rlcore_recipes.checkpoint.naming import Place, normal
+from rlcore_recipes.checkpoint.naming import CheckpointLocation, normal
 from rlcore_recipes.checkpoint.storage import open_storage
 from rlcore_recipes.settings.trainer import TrainerSettings
 from rlcore_recipes.trackers.jsonl import METRICS, TABLES
@@ -60,7 +60,7 @@ def check_free(trainer: TrainerSettings, config: Config) -> None:
             )
     elif not (
         Path(trainer.resume).resolve().is_relative_to(folder.resolve())
-        or Place.of(trainer.resume).root == normal(trainer.checkpoint_root)
+        or CheckpointLocation.of(trainer.resume).root == normal(trainer.checkpoint_root)
     ):
         raise ConfigError(
             f"trainer.out_dir={folder} holds a run already ({', '.join(found)}), and trainer.resume={trainer.resume} "
@@ -94,7 +94,7 @@ def _check_model(trainer: TrainerSettings) -> None:
 
 
 def _paths(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """The keys of a configuration that name files or folders, but for those of the trainer, and their values."""
+    """Yield the keys of a configuration that name files or folders, except the trainer's, and their values."""
     if not isinstance(value, Config) or isinstance(value, TrainerSettings):
         return
     for name, about in type(value).model_fields.items():
@@ -107,7 +107,7 @@ def _paths(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Replaced:
-    """What `write_config` found of the run before.
+    """The result of `write_config`: how the run before differed.
 
     Attributes:
         changed: the keys that differ.

@@ -1,4 +1,4 @@
-"""Runs that learn nothing: rewards that fail, updates that are skipped; and steps longer than the grace period."""
+"""Health checks: rewards that fail, updates that are skipped, steps longer than the grace period."""
 
 from __future__ import annotations
 

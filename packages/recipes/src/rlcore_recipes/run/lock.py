@@ -32,7 +32,7 @@ def claimed(folder: Path) -> Iterator[bool]:
     Under torchrun the process of rank 0 does so for all; the value says whether this is that process.
 
     Raises:
-        ConfigError: another process holds the lock, or the folder cannot be made or written to.
+        ConfigError: another process holds the lock, or the folder cannot be created or written to.
     """
     if os.environ.get("RANK", "0") != "0":
         yield False
@@ -60,7 +60,7 @@ def _made(folder: Path) -> list[Path]:
     except OSError as error:
         if os.path.exists(folder):
             raise ConfigError(f"trainer.out_dir={folder} is a file; name a folder") from error
-        raise ConfigError(f"trainer.out_dir={folder} cannot be made: {reason(error)}") from error
+        raise ConfigError(f"trainer.out_dir={folder} cannot be created: {reason(error)}") from error
     return missing
 
 
@@ -118,13 +118,13 @@ def _own() -> str:
 
 
 def _holder(descriptor: int) -> str:
-    """What the lock file says of its process."""
+    """Return what the lock file says of its process."""
     text = os.pread(descriptor, _SHOWN, 0).decode("utf-8", "replace").partition("\n")[0]
     return text if text.isprintable() else ""
 
 
 def _lives_here(holder: str) -> bool:
-    """Whether the process that a lock file names is one of this machine's that lives."""
+    """Return whether the process that a lock file names runs on this machine."""
     words = holder.replace(",", " ").split()
     if words[:1] != ["process"] or words[2:4] != ["on", socket.gethostname()] or not words[1].isdecimal():
         return False

@@ -80,6 +80,7 @@ def train(run: Run) -> None:
 
 
 def timed_step(run: Run, tracker: Tracker, number: int) -> dict[str, float]:
+    """Make step ``number``; return its metrics with time, memory and throughput."""
     seed_generators(run.session.config.seed, number)
     with run.session.timed("step"), showing(tracker, number):
         metrics = run.step(number)
@@ -90,7 +91,7 @@ def timed_step(run: Run, tracker: Tracker, number: int) -> dict[str, float]:
 
 
 def timings(run: Run, metrics: Mapping[str, float]) -> dict[str, float]:
-    """Seconds of each part, and for the step's parts their milliseconds per token of its batch."""
+    """Return the seconds of each part, and of the step's parts the milliseconds per token of its batch."""
     seconds = run.session.timed.take()
     tokens = max(metrics["perf/total_num_tokens"], 1.0)
     found = {f"timing_s/{name}": value for name, value in seconds.items()}
@@ -102,13 +103,14 @@ def timings(run: Run, metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def validated(run: Run, tracker: Tracker, step: int) -> dict[str, float]:
+    """Validate after ``step``; log the completions, return the metrics."""
     assert run.validate is not None
     with run.session.timed("testing"), showing(tracker, step):
         outcome = run.validate()
     best = run.session.config.trainer.best_metric
     if best is not None and best.startswith("val") and best not in outcome.metrics:
         close = get_close_matches(best, outcome.metrics, n=3) or list(outcome.metrics)
-        raise ConfigError(f"trainer.best_metric={best} is no validation metric; did you mean {' or '.join(close)}?")
+        raise ConfigError(f"trainer.best_metric={best} is not a validation metric; did you mean {' or '.join(close)}?")
     if outcome.rows:
         tracker.log_table("val/generations", outcome.columns, outcome.rows, step)
     return outcome.metrics
@@ -122,6 +124,7 @@ def showing(tracker: Tracker, step: int) -> Iterator[None]:
 
 
 def due(every: int, step: int, last: bool) -> bool:
+    """Return whether something is due after ``step`` that happens every so many steps, and after the last one."""
     return every > 0 and (last or step % every == 0)
 
 
@@ -139,6 +142,7 @@ def memory() -> dict[str, float]:
 
 
 def state(run: Run, step: int, run_id: str) -> RunState:
+    """Return what a checkpoint after ``step`` holds besides the engines."""
     parts = {name: part.state() for name, part in run.session.parts.items()}
     return RunState(recipe=run.recipe, step=step, run_id=run_id, parts=parts)
 
@@ -163,6 +167,7 @@ def completing(checkpoints: CheckpointManager, alone: bool) -> Iterator[None]:
 
 
 def export(run: Run, folder: Path) -> None:
+    """Write the policy and its tokenizer into ``folder``."""
     run.session.engines["actor"].save_pretrained(folder)
 
     def save_tokenizer() -> None:
@@ -182,7 +187,7 @@ class _Silent(Tracker):
 
 @contextmanager
 def tracking(run: Run, run_id: str, done: int) -> Iterator[Tracker]:
-    """The run's trackers; on other ranks than the main one something that does nothing."""
+    """Open the run's trackers; on other ranks than the main one, a tracker that does nothing."""
     if not is_main():
         yield _Silent()
         return

@@ -27,7 +27,7 @@ ROUNDED = 256
 
 
 class BudgetState(JsonFile):
-    """What a checkpoint holds of token budgets."""
+    """The state of token budgets in a checkpoint."""
 
     tokens: dict[str, Annotated[int, Field(ge=1, lt=2**31)]] = Field(
         description="Those that were chosen automatically, by role."
@@ -43,6 +43,7 @@ class Model:
 
     @property
     def automatic(self) -> bool:
+        """Whether the budget is chosen by the free memory."""
         return self.role.max_tokens_per_micro_batch == AUTO
 
 
@@ -69,6 +70,7 @@ class MicroBatches:
             self._warn(name)
 
     def state(self) -> dict[str, Any]:
+        """Return the budgets that were chosen automatically."""
         return {"tokens": {name: self.tokens[name] for name, model in self._models.items() if model.automatic}}
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -90,7 +92,7 @@ class MicroBatches:
             self._set(name)
 
     def lines(self) -> list[str]:
-        """For each model the budget, and what it takes of the memory."""
+        """Return a line per model: its budget, and the memory that it takes."""
         found = []
         for name, memory in self.memory.items():
             budget = f"{name} up to {self.tokens[name]} tokens"
@@ -136,15 +138,17 @@ class MicroBatches:
 
 
 def step_memory(engine: TrainEngine) -> StepMemory | None:
+    """Return the memory that a step of ``engine`` takes; None if unknown."""
     return engine.step_memory()
 
 
 def set_token_budget(engine: TrainEngine, tokens: int) -> None:
+    """Set the token budget of ``engine``."""
     engine.set_token_budget(tokens)
 
 
 def _of_ranks(memories: list[StepMemory | None]) -> StepMemory | None:
-    """The least that is free for any rank, where ranks share a memory alike, and the most that is needed."""
+    """Return the minimum that is free for any rank, and the maximum needed; ranks on one device share its memory."""
     known = [memory for memory in memories if memory is not None]
     if len(known) < len(memories):
         return None

@@ -110,7 +110,7 @@ def open_session(config: C) -> Iterator[Session[C]]:
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run reads before it builds anything; see `Session` for the fields."""
+    """The data that a run reads before it builds anything; see `Session` for the fields."""
 
     tokenizer: Any
     prompts: PromptLoader

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 GONE = (errno.EPIPE, errno.EIO, errno.ENXIO)
-"""What writing to a closed pipe, or to a terminal that hung up, fails with."""
+"""Error numbers of writing to a closed pipe, or to a terminal that hung up."""
 
 
 @contextmanager

@@ -25,7 +25,7 @@ TRAINED = ("actor", "critic")
 
 
 class Controller(Protocol):
-    """The executor: ``kind`` names its plugin, ``address`` its cluster, if there is one."""
+    """The section ``controller``: ``kind`` names its plugin, ``address`` its cluster, if there is one."""
 
     kind: str
     address: str | None
@@ -35,14 +35,16 @@ class Controller(Protocol):
         ...
 
     def mapping(self, roles: Sequence[str]) -> tuple[dict[str, ResourcePool], dict[str, str]]:
-        """The pools that ``roles`` use, and the pool of each role."""
+        """Return the pools that ``roles`` use, and the pool of each role."""
         ...
 
 
 @runtime_checkable
 class Planned(Protocol):
-    """A configuration that can be planned. Beside these two it may have ``arithmetic``, rows of what is counted, how,
-    and the number (samples per step, optimizer steps …), and ``weight_sync.transport``.
+    """A configuration that can be planned.
+
+    In addition to these two it may have ``arithmetic``, rows of what is counted, how, and the number (samples per step,
+    optimizer steps …), and ``weight_sync.transport``.
 
     Attributes:
         roles: what takes part in the run, in the order in which it is built.
@@ -60,7 +62,7 @@ def plan(recipe: str, file: str | None, overrides: tuple[str, ...]) -> None:
     """
     config = recipes.load(plugins.get(recipes.GROUP, recipe), file, overrides)
     if not isinstance(config, Planned):
-        raise ConfigError(f"the recipe {recipe} does not tell which roles it has; it cannot be planned")
+        raise ConfigError(f"the recipe {recipe} cannot be planned: its configuration has no attribute `roles`")
     if int(os.environ.get("RANK", "0")) > 0:
         return
     controller: Controller = config.controller
@@ -113,10 +115,10 @@ def _concurrency(placed: Mapping[str, str]) -> list[str]:
     pools = list(dict.fromkeys(placed.values()))
     shared = [pool for pool in pools if len(_on(placed, pool)) > 1 and not replaceable(_on(placed, pool))]
     turns = [f"{', '.join(_on(placed, pool))} ({pool})" for pool in shared]
-    beside = [f"{one} with {other}" for one, other in combinations(pools, 2)]
+    pairs = [f"{one} with {other}" for one, other in combinations(pools, 2)]
     return [
         f"take turns: {'; '.join(turns) or 'none'}",
-        f"can run at the same time: {'; '.join(beside) or 'nothing, as there is one pool'}",
+        f"can run at the same time: {'; '.join(pairs) or 'nothing, as there is one pool'}",
     ]
 
 

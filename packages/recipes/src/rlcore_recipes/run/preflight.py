@@ -39,7 +39,7 @@ def check_sources(config: Config, files: Iterable[str]) -> None:
 
 
 def model_sources(config: Config, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Every model and tokenizer that ``config`` names, with its key."""
+    """Yield every model and tokenizer that ``config`` names, with its key."""
     for name, value in config:
         key = f"{prefix}{name}"
         if isinstance(value, ModelSettings):

@@ -1,8 +1,8 @@
-"""Runs that start again by themselves when a worker died that cannot be replaced.
+"""Fault tolerance: restart a run from its newest checkpoint after a worker died that cannot be replaced.
 
 A trainer's processes live and die together. When one of them is gone, everything that the run started is ended and
-built anew, on whatever the cluster still has, and the run goes on from its newest whole checkpoint. As steps depend on
-nothing but the checkpoint, the seed and their number, it ends where it would have ended undisturbed.
+built again, on what the cluster still has, and the run continues from its newest complete checkpoint. As steps depend
+on nothing but the checkpoint, the seed and their number, it ends where it would have ended without the failure.
 """
 
 from __future__ import annotations
@@ -28,10 +28,14 @@ class RunConfig(Protocol):
     """What the configuration of a run with restarts has."""
 
     @property
-    def trainer(self) -> TrainerSettings: ...
+    def trainer(self) -> TrainerSettings:
+        """The section ``trainer``."""
+        ...
 
     @property
-    def controller(self) -> ControllerSettings: ...
+    def controller(self) -> ControllerSettings:
+        """The section ``controller``."""
+        ...
 
 
 C = TypeVar("C", bound=Config)
@@ -88,13 +92,13 @@ def restarting(run: Callable[[C], None]) -> Callable[[C], None]:
 
 
 def newest_checkpoint(trainer: TrainerSettings) -> str | None:
-    """The name of the newest checkpoint of the run, whole or not."""
+    """Return the name of the newest checkpoint of the run, whole or not."""
     names = open_storage(trainer.checkpoint_root).names()
     return names[-1] if names else None
 
 
 def exhausted(trainer: TrainerSettings, controller: ControllerSettings, newest: str | None, why: str) -> str:
-    """How often the run was restarted, why it ended, and how it can be continued."""
+    """Return how often the run was restarted, why it ended, and how it can be continued."""
     tried = controller.max_restarts
     since = "without a new checkpoint in between " if tried > 1 else ""
     often = f"gave up after {tried} restart{'s' * (tried != 1)} {since}" if tried else "the run is not restarted "

@@ -1,4 +1,4 @@
-"""Where a run goes on: from its newest checkpoint, or from the beginning."""
+"""Resume a run from a checkpoint, or start it from the beginning."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def resumed(run: Run) -> tuple[CheckpointManager, int, str]:
         what saves and loads checkpoints, the steps done before, and the run's id.
 
     Raises:
-        CheckpointError: no checkpoint is whole, it is of another kind of run, or something is in the way of new ones.
+        CheckpointError: no checkpoint is complete, it is of another kind of run, or new ones cannot be written.
     """
     trainer = run.session.config.trainer
     checkpoints = CheckpointManager(
@@ -37,7 +37,7 @@ def resumed(run: Run) -> tuple[CheckpointManager, int, str]:
     found = checkpoints.resume_from(trainer.resume, run.session.engines)
     if found is None and not checkpoints.is_empty():
         raise CheckpointError(
-            f"no checkpoint in {checkpoints.root} is whole (the warnings say why); move them away to start from the "
+            f"no checkpoint in {checkpoints.root} is complete (the warnings say why); move them away to start from the "
             "beginning"
         )
     if trainer.save_freq > 0:
@@ -62,7 +62,7 @@ def _listed(keys: list[str]) -> str:
 def _how(run: Run, found: Checkpoint) -> str:
     trainer, total_steps = run.session.config.trainer, run.session.total_steps
     if found.state.step < total_steps:
-        return f"continuing after step {found.state.step} from {found.location}"
+        return f"continuing after step {found.state.step} from {found.location.path}"
     key = "total_epochs" if trainer.total_steps is None else "total_steps"
     complete = f"the run in {trainer.out_dir} is complete: step {total_steps} was its last"
     return f"{complete}; raise trainer.{key} to train longer"
@@ -90,10 +90,11 @@ def _check_origin(run: Run, found: Checkpoint) -> None:
     """Refuse a checkpoint of another kind of run."""
     saved = found.state
     if saved.recipe != run.recipe:
-        raise CheckpointError(f"{found.location} is of the recipe {saved.recipe}, not {run.recipe}")
+        raise CheckpointError(f"{found.location.path} is of the recipe {saved.recipe}, not {run.recipe}")
     missing = [name for name in run.session.engines if name not in found.files]
     if missing or set(saved.parts) != set(run.session.parts):
         lacking = missing + sorted(set(saved.parts) ^ set(run.session.parts))
         raise CheckpointError(
-            f"{found.location} was written under another configuration: it and this run differ in {', '.join(lacking)}"
+            f"{found.location.path} was written under another configuration: it and this run differ in "
+            f"{', '.join(lacking)}"
         )

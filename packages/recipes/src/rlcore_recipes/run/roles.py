@@ -42,11 +42,11 @@ class Roles:
     reward_model: TrainEngine | None = None
 
     def trained(self) -> dict[str, TrainEngine]:
-        """The engines whose state belongs in a checkpoint."""
+        """Return the engines whose state belongs in a checkpoint."""
         return {"actor": self.actor} | ({"critic": self.critic} if self.critic is not None else {})
 
     def models(self, config: RLConfig) -> dict[str, Model]:
-        """The models in training engines, by the names of their sections."""
+        """Return the models in training engines, by the names of their sections."""
         found = {
             "actor": (self.actor, config.actor),
             "critic": (self.critic, config.critic_role),
@@ -63,19 +63,19 @@ def train_engine(
     model: ModelSettings,
     engines: Mapping[str, Any] | None = None,
     *,
-    beside: ModelRole | None = None,
+    policy: ModelRole | None = None,
     head: Head = "policy",
     optim: OptimSettings | None = None,
     seed: int = 0,
     max_length: int | None = None,
 ) -> TrainEngine:
-    """The engine of ``role``, not yet in a worker group; ``engines`` are those of its process.
+    """Build the engine of ``role``; ``engines`` are the other engines of its process.
 
     Args:
-        beside: the policy, whose engine a `FollowingRole` takes unless it names one.
+        policy: the role whose engine a `FollowingRole` takes unless it names one.
         max_length: longest sequence that the run may make, in tokens; None if unknown.
     """
-    name, options = role.engine_beside(beside) if beside is not None else (role.engine, role.options)
+    name, options = role.engine_with(policy) if policy is not None else (role.engine, role.options)
     budget = role.max_tokens_per_micro_batch
     spec = TrainEngineSpec(
         model=model,
@@ -93,7 +93,7 @@ def train_engine(
 
 
 def rollout_engine(config: RLConfig, actor: TrainEngine | None) -> RolloutEngine:
-    """The engine that ``config.rollout`` names, beside ``actor`` (itself, not its worker group) or without one."""
+    """Build the engine that ``config.rollout`` names, in the process of ``actor`` (an engine) or without one."""
     spec = RolloutSpec(
         model=config.model,
         options=config.rollout.options,
@@ -105,7 +105,7 @@ def rollout_engine(config: RLConfig, actor: TrainEngine | None) -> RolloutEngine
     return plugins.get(config.rollout.plugin_group, config.rollout.engine).build(spec)  # type: ignore[no-any-return]
 
 
-def _rollout_beside_actor(config: RLConfig, engines: Mapping[str, Any]) -> RolloutEngine:
+def _rollout_with_actor(config: RLConfig, engines: Mapping[str, Any]) -> RolloutEngine:
     return rollout_engine(config, engines.get("actor"))
 
 
@@ -146,20 +146,20 @@ def build_roles(
     optim = with_total_steps(config.actor.optim, updates)
     engine = partial(train_engine, seed=config.seed, max_length=config.data.longest_sequence)
     actor = built("actor", TrainEngine, partial(engine, config.actor, config.model, optim=optim))
-    beside = partial(engine, beside=config.actor)
+    following = partial(engine, policy=config.actor)
     ref = value = scorer = None
     if config.needs_ref:
         model = config.ref.model or config.model
-        ref = built("ref", TrainEngine, partial(beside, config.ref, model))
+        ref = built("ref", TrainEngine, partial(following, config.ref, model))
     if critic is not None:
         optim = with_total_steps(critic.optim, total_steps * critic_updates_per_step(config))
         model = critic.model or config.model
-        factory = partial(beside, critic, model, head="value", optim=optim)
+        factory = partial(following, critic, model, head="value", optim=optim)
         value = built("critic", TrainEngine, factory)
     if config.reward_model is not None:
-        factory = partial(beside, config.reward_model, config.reward_model.model, head="score")
+        factory = partial(following, config.reward_model, config.reward_model.model, head="score")
         scorer = built("reward_model", TrainEngine, factory)
-    rollout = built("rollout", RolloutEngine, partial(_rollout_beside_actor, config))
+    rollout = built("rollout", RolloutEngine, partial(_rollout_with_actor, config))
     executor.barrier("build")
     return Roles(actor, rollout, reward, ref, value, scorer)
 
@@ -177,7 +177,7 @@ def critic_updates_per_step(config: RLConfig) -> int:
 
 
 def skipped_by_warmup(critic: CriticSettings | None) -> int:
-    """Steps before the actor is updated for the first time."""
+    """Return the number of steps before the actor is updated for the first time."""
     return max(critic.warmup_steps - 1, 0) if critic is not None else 0
 
 

@@ -8,7 +8,7 @@ import random
 
 
 def sample_seed(seed: int, purpose: str, position: int, sample: int) -> int:
-    """Seed of one completion, 63 bits: it depends on what is sampled and never on what runs beside it."""
+    """Return the seed of one completion, 63 bits: a function of what is sampled, not of what runs at the same time."""
     digest = hashlib.blake2b(f"{seed}/{purpose}/{position}/{sample}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 

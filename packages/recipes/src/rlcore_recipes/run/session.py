@@ -1,4 +1,4 @@
-"""What the steps of a reinforcement-learning run work with."""
+"""The session of a reinforcement-learning run: everything that its steps use."""
 
 from __future__ import annotations
 
@@ -119,7 +119,9 @@ class SavedKL:
     described_by = KLState
 
     def state(self) -> dict[str, Any]:
+        """Return the coefficient."""
         return self.controller.state_dict()
 
     def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue with the coefficient in ``state``."""
         self.controller.load_state_dict(dict(state))

@@ -1,4 +1,4 @@
-"""What the steps of supervised fine-tuning work with."""
+"""The session of supervised fine-tuning: everything that its steps use."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ TERMINATE = (signal.SIGTERM, signal.SIGHUP)
 
 @contextmanager
 def stop_signals(grace_s: float, checkpoints: CheckpointManager) -> Iterator[list[int]]:
-    """Collects SIGTERM, SIGHUP and SIGINT instead of dying of them; a second SIGINT interrupts immediately.
+    """Collect SIGTERM, SIGHUP and SIGINT instead of dying of them; a second SIGINT interrupts immediately.
 
     A process that is still here ``grace_s`` seconds after SIGTERM or SIGHUP ends, and says from where the run can go
     on. SIGHUP stays ignored where it is (``nohup``).
@@ -64,7 +64,7 @@ def stop_signals(grace_s: float, checkpoints: CheckpointManager) -> Iterator[lis
 
 @contextmanager
 def grace_period(seconds: float, announced: CheckpointManager | None) -> Iterator[None]:
-    """Ends the process if the block has not ended so many seconds after a SIGTERM or SIGHUP that the process handles.
+    """End the process if the block has not ended so many seconds after a SIGTERM or SIGHUP.
 
     Args:
         announced: names the checkpoint to continue from; None on processes that say nothing.
@@ -100,7 +100,7 @@ def grace_period(seconds: float, announced: CheckpointManager | None) -> Iterato
 
 
 def stop_asked_for(received: list[int]) -> int | None:
-    """The signal that ends the run, on whichever process it was received; SIGINT before others."""
+    """Return the signal that ends the run, on whichever process it was received; SIGINT before others."""
     everywhere = {number for numbers in all_gather(received[:]) for number in numbers}
     return signal.SIGINT if signal.SIGINT in everywhere else max(everywhere, default=None)
 

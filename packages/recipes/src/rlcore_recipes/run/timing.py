@@ -19,9 +19,9 @@ from rlcore_recipes.run.trace_file import CONTROLLER, TraceFile
 class Timings:
     """``with timings("gen"): …`` adds to the seconds of "gen".
 
-    What other processes do belongs to the part that asked them for it. They may still be at it when the part is over,
-    and several at once, so the seconds of a part are those in which anybody was at work on it. Work counts in the step
-    in which it ends.
+    What other processes do belongs to the part that asked them for it. Several may work on it together, and still when
+    the part is over, so the seconds of a part are those in which any process worked on it. Work counts in the step in
+    which it ends.
 
     Args:
         executor: tells what other processes did.
@@ -44,7 +44,7 @@ class Timings:
 
     @contextmanager
     def label(self, name: str) -> Iterator[None]:
-        """Calls made inside belong to "name"; their time is that of the workers alone."""
+        """Let calls made in the block belong to "name"; their time is that of the workers alone."""
         if self._executor is None:
             yield
         else:
@@ -52,11 +52,11 @@ class Timings:
                 yield
 
     def seconds(self, name: str) -> float:
-        """What "name" has taken in this process since the last `take`."""
+        """Return the seconds of "name" in this process since the last `take`."""
         return covered(event for event in self._events if event.label == name)
 
     def take(self) -> dict[str, float]:
-        """All seconds since the last call, by name."""
+        """Return all seconds since the last call, by name."""
         events, self._events = self._events, []
         if self._executor is not None:
             events += self._executor.timeline()
@@ -70,7 +70,7 @@ class Timings:
 
 
 def covered(events: Iterable[Event]) -> float:
-    """Seconds in which at least one of ``events`` was going on."""
+    """Return the seconds in which at least one of ``events`` was going on."""
     total, until = 0.0, float("-inf")
     for event in sorted(events, key=lambda event: event.start):
         total += max(event.end - max(event.start, until), 0.0)
@@ -79,7 +79,7 @@ def covered(events: Iterable[Event]) -> float:
 
 
 def open_trace(out_dir: Path, stack: ExitStack) -> Callable[[list[Event]], None] | None:
-    """What writes events to the run's trace, until ``stack`` completes it; None on other ranks than the main one.
+    """Return a function that writes events to the run's timeline, which ``stack`` completes; None on other ranks.
 
     Raises:
         ConfigError: something else than a trace has its name.

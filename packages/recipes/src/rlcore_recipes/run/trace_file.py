@@ -19,16 +19,16 @@ _TAIL_BYTES = 1 << 16
 
 @dataclass
 class _Lane:
-    """A line of a track, on which events may stand in one another but not across."""
+    """One row of a track: events on it may nest but must not overlap partially."""
 
-    open: list[float] = field(default_factory=list)  # ends of the events that the last one stands in, and its own
+    open: list[float] = field(default_factory=list)  # ends of the events around the last one, and of that one
     start: float = float("-inf")  # of the last event
     end: float = float("-inf")  # of the latest one to end
 
     def place(self, event: Event) -> bool:
         """Put ``event`` here, if there is room."""
         if event.start < self.start and event.start < self.end:
-            return False  # told of late; what it would stand across is not known any more
+            return False  # reported out of order: the events that it would overlap are not known any more
         ends = [end for end in self.open if end > event.start]
         if ends and ends[-1] < event.end:
             return False
@@ -39,7 +39,7 @@ class _Lane:
 class TraceFile:
     """Appends events to a file in the JSON array format of Chrome traces.
 
-    Every process of a run is a process of the trace; what it does at the same time stands on several threads of it.
+    Every process of a run is a process of the trace; what it does at the same time is on several threads of it.
     Times are µs since the epoch. The format allows the closing bracket to be missing, so the file can be read at any
     time, also after the run was killed; a run that goes on appends to it.
 
@@ -71,7 +71,7 @@ class TraceFile:
             file.write("[]\n" if self._empty else "\n]\n")
 
     def _records(self, event: Event) -> Iterable[dict[str, Any]]:
-        """The event, after the names of what appears for the first time."""
+        """Yield the event, after the names of processes and rows that appear for the first time."""
         if event.worker not in self._workers:
             self._workers[event.worker] = 0 if event.worker == CONTROLLER else len(self._workers) + 1
             yield from self._named("process", self._workers[event.worker], 0, event.worker)

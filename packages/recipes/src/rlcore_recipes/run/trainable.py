@@ -15,7 +15,7 @@ from rlcore_recipes.run.timing import Timings
 
 @dataclass(frozen=True)
 class Validation:
-    """What a validation measured.
+    """The result of a validation.
 
     Attributes:
         metrics: numbers by name.

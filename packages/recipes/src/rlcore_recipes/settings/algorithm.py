@@ -16,10 +16,10 @@ class DynamicSamplingSettings(Config):
     """Groups that teach nothing are dropped, and further prompts generated for until the batch is full."""
 
     filter: Annotated[Algorithm, AlgorithmField(sampling_filters)] = Field(
-        "nonzero-spread", description="Which groups are kept."
+        "nonzero-spread", description="Sampling filter: the groups to keep."
     )
     max_generations: int = Field(
-        10, ge=1, description="Most rounds of generation for a step; then dropped groups fill what is missing."
+        10, ge=1, description="Maximum rounds of generation for a step; then dropped groups fill what is missing."
     )
 
 
@@ -31,5 +31,5 @@ class AlgorithmSettings(Config):
         None, description="KL penalty on the token rewards; null is off. With a target, β adapts to reach it."
     )
     overlong: OverlongSettings | None = Field(
-        None, description="Punishment of completions close to data.max_response_length; null is off."
+        None, description="Penalty on completions close to data.max_response_length; null is off."
     )

@@ -13,15 +13,15 @@ class AsyncSettings(Config):
     max_staleness: int = Field(
         0,
         ge=0,
-        description="Most policy versions between the one that made a token and the one that it trains. 0 is strictly "
-        "on-policy: steps generate, then train. From 1 on (one step off) generation never stops; it needs "
+        description="Maximum policy versions between the one that made a token and the one that it trains. 0 is "
+        "strictly on-policy: steps generate, then train. From 1 on (one step off) generation never stops; it needs "
         "controller.kind=ray and a pool for the rollout. See the page on asynchronous training.",
     )
     max_concurrent_groups: int | None = Field(
         None,
         ge=1,
-        description="Most prompts generated for at once, over all rollout processes; null: as many as max_staleness "
-        "allows. Fewer start later, and so from newer weights.",
+        description="Maximum prompts whose completions are generated at the same time, over all rollout processes; "
+        "null: as many as max_staleness allows. Fewer start later, and so from newer weights.",
     )
 
 

@@ -1,4 +1,4 @@
-"""Which columns the batches of a run have, so that algorithms which need another one are refused before training."""
+"""The columns that the batches of a run have: an algorithm that needs another one is refused before training."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CREDITED = frozenset({"token_rewards"})
 
 
 def missing_columns(key: str, choice: Algorithm, available: Set[str]) -> Iterator[tuple[str, str]]:
-    """Why ``choice`` cannot be used where a batch has the columns ``available``."""
+    """Yield why ``choice`` cannot be used where a batch has the columns ``available``."""
     for name in sorted(choice.entry.required_columns - available):
         if name == "values":
             yield key, f"{choice.name} needs the values of a critic, which the recipe ppo trains"

@@ -22,12 +22,13 @@ WIDEST_SEQUENCE_CLIP = 0.1  # mean log-ratios of sequences are hundreds of times
 
 
 def doubts(config: RLSections) -> Iterator[Doubt]:
-    """All doubtful combinations in ``config``."""
+    """Yield all doubtful combinations in ``config``."""
     for combination in COMBINATIONS:
         yield from combination(config)
 
 
 def sequence_ratio_by_tokens(config: RLSections) -> Iterator[Doubt]:
+    """Yield a loss with one ratio per sequence whose aggregation weighs by length."""
     objective = config.actor.objective
     loss, aggregation = objective.policy_loss, objective.aggregation
     if "sequence_ratio" in loss.entry.traits and aggregation.name in WEIGHTED_BY_LENGTH:
@@ -39,6 +40,7 @@ def sequence_ratio_by_tokens(config: RLSections) -> Iterator[Doubt]:
 
 
 def sequence_clip_for_tokens(config: RLSections) -> Iterator[Doubt]:
+    """Yield clip bounds of tokens for a ratio of sequences."""
     params = config.actor.objective.policy_loss.params
     if not isinstance(params, GSPOParams):
         return
@@ -46,11 +48,12 @@ def sequence_clip_for_tokens(config: RLSections) -> Iterator[Doubt]:
         yield (
             "actor.objective.policy_loss",
             "gspo clips the mean log-ratio of a completion, which hardly reaches such bounds: they are for tokens. "
-            "Its paper has clip_low=3e-4 and clip_high=4e-4",
+            "The paper has clip_low=3e-4 and clip_high=4e-4",
         )
 
 
 def mean_of_token_advantages(config: RLSections) -> Iterator[Doubt]:
+    """Yield GMPO, which averages the advantages of a completion, with advantages per token."""
     loss, advantage = config.actor.objective.policy_loss, config.algorithm.advantage
     per_token = "values" in advantage.entry.required_columns or config.algorithm.kl_in_reward is not None
     if loss.name == "gmpo" and per_token and "compares_group" not in advantage.entry.traits:
@@ -62,6 +65,7 @@ def mean_of_token_advantages(config: RLSections) -> Iterator[Doubt]:
 
 
 def gpg_with_a_ratio(config: RLSections) -> Iterator[Doubt]:
+    """Yield the advantages of GPG with a policy loss that has an importance ratio."""
     loss, advantage = config.actor.objective.policy_loss, config.algorithm.advantage
     if advantage.name == "gpg" and "importance_ratio" in loss.entry.traits:
         yield (
@@ -72,6 +76,7 @@ def gpg_with_a_ratio(config: RLSections) -> Iterator[Doubt]:
 
 
 def off_policy_without_a_ratio(config: RLSections) -> Iterator[Doubt]:
+    """Yield a loss without an importance ratio on samples of an older policy."""
     actor, updates = config.actor, config.updates_per_step
     from_rollout = actor.old_logprobs == "rollout"
     weighed = actor.objective.correction is not None
@@ -82,13 +87,14 @@ def off_policy_without_a_ratio(config: RLSections) -> Iterator[Doubt]:
         of = f"{updates} updates on each batch" if stale else f"async.max_staleness={config.asynchronous.max_staleness}"
         yield (
             "actor.objective.policy_loss",
-            f"{actor.objective.policy_loss.name} takes samples for those of the policy that is trained, and with {of} "
+            f"{actor.objective.policy_loss.name} assumes samples of the policy that is trained, and with {of} "
             "they are not: take a loss with a ratio (ppo), one update on each batch, or old_logprobs=rollout with a "
             "correction",
         )
 
 
 def asynchronous_without_correction(config: RLSections) -> Iterator[Doubt]:
+    """Yield asynchronous training without a correction for stale samples."""
     actor, k = config.actor, config.asynchronous.max_staleness
     if k > 0 and actor.old_logprobs == "recompute" and actor.objective.correction is None:
         ratio = "importance_ratio" in actor.objective.policy_loss.entry.traits
@@ -100,6 +106,7 @@ def asynchronous_without_correction(config: RLSections) -> Iterator[Doubt]:
 
 
 def kl_loss_without_gradient(config: RLSections) -> Iterator[Doubt]:
+    """Yield a KL loss whose estimator has no useful gradient."""
     kl = config.actor.objective.kl_loss
     if kl.coeff > 0 and kl.estimator.name == "k1":
         yield (
@@ -110,6 +117,7 @@ def kl_loss_without_gradient(config: RLSections) -> Iterator[Doubt]:
 
 
 def constant_length(config: RLSections) -> Iterator[Doubt]:
+    """Yield a constant normaliser that is not the maximum length of completions."""
     params, longest = config.actor.objective.aggregation.params, config.data.max_response_length
     if isinstance(params, ConstantLengthParams) and params.max_length != longest:
         yield (
@@ -120,6 +128,7 @@ def constant_length(config: RLSections) -> Iterator[Doubt]:
 
 
 def ratios_of_truncated_samples(config: RLSections) -> Iterator[Doubt]:
+    """Yield importance ratios of samples drawn from a truncated distribution."""
     rollout, actor = config.rollout, config.actor
     usual = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
     cut = [f"{key}={getattr(rollout, key)}" for key, off in usual.items() if getattr(rollout, key) != off]
@@ -134,6 +143,7 @@ def ratios_of_truncated_samples(config: RLSections) -> Iterator[Doubt]:
 
 
 def geometric_mean_with_token_bounds(config: RLSections) -> Iterator[Doubt]:
+    """Yield bounds of tokens for a geometric mean over sequences."""
     correction = config.actor.objective.correction
     params = None if correction is None else correction.params
     if not isinstance(params, MISParams) or params.level != "geometric":
@@ -147,6 +157,7 @@ def geometric_mean_with_token_bounds(config: RLSections) -> Iterator[Doubt]:
 
 
 def unused_reference(config: RLSections) -> Iterator[Doubt]:
+    """Yield a reference model that nothing uses."""
     if config.ref.model is not None and not config.needs_ref:
         yield (
             "ref.model",

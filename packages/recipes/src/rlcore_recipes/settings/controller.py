@@ -17,11 +17,11 @@ Role = Literal["actor", "critic", "ref", "reward_model", "rollout", "reward", "c
 
 
 class ControllerSettings(Config):
-    """What runs the engines. All keys but ``kind`` are for Ray."""
+    """The executor of the engines. All keys but ``kind`` are for Ray."""
 
     kind: Annotated[str, PluginName(EXECUTORS)] = Field(
         "local",
-        description="'local': in this process, or in every process that torchrun starts; 'ray': in the processes of "
+        description="'local': in this process, or in every process that torchrun starts; 'ray': in worker processes of "
         "`pools`, on one machine or many.",
     )
     address: str | None = Field(
@@ -37,10 +37,10 @@ class ControllerSettings(Config):
         description="Pool of each role. Models go to the only pool or to 'default' unless placed, rewards and the "
         "controller's own work on tokens (compute) to 'cpu'. Roles on one pool share its processes and take turns.",
     )
-    placement_timeout_s: Seconds = Field(60.0, gt=0, description="Longest wait for the cluster's resources.")
-    call_timeout_s: Seconds = Field(3600.0, gt=0, description="Longest wait for a worker's answer to one call.")
+    placement_timeout_s: Seconds = Field(60.0, gt=0, description="Timeout of the wait for the cluster's resources.")
+    call_timeout_s: Seconds = Field(3600.0, gt=0, description="Timeout of a worker's answer to one call.")
     max_restarts: int = Field(
-        3, ge=0, description="How often a run starts again from its last checkpoint after a training worker died."
+        3, ge=0, description="Fault tolerance: maximum restarts from one checkpoint after a training worker died."
     )
     restart_backoff_s: Seconds = Field(
         5.0, ge=0, description="Wait before the first restart; doubles with every further one, up to five minutes."
@@ -64,14 +64,14 @@ class ControllerSettings(Config):
         return backend
 
     def mapping(self, roles: Iterable[str]) -> tuple[dict[str, ResourcePool], dict[str, str]]:
-        """The pools that ``roles`` use, and the pool of each role."""
+        """Return the pools that ``roles`` use, and the pool of each role."""
         placed = pools_of(self.pools, dict(self.placement), roles)
         return complete(self.pools, placed.values()), placed
 
 
 def unused(controller: ControllerSettings, roles: Collection[str]) -> Iterator[tuple[str, str]]:
-    """What ``controller`` says of roles and pools that the run does not have: as a rule a mistake, which would leave
-    processes idle or a role in another place than its author thinks."""
+    """Yield the keys of ``controller`` about roles and pools that the run does not have: usually a mistake, which would
+    leave processes idle, or a role on another pool than intended."""
     for role in controller.placement:
         if role not in roles:
             yield f"controller.placement.{role}", f"takes no part in this run; its roles are {', '.join(roles)}"

@@ -20,6 +20,7 @@ class RLConfig(RLSections):
     """One run of reinforcement learning."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
+        """Yield the key and the reason of what cannot work."""
         yield from indivisible(self.data.train_batch_size, "actor.mini_batch_size", self.mini_batch_size)
         overlong, limit = self.algorithm.overlong, self.data.max_response_length
         if overlong is not None and overlong.buffer > limit:
@@ -33,13 +34,14 @@ class RLConfig(RLSections):
         if wants_adapters(self.rollout.options) and adapter_rank(self.actor.options) is None:
             yield (
                 f"rollout.{self.rollout.engine}.enable_lora",
-                f"the actor's engine {self.actor.engine} trains whole weights here; have it train adapters "
+                f"the actor's engine {self.actor.engine} trains full weights here; have it train adapters "
                 "(actor.fsdp.lora.rank=16; other engines cannot), or set this to false",
             )
         yield from unused(self.controller, self.roles)
         yield from async_problems(self)
 
     def doubts(self) -> Iterator[tuple[str, str]]:
+        """Yield the key and the reason of what is almost surely a mistake."""
         yield from doubts(self)
 
 
@@ -53,16 +55,16 @@ def async_problems(config: RLSections) -> Iterator[tuple[str, str]]:
     if controller.kind != "ray":
         yield (
             "async.max_staleness",
-            f"is {k}, which needs rollout processes that work beside training: set controller.kind=ray and put the "
-            "rollout on a pool of its own (controller.pools, controller.placement.rollout)",
+            f"is {k}, which needs rollout processes that work during training: set controller.kind=ray and put the "
+            "rollout on a separate pool (controller.pools, controller.placement.rollout)",
         )
         return
     _, placed = controller.mapping(config.roles)
-    beside = [role for role in TRAINED_OR_FROZEN if placed.get(role) == placed["rollout"]]
-    if beside:
+    shared = [role for role in TRAINED_OR_FROZEN if placed.get(role) == placed["rollout"]]
+    if shared:
         yield (
             "async.max_staleness",
-            f"is {k}, but the rollout shares the pool {placed['rollout']!r} with {', '.join(beside)} and would wait "
+            f"is {k}, but the rollout shares the pool {placed['rollout']!r} with {', '.join(shared)} and would wait "
             "for them: put it on another one (controller.placement.rollout)",
         )
     advantage = config.algorithm.advantage
@@ -75,6 +77,7 @@ def async_problems(config: RLSections) -> Iterator[tuple[str, str]]:
 
 
 def indivisible(train_batch_size: int, key: str, mini_batch_size: int) -> Iterator[tuple[str, str]]:
+    """Yield ``key`` if the batch is not a multiple of its mini-batch."""
     if train_batch_size % mini_batch_size:
         yield (
             key,
@@ -83,7 +86,7 @@ def indivisible(train_batch_size: int, key: str, mini_batch_size: int) -> Iterat
 
 
 def ungrouped(advantage: Algorithm, n: int) -> Iterator[tuple[str, str]]:
-    """Why ``advantage`` cannot work with ``n`` completions of a prompt."""
+    """Yield why ``advantage`` cannot work with ``n`` completions of a prompt."""
     if n == 1 and "compares_group" in advantage.entry.traits:
         others = [
             f"{entry.name} (recipe ppo)" if "values" in entry.required_columns else entry.name

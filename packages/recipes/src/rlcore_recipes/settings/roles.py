@@ -28,23 +28,23 @@ class ModelRole(PluginSections):
     engine: str = Field("fsdp", description="Training engine (`rlcore plugins` lists the installed ones).")
     max_tokens_per_micro_batch: Literal["auto"] | Annotated[int, Field(gt=0, lt=2**31)] = Field(
         AUTO,
-        description="Token budget of a micro-batch; a longer sequence stands alone. 'auto': what fits into the memory "
-        f"that is free, {DEFAULT_TOKENS} at most. Losses and gradients do not depend on it, up to rounding.",
+        description="Token budget of a micro-batch; a longer sequence is a micro-batch alone. 'auto': what fits into "
+        f"free memory, at most {DEFAULT_TOKENS}. Losses and gradients do not depend on it, up to rounding.",
     )
-    offload: bool = Field(False, description="Move the model to host memory while it has nothing to do.")
+    offload: bool = Field(False, description="Move the model to host memory while it is not used.")
 
 
 class FollowingRole(ModelRole):
-    """A model beside the policy, in the policy's engine unless another one is named."""
+    """A model in addition to the policy, in the policy's engine unless another one is named."""
 
     engine: str | None = Field(
         None,
         description="Training engine; null: the actor's, with the actor's options (but no adapters) unless a section "
-        "of the engine's name stands here.",
+        "of the engine's name is here.",
     )
 
-    def engine_beside(self, actor: ModelRole) -> tuple[str, Config]:
-        """The engine's name and its options."""
+    def engine_with(self, actor: ModelRole) -> tuple[str, Config]:
+        """Return the engine's name and its options."""
         if self.engine is not None:
             return self.engine, self.options
         if actor.engine in (self.__pydantic_extra__ or {}):
@@ -71,9 +71,9 @@ class ActorSettings(ModelRole):
     drop_zero_advantage: bool | None = Field(
         None,
         description="Leave samples whose advantages are all 0 out of the update. Weights and logged losses stay the "
-        "same: those samples still count in the denominators. Other actor metrics then speak of the samples that are "
-        "left. null: wherever that is exact, which is with policy losses that vanish with the advantage, and without "
-        "KL loss and entropy bonus.",
+        "same: those samples still count in the denominators. Other actor metrics then cover the remaining "
+        "samples. null: wherever that is exact, which is with policy losses that vanish with the advantage, and "
+        "without KL loss and entropy bonus.",
     )
 
     @property
@@ -111,7 +111,7 @@ class ActorSettings(ModelRole):
 
 
 def _weighs(correction: Algorithm | None) -> bool:
-    """Whether ``correction`` multiplies by an importance ratio; it may also only drop samples."""
+    """Return whether ``correction`` multiplies by an importance ratio; it may also only drop samples."""
     if correction is None or "importance_ratio" not in correction.entry.traits:
         return False
     return not (isinstance(correction.params, MISParams) and correction.params.weight == "one")
@@ -146,13 +146,13 @@ class RewardModelSettings(FollowingRole):
 
 
 class ValidationSampling(Config):
-    """How completions are sampled in validation."""
+    """Sampling of completions in validation."""
 
     n: int = Field(1, ge=1, le=MOST_COMPLETIONS, description="Completions per validation prompt.")
     temperature: float = Field(0.0, ge=0, description="0 is greedy.")
     top_k: int = Field(0, ge=0, description="Sample among this many best tokens; 0: all.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus mass.")
-    min_p: float = Field(0.0, ge=0, le=1, description="Least probability as a fraction of the best token's.")
+    min_p: float = Field(0.0, ge=0, le=1, description="Minimum probability as a fraction of the best token's.")
 
 
 class RolloutSettings(PluginSections):
@@ -165,10 +165,10 @@ class RolloutSettings(PluginSections):
     temperature: float = Field(1.0, gt=0, description="Sampling temperature; training divides logits by it too.")
     top_k: int = Field(0, ge=0, description="Sample among this many best tokens; 0: all.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus mass.")
-    min_p: float = Field(0.0, ge=0, le=1, description="Least probability as a fraction of the best token's.")
+    min_p: float = Field(0.0, ge=0, le=1, description="Minimum probability as a fraction of the best token's.")
     free_memory: bool = Field(
         True,
-        description="Give the engine's memory (key-value cache; weights, if it has its own) back between rollouts.",
+        description="Free the engine's memory (key-value cache; weights, if it has its own) between rollouts.",
     )
     stop: list[Annotated[str, Field(min_length=1)]] = Field(
         [], description="Strings that end a completion, besides the model's end of sequence."

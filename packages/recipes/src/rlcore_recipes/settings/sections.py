@@ -39,7 +39,7 @@ class RLSections(AsyncSection):  # type: ignore[misc,valid-type]
     actor: ActorSettings = Field(default_factory=ActorSettings, description="The policy under training.")
     ref: RefSettings = Field(default_factory=RefSettings, description="The frozen reference policy.")
     rollout: RolloutSettings = Field(default_factory=RolloutSettings, description="Generation.")
-    reward: RewardRole = Field(description="How completions are scored.")
+    reward: RewardRole = Field(description="Reward of completions.")
     reward_model: RewardModelSettings | None = Field(
         None, description="Model whose scores are added to the reward's; null: none."
     )
@@ -47,10 +47,13 @@ class RLSections(AsyncSection):  # type: ignore[misc,valid-type]
         default_factory=AlgorithmSettings, description="Advantages and reward shaping."
     )
     trainer: TrainerSettings = Field(description="Length, validation, checkpoints, tracking.")
-    controller: ControllerSettings = Field(default_factory=ControllerSettings, description="What runs the engines.")
+    controller: ControllerSettings = Field(
+        default_factory=ControllerSettings, description="Executor that runs the engines."
+    )
 
     weight_sync: WeightSyncSettings = Field(
-        default_factory=WeightSyncSettings, description="From the actor into rollout engines of other processes."
+        default_factory=WeightSyncSettings,
+        description="Weight sync from the actor to rollout engines in other processes.",
     )
     trace: bool = Field(
         False, description="Write what every process did, and when, to out_dir/trace.json (Chrome trace format)."
@@ -64,14 +67,14 @@ class RLSections(AsyncSection):  # type: ignore[misc,valid-type]
 
     @property
     def roles(self) -> list[str]:
-        """What takes part in the run."""
+        """The roles that take part in the run."""
         models = ["actor"] + ["critic"] * self.has_critic + ["ref"] * self.needs_ref
         models += ["reward_model"] * (self.reward_model is not None)
         return [*models, "rollout", "reward", "compute"]
 
     @property
     def arithmetic(self) -> list[tuple[str, str, str]]:
-        """What `rlcore plan` prints of the sizes of a step: what, how it is counted, the number."""
+        """Rows for `rlcore plan` about the sizes of a step: subject, how it is counted, number."""
         data, n = self.data, self.rollout.n
         prompts, sizes = data.train_batch_size, [("actor", self.mini_batch_size, self.actor.epochs)]
         if self.has_critic:

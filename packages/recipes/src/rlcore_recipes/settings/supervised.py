@@ -27,10 +27,12 @@ class SFTConfig(Config):
 
     seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of the data order.")
     model: ModelSettings = Field(description="The model to train.")
-    data: SFTDataSettings = Field(description="What to learn; train_batch_size counts samples.")
+    data: SFTDataSettings = Field(description="Samples to learn; train_batch_size counts samples.")
     actor: SFTActorSettings = Field(default_factory=SFTActorSettings, description="The model under training.")
     trainer: TrainerSettings = Field(description="Length, validation, checkpoints, tracking.")
-    controller: ControllerSettings = Field(default_factory=ControllerSettings, description="What runs the engines.")
+    controller: ControllerSettings = Field(
+        default_factory=ControllerSettings, description="Executor that runs the engines."
+    )
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.trainer.test_freq > 0 and not self.data.val_files:
@@ -41,12 +43,12 @@ class SFTConfig(Config):
 
     @property
     def roles(self) -> list[str]:
-        """What takes part in the run."""
+        """The roles that take part in the run."""
         return ["actor"]
 
     @property
     def arithmetic(self) -> list[tuple[str, str, str]]:
-        """What `rlcore plan` prints of the sizes of a step: what, how it is counted, the number."""
+        """Rows for `rlcore plan` about the sizes of a step: subject, how it is counted, number."""
         return [
             ("samples of a step", "data.train_batch_size, one optimizer step", str(self.data.train_batch_size)),
             ("steps", *self.trainer.length),

@@ -46,13 +46,13 @@ class TrainerSettings(PluginSections):
     val_before_train: bool = Field(True, description="Validate before the first step too, unless test_freq is -1.")
     log_val_generations: int = Field(0, ge=0, description="Validation completions to log as a table.")
     save_freq: int = Field(-1, ge=-1, description="Checkpoint every so many steps and at the end; -1: never.")
-    async_save: bool = Field(True, description="Write checkpoints while training goes on.")
+    async_save: bool = Field(True, description="Write checkpoints in the background while training continues.")
     checkpoint_dir: FileName | None = Field(
         None,
         description="Folder or URL (s3://, gs://, any of fsspec's) for checkpoints; null: out_dir/checkpoints.",
     )
     grace_s: Seconds = Field(
-        120.0, gt=0, description="Seconds after SIGTERM or SIGHUP in which the step and its checkpoint must end."
+        120.0, gt=0, description="Graceful shutdown: seconds after SIGTERM or SIGHUP for the step and its checkpoint."
     )
     max_skipped_steps: int | None = Field(
         10,
@@ -62,11 +62,13 @@ class TrainerSettings(PluginSections):
     )
     keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints to keep.")
     best_metric: str | None = Field(None, description="Keep the checkpoint that is best by this metric as well.")
-    best_mode: Literal["max", "min"] = Field("max", description="Whether more of best_metric is better, or less.")
+    best_mode: Literal["max", "min"] = Field(
+        "max", description="'max': a larger best_metric is better; 'min': a smaller one."
+    )
     resume: FileName = Field(
         "auto",
-        description="'auto': continue from the run's newest checkpoint, if there is one; 'never': start anew, in a "
-        "folder without another run; otherwise the checkpoint's folder or URL.",
+        description="'auto': continue from the run's newest checkpoint, if there is one; 'never': start from the "
+        "beginning, in a folder without another run; otherwise the checkpoint's folder or URL.",
     )
     save_hf: bool = Field(False, description="Write the final model in Hugging Face format to out_dir/model.")
 
@@ -77,7 +79,7 @@ class TrainerSettings(PluginSections):
 
     @property
     def length(self) -> tuple[str, str]:
-        """How the number of steps is set, and the number."""
+        """The key that sets the number of steps, and the number."""
         if self.total_steps is not None:
             return "trainer.total_steps", str(self.total_steps)
         return "trainer.total_epochs over the training data", f"{self.total_epochs} epochs"

@@ -19,7 +19,7 @@ def model() -> None:
 @click.option("--train-files", multiple=True, required=True, help="Parquet file to train the tokenizer on; repeatable.")
 @click.argument("overrides", nargs=-1, metavar="[key=value]...")
 def new(out: Path, train_files: tuple[str, ...], overrides: tuple[str, ...]) -> None:
-    """A randomly initialised Qwen2 model with a tokenizer trained on a data set.
+    """Make a randomly initialised Qwen2 model with a tokenizer trained on a data set.
 
     Sizes are set by key=value: vocab_size, hidden_size, layers, heads, kv_heads, intermediate_size,
     max_position_embeddings, seed.
@@ -42,7 +42,7 @@ def _texts(files: tuple[str, ...]) -> Iterator[str]:
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """The text of a prompt: itself, or the contents of its messages."""
+    """Yield the text of a prompt: itself, or the contents of its messages."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list):

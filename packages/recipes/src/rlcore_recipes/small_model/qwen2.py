@@ -24,20 +24,22 @@ CHAT_TEMPLATE = (
 class SmallModelSettings(Config):
     """Size of a Qwen2 model; the defaults have about 0.8 million parameters and train on a laptop."""
 
-    vocab_size: int = Field(512, ge=300, le=2**20, description="Most tokens the tokenizer learns; it may find fewer.")
+    vocab_size: int = Field(
+        512, ge=300, le=2**20, description="Maximum tokens the tokenizer learns; it may find fewer."
+    )
     hidden_size: int = Field(128, gt=0, le=2**15, description="Width of the model.")
     layers: int = Field(3, gt=0, le=2**10, description="Decoder layers.")
     heads: int = Field(4, gt=0, le=2**10, description="Attention heads.")
     kv_heads: int = Field(2, gt=0, le=2**10, description="Key-value heads.")
     intermediate_size: int = Field(384, gt=0, le=2**17, description="Width of the feed-forward layers.")
-    max_position_embeddings: int = Field(2048, gt=0, description="Longest sequence in tokens.")
+    max_position_embeddings: int = Field(2048, gt=0, description="Maximum length of a sequence in tokens.")
     seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of the initial weights.")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
     """Qwen2's byte-level BPE, which splits numbers into digits, with merges learned from ``texts`` and a chat template.
 
-    It is that very class because transformers picks a tokenizer's class by the type of the model beside it.
+    It is that very class because transformers picks a tokenizer's class by the type of the model in its folder.
     """
     from transformers import Qwen2Tokenizer
 

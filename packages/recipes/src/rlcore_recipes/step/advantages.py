@@ -1,4 +1,4 @@
-"""From scores to advantages."""
+"""Advantage estimation: from scores to advantages."""
 
 from __future__ import annotations
 
@@ -63,10 +63,10 @@ def contained_advantages(
 def advantages(
     batch: Batch, algorithm: AlgorithmSettings, kl: KLController | None, max_response_length: int
 ) -> tuple[Batch, Metrics, dict[str, Any]]:
-    """The per-token columns ``token_rewards``, ``advantages`` and, for a critic, ``returns``; metrics; the state of
-    ``kl`` afterwards.
+    """Return the per-token columns ``token_rewards``, ``advantages`` and, for a critic, ``returns``; metrics; and the
+    new state of ``kl``.
 
-    The score stands on the last token of each completion; shaping and the KL penalty come before the estimator.
+    The score is on the last token of each completion; shaping and the KL penalty come before the estimator.
     ``actor/zero_advantage_ratio`` is the share of trained tokens in samples whose advantages are all 0, and
     ``reward/single_sample_groups``, of estimators that compare within groups, the share of groups with one sample.
 
@@ -98,7 +98,7 @@ def advantages(
 
 
 def without_advantage(batch: Batch) -> torch.Tensor:
-    """Which samples have the advantage 0 on every trained token, ``[B]`` bool on the CPU."""
+    """Return the mask of samples that have the advantage 0 on every trained token, ``[B]`` bool on the CPU."""
     nonzero = trained_mask(batch) & (batch.flat("advantages") != 0)  # NaN is not 0: it must not be left out unseen
     return trained_counts(nonzero, batch.lengths) == 0
 

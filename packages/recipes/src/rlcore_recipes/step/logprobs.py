@@ -1,4 +1,4 @@
-"""What the models say of sampled tokens: log-probs under the policies, values under the critic."""
+"""Forward passes over sampled tokens: log-probs under the policies, values under the critic."""
 
 from __future__ import annotations
 

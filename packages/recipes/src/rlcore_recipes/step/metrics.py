@@ -1,4 +1,4 @@
-"""What a step's batch looks like in numbers."""
+"""Metrics of a step's batch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def step_metrics(session: Session[Any], batch: Batch, number: int) -> dict[str, 
 
 
 def batch_metrics(batch: Batch, version: int | None = None) -> dict[str, float]:
-    """Scores, rewards, advantages, returns, values and lengths, under the names that people know, and staleness.
+    """Return statistics of scores, rewards, advantages, returns, values and lengths, and staleness.
 
     Args:
         version: of the policy that the batch is about to train; None leaves out how far behind it the samples are.
@@ -45,7 +45,7 @@ def batch_metrics(batch: Batch, version: int | None = None) -> dict[str, float]:
 
 
 def staleness(batch: Batch, version: int | None) -> dict[str, float]:
-    """How many versions behind the samples' oldest tokens are, and the share of tokens that a later version made."""
+    """Return how many versions the samples' oldest tokens lag behind, and the share of tokens of later versions."""
     found = {}
     if version is not None and len(batch):
         behind = version - batch["policy_version"]
@@ -56,7 +56,7 @@ def staleness(batch: Batch, version: int | None) -> dict[str, float]:
 
 
 def reward_metrics(batch: Batch) -> dict[str, float]:
-    """Means of the rewards' extra numbers, the shares of failed rewards and of groups of equal scores."""
+    """Return the means of the rewards' extra numbers, the shares of failed rewards and of groups of equal scores."""
     results = batch["reward_result"]
     found = {"reward/error_ratio": sum(result.error is not None for result in results) / max(len(results), 1)}
     for name in sorted({name for result in results for name in result.extras}):
@@ -67,6 +67,7 @@ def reward_metrics(batch: Batch) -> dict[str, float]:
 
 
 def spread(name: str, values: torch.Tensor) -> dict[str, float]:
+    """Return mean, maximum and minimum of ``values``."""
     if not len(values):
         return {}
     values = values.float()

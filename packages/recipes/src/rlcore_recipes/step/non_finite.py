@@ -14,7 +14,7 @@ IN_LOSS = "in_loss"
 
 
 def containment(batch: Batch) -> tuple[dict[str, Jagged | torch.Tensor], dict[int, str]]:
-    """How samples with a number that is not finite are taken out of the loss.
+    """Return the columns that take samples with a number that is not finite out of the loss.
 
     Looks at the floating-point columns: at the trained tokens of per-token ones, at everything in dense ones. Such a
     sample keeps its place, so that groups and mini-batches keep their sizes. Its ``loss_mask`` becomes 0. In per-token
@@ -52,7 +52,7 @@ def containment(batch: Batch) -> tuple[dict[str, Jagged | torch.Tensor], dict[in
 
 
 def described(batch: Batch, found: dict[int, str]) -> str:
-    """What `containment` found and does about it, in words."""
+    """Return what `containment` found and does about it, in words."""
     sample, column = min(found.items())
     first = f"sample {sample} (prompt {int(batch['group'][sample])}) has a number in {column} that is not finite"
     if len(found) == len(batch):
@@ -62,7 +62,7 @@ def described(batch: Batch, found: dict[int, str]) -> str:
 
 
 def _floating(batch: Batch) -> Iterator[tuple[str, torch.Tensor]]:
-    """The columns of floating-point numbers but the mask, and their values."""
+    """Yield the columns of floating-point numbers but the mask, and their values."""
     for name in batch.names:
         values = batch.flat(name) if name in batch.jagged_names else batch[name]
         if isinstance(values, torch.Tensor) and values.is_floating_point() and name != "loss_mask":
@@ -70,7 +70,7 @@ def _floating(batch: Batch) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _group_means(values: torch.Tensor, odd: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
-    """The mean of each sample's group in ``values`` ``[B, ...]`` over what is not ``odd``; 0 where all is."""
+    """Return the mean of each sample's group in ``values`` ``[B, ...]`` over what is not ``odd``; 0 where all is."""
     index = torch.unique(group, return_inverse=True)[1]
     counts = torch.zeros_like(values).index_add_(0, index, (~odd).to(values.dtype))
     sums = torch.zeros_like(values).index_add_(0, index, torch.where(odd, 0, values))

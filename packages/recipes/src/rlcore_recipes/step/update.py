@@ -54,12 +54,12 @@ def update_critic(session: Session[Any], batch: Batch) -> Metrics:
 
 
 def train_epochs(engine: TrainEngine, parts: Sequence[tuple[Batch, Objective]], epochs: int) -> Metrics:
-    """One optimizer step for each mini-batch with its objective, ``epochs`` times over."""
+    """Make one optimizer step for each mini-batch with its objective, ``epochs`` times over; return metrics."""
     return Metrics.merge(engine.train(part, objective) for _ in range(epochs) for part, objective in parts)
 
 
 def mini_batches(batch: Batch, size: int, loss: Entry[Any] | None = None) -> list[Batch]:
-    """The `training_columns` of each ``size`` consecutive samples, without samples that were taken out of the loss.
+    """Split into mini-batches of ``size`` samples, without samples that were taken out of the loss.
 
     These have no trained token, so that nothing changes; but a model that computes NaN for one of them would have NaN
     gradients. They stay where a unit of ``loss`` or a whole mini-batch would be torn.
@@ -80,8 +80,7 @@ def mini_batches(batch: Batch, size: int, loss: Entry[Any] | None = None) -> lis
 
 
 def training_columns(batch: Batch, loss: Entry[Any] | None = None) -> Batch:
-    """What objectives may read: per-token columns, and what the policy loss declares. Texts and the like stay with the
-    controller.
+    """Return what objectives may read: per-token columns, and what the policy loss declares.
 
     Raises:
         BatchError: ``batch`` has no such column as the policy loss declares.
@@ -121,7 +120,7 @@ class CountingLeftOut:
 
 
 def without_zero_advantage(batch: Batch, objective: Objective, keep: int) -> tuple[Batch, Objective]:
-    """The samples with an advantage that is not 0, and an objective that still counts the others.
+    """Return the samples with an advantage that is not 0, and an objective that still counts the others.
 
     A token without advantage adds nothing to a policy-gradient loss or its gradient, so only the denominators must know
     of it. The first sample that stays carries what the others would have added to them. At least ``keep`` samples stay,

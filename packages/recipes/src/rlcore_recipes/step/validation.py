@@ -59,16 +59,17 @@ def validate_prompts(session: Session[Any], answered: Callable[[Sequence[PromptS
 
 
 def metrics_and_rows(batch: Batch, logged: int) -> tuple[dict[str, float], list[list[Any]]]:
+    """Return the metrics of ``batch`` and ``logged`` rows of the table."""
     return validation_metrics(batch), logged_rows(batch, logged)
 
 
 def validation_metrics(batch: Batch) -> dict[str, float]:
-    """Per data source, with N completions per prompt: ``mean@N``, and for N > 1 ``best@N``, ``worst@N``, ``maj@N``.
+    """Return ``mean@N`` per data source, with N completions per prompt; for N > 1 also ``best@N`` and the like.
 
     ``best@N`` (``worst@N``) is the mean over prompts of the best (worst) of the N scores; ``maj@N`` that of the score
-    of the most frequent answer, where the reward reads answers. Scores stand under ``val-core/{source}/reward``, the
+    of the most frequent answer, where the reward reads answers. Scores are under ``val-core/{source}/reward``, the
     reward's extra numbers under ``val-aux/{source}/{name}``. A reward model has its share in all scores but ``maj@N``,
-    which is the reward's alone; its own stand under ``val-aux/{source}/reward_model_score``.
+    which is the reward's alone; its own are under ``val-aux/{source}/reward_model_score``.
     """
     by_source: defaultdict[str, defaultdict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
     for index, (source, group) in enumerate(zip(batch["data_source"], batch["group"].tolist())):
@@ -99,6 +100,7 @@ def validation_metrics(batch: Batch) -> dict[str, float]:
 
 
 def group_metrics(name: str, groups: Sequence[Sequence[float]]) -> Mapping[str, float]:
+    """Return mean, best and worst of the scores in each group, averaged over groups."""
     n = max(map(len, groups))
     found = {f"{name}/mean@{n}": fmean(map(fmean, groups))}
     if n > 1:
@@ -108,7 +110,7 @@ def group_metrics(name: str, groups: Sequence[Sequence[float]]) -> Mapping[str, 
 
 
 def majority_score(results: Sequence[RewardResult]) -> float:
-    """The score of the most frequent answer, of the first of equally frequent ones; of any sample if none has one."""
+    """Return the score of the most frequent answer (the first of equals); of any sample if none has an answer."""
     votes = Counter(result.answer for result in results if result.answer is not None)
     winner = votes.most_common(1)[0][0] if votes else None
     return next(result.score for result in results if result.answer == winner)

@@ -50,6 +50,7 @@ class ConsoleTracker(Tracker):
             self._progress.start()
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Print the chosen metrics of ``step``."""
         eta = self._eta(step)
         if self._progress is not None:
             self._progress.update(self._task, completed=step, eta=f"eta {eta}", now="")
@@ -106,5 +107,6 @@ def _short(value: float) -> str:
 
 
 def open_console(options: Config, run: RunInfo) -> Tracker:
+    """Build the tracker ``console``."""
     assert isinstance(options, ConsoleSettings)
     return ConsoleTracker(options, run)

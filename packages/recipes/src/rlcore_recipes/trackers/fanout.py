@@ -23,6 +23,7 @@ class Trackers(Tracker):
         self._warned: set[str] = set()
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Log ``metrics`` with every tracker."""
         self._each(lambda tracker: tracker.log(metrics, step))
 
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:

@@ -24,7 +24,7 @@ _LONGEST_LINE = 1 << 26  # bytes
 class JsonlTracker(Tracker):
     """``metrics.jsonl``, one line a call, and ``tables/<name>.jsonl``, one line a row.
 
-    A resumed run first removes the lines of steps it is about to repeat, so that no step stands there twice. A file
+    A resumed run first removes the lines of steps it is about to repeat, so that no step is there twice. A file
     that is damaged is moved aside; what can be read of it stays. Numbers that are not finite are null.
     """
 
@@ -39,6 +39,7 @@ class JsonlTracker(Tracker):
                 _keep_until(path, start_step)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Append a line with the metrics of ``step``."""
         values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         _append(self._out_dir / METRICS, [{"step": step, "time": round(time.time(), 3), **values}])
 
@@ -73,7 +74,7 @@ def _keep_until(path: Path, step: int) -> None:
 
 
 def _step_of(line: bytes) -> float | None:
-    """The step of a line; None if it is none of ours."""
+    """Return the step of a line; None if it is none of ours."""
     try:
         step = json.loads(line.decode("utf-8"))["step"]
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -90,4 +91,5 @@ def _move_aside(path: Path, problem: str) -> None:
 
 
 def open_jsonl(options: Config, run: RunInfo) -> Tracker:
+    """Build the tracker ``jsonl``."""
     return JsonlTracker(run.out_dir, run.start_step)

@@ -11,7 +11,7 @@ from rlcore.config import Config, FileName, Package
 
 
 class ConsoleSettings(Config):
-    """What the console shows of every step."""
+    """Columns of the table that the console shows."""
 
     columns: dict[str, str] = Field(
         {

@@ -29,6 +29,7 @@ class TensorboardTracker(Tracker):
             self._writer.add_text("config", f"```json\n{json.dumps(dict(run.config), indent=2, default=str)}\n```", 0)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Write the metrics of ``step`` as scalars."""
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
@@ -42,10 +43,11 @@ class TensorboardTracker(Tracker):
 
 
 def _cell(value: Any) -> str:
-    """One line of Markdown that cannot end the table's cell."""
+    """Return one line of Markdown that cannot end the table's cell."""
     return str(value).replace("|", "\\|").replace("\n", "<br>")
 
 
 def open_tensorboard(options: Config, run: RunInfo) -> Tracker:
+    """Build the tracker ``tensorboard``."""
     assert isinstance(options, TensorboardSettings)
     return TensorboardTracker(options, run)

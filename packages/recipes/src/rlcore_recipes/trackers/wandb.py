@@ -16,7 +16,7 @@ STEP = "global_step"
 class WandbTracker(Tracker):
     """One wandb run, which a resumed run continues by its id.
 
-    The step is a metric of its own: wandb's internal step cannot go back, and a resumed run repeats steps.
+    The step is logged as a metric: wandb's internal step cannot go back, and a resumed run repeats steps.
     """
 
     def __init__(self, options: WandbSettings, run: RunInfo) -> None:
@@ -43,6 +43,7 @@ class WandbTracker(Tracker):
         self._run.define_metric("*", step_metric=STEP)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Log the metrics of ``step``."""
         self._run.log({STEP: step, **metrics})
 
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
@@ -54,5 +55,6 @@ class WandbTracker(Tracker):
 
 
 def open_wandb(options: Config, run: RunInfo) -> Tracker:
+    """Build the tracker ``wandb``."""
     assert isinstance(options, WandbSettings)
     return WandbTracker(options, run)

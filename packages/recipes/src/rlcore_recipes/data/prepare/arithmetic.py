@@ -49,9 +49,9 @@ TRIES = 50
 
 
 class ArithmeticTask(Config):
-    """What the problems are like."""
+    """Kind and size of the problems."""
 
-    digits: int = Field(2, ge=1, le=9, description="Most digits of the numbers added and subtracted.")
+    digits: int = Field(2, ge=1, le=9, description="Maximum digits of the numbers added and subtracted.")
     steps: int = Field(1, ge=1, le=9, description="Operations per problem.")
     operations: tuple[Operation, ...] = Field(
         ("+",), min_length=1, description="Operations to draw from; factors have one digit, no result is negative."
@@ -92,7 +92,7 @@ def arithmetic(options: ArithmeticOptions) -> Splits:
 
 
 def arithmetic_problems(task: ArithmeticTask, train: int, test: int, seed: int) -> Splits:
-    """Rows of ``train`` and ``test`` problems.
+    """Make rows of ``train`` and ``test`` problems.
 
     No question occurs twice, and no training problem has the numbers and operations of a test problem, whatever its
     words. The test problems are a random sample, and do not depend on how many training problems there are.
@@ -133,6 +133,7 @@ class Problem:
 
     @property
     def numbers(self) -> tuple[int, tuple[tuple[Operation, int], ...]]:
+        """The numbers of the problem."""
         return self.first, self.steps
 
 

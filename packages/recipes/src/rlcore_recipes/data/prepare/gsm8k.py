@@ -22,7 +22,7 @@ class GSM8KOptions(Config):
     )
     instruction: str = Field(
         'Let\'s think step by step and output the final answer after "####".',
-        description="Put after every question; may be empty.",
+        description="Text after every question; may be empty.",
     )
 
 

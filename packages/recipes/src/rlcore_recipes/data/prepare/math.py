@@ -25,7 +25,7 @@ class MathOptions(Config):
     )
     instruction: str = Field(
         "Let's think step by step and output the final answer within \\boxed{}.",
-        description="Put after every problem; may be empty.",
+        description="Text after every problem; may be empty.",
     )
 
 
@@ -56,7 +56,7 @@ def math(options: MathOptions) -> Splits:
 
 
 def last_boxed(solution: str) -> str | None:
-    r"""What the last ``\boxed{…}`` or ``\fbox{…}`` holds, braces inside it balanced; None if there is none.
+    r"""Return what the last ``\boxed{…}`` or ``\fbox{…}`` holds, braces inside it balanced; None if there is none.
 
     ``\boxed 5`` without braces holds the next word. Escaped braces ``\{`` are text.
     """
@@ -79,7 +79,7 @@ def last_boxed(solution: str) -> str | None:
 
 
 def _read(source: str, split: str) -> list[Row]:
-    """Rows of ``split``, which may be a folder of one .json file per problem."""
+    """Read the rows of ``split``, which may be a folder of one .json file per problem."""
     files = sorted(file for file in Path(source).glob(f"{split}/**/*.json") if file.is_file())
     if not files:
         return read_split(source, split, hub_config="default")

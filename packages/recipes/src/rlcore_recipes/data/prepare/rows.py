@@ -13,7 +13,7 @@ Splits = dict[str, list[Row]]
 def prompt_row(
     question: str, ground_truth: str, data_source: str, /, response: str | None = None, **extra_info: Any
 ) -> Row:
-    """One row of a prepared data set.
+    """Return one row of a prepared data set.
 
     Args:
         question: becomes the prompt's user message.

@@ -13,7 +13,7 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def read_split(source: str, split: str, hub_config: str | None = None) -> list[Row]:
-    """The rows of ``split`` as they were published.
+    """Read the rows of ``split`` as they were published.
 
     Args:
         source: a folder that holds ``<split>.jsonl``, ``<split>.parquet`` or ``<split>-*.parquet`` (at any depth, as in
@@ -38,7 +38,7 @@ def read_split(source: str, split: str, hub_config: str | None = None) -> list[R
 
 
 def field(row: Row, name: str, source: str, number: int) -> str:
-    """The text in field ``name`` of a published row.
+    """Return the text in field ``name`` of a published row.
 
     Raises:
         DataError: the row has none.

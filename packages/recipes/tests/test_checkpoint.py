@@ -68,7 +68,7 @@ def load_state(path: Path) -> dict[str, Any]:
 
 def latest(manager: CheckpointManager) -> Path | None:
     found = manager.latest()
-    return None if found is None else Path(found.location)
+    return None if found is None else Path(found.location.path)
 
 
 def saved(root: Path, *steps: int, **options: Any) -> CheckpointManager:
@@ -376,7 +376,7 @@ def test_which_checkpoint_a_run_goes_on_from(tmp_path: Path) -> None:
 
     def choose(manager: CheckpointManager, choice: str) -> Path | None:
         found = manager.resume_from(choice)
-        return None if found is None else Path(found.location)
+        return None if found is None else Path(found.location.path)
 
     assert choose(CheckpointManager(root), "never") is None
     assert choose(CheckpointManager(root), "auto") is None
@@ -479,7 +479,7 @@ state = lambda step: RunState(recipe="test", step=step, run_id="id", parts={})
 group = lambda write: {"actor": executor.workers(TrainEngine, Files(write), "actor")}
 manager = CheckpointManager(root, ranks=executor)
 manager.save(1, group(lambda folder: (folder / f"rank-{rank}").write_text("x")), state(1))
-path = manager.latest().location
+path = manager.latest().location.path
 assert path == str(root / "step-000001"), path
 verify(Path(path))
 assert {"rank-0", "rank-1"} <= {file.name for file in (Path(path) / "actor").iterdir()}
@@ -494,7 +494,7 @@ except CheckpointError as error:
     print(error)
 else:
     raise AssertionError("rank 1's failure was not noticed")
-assert manager.latest().location == path
+assert manager.latest().location.path == path
 dist.barrier()
 dist.destroy_process_group()
 """

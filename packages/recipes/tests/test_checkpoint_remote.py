@@ -131,7 +131,7 @@ def test_what_is_saved_is_loaded_again(root: str, own_disk: Path) -> None:
     manager.load(found, group(engine))
     assert engine.value == 7
     assert left_on(own_disk) == []
-    again = CheckpointManager(root + "-other").resume_from(found.location, group(engine))
+    again = CheckpointManager(root + "-other").resume_from(found.location.path, group(engine))
     assert again is not None
     assert again.location == found.location
 

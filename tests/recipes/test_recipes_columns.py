@@ -18,9 +18,9 @@ from rlcore.errors import ConfigError
 from rlcore.metrics import Metrics
 from rlcore_recipes import grpo
 from rlcore_recipes.run.open import train_rl
-from rlcore_recipes.settings.columns import CREDITED, ON_DEMAND, SAMPLED, SCORED
+from rlcore_recipes.settings.columns import ON_DEMAND, SAMPLED, SCORED, SHAPED
 
-EVERYTHING = SAMPLED | SCORED | ON_DEMAND | CREDITED
+EVERYTHING = SAMPLED | SCORED | ON_DEMAND | SHAPED
 
 
 @pytest.fixture(autouse=True)

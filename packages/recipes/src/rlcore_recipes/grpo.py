@@ -35,7 +35,7 @@ def run(config: GRPOConfig) -> None:
 
 def step(session: Session[GRPOConfig], number: int) -> dict[str, float]:
     """Generate, score, compare within groups, update."""
-    samples = rollouts(session, number)  # rollout.n completions of each prompt; they are scored meanwhile
+    samples = rollouts(session, number)  # rollout.n completions of each prompt; over Ray they are being scored
     batch = add_logprobs(session, samples.batch)  # old and reference log-probs, as the objective needs them
     batch = add_scores(session, batch, samples)  # waits for the rewards
     batch, metrics = add_advantages(session, batch)  # relative to the other completions of the prompt

@@ -61,9 +61,9 @@ def run(config: PPOConfig) -> None:
 
 def step(session: Session[PPOConfig], number: int) -> dict[str, float]:
     """Generate, score, estimate advantages with the critic, update the critic and the policy."""
-    samples = rollouts(session, number)  # they are scored meanwhile
+    samples = rollouts(session, number)  # over Ray they are being scored
     batch = add_logprobs(session, samples.batch)
-    batch = add_values(session, batch)  # the critic's
+    batch = add_values(session, batch)  # of the critic
     batch = add_scores(session, batch, samples)  # waits for the rewards
     batch, metrics = add_advantages(session, batch)
     metrics |= update_critic(session, batch)

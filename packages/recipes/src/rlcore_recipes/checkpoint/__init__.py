@@ -1,4 +1,4 @@
-"""Checkpoints of a whole run: atomic, verified, rotating; in a folder or at a URL, written while training goes on.
+"""Checkpoints of a run: atomic, verified, rotating; in a folder or at a URL, written while training continues.
 
 `CheckpointManager` is what the loop uses; `naming`, `manifest`, `storage` (with `folder` and `remote`), `retention`,
 `engine_side` (what happens in the engines' processes) and `node_folder` are its parts.

@@ -77,7 +77,7 @@ def fetch_part(engine: TrainEngine, location: CheckpointLocation, role: str, fil
     """
     folder = _inbox(location, role, files)
     with locked(folder):
-        if (folder / ".whole").exists():
+        if (folder / ".complete").exists():
             return
         shutil.rmtree(folder, ignore_errors=True)
         try:
@@ -85,7 +85,7 @@ def fetch_part(engine: TrainEngine, location: CheckpointLocation, role: str, fil
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        (folder / ".whole").touch()
+        (folder / ".complete").touch()
 
 
 def load_part(engine: TrainEngine, location: CheckpointLocation, role: str, files: Mapping[str, FileRecord]) -> None:

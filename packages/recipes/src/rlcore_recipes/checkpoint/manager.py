@@ -264,14 +264,14 @@ class CheckpointManager:
         return None if step is None else f"{self.root}/{name_of(step)}"
 
     def is_empty(self) -> bool:
-        """Return whether nothing is named like a checkpoint, whole or not."""
+        """Return whether nothing is named like a checkpoint, complete or not."""
         return not self._on_main(self._storage.names, "list_checkpoints")
 
     def resume_from(self, choice: str, engines: Engines | None = None) -> Checkpoint | None:
         """Return the checkpoint to go on from, None to start afresh.
 
         Args:
-            choice: "auto" (the newest whole one), "never", or a checkpoint's folder or URL.
+            choice: "auto" (the newest complete one), "never", or a checkpoint's folder or URL.
             engines: see `latest`.
 
         Raises:

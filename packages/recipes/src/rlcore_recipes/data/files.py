@@ -134,14 +134,14 @@ def _read_jsonl(path: Path, limit: int | None) -> list[Row]:
             if not line.strip():
                 continue
             try:
-                row, whole = _parsed(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                row, unchanged = _parsed(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except Exception:
                 with boundary(f"{path}, line {number} is not JSON in UTF-8"):
                     raise
             if not isinstance(row, dict):
                 raise DataError(f"{path}, line {number} is a JSON {type(row).__name__}, not an object")
             rows.append(row)
-            as_text += not whole
+            as_text += not unchanged
     if as_text:
         warn(
             f"{path}: integers of {as_text} lines have more digits than Python reads ({sys.get_int_max_str_digits()}) "

@@ -146,13 +146,13 @@ def _encode_conversations(renderer: Renderer, prompts: list[_Prompt], places: li
     for messages, where in zip(prompts, places):
         if isinstance(messages, str):
             raise DataError(f"{where}: column {key!r} holds text, not messages")
-        whole = [
+        complete = [
             {**message, "content": _without_end(message["content"], ends)}
             if message["role"] == "assistant"
             else message
             for message in renderer.messages(messages)
         ]
-        conversations.append(_turns(renderer, whole, where))
+        conversations.append(_turns(renderer, complete, where))
     return _encode_segments(renderer, conversations, places, chat=True)
 
 
@@ -215,13 +215,13 @@ def _turns(renderer: Renderer, messages: list[Message], where: str) -> list[Segm
 def _turn(renderer: Renderer, messages: list[Message], where: str) -> tuple[str, str]:
     """Return the text before the last message, generation prompt included, and that message's text."""
     before = renderer.chat_text(messages[:-1], where, add_generation_prompt=True)  # shift allowed: messages
-    whole = renderer.chat_text(messages, where, add_generation_prompt=False)
-    if not whole.startswith(before):
+    conversation = renderer.chat_text(messages, where, add_generation_prompt=False)
+    if not conversation.startswith(before):
         raise DataError(
             f"{where}: under the chat template the assistant's turn does not begin with the generation prompt; set "
             "data.chat_template_kwargs so that both agree"
         )
-    return before, whole[len(before) :]
+    return before, conversation[len(before) :]
 
 
 def _encode_segments(renderer: Renderer, samples: list[list[Segment]], places: list[str], chat: bool) -> list[_Encoded]:

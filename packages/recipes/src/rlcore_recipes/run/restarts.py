@@ -92,7 +92,7 @@ def restarting(run: Callable[[C], None]) -> Callable[[C], None]:
 
 
 def newest_checkpoint(trainer: TrainerSettings) -> str | None:
-    """Return the name of the newest checkpoint of the run, whole or not."""
+    """Return the name of the newest checkpoint of the run, complete or not."""
     names = open_storage(trainer.checkpoint_root).names()
     return names[-1] if names else None
 

@@ -104,8 +104,7 @@ class TraceFile:
 
 
 def _open_end(path: Path) -> bool:
-    """Cut off the bracket at the end of an existing file, and a record that was not written whole; whether nothing is
-    left."""
+    """Cut off the bracket at the end of an existing file, and an incomplete record; return whether nothing is left."""
     if not os.path.lexists(path):
         return True
     with open_regular(path) as file:  # before it is opened for writing, which waits where it is a pipe

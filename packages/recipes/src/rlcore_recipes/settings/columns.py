@@ -21,8 +21,8 @@ SCORED = frozenset({"score", "reward_result", "completion"})
 ON_DEMAND = frozenset({"old_logprobs", "ref_logprobs", "entropy", "baseline_score"})
 """Computed where an algorithm or another setting needs them."""
 
-CREDITED = frozenset({"token_rewards"})
-"""Made before the advantages."""
+SHAPED = frozenset({"token_rewards"})
+"""Added by reward shaping, before the advantages."""
 
 
 def missing_columns(key: str, choice: Algorithm, available: Set[str]) -> Iterator[tuple[str, str]]:

@@ -13,7 +13,7 @@ from rlcore_recipes.settings.controller import unused
 from rlcore_recipes.settings.sections import RLSections
 
 TRAINED_OR_FROZEN = ("actor", "critic", "ref", "reward_model")
-"""Roles whose processes work in step with each other: a rollout among them could not generate meanwhile."""
+"""Roles whose processes work in step with each other: a rollout among them could not generate while they work."""
 
 
 class RLConfig(RLSections):
@@ -29,8 +29,8 @@ class RLConfig(RLSections):
             yield "trainer.test_freq", f"is {self.trainer.test_freq}, but data.val_files is empty"
         yield from ungrouped(self.algorithm.advantage, self.rollout.n)
         yield from missing_columns("algorithm.advantage", self.algorithm.advantage, self.columns)
-        credited = self.columns | {"advantages"} | ({"returns"} if self.has_critic else set())
-        yield from missing_columns("actor.objective.policy_loss", self.actor.objective.policy_loss, credited)
+        estimated = self.columns | {"advantages"} | ({"returns"} if self.has_critic else set())
+        yield from missing_columns("actor.objective.policy_loss", self.actor.objective.policy_loss, estimated)
         if wants_adapters(self.rollout.options) and adapter_rank(self.actor.options) is None:
             yield (
                 f"rollout.{self.rollout.engine}.enable_lora",

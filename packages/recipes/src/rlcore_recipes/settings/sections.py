@@ -10,7 +10,7 @@ from rlcore.engines import ModelSettings, WeightSyncSettings
 from rlcore_recipes.data.settings import DataSettings
 from rlcore_recipes.settings.algorithm import AlgorithmSettings, DynamicSamplingSettings
 from rlcore_recipes.settings.asynchronous import AsyncSection, AsyncSettings
-from rlcore_recipes.settings.columns import CREDITED, ON_DEMAND, SAMPLED, SCORED
+from rlcore_recipes.settings.columns import ON_DEMAND, SAMPLED, SCORED, SHAPED
 from rlcore_recipes.settings.controller import ControllerSettings
 from rlcore_recipes.settings.roles import (
     ActorSettings,
@@ -160,7 +160,7 @@ class RLSections(AsyncSection):  # type: ignore[misc,valid-type]
             SAMPLED
             | SCORED
             | ON_DEMAND
-            | CREDITED
+            | SHAPED
             | self.own_columns
             | ({"values"} if self.has_critic else frozenset())
             | ({"reward_model_score"} if self.reward_model is not None else frozenset())

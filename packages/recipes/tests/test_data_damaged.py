@@ -112,7 +112,7 @@ ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% 
         (ENDLESS, r"row 0: .*does not end within 0\.2 seconds"),
         ("{{ (10**(10**7)) % 7 }}", r"row 0: .*does not end within 0\.2 seconds"),
         ("{{ 'x' * 10**11 }}", "row 0: .*asks for more than 1024 MiB of memory"),
-        ("{{ 'x' * 2000 }}", "row 0: the chat template makes 2,000 characters"),
+        ("{{ 'x' * 2000 }}", "row 0: the chat template returns 2,000 characters"),
     ],
 )
 def test_templates_that_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, problem: str) -> None:

@@ -23,7 +23,6 @@ from rlcore_recipes.checkpoint.naming import is_name, step_of
 MANIFEST = "manifest.json"
 STATE = "state.json"
 MARK = "unfinished"  # says, where there is no manifest, that rlcore began what lies there
-FORMAT = 1
 
 
 def _with_state(files: dict[str, FileRecord]) -> dict[str, FileRecord]:
@@ -35,7 +34,7 @@ def _with_state(files: dict[str, FileRecord]) -> dict[str, FileRecord]:
 class Manifest(JsonFile):
     """``manifest.json``, which is written last and makes a checkpoint complete."""
 
-    format: Literal[1] = FORMAT
+    format: Literal[1] = 1
     step: Count = Field(description="Steps done.")
     metrics: dict[str, Finite] = Field(description="Of the step's metrics the one that chooses the best.")
     files: Annotated[dict[FileName, FileRecord], AfterValidator(_with_state)] = Field(

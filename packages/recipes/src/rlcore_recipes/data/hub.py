@@ -41,7 +41,7 @@ def go_offline_without_network(names: Iterable[str]) -> None:
 
 def _connection_problem(url: str) -> str | None:
     """Return why there is no answer from ``url``; None if there is one."""
-    from huggingface_hub.utils import get_session
+    from huggingface_hub.utils import get_session  # type: ignore[attr-defined]  # public, but not listed
 
     found: list[Any] = []
 

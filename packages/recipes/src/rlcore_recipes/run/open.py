@@ -161,7 +161,7 @@ def group_source(session: Session[Any]) -> GroupSource:
         GroupScheduler(batch_size, config.asynchronous.max_staleness, session.total_steps),
         plan,
         version=lambda: session.version,
-        catch_up=lambda: sync_weights(session, session.version),
+        catch_up=partial(_catch_up, session),
         max_concurrent=config.asynchronous.max_concurrent_groups,
         max_drops=(rounds - 1) * batch_size,
         timeout_s=config.controller.call_timeout_s,
@@ -186,6 +186,10 @@ def follow_replacements(session: Session[Any]) -> None:
 
     def catch_up() -> None:
         if threading.current_thread() is trainer:
-            sync_weights(session, session.version)
+            _catch_up(session)
 
     session.executor.on_worker_replaced(catch_up)
+
+
+def _catch_up(session: Session[Any]) -> None:
+    sync_weights(session, session.version)

@@ -21,8 +21,8 @@ def output_may_end() -> Iterator[None]:
     rich it does so by a SystemExit without any message.
     """
     before = sys.stdout, sys.stderr
-    sys.stderr = _Lossy(before[1])  # type: ignore[assignment]
-    sys.stdout = _Lossy(before[0])  # type: ignore[assignment]
+    sys.stderr = _Lossy(before[1])
+    sys.stdout = _Lossy(before[0])
     try:
         yield
     finally:

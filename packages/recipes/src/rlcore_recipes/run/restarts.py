@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import wraps
-from typing import Protocol, TypeVar
+from typing import Any, TypeVar
 
 from rlcore.config import Config
 from rlcore.errors import PlacementError, RestartsExhausted, WorkerDied
@@ -24,21 +24,8 @@ from rlcore_recipes.settings import ControllerSettings, TrainerSettings
 LONGEST_WAIT_S = 300.0
 
 
-class RunConfig(Protocol):
-    """What the configuration of a run with restarts has."""
-
-    @property
-    def trainer(self) -> TrainerSettings:
-        """The section ``trainer``."""
-        ...
-
-    @property
-    def controller(self) -> ControllerSettings:
-        """The section ``controller``."""
-        ...
-
-
 C = TypeVar("C", bound=Config)
+"""A configuration with the sections ``trainer`` and ``controller``."""
 
 
 def restarting(run: Callable[[C], None]) -> Callable[[C], None]:
@@ -112,7 +99,7 @@ def exhausted(trainer: TrainerSettings, controller: ControllerSettings, newest: 
     return f"{often}(controller.max_restarts={tried}): {why}\n{how}"
 
 
-def _settings(config: RunConfig) -> tuple[TrainerSettings, ControllerSettings]:
+def _settings(config: Any) -> tuple[TrainerSettings, ControllerSettings]:
     return config.trainer, config.controller
 
 

@@ -24,7 +24,7 @@ from rlcore_recipes.rollouts.scorer import Scorer, build_scorer
 from rlcore_recipes.run.folder import LOGS
 from rlcore_recipes.run.micro_batches import Model
 from rlcore_recipes.settings import ControllerSettings, CriticSettings, ModelRole, RLConfig
-from rlcore_recipes.settings.roles import AUTO, DEFAULT_TOKENS
+from rlcore_recipes.settings.roles import AUTO, DEFAULT_TOKENS, FollowingRole
 
 if TYPE_CHECKING:
     from rlcore.controller import Executor
@@ -75,7 +75,8 @@ def train_engine(
         policy: the role whose engine a `FollowingRole` takes unless it names one.
         max_length: longest sequence that the run may make, in tokens; None if unknown.
     """
-    name, options = role.engine_with(policy) if policy is not None else (role.engine, role.options)
+    follows = policy is not None and isinstance(role, FollowingRole)
+    name, options = role.engine_with(policy) if follows else (role.engine, role.options)
     budget = role.max_tokens_per_micro_batch
     spec = TrainEngineSpec(
         model=model,

@@ -15,7 +15,7 @@ from rlcore.config import Algorithm, AlgorithmField, Config
 class DynamicSamplingSettings(Config):
     """Groups that teach nothing are dropped, and further prompts generated for until the batch is full."""
 
-    filter: Annotated[Algorithm, AlgorithmField(sampling_filters)] = Field(
+    filter: Annotated[Algorithm, AlgorithmField(sampling_filters)] = Field(  # type: ignore[assignment]  # a name is enough
         "nonzero-spread", description="Sampling filter: the groups to keep."
     )
     max_generations: int = Field(
@@ -26,7 +26,9 @@ class DynamicSamplingSettings(Config):
 class AlgorithmSettings(Config):
     """Advantages and reward shaping."""
 
-    advantage: Annotated[Algorithm, AlgorithmField(advantages)] = Field("grpo", description="Advantage estimator.")
+    advantage: Annotated[Algorithm, AlgorithmField(advantages)] = Field(  # type: ignore[assignment]  # a name is enough
+        "grpo", description="Advantage estimator."
+    )
     kl_in_reward: KLPenaltySettings | None = Field(
         None, description="KL penalty on the token rewards; null is off. With a target, β adapts to reach it."
     )

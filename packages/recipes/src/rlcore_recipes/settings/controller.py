@@ -65,7 +65,7 @@ class ControllerSettings(Config):
 
     def mapping(self, roles: Iterable[str]) -> tuple[dict[str, ResourcePool], dict[str, str]]:
         """Return the pools that ``roles`` use, and the pool of each role."""
-        placed = pools_of(self.pools, dict(self.placement), roles)
+        placed = pools_of(self.pools, {str(role): pool for role, pool in self.placement.items()}, roles)
         return complete(self.pools, placed.values()), placed
 
 

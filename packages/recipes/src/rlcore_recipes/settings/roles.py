@@ -37,7 +37,7 @@ class ModelRole(PluginSections):
 class FollowingRole(ModelRole):
     """A model in addition to the policy, in the policy's engine unless another one is named."""
 
-    engine: str | None = Field(
+    engine: str | None = Field(  # type: ignore[assignment]  # null names the actor's
         None,
         description="Training engine; null: the actor's, with the actor's options (but no adapters) unless a section "
         "of the engine's name is here.",

@@ -23,7 +23,7 @@ from rlcore_recipes.settings.roles import (
 from rlcore_recipes.settings.trainer import TrainerSettings
 
 
-class RLSections(AsyncSection):  # type: ignore[misc,valid-type]
+class RLSections(AsyncSection):
     """One run of reinforcement learning; `rlcore_recipes.settings.RLConfig` adds the rules that span its sections.
 
     Attributes:

@@ -43,7 +43,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
     """
     from transformers import Qwen2Tokenizer
 
-    blank = Qwen2Tokenizer(eos_token=END, pad_token=PAD, unk_token=None)
+    blank = Qwen2Tokenizer(eos_token=END, pad_token=PAD, unk_token=None)  # type: ignore[arg-type]
     trained: Qwen2Tokenizer = blank.train_new_from_iterator(
         texts, vocab_size, new_special_tokens=[USER, ASSISTANT, SYSTEM], show_progress=False
     )

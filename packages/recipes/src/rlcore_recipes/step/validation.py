@@ -47,7 +47,7 @@ def validate_prompts(session: Session[Any], answered: Callable[[Sequence[PromptS
     assert prompts is not None
     size = config.data.val_batch_size or len(prompts)
     parts = [answered(prompts[start : start + size]) for start in range(0, len(prompts), size)]
-    columns = ("group", "score", "reward_result", "response_length", "data_source", "finish_reason")
+    columns: tuple[str, ...] = ("group", "score", "reward_result", "response_length", "data_source", "finish_reason")
     texts = ("tokens", "prompt_length", "completion", "ground_truth")
     if "reward_model_score" in parts[0]:
         columns += ("reward_model_score",)

@@ -75,8 +75,10 @@ def train_engine(
         policy: the role whose engine a `FollowingRole` takes unless it names one.
         max_length: longest sequence that the run may make, in tokens; None if unknown.
     """
-    follows = policy is not None and isinstance(role, FollowingRole)
-    name, options = role.engine_with(policy) if follows else (role.engine, role.options)
+    if policy is not None and isinstance(role, FollowingRole):
+        name, options = role.engine_with(policy)
+    else:
+        name, options = role.engine, role.options
     budget = role.max_tokens_per_micro_batch
     spec = TrainEngineSpec(
         model=model,

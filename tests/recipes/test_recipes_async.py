@@ -156,7 +156,7 @@ def test_a_worker_that_fails_ends_the_run_with_its_error(task: Any, tmp_path: Pa
     result = task.run("grpo", tmp_path, {**APART, "async.max_staleness": 1, "rollout.inline.kv_cache_tokens": 64,
                                          "data.max_response_length": 256})  # fmt: skip
     assert result.exit_code != 0
-    assert "KV cache has room for 64 tokens" in result.output
+    assert "KV cache has a capacity of 64 tokens" in result.output
 
 
 def when_logged(out_dir: Path, steps: int, act: Callable[[], Any]) -> threading.Thread:

@@ -68,7 +68,7 @@ def test_name_of_another_module_is_not_taken_over(shapes):
     def impostor(params): ...
 
     impostor.__module__ = "acme"
-    with pytest.raises(PluginError, match=r"shape 'square' is registered by .*test_registry already"):
+    with pytest.raises(PluginError, match=r"shape 'square' is already registered by .*test_registry"):
         shapes.register("square")(impostor)
 
 

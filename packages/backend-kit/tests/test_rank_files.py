@@ -17,9 +17,8 @@ import numpy as np
 import pytest
 import torch
 
-from rlcore import json_file
 from rlcore.errors import CheckpointError
-from rlcore_kit.checkpoint import random_states, rank_files
+from rlcore_kit.checkpoint import json_file, random_states, rank_files
 from rlcore_kit.checkpoint.background_save import BackgroundSave
 from rlcore_kit.checkpoint.rank_files import MANIFEST, RankManifest, RankPart, rank_file
 

@@ -22,7 +22,7 @@ from rlcore_ray import RayExecutor, capacity  # noqa: E402
 from rlcore_ray.cluster import _on_loopback, connect, disconnect  # noqa: E402
 from rlcore_ray.pool import SILENT_WAIT_S  # noqa: E402
 
-AT_ONCE_S = 20.0  # no bound on speed: well under the timeouts below
+IMMEDIATELY_S = 20.0  # no bound on speed: well under the timeouts below
 WAIT_S = 300.0
 OTHER_JOB = """
 import sys, rlcore_ray, ray
@@ -95,7 +95,7 @@ def refusal(pools, timeout_s=WAIT_S) -> str:
     with pytest.raises(PlacementError) as error:
         RayExecutor(pools, {}, placement_timeout_s=timeout_s)
     if timeout_s == WAIT_S:
-        assert time.monotonic() - start < AT_ONCE_S
+        assert time.monotonic() - start < IMMEDIATELY_S
     return str(error.value)
 
 
@@ -130,7 +130,7 @@ def refusal(pools, timeout_s=WAIT_S) -> str:
         ),
     ],
 )
-def test_what_can_never_be_placed_is_refused_at_once(cluster, pool, reason):
+def test_what_can_never_be_placed_is_refused_immediately(cluster, pool, reason):
     message = refusal({"train": ResourcePool(**pool)})
     assert reason in message
     assert "needed: train: " in message
@@ -139,7 +139,7 @@ def test_what_can_never_be_placed_is_refused_at_once(cluster, pool, reason):
     assert not [group for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
 
 
-def test_pools_that_fit_alone_but_not_together_are_refused_at_once(cluster):
+def test_pools_that_fit_alone_but_not_together_are_refused_immediately(cluster):
     message = refusal({"train": ResourcePool(processes=5), "gen": ResourcePool(processes=4)})
     assert "the cluster has 8 CPU, not 9" in message
     assert "needed: train: 5 processes of 1 CPU (pack); gen: 4 processes of 1 CPU (pack)" in message

@@ -34,14 +34,14 @@ PLACEMENT = {"actor": "train", "rollout": "gen", "compute": "gen"}
 class Engine:
     """The interface and one implementation in one."""
 
-    greeting: str
+    motto: str
 
     def __init__(self, role: str, engines: Mapping[str, Any]) -> None:
-        self.role, self.beside = role, sorted(engines)
+        self.role = role
         joined = dist.is_initialized()
         self.dp_rank, self.dp_size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
         self.notes: list[Any] = []
-        self.greeting = f"hello from {role} {self.dp_rank}"
+        self.motto = f"hello from {role} {self.dp_rank}"
 
     @property
     def pid(self) -> int:
@@ -109,12 +109,12 @@ class Engine:
 
 
 def meet(engine: Engine, own: Path, other: Path) -> float:
-    """Come to ``own`` and wait for somebody at ``other``; the time when both were there."""
+    """Create ``own`` and wait for ``other``; return the time when both exist."""
     own.touch()
     deadline = time.monotonic() + MEETING_S
     while not other.exists():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"nobody came to {other.name}")
+            raise TimeoutError(f"{other.name} was not created")
         time.sleep(0.01)
     return time.time()
 
@@ -218,8 +218,8 @@ def test_broadcast_calls_all_ranks_and_returns_the_first_result(executor: Execut
 
 def test_attributes(groups: tuple[Any, Any]) -> None:
     actor, rollout = groups
-    assert actor.greeting == "hello from actor 0"
-    assert rollout.greeting.startswith("hello from rollout")
+    assert actor.motto == "hello from actor 0"
+    assert rollout.motto.startswith("hello from rollout")
     assert isinstance(actor.pid, int)
     with pytest.raises(AttributeError, match="nonsense"):
         actor.nonsense  # noqa: B018
@@ -319,7 +319,7 @@ def intersect(left: Event, right: Event) -> bool:
     return max(left.start, right.start) < min(left.end, right.end)
 
 
-def test_engines_are_built_beside_each_other(workers: RayExecutor, ray_groups: tuple[Any, Any]) -> None:
+def test_engines_of_two_pools_are_in_different_processes(workers: RayExecutor, ray_groups: tuple[Any, Any]) -> None:
     actor, rollout = ray_groups
     pids = workers.apply(actor, lambda engine: engine.pid) + workers.apply(rollout, lambda engine: engine.pid)
     assert len(set(pids)) == 4
@@ -403,7 +403,7 @@ def test_a_lazy_failure_surfaces_once(
     assert actor.configure(3) == (3, 0)
 
 
-def test_what_cannot_be_asked_of_a_group_is_refused_at_once(ray_groups: tuple[Any, Any]) -> None:
+def test_calls_that_workers_do_not_support_are_refused_immediately(ray_groups: tuple[Any, Any]) -> None:
     with pytest.raises(NotImplementedError, match=r"actor.answer is asynchronous"):
         ray_groups[0].answer("well?")
     with pytest.raises(TypeError, match=r"double.. needs the argument 'batch'"):
@@ -411,7 +411,7 @@ def test_what_cannot_be_asked_of_a_group_is_refused_at_once(ray_groups: tuple[An
 
 
 def test_a_closed_executor_leaves_no_processes(workers: RayExecutor) -> None:
-    """The cluster, which somebody else opened, stays."""
+    """Another executor opened the cluster, so it stays."""
     pools = {"more": ResourcePool(processes=1, cpus_per_process=0)}
     executor = RayExecutor(pools, {"rollout": "more"}, call_timeout_s=120)
     group = executor.build("rollout", Engine, partial(Engine, "rollout"))

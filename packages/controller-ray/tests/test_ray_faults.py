@@ -78,7 +78,7 @@ def pid_and_value(engine: Engine) -> tuple[int, int]:
 
 
 def kill_in_factory(folder: Path, engines: Mapping[str, Any]) -> Engine:
-    """Dies in the first process that is started anew, and works in the next."""
+    """Die in the first replacement, and work in the next."""
     (folder / f"{os.getpid()}").touch()
     if len(list(folder.iterdir())) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -176,7 +176,7 @@ def test_failures_hangs_and_deaths_in_one_pool(executors: Callable[..., RayExecu
 
     remote = executor.compute(texts)
     assert executor.compute(token_sum, actor.forward(remote)["logprobs"] and remote) == 70
-    lost = actor.forward(remote, kill=1)  # nobody waits for it: the next call finds that its input will never be there
+    lost = actor.forward(remote, kill=1)  # no call waits for it: the next call finds that its input will never exist
     with pytest.raises(WorkerDied) as died:
         executor.compute(sum_of, remote.with_columns(logprobs=lost["logprobs"]), remote)
     assert str(died.value).startswith(f"actor.forward on {titles[1]} is gone: ")

@@ -166,7 +166,7 @@ def test_a_replaced_process_is_asked_for_nothing_before_it_has_the_weights(
     kill(run, tmp_path, [first])
     wait_until(lambda: not executor.wait_any(under_way, 0.05) and executor.has_stale_workers(rollout))
     sign.touch()
-    assert [one.result() for one in under_way] == [(second, 5, 5.0)] * 4, "nothing is lost, and nothing is made anew"
+    assert [one.result() for one in under_way] == [(second, 5, 5.0)] * 4, "nothing is lost or computed twice"
     assert [executor.submit(rollout, answer).result() for _ in range(4)] == [(second, 5, 5.0)] * 4
 
     step(run, 6)
@@ -177,7 +177,7 @@ def test_a_replaced_process_is_asked_for_nothing_before_it_has_the_weights(
     assert first not in pids(run)
 
 
-def test_whoever_notices_may_give_the_weights_at_once(run: tuple[RayExecutor, Any, Any], tmp_path: Path) -> None:
+def test_the_thread_that_notices_a_death_may_sync_weights(run: tuple[RayExecutor, Any, Any], tmp_path: Path) -> None:
     executor, actor, rollout = run
     noticed = []
 
@@ -201,7 +201,7 @@ def pids_of(executor: RayExecutor) -> list[int]:
     return [location.pid for location in executor.pools["gen"].locations]
 
 
-def test_calls_wait_while_nobody_has_the_weights(run: tuple[RayExecutor, Any, Any], tmp_path: Path) -> None:
+def test_calls_wait_while_no_process_has_the_weights(run: tuple[RayExecutor, Any, Any], tmp_path: Path) -> None:
     executor, _, rollout = run
     executor.on_worker_replaced(lambda: None)
     both, sign = pids(run), tmp_path / "go"
@@ -242,7 +242,7 @@ def test_waiting_gives_what_is_done(run: tuple[RayExecutor, Any, Any], tmp_path:
     assert executor.wait_any([slow, fast], WAIT_S) == [slow, fast]
 
 
-def test_a_death_is_told_once(run: tuple[RayExecutor, Any, Any], tmp_path: Path) -> None:
+def test_a_death_is_reported_once(run: tuple[RayExecutor, Any, Any], tmp_path: Path) -> None:
     executor, _, rollout = run
     under_way = [executor.submit(rollout, answer_later, tmp_path / "go") for _ in range(4)]
     kill(run, tmp_path, pids(run)[:1])

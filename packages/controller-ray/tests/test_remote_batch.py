@@ -177,8 +177,8 @@ def test_sequences_of_operations(pair: Pair, operations: list[str], data: st.Dat
 
 @examples
 @given(st.lists(st.integers(0, 4), max_size=6), st.integers(1, 4), st.data())
-def test_a_batch_being_made_is_taken_and_joined(lengths: list[int], ranks: int, data: st.DataObject) -> None:
-    """Nobody knows its columns' names yet; parts without samples make nothing, or columns of no tokens."""
+def test_a_pending_batch_is_taken_and_joined(lengths: list[int], ranks: int, data: st.DataObject) -> None:
+    """Its column names are not known yet; parts without samples make nothing, or columns of no tokens."""
     batch = batch_of(lengths)
     remote = made(batch, batch.partition(ranks), lambda tokens: tokens + 1)
     indices = data.draw(st.lists(st.integers(0, len(lengths) - 1), max_size=6)) if lengths else []
@@ -197,9 +197,9 @@ def test_an_empty_share_keeps_kinds_and_dtypes() -> None:
     remote = stored(batch)
     for empty in (remote.slice(0, 0), remote.take([]), remote.filter(torch.tensor([False, False])).take([])):
         same(batch.slice(0, 0), empty)
-    nobody = RemoteBatch.concat([remote.slice(0, 0), remote.slice(1, 1)])
-    same(batch.slice(0, 0), nobody)
-    same(batch, RemoteBatch.concat([nobody, remote]))
+    none = RemoteBatch.concat([remote.slice(0, 0), remote.slice(1, 1)])
+    same(batch.slice(0, 0), none)
+    same(batch, RemoteBatch.concat([none, remote]))
 
 
 def test_lengths_come_with_the_first_per_token_column() -> None:
@@ -261,7 +261,7 @@ def test_what_stands_in_one_stretch_is_not_copied() -> None:
     assert remote.take([2, 0]).fetch().flat("tokens").data_ptr() != begin
 
 
-def test_pieces_that_nobody_needs_are_let_go() -> None:
+def test_chunks_that_no_batch_needs_are_released() -> None:
     first, second = stored(batch_of([2, 3])), stored(batch_of([1], first=2))
     both = RemoteBatch.concat([first, second])
     assert both["tokens"].source.pieces == first["tokens"].source.pieces + second["tokens"].source.pieces

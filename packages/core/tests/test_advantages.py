@@ -259,7 +259,7 @@ def test_gae(gamma: float, lam: float, whiten: bool, seed: int) -> None:
 @quick
 @seeds
 def test_reward_between_trained_tokens_belongs_to_the_one_before(seed: int) -> None:
-    """Moving every such reward by hand gives the same; one before the first trained token has nobody to credit."""
+    """Moving every such reward by hand gives the same; one before the first trained token has no token to credit."""
     batch = ragged(seed)
     moved = []
     for row in rows(batch):

@@ -257,7 +257,7 @@ def test_column_kinds() -> None:
     assert [batch[name] for name in "bcd"] == [["x", "y"], [1, None], [0, 1]]
 
 
-def test_from_list_keeps_integers_beside_empty_rows() -> None:
+def test_from_list_keeps_integers_next_to_empty_rows() -> None:
     assert Jagged.from_list([[], [1, 2]]).values.dtype == torch.int64
     assert Jagged.from_list([torch.tensor([1]), torch.tensor([2, 3])]).lengths.tolist() == [1, 2]
     assert Jagged.from_list([]).lengths.tolist() == []

@@ -33,7 +33,7 @@ def test_readme(
     distribution: Callable[..., Path],
     forget_algorithms: None,
 ) -> None:
-    """In one namespace, beside the files and the plugin that the text speaks of."""
+    """Run in one namespace, in a folder with the files and the plugin of the text."""
     distribution("my-package", {"rlcore.train_engines": {"mine": "my_package:engine"}}, {"my_package": MINE})
     monkeypatch.chdir(tmp_path)
     Path("my.yaml").write_text("batch_size: 64\n")

@@ -1,4 +1,4 @@
-"""What a wrong configuration is told: everything, at once, with keys and places."""
+"""Errors of configurations: all problems together, with keys and places."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -161,7 +161,7 @@ def test_section_of_one_of_ours_that_is_not_installed(monkeypatch):
     assert line == "actor.absent: training engine 'absent' is not installed; run: pip install 'rlcore[absent]'"
 
 
-def test_every_problem_at_once():
+def test_all_problems_are_reported_together():
     found = problems(
         "actor.engine=acne",
         "actor.optim.lr=0",

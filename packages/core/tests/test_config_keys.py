@@ -1,4 +1,4 @@
-"""What help and editors are told about a model: keys, types, defaults, JSON Schema."""
+"""What help and editors show of a model: keys, types, defaults, JSON Schema."""
 
 import json
 from pathlib import Path

@@ -168,7 +168,7 @@ def test_switching_the_plugin_leaves_no_section_of_the_default_one():
     assert config.actor.model_dump(exclude={"optim"}) == {"engine": "other", "other": {"name": "x"}}
 
 
-def test_sections_of_other_plugins_may_stand_beside():
+def test_sections_of_other_plugins_may_be_present():
     config = overridden("actor.other.name=y")
     assert config.actor.options.depth == 1
     assert config.actor.options_of("other").name == "y"

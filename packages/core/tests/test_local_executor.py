@@ -112,7 +112,7 @@ def test_alone_a_group_is_its_engine() -> None:
         group.nonsense  # type: ignore[attr-defined]  # noqa: B018
 
 
-def test_alone_the_executor_has_nobody_to_wait_for() -> None:
+def test_one_process_waits_for_no_other() -> None:
     executor = LocalExecutor()
     assert executor.is_main
     executor.barrier()
@@ -281,7 +281,7 @@ def failing_program() -> dict[str, Any]:
         "out of step": attempt(lambda: group.configure(1) if rank else group.describe()),
         "short": attempt(lambda: group.double(batch.slice(0, 1 + rank))),
     }
-    result["afterwards"] = group.double(batch)["seen"].tolist()  # whoever catches the error can go on
+    result["afterwards"] = group.double(batch)["seen"].tolist()  # a caller that catches the error can go on
     return result
 
 
@@ -324,14 +324,14 @@ def test_work_for_the_main_rank_fails_everywhere(failing: list[dict[str, Any]]) 
         assert answer["on_main"][1].startswith("validation failed on rank 0: ValueError: only on 0")
 
 
-def test_ranks_out_of_step_are_told(failing: list[dict[str, Any]]) -> None:
+def test_ranks_out_of_step_raise(failing: list[dict[str, Any]]) -> None:
     for answer in failing:
         assert answer["out of step"][0] == "WorkerError"
         assert "out of step: rank 0 in actor.describe, rank 1 in actor.configure" in answer["out of step"][1]
         assert "rank 0 in actor.double with 1 samples, rank 1 in actor.double with 2" in answer["short"][1]
 
 
-def test_nobody_waits_and_all_can_go_on(failing: list[dict[str, Any]]) -> None:
+def test_no_rank_waits_and_all_can_go_on(failing: list[dict[str, Any]]) -> None:
     for answer in failing:
         assert all(value[2] < 10 for name, value in answer.items() if name != "afterwards")
         assert answer["afterwards"] == [7] * 7
@@ -352,7 +352,7 @@ def crash(folder: Path, method: str, failing: int) -> None:
 
 
 @pytest.mark.parametrize(("method", "failing"), [("busy", 1), ("collective", 1), ("collective", 0)])
-def test_a_rank_that_cannot_be_told_is_released(method: str, failing: int, tmp_path: Path) -> None:
+def test_a_rank_that_waits_for_a_failed_one_is_released(method: str, failing: int, tmp_path: Path) -> None:
     """The other rank is busy for longer than the grace period, or waits for the failed one inside the engine."""
     pool = RankPool(WORLD)
     with pytest.raises(AssertionError, match="rank 0 failed:\nthe process died\nrank 1 failed:\nthe process died"):

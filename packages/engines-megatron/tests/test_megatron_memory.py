@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import Qwen2Config
 
-from rlcore.engines.memory import StepMemory
+from rlcore.engines.step_memory import StepMemory
 from rlcore_megatron.settings import MegatronSettings
 from rlcore_megatron.step_memory import step_memory
 

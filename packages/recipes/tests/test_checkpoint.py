@@ -17,7 +17,7 @@ from pydantic import Field
 from rlcore.controller import LocalExecutor
 from rlcore.engines import TrainEngine
 from rlcore.errors import CheckpointError
-from rlcore.json_file import JsonFile
+from rlcore_kit.checkpoint.json_file import JsonFile
 from rlcore_kit.checkpoint.rank_files import file_record
 from rlcore_recipes.checkpoint import MANIFEST, CheckpointManager, RunState, folder, verify
 from rlcore_recipes.checkpoint.storage import open_storage

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rlcore.engines.memory import StepMemory
+from rlcore.engines.step_memory import StepMemory
 from rlcore.errors import RlcoreWarning
 from rlcore_recipes.run.micro_batches import MicroBatches, Model
 from rlcore_recipes.settings.roles import ModelRole

@@ -21,8 +21,8 @@ from pydantic import Field
 from rlcore.config import Config, FileName, dump_config, load_config
 from rlcore.engines import ModelSettings, TrainEngine
 from rlcore.errors import CheckpointError, ConfigError, DataError, RlcoreWarning, TrainingError
-from rlcore.json_file import JsonFile
 from rlcore.progress import report
+from rlcore_kit.checkpoint.json_file import JsonFile
 from rlcore_kit.checkpoint.rank_files import file_record
 from rlcore_recipes.ranks import executor
 from rlcore_recipes.run.folder import Replaced, check_free, write_config

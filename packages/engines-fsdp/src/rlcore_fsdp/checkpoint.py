@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor
 from rlcore.boundary import boundary
 from rlcore.engines.settings import Head
 from rlcore.errors import CheckpointError
-from rlcore.json_file import Count, Finite, JsonFile
 from rlcore_kit.checkpoint import random_states
+from rlcore_kit.checkpoint.json_file import Count, Finite, JsonFile
 from rlcore_kit.checkpoint.rank_files import MANIFEST, RankManifest, RankPart, rank_file
 from rlcore_kit.checkpoint.rank_files import check_shapes as check_same_shapes
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from rlcore.batch import Batch, to_column, token_positions
 from rlcore.boundary import boundary
 from rlcore.engines import ForwardRequest, Objective, TrainEngine, TrainEngineSpec, WeightBucket
-from rlcore.engines.memory import StepMemory
+from rlcore.engines.step_memory import StepMemory
 from rlcore.engines.train import FileRecord, Part
 from rlcore.errors import EngineError
 from rlcore.metrics import Metrics

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from rlcore.engines.memory import StepMemory, activation_bytes, free_memory, logits_bytes, place_of
 from rlcore.engines.settings import Head
+from rlcore.engines.step_memory import StepMemory
 from rlcore_fsdp import sharding
 from rlcore_fsdp.settings import FSDPSettings
 from rlcore_kit.training.logprob_head import chunk_size
+from rlcore_kit.training.memory import activation_bytes, free_memory, logits_bytes, place_of
 
 
 def step_memory(
@@ -24,7 +25,7 @@ def step_memory(
     optimizer: torch.optim.Optimizer | None,
     sharded: bool,
 ) -> StepMemory:
-    """Estimate what a training step takes; see `rlcore.engines.memory`.
+    """Estimate what a training step takes; see `rlcore_kit.training.memory`.
 
     Args:
         device: device of the forward pass.

@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from rlcore.boundary import boundary
 from rlcore.errors import CheckpointError
-from rlcore.json_file import Count, FileName, Finite
+from rlcore_kit.checkpoint.json_file import Count, FileName, Finite
 from rlcore_kit.checkpoint.rank_files import MANIFEST, RankManifest
 from rlcore_megatron import torch_dist
 from rlcore_megatron.blocks import overlap

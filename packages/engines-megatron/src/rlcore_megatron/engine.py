@@ -21,7 +21,7 @@ from torch import nn
 from rlcore.batch import Batch
 from rlcore.boundary import boundary
 from rlcore.engines import ForwardRequest, Objective, TrainEngine, TrainEngineSpec, WeightBucket
-from rlcore.engines.memory import StepMemory
+from rlcore.engines.step_memory import StepMemory
 from rlcore.engines.train import FileRecord, Part
 from rlcore.errors import EngineError
 from rlcore.metrics import Metrics

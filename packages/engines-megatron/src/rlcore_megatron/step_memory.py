@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from rlcore.engines.memory import StepMemory, activation_bytes, free_memory, logits_bytes, place_of
+from rlcore.engines.step_memory import StepMemory
 from rlcore_kit.training.logprob_head import chunk_size
+from rlcore_kit.training.memory import activation_bytes, free_memory, logits_bytes, place_of
 from rlcore_megatron.settings import MegatronSettings
 
 
@@ -22,7 +23,7 @@ def step_memory(
     trained: bool,
     stepped: bool,
 ) -> StepMemory:
-    """Estimate what a training step takes; see `rlcore.engines.memory`.
+    """Estimate what a training step takes; see `rlcore_kit.training.memory`.
 
     Gradient buffers exist from the start and do not count. A pipeline stage holds a part of the layers, but as many
     micro-batches as there are stages, so that its activations are those of all layers of one micro-batch.

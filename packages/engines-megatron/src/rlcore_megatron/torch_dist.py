@@ -31,8 +31,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from rlcore.engines.train import FileRecord
 from rlcore.errors import CheckpointError
-from rlcore.json_file import Count, FileName
 from rlcore_kit.checkpoint import rank_files
+from rlcore_kit.checkpoint.json_file import Count, FileName
 from rlcore_kit.checkpoint.rank_files import Gather, RankManifest, RankPart, file_record
 from rlcore_kit.checkpoint.tensor_file import flush
 from rlcore_megatron.blocks import SavedBlock, overlap

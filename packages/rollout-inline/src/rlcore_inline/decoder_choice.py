@@ -6,7 +6,6 @@ import torch
 from transformers import PreTrainedModel
 
 from rlcore.boundary import boundary
-from rlcore.engines.memory import free_memory
 from rlcore.engines.settings import ModelSettings
 from rlcore.errors import EngineError
 from rlcore_inline import direct
@@ -17,6 +16,7 @@ from rlcore_inline.scheduler import Decoder
 from rlcore_inline.settings import InlineSettings
 from rlcore_inline.verification import verify, verify_invariance
 from rlcore_kit.model_folder.length import check_positions, check_rope
+from rlcore_kit.training.memory import free_memory
 
 
 def choose_decoder(

@@ -14,8 +14,8 @@ A checkpoint of a run has three kinds of files that describe it, one for each wr
   included. A recipe writes it last; a checkpoint without it is incomplete and is never loaded.
 
 An engine does not know the run: `TrainEngine.load` reads the folder of an engine alone. The run manifest does not know
-what the files of an engine contain. All manifests are `rlcore.json_file.JsonFile` models, whose validation is the check
-for damage; nothing here reads or writes a pickle.
+what the files of an engine contain. All manifests are models of `rlcore_kit.checkpoint.json_file`, whose validation is
+the check for damage; nothing here reads or writes a pickle.
 
 `background_save` writes while training continues; `random_states` collects and restores the random generators.
 """

@@ -12,10 +12,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rlcore import json_file
 from rlcore.boundary import boundary
 from rlcore.errors import CheckpointError
-from rlcore.json_file import Count, Finite, JsonFile
+from rlcore_kit.checkpoint import json_file
+from rlcore_kit.checkpoint.json_file import Count, Finite, JsonFile
 
 
 class PlainStates(JsonFile):

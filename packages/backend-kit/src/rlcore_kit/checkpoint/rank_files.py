@@ -17,13 +17,12 @@ from typing import Any, TypeVar
 import torch
 from pydantic import Field, ValidationError
 
-from rlcore import json_file
 from rlcore.boundary import boundary
 from rlcore.engines.train import FileRecord
 from rlcore.errors import CheckpointError
-from rlcore.json_file import Count, FileName, JsonFile
 from rlcore.regular_file import open_regular
-from rlcore_kit.checkpoint import random_states
+from rlcore_kit.checkpoint import json_file, random_states
+from rlcore_kit.checkpoint.json_file import Count, FileName, JsonFile
 from rlcore_kit.checkpoint.random_states import RandomStates
 from rlcore_kit.checkpoint.tensor_file import flush, write_tensors
 

@@ -14,7 +14,7 @@ from typing_extensions import TypedDict  # which pydantic describes, unlike that
 
 from rlcore.batch import Batch
 from rlcore.controller.dispatch import Dispatch, dispatch
-from rlcore.engines.memory import StepMemory
+from rlcore.engines.step_memory import StepMemory
 from rlcore.engines.weight_bucket import WeightBucket
 from rlcore.errors import EngineError
 from rlcore.metrics import Metrics

@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from rlcore import json_file
 from rlcore.engines.train import FileRecord
 from rlcore.errors import CheckpointError
+from rlcore_kit.checkpoint import json_file
 from rlcore_kit.checkpoint.tensor_file import flush
 from rlcore_recipes.checkpoint.manifest import (
     MANIFEST,

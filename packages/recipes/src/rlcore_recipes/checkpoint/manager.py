@@ -15,8 +15,8 @@ from rlcore.controller import LocalExecutor
 from rlcore.engines import TrainEngine
 from rlcore.engines.train import FileRecord
 from rlcore.errors import CheckpointError, RlcoreWarning
-from rlcore.json_file import JsonFile
 from rlcore_kit.checkpoint.background_thread import in_background
+from rlcore_kit.checkpoint.json_file import JsonFile
 from rlcore_recipes.checkpoint import engine_side
 from rlcore_recipes.checkpoint.manifest import STATE, RunState, decode_state
 from rlcore_recipes.checkpoint.naming import CheckpointLocation, name_of, normal, step_of

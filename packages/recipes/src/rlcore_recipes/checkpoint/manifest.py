@@ -12,11 +12,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError
 
-from rlcore import json_file
 from rlcore.boundary import boundary
 from rlcore.engines.train import FileRecord
 from rlcore.errors import CheckpointError
-from rlcore.json_file import Count, FileName, Finite, JsonFile
+from rlcore_kit.checkpoint import json_file
+from rlcore_kit.checkpoint.json_file import Count, FileName, Finite, JsonFile
 from rlcore_kit.checkpoint.rank_files import file_record
 from rlcore_recipes.checkpoint.naming import is_name, step_of
 

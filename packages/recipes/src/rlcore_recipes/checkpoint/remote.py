@@ -13,7 +13,7 @@ from typing import Any
 
 from rlcore.engines.train import FileRecord
 from rlcore.errors import CheckpointError
-from rlcore.json_file import LIMIT
+from rlcore_kit.checkpoint.json_file import LIMIT
 from rlcore_recipes.checkpoint.manifest import (
     MANIFEST,
     MARK,

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from rlcore.batch import Batch
 from rlcore.errors import CheckpointError, DataError
-from rlcore.json_file import Count, JsonFile
+from rlcore_kit.checkpoint.json_file import Count, JsonFile
 from rlcore_recipes.data.prompts import PromptDataset, PromptSample
 
 T = TypeVar("T")

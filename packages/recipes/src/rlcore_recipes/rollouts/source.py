@@ -8,7 +8,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from rlcore.batch import Batch
 from rlcore.controller import Pending
-from rlcore.json_file import JsonFile
+from rlcore_kit.checkpoint.json_file import JsonFile
 from rlcore_recipes.rollouts.roll_out import Group
 
 T = TypeVar("T")

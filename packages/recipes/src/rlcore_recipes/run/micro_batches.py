@@ -16,9 +16,9 @@ from pydantic import Field
 
 from rlcore.controller import Executor
 from rlcore.engines import TrainEngine
-from rlcore.engines.memory import SAFE, StepMemory
+from rlcore.engines.step_memory import SAFE, StepMemory
 from rlcore.errors import RlcoreWarning
-from rlcore.json_file import JsonFile
+from rlcore_kit.checkpoint.json_file import JsonFile
 from rlcore_recipes.ranks import is_main
 from rlcore_recipes.settings.roles import AUTO, DEFAULT_TOKENS, ModelRole
 

@@ -14,7 +14,7 @@ from rlcore.algorithms.kl import KLController
 from rlcore.controller import Executor
 from rlcore.engines import TrainEngine
 from rlcore.errors import RlcoreWarning
-from rlcore.json_file import Finite, JsonFile
+from rlcore_kit.checkpoint.json_file import Finite, JsonFile
 from rlcore_recipes.data.end_tokens import save_tokenizer
 from rlcore_recipes.data.loader import PromptLoader
 from rlcore_recipes.data.prompts import PromptDataset

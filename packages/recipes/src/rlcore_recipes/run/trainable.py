@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from rlcore.controller import Executor
 from rlcore.engines import TrainEngine
-from rlcore.json_file import JsonFile
+from rlcore_kit.checkpoint.json_file import JsonFile
 from rlcore_recipes.run.timing import Timings
 
 

@@ -1,16 +1,11 @@
-"""Memory of a training step: what it takes with a micro-batch of so many tokens, and what the device has free.
+"""Estimates of the memory that a training step takes (`rlcore.engines.step_memory.StepMemory`), and the free memory.
 
-An estimate, from the shape of a decoder alone. A micro-batch of T tokens takes, beyond what is allocated already::
-
-    later + fixed + T · per_token
-
-``later`` are the optimizer's two moments before the first step, ``fixed`` the gradients, gathered parameters and the
-chunk of logits, and ``per_token`` the activations that are kept for the backward pass. With hidden width h, queries q
-and keys k (heads times head width), an MLP of width f and s bytes per number, a layer keeps for each token::
+The estimates follow from the shape of a decoder. With hidden width h, queries q and keys k (heads times head width), an
+MLP of width f and s bytes per number, a layer keeps for each token::
 
     s · (4h + 4q + 3k + 4f) + 4 · (2h + q + k)
 
-(the second part is what normalisations keep in fp32). One layer more covers what the backward pass has in flight. With
+The second part is what normalisations keep in fp32. One layer more covers what the backward pass has in flight. With
 recomputation of layers only the inputs of each (s · h) and the activations of two layers exist; without a backward pass
 only those of one.
 """
@@ -21,42 +16,16 @@ import os
 import re
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-SAFE = 0.8
-"""Share of the free memory that may be planned with: allocators leave holes, and the estimate is one."""
-
-
-@dataclass(frozen=True)
-class StepMemory:
-    """What a step of one engine takes in one process, in bytes; see the module for the terms.
-
-    Attributes:
-        place: where the memory is (`place_of`).
-        free: at that place, for all processes that share it.
-        parameters: numbers in the model, of all processes together; None if this process cannot tell.
-    """
-
-    place: str
-    free: int
-    later: int
-    fixed: int
-    per_token: int
-    parameters: int | None
-
-    def needed(self, tokens: int) -> int:
-        """Return the bytes that a step with micro-batches of ``tokens`` takes, beyond ``later``."""
-        return self.fixed + tokens * self.per_token
-
 
 def activation_bytes(
     config: Any, itemsize: int, *, trained: bool, recompute: bool = False, tensor_parallel: int = 1
 ) -> int:
-    """``per_token`` of a model.
+    """Estimate the bytes per token (``per_token``) of a model.
 
     Args:
         config: of transformers.
@@ -79,7 +48,7 @@ def activation_bytes(
 
 
 def _mlp(text: Any) -> tuple[int, int]:
-    """Width of the MLP that a token passes through, and how many copies of its hidden state a router makes."""
+    """Return the width of the MLP that a token passes, and the copies of its hidden state that a router makes."""
     active = getattr(text, "num_experts_per_tok", None)
     if not active:
         return getattr(text, "intermediate_size", None) or 4 * text.hidden_size, 0
@@ -89,7 +58,7 @@ def _mlp(text: Any) -> tuple[int, int]:
 
 
 def logits_bytes(config: Any, chunk: int, *, trained: bool) -> int:
-    """Memory of the vocabulary projection: four fp32 copies of ``chunk`` rows of logits, and the head's gradient."""
+    """Estimate the bytes of the vocabulary projection: four fp32 copies of ``chunk`` rows of logits, its gradient."""
     text = config.get_text_config()
     vocabulary, hidden = int(text.vocab_size), int(text.hidden_size)
     return 16 * chunk * vocabulary + (8 * vocabulary * hidden if trained else 0)

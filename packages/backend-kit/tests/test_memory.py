@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlcore.engines import memory
+from rlcore_kit.training import memory
 
 
 def group(folder: Path, **files: object) -> None:

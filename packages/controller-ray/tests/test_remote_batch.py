@@ -63,15 +63,15 @@ def made(batch: Batch, parts: list[list[int]], values: Callable[[torch.Tensor], 
 
 @st.composite
 def pairs(draw: st.DrawFn) -> tuple[Batch, RemoteBatch]:
-    """A batch, and the same in pieces: rollouts in several answers, then columns from ranks in another order."""
+    """A batch, and the same in chunks: rollouts in several answers, then columns from ranks in another order."""
     sizes = draw(st.lists(st.lists(st.integers(0, 4), max_size=4), min_size=1, max_size=4))
     starts = [sum(map(len, sizes[:number])) for number in range(len(sizes))]
     answers = [batch_of(lengths, start) for lengths, start in zip(sizes, starts)]
     order = draw(st.permutations(range(sum(map(len, sizes)))))
     local = Batch.concat(answers).take(order)
     together = draw(st.booleans())  # one answer with several batches, or several answers
-    pieces = stored(answers) if together else [stored(answer) for answer in answers]
-    remote = RemoteBatch.concat(pieces).take(order)
+    chunks = stored(answers) if together else [stored(answer) for answer in answers]
+    remote = RemoteBatch.concat(chunks).take(order)
     if draw(st.booleans()):
         parts = local.partition(draw(st.integers(1, 4)))
         columns = made(local, parts, lambda tokens: tokens * 0.25)
@@ -264,6 +264,6 @@ def test_what_stands_in_one_stretch_is_not_copied() -> None:
 def test_chunks_that_no_batch_needs_are_released() -> None:
     first, second = stored(batch_of([2, 3])), stored(batch_of([1], first=2))
     both = RemoteBatch.concat([first, second])
-    assert both["tokens"].source.pieces == first["tokens"].source.pieces + second["tokens"].source.pieces
-    assert both.take([2])["tokens"].source.pieces == second["tokens"].source.pieces
-    assert both.take([1, 1])["tokens"].source.pieces == first["tokens"].source.pieces
+    assert both["tokens"].source.chunks == first["tokens"].source.chunks + second["tokens"].source.chunks
+    assert both.take([2])["tokens"].source.chunks == second["tokens"].source.chunks
+    assert both.take([1, 1])["tokens"].source.chunks == first["tokens"].source.chunks

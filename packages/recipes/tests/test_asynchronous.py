@@ -322,18 +322,18 @@ class Threads:
         self.pool = ThreadPoolExecutor(64)
         self.is_behind = False
 
-    def one(self, group: Any, function: Callable[..., Any], *args: Any) -> InThread:
+    def submit(self, group: Any, function: Callable[..., Any], *args: Any) -> InThread:
         def work() -> Any:
             answer = function(group, *args)
             return asyncio.run(answer) if asyncio.iscoroutine(answer) else answer
 
         return InThread(self.pool.submit(work))
 
-    def wait(self, pending: Sequence[InThread], timeout_s: float) -> list[InThread]:
+    def wait_any(self, pending: Sequence[InThread], timeout_s: float) -> list[InThread]:
         done, _ = wait_for([one.future for one in pending], timeout_s, return_when=FIRST_COMPLETED)
         return [one for one in pending if one.future in done]
 
-    def behind(self, group: Any) -> bool:
+    def has_stale_workers(self, group: Any) -> bool:
         return self.is_behind
 
 

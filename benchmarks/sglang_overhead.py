@@ -40,7 +40,7 @@ def report(arguments: argparse.Namespace, folder: Path) -> None:
     started = time.perf_counter()
     ours = start(folder, model)
     print(f"start {time.perf_counter() - started:.1f} s")
-    server = ours._replicas[0].engine
+    (server,) = ours.engines.values()
     draw = random.Random(0)
     prompts = [[draw.randrange(5, 250) for _ in range(64)] for _ in range(arguments.prompts)]
     requests = [
@@ -50,7 +50,7 @@ def report(arguments: argparse.Namespace, folder: Path) -> None:
     count = len(requests) * arguments.tokens
     ratios, cpu_ms = [], []
     for index in range(arguments.rounds + 1):
-        their_s, their_cpu_s = timed(lambda: asyncio.run(bare(server.url, server._process.api_key, requests)))
+        their_s, their_cpu_s = timed(lambda: asyncio.run(bare(server.url, server.process.api_key, requests)))
         our_s, our_cpu_s = timed(lambda: ours.generate_batch(requests))
         if index:  # the first warms up
             ratios.append(our_s / their_s)
@@ -63,7 +63,7 @@ def report(arguments: argparse.Namespace, folder: Path) -> None:
         f"ratio of wall-clock time {statistics.median(ratios):.3f} (from {min(ratios):.3f} to {max(ratios):.3f}), "
         f"{statistics.median(cpu_ms):.2f} ms of processor time per request more"
     )
-    os.environ[KEY] = server._process.api_key
+    os.environ[KEY] = server.process.api_key
     for way in ("tensor", "distributed", "disk"):
         update(way, server.url, model, folder)
     ours.close()

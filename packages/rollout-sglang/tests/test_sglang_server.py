@@ -541,7 +541,7 @@ def test_the_key_is_hidden_from_other_users(server):
     arguments = server.log.with_suffix(".json")
     assert process.api_key in arguments.read_text()
     assert [file.stat().st_mode & 0o077 for file in (arguments, server.log)] == [0, 0]
-    assert process.api_key not in " ".join(psutil.Process(process._process.pid).cmdline())
+    assert process.api_key not in " ".join(psutil.Process(process.pid).cmdline())
 
 
 @pytest.mark.slow
@@ -578,7 +578,7 @@ def test_a_killed_server_is_restarted_with_the_current_weights(server):
     undisturbed = [made.tokens for made in engine.generate_batch(requests)]
     (scheduler,) = (
         process
-        for process in psutil.Process(killed.process._process.pid).children(recursive=True)
+        for process in psutil.Process(killed.process.pid).children(recursive=True)
         if "scheduler" in process.name()
     )
 
@@ -595,6 +595,6 @@ def test_a_killed_server_is_restarted_with_the_current_weights(server):
     assert all(made.versions == [(7, 400)] for made in completions)
     assert largest_difference(server.other, requests, completions) < 1e-4
     assert engine.version == 7
-    assert not psutil.pid_exists(killed.process._process.pid)
+    assert not psutil.pid_exists(killed.process.pid)
     engine.close()
     assert not [process for process in psutil.Process().children(recursive=True) if "sglang" in process.name()]

@@ -70,6 +70,11 @@ class ServerProcess:
                 raise
 
     @property
+    def pid(self) -> int:
+        """Process id of the server, which leads its process group."""
+        return self._process.pid
+
+    @property
     def failure(self) -> str | None:
         """How the server or one of its processes ended, with the reason in its log; None while it lives."""
         code = self._process.poll()
@@ -85,7 +90,7 @@ class ServerProcess:
     def _lost(self) -> str | None:
         """Return the name of a dead child process, which SGLang (0.5) may fail to notice; None if all live."""
         with contextlib.suppress(psutil.NoSuchProcess):
-            for child in psutil.Process(self._process.pid).children():
+            for child in psutil.Process(self.pid).children():
                 if child.name().startswith(_CHILDREN) and child.status() == psutil.STATUS_ZOMBIE:
                     return str(child.name())
         return None
@@ -103,12 +108,12 @@ class ServerProcess:
         """End all processes of the server; idempotent."""
         for how in (signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, how)
+                os.killpg(self.pid, how)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_STOP_TIMEOUT_S)
                 break
         with contextlib.suppress(ProcessLookupError, PermissionError):  # workers may outlive their server
-            os.killpg(self._process.pid, signal.SIGKILL)
+            os.killpg(self.pid, signal.SIGKILL)
         if self._process.stdin is not None:
             self._process.stdin.close()
 

@@ -205,7 +205,7 @@ def _host() -> str:
 
 def interface_of(address: str) -> str | None:
     """Return the network interface of ``address`` (of 127.0.0.1 for loopback addresses); None if there is none."""
-    import psutil  # type: ignore[import-untyped]  # comes with Ray
+    import psutil  # comes with Ray
 
     wanted = "127.0.0.1" if address.startswith("127.") or address == "localhost" else address
     return next(

@@ -137,9 +137,7 @@ def test_a_problem_is_placed_in_the_source_that_won(tmp_path: Path, override: st
 def test_one_source_that_contradicts_its_short_form(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"grader\.path means grader\.name=function, but grader\.name=exact is given"):
         read("grader.path=a.py:f", "grader.name=exact")
-    with pytest.raises(
-        ConfigError, match=r"grader: path is short for function\.path, but function is no mapping of keys"
-    ):
+    with pytest.raises(ConfigError, match=r"grader: path is short for function\.path, but function is not a mapping"):
         read("grader={path: a.py, function: 3}")
     (tmp_path / "run.yaml").write_text("grader: {path: a.py:f, name: exact}\n")
     with pytest.raises(ConfigError, match=r"grader: path is short for function\.path with name=function, but name is"):

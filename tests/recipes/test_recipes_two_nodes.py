@@ -265,5 +265,5 @@ def test_trainers_that_find_no_place_any_more_end_with_what_is_missing(
     output = run.end()
     assert run.process.returncode == 1, output
     text = " ".join(output.split())
-    assert "the pool 'train' wants each of its 2 processes of 1 CPU on a node of its own, and 1 could take one" in text
+    assert "needs a separate node for each of its 2 processes of 1 CPU, and only 1 can hold one" in text
     assert "run the same command again to continue from" in text

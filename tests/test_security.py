@@ -204,8 +204,12 @@ def is_loopback(address: str) -> bool:
 
 @pytest.fixture
 def by_value() -> Iterator[None]:
-    """Workers cannot import the modules of tests."""
+    """Send this module to workers, which cannot import it; leave the cluster that other tests of the process share."""
     ray = pytest.importorskip("ray")
+    from rlcore_ray import cluster
+
+    if ray.is_initialized():
+        cluster.disconnect()
     module = sys.modules[__name__]
     ray.cloudpickle.register_pickle_by_value(module)
     yield

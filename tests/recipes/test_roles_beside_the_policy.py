@@ -31,14 +31,14 @@ def test_no_other_training_engine_needs_to_be_installed(recipe: str, monkeypatch
     config = configuration(recipe, actor={"engine": "megatron", "megatron": {"tensor_parallel": 2}})
     for role in ("ref", "critic"):
         if hasattr(config, role):
-            assert getattr(config, role).engine_beside(config.actor) == ("megatron", config.actor.options)
+            assert getattr(config, role).engine_with(config.actor) == ("megatron", config.actor.options)
 
 
 def test_roles_take_the_policys_options_but_not_its_adapters() -> None:
     config = configuration("ppo", actor={"fsdp": {"device": "cpu", "lora": {"rank": 4}}})
     assert adapter_rank(config.actor.options) == 4
     for role in (config.ref, config.critic):
-        name, options = role.engine_beside(config.actor)
+        name, options = role.engine_with(config.actor)
         assert name == "fsdp"
         assert options.device == "cpu"
         assert adapter_rank(options) is None
@@ -51,7 +51,7 @@ def test_a_section_or_an_engine_of_a_role_comes_first() -> None:
         critic={"fsdp": {"lora": {"rank": 2}}},
         ref={"engine": "megatron"},
     )
-    _, options = config.critic.engine_beside(config.actor)
+    _, options = config.critic.engine_with(config.actor)
     assert adapter_rank(options) == 2
     assert not options.offload_params
-    assert config.ref.engine_beside(config.actor) == ("megatron", config.ref.options)
+    assert config.ref.engine_with(config.actor) == ("megatron", config.ref.options)

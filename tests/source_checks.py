@@ -2,7 +2,6 @@
 
     python tests/source_checks.py                   # how many offenders each package has
     python tests/source_checks.py core recipes      # list those of some packages
-    python tests/source_checks.py --lower           # lower the limits in source_checks.toml to what there is now
 
 A *part* is a package's folder name, or the top-level folder of a file that belongs to no package ("." for the root).
 """
@@ -13,7 +12,6 @@ import ast
 import re
 import subprocess
 import sys
-import tomllib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
@@ -21,7 +19,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-LIMITS = Path(__file__).with_suffix(".toml")
 PACKAGES = ROOT / "packages"
 # import name -> folder below packages/
 MODULES = {source.name: source.parents[1].name for source in PACKAGES.glob("*/src/*") if (source / "py.typed").exists()}
@@ -404,29 +401,7 @@ def counts(check: str) -> dict[str, int]:
     return dict(sorted(Counter(offence.part for offence in offences(check)).items()))
 
 
-def limits() -> dict[str, dict[str, int]]:
-    """The numbers that are still allowed, by check and part. The goal is an empty file."""
-    return tomllib.loads(LIMITS.read_text()) if LIMITS.exists() else {}
-
-
-def lower() -> None:
-    """Lower the limits to what there is now; only a part without any limit gets a new one."""
-    lines, before = [], limits()
-    for check in CHECKS:
-        allowed = before.get(check, {})
-        known = {part for numbers in before.values() for part in numbers}
-        kept = {
-            part: min(number, allowed.get(part, 0 if part in known else number))
-            for part, number in counts(check).items()
-        }
-        lines += [f'["{check}"]', *(f'"{part}" = {number}' for part, number in kept.items() if number), ""]
-    LIMITS.write_text("# Written by source_checks.py --lower; parts that are not named have none.\n" + "\n".join(lines))
-
-
 def main(arguments: list[str]) -> None:
-    if arguments == ["--lower"]:
-        lower()
-        return
     for check in CHECKS:
         print(f"{check}: {counts(check)}")
         for offence in offences(check):

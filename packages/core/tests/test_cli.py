@@ -243,7 +243,7 @@ def test_a_broken_pipe_in_a_recipe_is_not_silent():
         (["run", "attempt", "-lr=3"], "no such option -lr; keys are written without dashes: lr=3"),
         (["run", "attempt", "-optim.lr", "3"], "keys are written without dashes: optim.lr=3"),
         (["run", "attempt", "-x"], "No such option '-x'"),
-        (["plan", "attempt", "--confg", "base"], "Did you mean '--config'?"),
+        (["config", "show", "attempt", "--confg", "base"], "Did you mean '--config'?"),
         (["config", "show"], "Missing argument 'RECIPE'"),
         (["completions", "tcsh"], "Invalid value"),
     ],

@@ -30,11 +30,10 @@ def make_engine(path: Path | str, options: dict[str, Any] | None = None, **overr
     return build(TrainEngineSpec(settings, FSDPSettings(**(options or {"device": "cpu"})), **overrides))
 
 
-def test_the_plugins_are_found_without_importing_torch() -> None:
+def test_the_plugin_is_found_without_importing_torch() -> None:
     program = (
         "import sys; from rlcore import plugins; "
         "assert plugins.get('rlcore.train_engines', 'fsdp').config_class().__name__ == 'FSDPSettings'; "
-        "assert plugins.get('rlcore.rollout_engines', 'inline').interface == 1; "
         "print([name for name in ('torch', 'transformers') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -45,7 +45,7 @@ class Workers:
         self.events: list[Event] = []
 
     @contextmanager
-    def labelled(self, label: str) -> Iterator[None]:
+    def trace_label(self, label: str) -> Iterator[None]:
         before, self.label = self.label, label
         yield
         self.label = before

@@ -1,4 +1,4 @@
-"""Roles beside the policy take its engine and options, so that a run needs no engine that it does not use."""
+"""Other roles take the policy's engine and options, so that a run needs no engine that it does not use."""
 
 from __future__ import annotations
 

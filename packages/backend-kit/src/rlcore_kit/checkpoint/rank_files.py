@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from pydantic import Field, ValidationError
+from safetensors import safe_open
 
 from rlcore.boundary import boundary
 from rlcore.engines.train import FileRecord
@@ -183,8 +184,6 @@ def read_random_states(path: Path, manifest: RankManifest, rank: int) -> RandomS
     Raises:
         CheckpointError: the file is missing or damaged.
     """
-    from safetensors import safe_open  # which engines that read these files install, the core does not
-
     file = path / rank_file(rank % len(manifest.ranks))
     with boundary(f"{file} is missing or damaged", CheckpointError), safe_open(file, "pt") as tensors:
         names = [name for name in tensors.keys() if name.startswith("random/")]  # noqa: SIM118 (not a mapping)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from rlcore.boundary import boundary
 from rlcore.engines.settings import Head, ModelSettings, names_a_folder
 from rlcore.errors import EngineError
@@ -158,8 +160,6 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     Raises:
         EngineError: a file is missing or damaged.
     """
-    from safetensors import safe_open
-
     found: dict[str, Tensor] = {}
     for name in weight_files(folder):
         with boundary(f"{folder / name} is damaged", EngineError), safe_open(folder / name, "pt") as opened:

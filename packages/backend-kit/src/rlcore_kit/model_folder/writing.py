@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from rlcore.boundary import reason
 from rlcore.errors import EngineError
@@ -115,8 +116,6 @@ def write_configuration(config: Any, architecture: str, origin: Origin, folder: 
 
 def _write_weights(weights: Iterable[tuple[str, torch.Tensor]], folder: Path, max_file_bytes: int) -> set[str]:
     """Write the weight files and their index, named as transformers names them; return the tensors' names."""
-    from safetensors.torch import save_file
-
     files: list[dict[str, int]] = []  # bytes of the tensors in each
     held: dict[str, torch.Tensor] = {}
     size = 0

@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from safetensors.torch import save_file
+
 from rlcore.engines.weight_bucket import WeightBucket
 
 
@@ -14,8 +16,6 @@ def write_weights(parent: Path, url: str, buckets: Iterable[WeightBucket]) -> Pa
 
     Files of an earlier update are removed.
     """
-    from safetensors.torch import save_file
-
     name = url.partition("://")[2]
     folder = parent / "".join(letter if letter.isalnum() else "-" for letter in name)
     if folder.exists():

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 Tensors = dict[str, torch.Tensor]
 
@@ -31,16 +31,15 @@ def edited(
         weights: changes the tensors of the weight file in place.
         files: texts of files to write, by name.
     """
-    safetensors: Any = import_module("safetensors.torch")
     shutil.copytree(source, target)
     if config is not None:
         file = target / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | dict(config)))
     if weights is not None:
         file = target / "model.safetensors"
-        tensors = safetensors.load_file(file)
+        tensors = load_file(file)
         weights(tensors)
-        safetensors.save_file(tensors, file, {"format": "pt"})
+        save_file(tensors, file, {"format": "pt"})
     for name, text in (files or {}).items():
         (target / name).write_text(text)
     return target
@@ -48,8 +47,7 @@ def edited(
 
 def precisions(folder: Path) -> dict[str, torch.dtype]:
     """Return the precision of every tensor in a model folder with one weight file."""
-    safetensors: Any = import_module("safetensors.torch")
-    return {name: tensor.dtype for name, tensor in safetensors.load_file(folder / "model.safetensors").items()}
+    return {name: tensor.dtype for name, tensor in load_file(folder / "model.safetensors").items()}
 
 
 def half_precision(tensors: Tensors) -> None:

@@ -31,14 +31,12 @@ def validation_sampling(
 ) -> SamplingParams:
     """Return the sampling parameters of validation; see `training_sampling`."""
     chosen = settings.validation
-    return SamplingParams(
-        max_tokens=max_tokens,
+    return replace(
+        training_sampling(settings, max_tokens, stop_tokens),
         temperature=chosen.temperature,
         top_k=chosen.top_k,
         top_p=chosen.top_p,
         min_p=chosen.min_p,
-        stop=tuple(settings.stop),
-        stop_token_ids=stop_tokens,
         logprobs=False,
     )
 

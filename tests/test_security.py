@@ -205,7 +205,8 @@ def is_loopback(address: str) -> bool:
 @pytest.fixture
 def by_value() -> Iterator[None]:
     """Send this module to workers, which cannot import it; leave the cluster that other tests of the process share."""
-    ray = pytest.importorskip("ray")
+    import ray
+
     from rlcore_ray import cluster
 
     if ray.is_initialized():
@@ -285,7 +286,6 @@ def test_workers_of_a_cluster_bind_to_its_address_only(by_value: None) -> None:
 
 
 def test_an_address_has_an_interface() -> None:
-    pytest.importorskip("ray")
     import psutil
 
     from rlcore_ray.worker import interface_of

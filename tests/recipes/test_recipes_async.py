@@ -18,8 +18,6 @@ from click.testing import CliRunner
 from rlcore.cli.main import cli
 from rlcore.errors import RlcoreWarning
 
-ray = pytest.importorskip("ray")
-
 WAIT_S = 240.0
 APART = {
     "controller.kind": "ray",

@@ -17,8 +17,6 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-pytest.importorskip("ray")
-
 STEPS = 8
 GONE_S = 60.0  # no bound on speed: longer than anything takes that ends by itself, well under Ray's minute of waiting
 WAIT_S = 300.0

@@ -15,7 +15,6 @@ import pytest
 from rlcore_kit.testing.tiny_model import tiny_model
 
 pytest.importorskip("vllm")
-pytest.importorskip("ray")
 
 Steps = list[dict[str, float]]
 Run = Callable[[str, dict[str, Any]], Steps]

@@ -11,16 +11,15 @@ import threading
 import time
 
 import pytest
+import ray
 import torch
 
-ray = pytest.importorskip("ray")
-
-from rlcore.batch import Batch, Jagged  # noqa: E402
-from rlcore.controller.placement import ResourcePool  # noqa: E402
-from rlcore.errors import ConfigError, PlacementError, RlcoreWarning, WorkerDied  # noqa: E402
-from rlcore_ray import RayExecutor, capacity  # noqa: E402
-from rlcore_ray.cluster import _on_loopback, connect, disconnect  # noqa: E402
-from rlcore_ray.pool import SILENT_WAIT_S  # noqa: E402
+from rlcore.batch import Batch, Jagged
+from rlcore.controller.placement import ResourcePool
+from rlcore.errors import ConfigError, PlacementError, RlcoreWarning, WorkerDied
+from rlcore_ray import RayExecutor, capacity
+from rlcore_ray.cluster import _on_loopback, connect, disconnect
+from rlcore_ray.pool import SILENT_WAIT_S
 
 IMMEDIATELY_S = 20.0  # no bound on speed: well under the timeouts below
 WAIT_S = 300.0

@@ -9,21 +9,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import ray
 import torch
 import torch.distributed as dist
 
 from rlcore import Batch, Jagged
 from rlcore.controller import Dispatch, Event, Executor, LocalExecutor, dispatch
+from rlcore.controller.placement import ResourcePool
 from rlcore.errors import BatchError, CheckpointError, WorkerError
 from rlcore.metrics import Metrics
-
-ray = pytest.importorskip("ray")
-
-from rlcore.controller.placement import ResourcePool  # noqa: E402
-from rlcore_ray import RayExecutor, RemoteBatch, cluster  # noqa: E402
-
-psutil = pytest.importorskip("psutil")  # comes with Ray
+from rlcore_ray import RayExecutor, RemoteBatch, cluster
 
 MEETING_S = 60.0
 RANKS = 2

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+import psutil
 import pytest
+import ray
 import torch
 import torch.distributed as dist
 from click.testing import CliRunner
@@ -20,15 +22,10 @@ from click.testing import CliRunner
 from rlcore import Batch, Jagged
 from rlcore.cli.main import _OWN, cli
 from rlcore.controller import Dispatch, dispatch
+from rlcore.controller.placement import ResourcePool
 from rlcore.errors import EngineError, WorkerDied, WorkerError
-
-ray = pytest.importorskip("ray")
-
-from rlcore.controller.placement import ResourcePool  # noqa: E402
-from rlcore_ray import RayExecutor, cluster  # noqa: E402
-from rlcore_ray.guard import Guard  # noqa: E402
-
-psutil = pytest.importorskip("psutil")  # comes with Ray
+from rlcore_ray import RayExecutor, cluster
+from rlcore_ray.guard import Guard
 
 WAIT_S = 120.0
 PLACEMENT = {"actor": "train", "rollout": "gen", "compute": "gen"}

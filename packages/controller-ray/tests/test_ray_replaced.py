@@ -12,14 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from rlcore.controller.placement import ResourcePool
 from rlcore.engines.settings import WeightSyncSettings
 from rlcore.engines.weight_bucket import WeightBucket
 from rlcore.errors import RlcoreWarning, WorkerDied
-
-ray = pytest.importorskip("ray")
-
-from rlcore.controller.placement import ResourcePool  # noqa: E402
-from rlcore_ray import RayExecutor  # noqa: E402
+from rlcore_ray import RayExecutor
 
 pytestmark = [
     pytest.mark.slow,

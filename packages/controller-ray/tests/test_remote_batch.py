@@ -4,18 +4,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import ray
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlcore import Batch, Jagged
 from rlcore.errors import BatchError
-
-ray = pytest.importorskip("ray")
-
-from rlcore_ray import RemoteBatch, cluster  # noqa: E402
-from rlcore_ray.calls import packed, unpacked  # noqa: E402
-from rlcore_ray.remote_batch import materialize  # noqa: E402
+from rlcore_ray import RemoteBatch, cluster
+from rlcore_ray.calls import packed, unpacked
+from rlcore_ray.remote_batch import materialize
 
 examples = settings(max_examples=150, deadline=None)
 

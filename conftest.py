@@ -14,6 +14,8 @@ SHOWN = 10
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Print the seconds that the tests of each file took, with their fixtures; add them to the file $FILE_SECONDS."""
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the process that started it reports for all
+        return
     seconds: Counter[str] = Counter()
     for reports in terminalreporter.stats.values():
         for report in reports:

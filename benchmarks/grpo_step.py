@@ -18,7 +18,6 @@ import json
 import os
 import random
 import resource
-import socket
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any, TextIO
+
+from rlcore_kit.serving.ports import unused_port
 
 PROMPTS, GROUP, MAX_NEW, VOCABULARY = 16, 8, 64, 512
 
@@ -58,9 +59,7 @@ class Contestant:
 
     def __init__(self, name: str, arguments: argparse.Namespace, folder: Path) -> None:
         world = WORLD[name]
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = unused_port()
         self.processes = []
         for rank in range(world):
             environment = {

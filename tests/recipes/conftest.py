@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from rlcore.cli.main import cli
+from rlcore_kit.serving.ports import unused_port
 from rlcore_kit.testing.forks import Forked, ForkServer
 from rlcore_kit.testing.tiny_model import tiny_model
 
@@ -112,9 +112,7 @@ class Task:
         environment = {**os.environ, **ENVIRONMENT}
         if processes == 1:
             return [self.forks.start(program, environment)]
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused_port()), "WORLD_SIZE": str(processes)}
         ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
         return [self.forks.start(program, environment | rank) for rank in ranks]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from rlcore.engines import Completion, GenerationRequest, ModelSettings, RolloutSpec, SamplingParams
 from rlcore.engines.weight_bucket import WeightBucket
 from rlcore.errors import EngineError
+from rlcore_kit.serving.ports import unused_port
 from rlcore_kit.serving.replicas import Replicas
 from rlcore_kit.serving.weight_labels import FRESH, UNKNOWN, WeightLabels
 from rlcore_kit.testing.rollout_engine import PROMPT, RolloutEngineConformance
@@ -405,10 +405,7 @@ def test_a_pause_does_not_count_as_a_timeout(clients):
 @pytest.fixture
 def router(server):
     """SGLang's router in front of the server."""
-    with socket.socket() as first, socket.socket() as second:
-        for probe in (first, second):
-            probe.bind(("127.0.0.1", 0))
-        port, metrics = first.getsockname()[1], second.getsockname()[1]
+    port, metrics = unused_port(), unused_port()
     key = server.rollout.process.api_key
     where = ["--host", "127.0.0.1", "--port", str(port), "--prometheus-host", "127.0.0.1"]
     options = [*where, "--prometheus-port", str(metrics), "--worker-urls", server.url, "--api-key", key]

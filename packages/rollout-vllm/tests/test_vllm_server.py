@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from rlcore.engines import GenerationRequest, ModelSettings, RolloutEngine, RolloutSpec, SamplingParams
 from rlcore.engines.weight_bucket import WeightBucket
 from rlcore.errors import EngineError
+from rlcore_kit.serving.ports import unused_port
 from rlcore_kit.serving.replicas import Replicas
 from rlcore_kit.serving.weight_labels import UNKNOWN, WeightLabels
 from rlcore_kit.testing.rollout_engine import PROMPT, RolloutEngineConformance
@@ -71,9 +71,7 @@ def server(tmp_path_factory):
     """A server, which starts in a minute or more; its log is shown if it does not start or a test fails."""
     folder = tmp_path_factory.mktemp("server")
     model, other = wide_model(folder / "model", 0), wide_model(folder / "other", 1)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = unused_port()
     log = folder / "server.log"
     arguments = {
         "model": model,

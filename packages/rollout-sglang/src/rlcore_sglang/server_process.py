@@ -8,7 +8,6 @@ import os
 import re
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ import psutil
 
 from rlcore.errors import EngineError, WorkerDied, WorkerError
 from rlcore_kit.serving.connection import Connection
+from rlcore_kit.serving.ports import unused_port
 from rlcore_sglang.serve import REFUSED
 
 _POLL_S = 0.25
@@ -118,9 +118,7 @@ class ServerProcess:
             self._process.stdin.close()
 
     def _start(self, arguments: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = unused_port()
         self.url = f"http://127.0.0.1:{port}"
         self._name = f"rlcore-{secrets.token_hex(8)}"
         own = {"host": "127.0.0.1", "port": port, "api_key": self.api_key, "served_model_name": self._name}

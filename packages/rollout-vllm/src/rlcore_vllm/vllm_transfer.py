@@ -6,7 +6,6 @@ a stand-in for vLLM's engine. rlcore's transfer (`rlcore_vllm.delivery`) is the 
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import cache, cached_property
@@ -16,6 +15,7 @@ import torch
 
 from rlcore.engines.weight_bucket import WeightBucket
 from rlcore.errors import EngineError, WorkerError
+from rlcore_kit.serving.ports import unused_port
 from rlcore_vllm.backend import Backend
 from rlcore_vllm.quirks import CallableList
 
@@ -89,11 +89,8 @@ class VLLMTransfer:
             return IPCTrainerInitInfo(rank=0)
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         return NCCLTrainerInitInfo(
-            rank=0, master_address="127.0.0.1", master_port=port, world_size=1 + self._backend.workers
+            rank=0, master_address="127.0.0.1", master_port=unused_port(), world_size=1 + self._backend.workers
         )
 
     def _call(self, method: str, *args: Any) -> None:

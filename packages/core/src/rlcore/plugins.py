@@ -48,7 +48,7 @@ OURS: dict[tuple[str, str], str] = {
     **{("rlcore.rewards", name): "rlcore-rewards" for name in ("gsm8k", "math", "function", "combine")},
     **{("rlcore.recipes", name): "rlcore[fsdp]" for name in ("sft", "grpo", "ppo", "dapo")},
     **{("rlcore.trackers", name): "rlcore-recipes" for name in ("console", "jsonl", "wandb", "tensorboard")},
-    **{(COMMANDS, name): "rlcore[fsdp]" for name in ("quickstart", "data", "model", "plan")},
+    **{(COMMANDS, name): "rlcore[fsdp]" for name in ("quickstart", "data", "model", "plan", "export")},
 }
 
 
@@ -62,6 +62,9 @@ class Plugin:
         factory: ``module:attribute`` of the callable that builds it; the group says what it takes and returns.
         summary: one line for listings.
         configs: package whose ``*.yaml`` files are ready-made configurations (recipes), or "".
+        export: ``module:attribute`` of the function that writes a model folder from a checkpoint in a single process
+            (training engines); it takes an `rlcore.engines.ExportSpec`. "": the engine is built, loads the checkpoint
+            and saves the model.
     """
 
     interface: int
@@ -69,6 +72,7 @@ class Plugin:
     factory: str
     summary: str = ""
     configs: str = ""
+    export: str = ""
 
     def config_class(self) -> type[Config]:
         """Import the configuration model.
@@ -97,10 +101,15 @@ class Plugin:
         Raises:
             PluginError: it cannot be imported, or is not callable.
         """
-        factory = _import(self.factory, "factory")
-        if not callable(factory):
-            raise PluginError(f"factory {self.factory} is not callable: it is of type {type(factory).__name__}")
-        return factory  # type: ignore[no-any-return]
+        return _import_callable(self.factory, "factory")
+
+    def import_export(self) -> Callable[..., None] | None:
+        """Import the function of an `rlcore.engines.ExportSpec` that exports checkpoints; None if the plugin has none.
+
+        Raises:
+            PluginError: it cannot be imported, or is not callable.
+        """
+        return _import_callable(self.export, "export function") if self.export else None
 
     def ready_made(self) -> dict[str, Path]:
         """Return the files of ready-made configurations by name.
@@ -225,6 +234,13 @@ def _import(path: str, what: str) -> Any:
         return resolve(path)
     except (Exception, SystemExit) as error:
         raise PluginError(f"{what} {path} cannot be imported: {reason(error)}") from error
+
+
+def _import_callable(path: str, what: str) -> Callable[..., Any]:
+    found = _import(path, what)
+    if not callable(found):
+        raise PluginError(f"{what} {path} is not callable: it is of type {type(found).__name__}")
+    return found  # type: ignore[no-any-return]
 
 
 def _load_point(point: EntryPoint, what: str) -> Any:

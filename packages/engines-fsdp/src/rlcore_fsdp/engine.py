@@ -39,7 +39,7 @@ from rlcore_kit.model_folder import files
 from rlcore_kit.model_folder.length import check_rope
 from rlcore_kit.model_folder.loading import read_config
 from rlcore_kit.model_folder.tensor_names import to_model_files
-from rlcore_kit.model_folder.writing import write_on_first_rank
+from rlcore_kit.model_folder.writing import ADAPTERS, write_on_first_rank
 from rlcore_kit.training.device import choose_device
 from rlcore_kit.training.lr_schedule import learning_rate
 from rlcore_kit.training.micro_batches import check_batch, check_request, in_order, micro_batches
@@ -329,7 +329,9 @@ class FSDPTrainEngine(TrainEngine):
             adapters = lora.full_adapters(self.model) if self.settings.lora is not None else {}
             stream = self._as_model_files(lambda name: getattr(torch, self._origin.dtype_of(name)))
             others = partial(self._write_others, adapters)
-            write_on_first_rank(stream, Path(path), others, self.dp_rank, gather_objects)
+            write_on_first_rank(
+                stream, Path(path), others, self.dp_rank, gather_objects, self.spec.model.export_file_mb << 20
+            )
 
     def _as_model_files(self, dtype_of: Callable[[str], torch.dtype]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield full weights under the names and in the form of model files; all ranks iterate to the end."""
@@ -338,7 +340,7 @@ class FSDPTrainEngine(TrainEngine):
 
     def _write_others(self, adapters: dict[str, torch.Tensor], folder: Path, names: set[str]) -> None:
         if self.settings.lora is not None:
-            lora.write_adapters(adapters, self.model, self.settings.lora, self.spec.model.path, folder)
+            lora.write_adapters(adapters, self.model, self.settings.lora, self.spec.model.path, folder / ADAPTERS)
         write_others(self.model, self._origin, folder)
 
     def save(self, path: Path) -> None:

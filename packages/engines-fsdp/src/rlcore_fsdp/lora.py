@@ -22,7 +22,6 @@ from rlcore.engines import LoRASettings
 from rlcore.engines.settings import Head
 from rlcore.errors import EngineError
 from rlcore_fsdp import sharding
-from rlcore_kit.model_folder.writing import ADAPTERS
 
 ADAPTER = "default"
 """PEFT's name for the only adapter of every layer."""
@@ -108,17 +107,16 @@ def full_adapters(model: nn.Module) -> dict[str, torch.Tensor]:
 def write_adapters(
     weights: dict[str, torch.Tensor], model: PreTrainedModel, settings: LoRASettings, base: str, folder: Path
 ) -> None:
-    """Write the subfolder `ADAPTERS` of ``folder``, which ``peft.PeftModel.from_pretrained`` loads onto ``base``."""
+    """Write the new folder ``folder``, which ``peft.PeftModel.from_pretrained`` loads onto ``base``."""
     config = _peft_config(settings, _targets(model, settings))
     config.base_model_name_or_path = base
     config.inference_mode = True
     if any(name.startswith(f"{PREFIX}{SCORE}.") for name in weights):
         config.modules_to_save = [SCORE]
     config.target_modules = sorted(config.target_modules)  # PEFT's set has another order in every process
-    own = folder / ADAPTERS
-    own.mkdir()
-    save_file(weights, own / "adapter_model.safetensors")
-    config.save_pretrained(str(own))
+    folder.mkdir()
+    save_file(weights, folder / "adapter_model.safetensors")
+    config.save_pretrained(str(folder))
 
 
 def _matrices(layer: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -271,7 +271,8 @@ class MegatronEngine(TrainEngine):
         They have the precision of the files that the model came from, or ``export_dtype``; values are those of compute
         precision.
         """
-        write_model(self.export_weights(), self.hf_config, self._origin, Path(path))
+        limit = self.spec.model.export_file_mb << 20
+        write_model(self.export_weights(), self.hf_config, self._origin, Path(path), limit)
 
     @torch.no_grad()
     def save(self, path: Path) -> None:

@@ -6,5 +6,6 @@ train_engine = Plugin(
     interface=1,
     config="rlcore_megatron.settings:MegatronSettings",
     factory="rlcore_megatron.engine:build",
+    export="rlcore_megatron.export:export",
     summary="Megatron-core: tensor, pipeline, context, expert and data parallelism, on CUDA (or slowly on the CPU)",
 )

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from rlcore.engines.reward import Reward, RewardResult, RewardSample
     from rlcore.engines.rollout import Completion, GenerationRequest, RolloutEngine, SamplingParams
     from rlcore.engines.settings import (
+        ExportSpec,
         LoRASettings,
         ModelSettings,
         OptimSettings,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Completion": "rollout",
+    "ExportSpec": "settings",
     "ForwardRequest": "train",
     "GenerationRequest": "rollout",
     "LoRASettings": "settings",
@@ -48,6 +50,7 @@ _HOMES = {
 
 __all__ = [
     "Completion",
+    "ExportSpec",
     "ForwardRequest",
     "GenerationRequest",
     "LoRASettings",

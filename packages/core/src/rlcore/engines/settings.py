@@ -47,6 +47,9 @@ class ModelSettings(Config):
     export_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="Precision of the weights of an exported model; null is that of the model's own files."
     )
+    export_file_mb: int = Field(
+        4096, gt=0, description="Maximum size of a weight file of an exported model, in MiB; a tensor is never divided."
+    )
 
     def packages(self) -> Iterator[tuple[str, Package]]:
         if self.attn_implementation == "flash_attention_2":
@@ -163,6 +166,23 @@ class TrainEngineSpec:
     max_tokens: int = 16384
     seed: int = 0
     max_length: int | None = None
+
+
+@dataclass(frozen=True)
+class ExportSpec:
+    """What an engine's plugin needs to turn a checkpoint into a model folder, in a single process on the CPU.
+
+    Attributes:
+        engine: the model (``export_dtype`` and ``export_file_mb`` count) and the options of the run; no optimizer.
+        checkpoint: folder that `TrainEngine.save` wrote, in any layout.
+        folder: what to write; there is none yet.
+        adapter: write the adapters alone, in PEFT's format, instead of complete weights.
+    """
+
+    engine: TrainEngineSpec
+    checkpoint: Path
+    folder: Path
+    adapter: bool = False
 
 
 @dataclass(frozen=True)

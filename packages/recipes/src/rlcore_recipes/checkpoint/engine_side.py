@@ -10,8 +10,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 
 from rlcore.engines import TrainEngine
@@ -69,7 +70,9 @@ def finish_upload(engine: TrainEngine, location: CheckpointLocation, role: str) 
         shutil.rmtree(_source(location, role), ignore_errors=True)
 
 
-def fetch_part(engine: TrainEngine, location: CheckpointLocation, role: str, files: Mapping[str, FileRecord]) -> None:
+def fetch_part(
+    engine: TrainEngine | None, location: CheckpointLocation, role: str, files: Mapping[str, FileRecord]
+) -> None:
     """Download and check the part of ``engine``; once on each machine, whatever the number of its processes.
 
     Raises:
@@ -93,7 +96,26 @@ def load_part(engine: TrainEngine, location: CheckpointLocation, role: str, file
     engine.load(_inbox(location, role, files) / role if location.remote else Path(location.path) / role)
 
 
-def discard_part(engine: TrainEngine, location: CheckpointLocation, role: str, files: Mapping[str, FileRecord]) -> None:
+@contextmanager
+def local_part(location: CheckpointLocation, role: str, files: Mapping[str, FileRecord]) -> Iterator[Path]:
+    """Have the folder that `TrainEngine.load` takes on this machine, for a process that has no engine.
+
+    Raises:
+        CheckpointError: see `fetch_part`.
+    """
+    if not location.remote:
+        yield Path(location.path) / role
+        return
+    fetch_part(None, location, role, files)
+    try:
+        yield _inbox(location, role, files) / role
+    finally:
+        discard_part(None, location, role, files)
+
+
+def discard_part(
+    engine: TrainEngine | None, location: CheckpointLocation, role: str, files: Mapping[str, FileRecord]
+) -> None:
     """Delete what `fetch_part` brought here; called when every process has loaded it."""
     folder = _inbox(location, role, files)
     shutil.rmtree(folder, ignore_errors=True)

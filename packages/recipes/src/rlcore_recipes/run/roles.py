@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlcore import plugins
+from rlcore.config import Config
 from rlcore.engines import (
     ModelSettings,
     OptimSettings,
@@ -58,6 +59,17 @@ class Roles:
         }
 
 
+def engine_of(role: ModelRole, policy: ModelRole | None = None) -> tuple[str, Config]:
+    """Return the name of the engine of ``role``, and its options.
+
+    Args:
+        policy: the role whose engine a `FollowingRole` takes unless it names one.
+    """
+    if policy is not None and isinstance(role, FollowingRole):
+        return role.engine_with(policy)
+    return role.engine, role.options
+
+
 def train_engine(
     role: ModelRole,
     model: ModelSettings,
@@ -72,13 +84,10 @@ def train_engine(
     """Build the engine of ``role``; ``engines`` are the other engines of its process.
 
     Args:
-        policy: the role whose engine a `FollowingRole` takes unless it names one.
+        policy: see `engine_of`.
         max_length: longest sequence that the run may make, in tokens; None if unknown.
     """
-    if policy is not None and isinstance(role, FollowingRole):
-        name, options = role.engine_with(policy)
-    else:
-        name, options = role.engine, role.options
+    name, options = engine_of(role, policy)
     budget = role.max_tokens_per_micro_batch
     spec = TrainEngineSpec(
         model=model,

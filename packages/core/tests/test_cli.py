@@ -21,10 +21,14 @@ from rlcore.plugins import Plugin
 class Optim(Config):
     lr: float = Field(1e-6, gt=0, description="Learning rate.")
 
+class Nothing(Config):
+    "Nothing to set."
+
 class Settings(Config):
     '''What to try.'''
     outcome: str = Field("good", description="How it ends.")
     optim: Optim = Optim()
+    nothing: Nothing = Nothing()
 
 def run(config):
     if config.outcome == "data":
@@ -119,7 +123,13 @@ def test_run_help_is_an_overview():
     result = rlcore_command("run", "attempt", "--help")
     assert result.exit_code == 0
     assert "Usage: rlcore run attempt [OPTIONS] [KEY=VALUE]..." in result.output
-    for text in ("Try something.", "--config FILE", "Ready-made configurations:\n  --config base\n", "optim  1 key"):
+    for text in (
+        "Try something.",
+        "--config FILE",
+        "Ready-made configurations:\n  --config base\n",
+        "optim      1 key",
+        "nothing  no keys",
+    ):
         assert text in result.output, text
     assert "optim.lr" not in result.output
 
@@ -272,7 +282,7 @@ def test_command_of_another_package():
 
 def test_config_show_validates_and_fills_in_defaults():
     shown = yaml.safe_load(rlcore_command("config", "show", "attempt", "optim.lr=0.5").output)
-    assert shown == {"outcome": "good", "optim": {"lr": 0.5}}
+    assert shown == {"outcome": "good", "optim": {"lr": 0.5}, "nothing": {}}
 
 
 def test_config_validate():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import sqlite3
 from collections import defaultdict
+from contextlib import closing
 
 import pytest
 from rich.console import Console
@@ -12,8 +14,9 @@ from rich.console import Console
 from rlcore import plugins
 from rlcore.tracking import RunInfo, Tracker
 from rlcore_kit.testing.tracker import TrackerConformance
+from rlcore_recipes.trackers import open_trackers
 from rlcore_recipes.trackers.console import ConsoleTracker
-from rlcore_recipes.trackers.settings import ConsoleSettings, JsonlSettings, TensorboardSettings
+from rlcore_recipes.trackers.settings import ConsoleSettings, JsonlSettings, SwanlabSettings, TensorboardSettings
 
 
 class TestJsonl(TrackerConformance):
@@ -41,6 +44,29 @@ class TestTensorboard(TrackerConformance):
             for event in events.Scalars(name):
                 assert name not in found[event.step]
                 found[event.step][name] = event.value
+        return found
+
+
+class TestSwanlab(TrackerConformance):
+    """In local mode, whose files the dashboard reads."""
+
+    def make(self, info: RunInfo) -> Tracker:
+        return open_trackers({"swanlab": SwanlabSettings(mode="local")}, info)
+
+    def logged(self, info: RunInfo) -> dict[int, dict[str, float]]:
+        folder = max((info.out_dir / "swanlog").glob("run-*"))
+        found: defaultdict[int, dict[str, float]] = defaultdict(dict)
+        with closing(sqlite3.connect(info.out_dir / "swanlog" / "runs.swanlab")) as data_base:
+            columns = data_base.execute(
+                "SELECT tag.name, tag.folder FROM tag JOIN experiment ON tag.experiment_id = experiment.id "
+                "WHERE experiment.run_id = ?",
+                [folder.name],
+            )
+            for name, place in columns:
+                for line in (folder / "logs" / place / "1000.log").read_text().splitlines():
+                    point = json.loads(line)
+                    assert name not in found[point["index"]]
+                    found[point["index"]][name] = point["data"]
         return found
 
 

@@ -294,15 +294,11 @@ def test_tensorboard(run: RunInfo) -> None:
     assert '"lr": 0.1' in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
 
 
-@pytest.mark.parametrize(
-    ("name", "module", "options"),
-    [("wandb", "wandb", WandbSettings()), ("tensorboard", "torch.utils.tensorboard", TensorboardSettings())],
-)
-def test_missing_package_names_what_to_install(
-    run: RunInfo, monkeypatch: pytest.MonkeyPatch, name: str, module: str, options: WandbSettings
-) -> None:
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(PluginError, match=rf"pip install 'rlcore-recipes\[{name}\]'"):
+@pytest.mark.parametrize("name", ["wandb", "tensorboard", "swanlab"])
+def test_missing_package_names_what_to_install(run: RunInfo, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    options = plugins.get("rlcore.trackers", name).config_class()()
+    with pytest.raises(PluginError, match=rf"the tracker {name} needs .* pip install 'rlcore-recipes\[{name}\]'"):
         open_trackers({name: options}, run)
 
 

@@ -47,7 +47,11 @@ OURS: dict[tuple[str, str], str] = {
     ("rlcore.executors", "ray"): "rlcore[ray]",
     **{("rlcore.rewards", name): "rlcore-rewards" for name in ("gsm8k", "math", "function", "combine")},
     **{("rlcore.recipes", name): "rlcore[fsdp]" for name in ("sft", "grpo", "ppo", "dapo")},
-    **{("rlcore.trackers", name): "rlcore-recipes" for name in ("console", "jsonl", "wandb", "tensorboard")},
+    **{("rlcore.trackers", name): "rlcore-recipes" for name in ("console", "jsonl", "parquet")},
+    **{
+        ("rlcore.trackers", name): f"rlcore-recipes[{name}]"
+        for name in ("wandb", "tensorboard", "swanlab", "mlflow", "trackio")
+    },
     **{(COMMANDS, name): "rlcore[fsdp]" for name in ("quickstart", "data", "model", "plan", "export")},
 }
 

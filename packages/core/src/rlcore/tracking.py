@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ class RunInfo:
         total_steps: planned steps, for progress displays.
         config: the resolved configuration as plain values.
         start_step: steps done before, when the run was resumed; what was logged after it is about to be repeated.
+        versions: what the run's code is: versions of packages by name, and the commit of the working folder.
     """
 
     out_dir: Path
@@ -29,12 +30,14 @@ class RunInfo:
     total_steps: int
     config: Mapping[str, Any]
     start_step: int = 0
+    versions: Mapping[str, str] = field(default_factory=dict)
 
 
 class Tracker(ABC):
-    """Receives metrics and tables; called on rank zero only, by the training thread, one call at a time.
+    """Receives metrics, tables and histograms; on rank zero only, made, called and closed by one thread.
 
-    A tracker must never end the run: it warns once instead.
+    That thread is the tracker's, and training does not wait for it. A tracker that raises an exception is warned about
+    once; it never ends the run.
     """
 
     @abstractmethod
@@ -43,6 +46,15 @@ class Tracker(ABC):
 
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
         """Log a table such as validation generations; ignored by trackers without tables."""
+        return
+
+    def log_histogram(self, name: str, edges: Sequence[float], counts: Sequence[int], step: int) -> None:
+        """Log how values are distributed; ignored by trackers without histograms.
+
+        Args:
+            edges: ascending and finite, one more than ``counts``.
+            counts: values between an edge and the next.
+        """
         return
 
     def progress(self, what: str, done: int, total: int, step: int) -> None:

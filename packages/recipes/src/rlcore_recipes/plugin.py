@@ -55,3 +55,9 @@ tensorboard_tracker = Plugin(
     factory="rlcore_recipes.trackers.tensorboard:open_tensorboard",
     summary="TensorBoard event files.",
 )
+swanlab_tracker = Plugin(
+    interface=1,
+    config="rlcore_recipes.trackers.settings:SwanlabSettings",
+    factory="rlcore_recipes.trackers.swanlab:open_swanlab",
+    summary="SwanLab, online, offline or with its local dashboard.",
+)

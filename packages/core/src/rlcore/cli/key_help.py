@@ -151,8 +151,10 @@ class KeyHelp:
         table.add_column(no_wrap=True, justify="right", style="green")
         table.add_column()
         for child in self._children(path):
-            count = sum(len(section.keys) for section in self._sections if _within(section.path, child.path))
-            table.add_row(f"  {child.path}", _counted(count) if count else "broken", Text(child.description))
+            inside = [section for section in self._sections if _within(section.path, child.path)]
+            count = sum(len(section.keys) for section in inside)
+            broken = not count and any(section.model is None for section in inside)
+            table.add_row(f"  {child.path}", "broken" if broken else _counted(count), Text(child.description))
         self._console.print(table)
 
 
@@ -188,7 +190,7 @@ def _same(section: Section, first: Section) -> str:
 
 
 def _counted(keys: int) -> str:
-    return f"{keys} key{'s' * (keys > 1)}"
+    return f"{keys} key{'s' * (keys > 1)}" if keys else "no keys"
 
 
 def _join(path: str, name: str) -> str:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 from warnings import warn
 
 from rlcore import plugins
 from rlcore.config import Config
-from rlcore.errors import RlcoreError, RlcoreWarning
+from rlcore.errors import PluginError, RlcoreError, RlcoreWarning
 from rlcore.tracking import RunInfo, Tracker
+from rlcore_recipes.trackers.background import BackgroundTracker
 from rlcore_recipes.trackers.settings import JsonlSettings
 
 GROUP = "rlcore.trackers"
+IMMEDIATE = ("console", "jsonl")
+"""Trackers that the training thread calls itself; each of the others has a separate thread."""
 
 
 class Trackers(Tracker):
@@ -28,6 +32,9 @@ class Trackers(Tracker):
 
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
         self._each(lambda tracker: tracker.log_table(name, columns, rows, step))
+
+    def log_histogram(self, name: str, edges: Sequence[float], counts: Sequence[int], step: int) -> None:
+        self._each(lambda tracker: tracker.log_histogram(name, edges, counts, step))
 
     def progress(self, what: str, done: int, total: int, step: int) -> None:
         self._each(lambda tracker: tracker.progress(what, done, total, step))
@@ -58,12 +65,20 @@ def open_trackers(sections: Mapping[str, Config], run: RunInfo) -> Trackers:
     Raises:
         PluginError: a tracker's package is not installed. Any other failure to start is a warning.
     """
+    for name, options in sections.items():
+        for _, package in options.packages():
+            if not package.installed:
+                raise PluginError(f"the tracker {name} {package.advice}")
     trackers: dict[str, Tracker] = {}
-    for name, options in {"jsonl": JsonlSettings(), **sections}.items():
+    for name, options in {"jsonl": JsonlSettings(), **sections}.items():  # first jsonl, whose file others may read
+        build = partial(plugins.get(GROUP, name).build, options, run)
+        if name not in IMMEDIATE:
+            trackers[name] = BackgroundTracker(name, build)
+            continue
         try:
-            trackers[name] = plugins.get(GROUP, name).build(options, run)
+            trackers[name] = build()
         except RlcoreError:
             raise
-        except Exception as error:  # no connection, no account …
+        except Exception as error:
             warn(f"tracker {name} could not be started: {type(error).__name__}: {error}", RlcoreWarning, stacklevel=2)
     return Trackers(trackers)

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from warnings import warn
@@ -46,6 +46,17 @@ class JsonlTracker(Tracker):
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
         path = self._out_dir / TABLES / f"{name.replace('/', '-')}.jsonl"
         _append(path, [{"step": step, **dict(zip(columns, row))} for row in rows])
+
+
+def logged_metrics(out_dir: Path, until: int) -> Iterator[tuple[int, dict[str, float]]]:
+    """Yield step and finite metrics of the lines of ``metrics.jsonl`` up to step ``until``."""
+    with open_regular(out_dir / METRICS) as file:
+        for line in iter(lambda: file.readline(_LONGEST_LINE), b""):
+            step = _step_of(line)
+            if step is None or step > until:  # of the run that goes on, under way perhaps
+                return
+            found = {name: value for name, value in json.loads(line).items() if value is not None}
+            yield int(step), {name: value for name, value in found.items() if name not in ("step", "time")}
 
 
 def _append(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:

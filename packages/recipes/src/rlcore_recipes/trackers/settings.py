@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from rlcore.config import Config, FileName, Package
+from rlcore.config import Config, FileName, FilePath, Package
 
 
 class ConsoleSettings(Config):
@@ -65,3 +65,23 @@ class TensorboardSettings(Config):
 
     def packages(self) -> Iterator[tuple[str, Package]]:
         yield "", Package("tensorboard", "rlcore-recipes[tensorboard]")
+
+
+class SwanlabSettings(Config):
+    """SwanLab."""
+
+    project: str | None = Field(None, description="Project; null takes the run's.")
+    workspace: str | None = Field(None, description="User or organisation; null takes the account's default.")
+    mode: Literal["online", "cloud", "offline", "local", "disabled"] | None = Field(
+        None,
+        description="local writes for `swanlab watch`, offline for a later `swanlab sync`; cloud is online; null goes "
+        "by SWANLAB_MODE, online without it.",
+    )
+    log_dir: FilePath | None = Field(
+        None, description="Folder of its files; null goes by SWANLAB_LOG_DIR, without it out_dir/swanlog."
+    )
+    group: str | None = Field(None, description="Group of runs.")
+    tags: list[str] = Field([], description="Tags of the run.")
+
+    def packages(self) -> Iterator[tuple[str, Package]]:
+        yield "", Package("swanlab", "rlcore-recipes[swanlab]")

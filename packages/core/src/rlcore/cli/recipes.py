@@ -83,11 +83,20 @@ def load_complete(plugin: Plugin, file: str | None, overrides: tuple[str, ...]) 
         ConfigError: also if one is not installed; the message has one line per key.
     """
     config = load(plugin, file, overrides)
+    check_packages(config)
+    return config
+
+
+def check_packages(config: Config) -> None:
+    """Check that every package is installed that ``config`` needs.
+
+    Raises:
+        ConfigError: one is not; the message has one line per key.
+    """
     missing = [f"{key}: {advice}" for key, advice in missing_packages(config)]
     if missing:
         count = f"{len(missing)} package{'s' * (len(missing) > 1)}"
         raise ConfigError("\n  ".join([f"the configuration is valid, but {count} cannot be found:", *missing]))
-    return config
 
 
 def summary(name: str) -> str:

@@ -11,6 +11,8 @@ from rlcore import plugins
 from rlcore.cli import recipes
 from rlcore.cli.console import out
 from rlcore.cli.key_help import KeyHelp
+from rlcore.config import Config
+from rlcore.plugins import Plugin
 
 
 class _Recipe(recipes.ConfiguredCommand):
@@ -27,10 +29,7 @@ class _Recipe(recipes.ConfiguredCommand):
         )
 
     def _run(self, file: str | None, overrides: tuple[str, ...]) -> None:
-        config = recipes.load_complete(self._plugin, file, overrides)
-        if not {"", os.getcwd()} & set(sys.path):  # python -m has it: functions of the user's own modules are found
-            sys.path.append(os.getcwd())
-        self._plugin.build(config)
+        start(self._plugin, recipes.load_complete(self._plugin, file, overrides))
 
     def get_help_option(self, ctx: click.Context) -> click.Option:
         return click.Option(
@@ -61,6 +60,13 @@ class _Recipe(recipes.ConfiguredCommand):
         else:
             click.echo(text)
         ctx.exit()
+
+
+def start(plugin: Plugin, config: Config) -> None:
+    """Run the recipe ``plugin`` in this process."""
+    if not {"", os.getcwd()} & set(sys.path):  # python -m has it: functions of the user's own modules are found
+        sys.path.append(os.getcwd())
+    plugin.build(config)
 
 
 class _Recipes(click.Group):

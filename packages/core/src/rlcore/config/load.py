@@ -41,13 +41,22 @@ def load_config(model: type[C], path: Path | str | None = None, overrides: Seque
     return _validated(model, layers)
 
 
-def validate_config(model: type[C], values: Mapping[str, Any]) -> C:
+def validate_config(
+    model: type[C],
+    values: Mapping[str, Any],
+    source: str = "values given",
+    places: Mapping[yaml_format.KeyPath, str] | None = None,
+) -> C:
     """Validate ``values``, nested mappings as in a file.
+
+    Args:
+        source: what the values come from, for the title of a message.
+        places: where in the source each key was given, for the line of a problem.
 
     Raises:
         ConfigError: the values are not valid; the message has one line per problem.
     """
-    return _validated(model, [Layer("values given", values)])
+    return _validated(model, [Layer(source, values, places or {})])
 
 
 def dump_config(config: Config) -> str:

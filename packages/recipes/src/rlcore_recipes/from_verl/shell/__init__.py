@@ -1,0 +1,1 @@
+"""A shell script, read without being run."""

@@ -34,6 +34,7 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     "rlcore_megatron": {CORE, KIT},
     "rlcore_vllm": {CORE, KIT},
     "rlcore_sglang": {CORE, KIT},
+    "rlcore_http": {CORE, KIT},
     "rlcore_rewards": {CORE, KIT},
     "rlcore_recipes": {CORE, KIT},
 }

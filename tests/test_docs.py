@@ -135,7 +135,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
         with one_by_one:
             return build(replace(spec, options=InlineSettings(), max_model_len=64))
 
-    for module in ("rlcore_vllm.engine", "rlcore_sglang.engine"):
+    for module in ("rlcore_vllm.engine", "rlcore_sglang.engine", "rlcore_http.engine"):
         monkeypatch.setattr(f"{module}.build", inline)
     for registry in (advantages, policy_losses):
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
@@ -293,7 +293,14 @@ def test_page_of_configuration_keys_has_every_key() -> None:
             for key in section.keys:
                 name = f"{section.path}.{key.name}".lstrip(".")
                 assert f"\n`{name}`\n: " in page
-    for name in ("actor.fsdp.", "actor.megatron.", "rollout.inline.", "rollout.vllm.", "rollout.sglang."):
+    for name in (
+        "actor.fsdp.",
+        "actor.megatron.",
+        "rollout.inline.",
+        "rollout.vllm.",
+        "rollout.sglang.",
+        "rollout.http.",
+    ):
         assert f"\n`{name}" in page
 
 

@@ -72,6 +72,7 @@ def test_packages_require_versions_of_one_another_that_fit(name: str) -> None:
         ("megatron", {"rlcore-engines-megatron", "ray"}),
         ("vllm", {"rlcore-rollout-vllm", "vllm"}),
         ("sglang", {"rlcore-rollout-sglang", "sglang"}),
+        ("http", {"rlcore-rollout-http"}),
     ],
 )
 def test_each_backends_extra_alone_runs_recipes(extra: str, needed: set[str]) -> None:

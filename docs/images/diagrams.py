@@ -30,7 +30,7 @@ STAGES = (
         "generate",
         "rollouts",
         ("tokens, loss_mask", "rollout_logprobs", "token_version", "group"),
-        ("rollout engine", "inline, vllm, sglang"),
+        ("rollout engine", "inline, vllm, sglang, http"),
     ),
     Stage("log-probs", "add_logprobs", ("old_logprobs", "ref_logprobs", "entropy"), ("training engines", "actor, ref")),
     Stage("score", "add_scores", ("score",), ("reward processes,", "reward model")),
@@ -62,6 +62,7 @@ LAYERS = (
         Package("rollout-inline", "rlcore_inline", "generation"),
         Package("rollout-vllm", "rlcore_vllm", "generation"),
         Package("rollout-sglang", "rlcore_sglang", "generation"),
+        Package("rollout-http", "rlcore_http", "generation"),
         Package("rewards", "rlcore_rewards", "scoring"),
     ),
     (

@@ -43,6 +43,7 @@ OURS: dict[tuple[str, str], str] = {
     ("rlcore.rollout_engines", "inline"): "rlcore[fsdp]",
     ("rlcore.rollout_engines", "vllm"): "rlcore[vllm]",
     ("rlcore.rollout_engines", "sglang"): "rlcore[sglang]",
+    ("rlcore.rollout_engines", "http"): "rlcore[http]",
     ("rlcore.executors", "local"): "rlcore",
     ("rlcore.executors", "ray"): "rlcore[ray]",
     **{("rlcore.rewards", name): "rlcore-rewards" for name in ("gsm8k", "math", "function", "combine")},

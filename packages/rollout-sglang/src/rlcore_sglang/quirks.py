@@ -2,7 +2,7 @@
 
 Written for and tested with SGLang 0.5.21. Each entry states its reason and can be removed with it. In other modules are
 the sampler (`rlcore_sglang.sampler`), the format of posted weights (`rlcore_sglang.payload`) and the check of updates
-(`rlcore_sglang.weights.checked`).
+(`rlcore_kit.serving.weight_stream.checked`).
 """
 
 from __future__ import annotations

@@ -16,14 +16,14 @@ from rlcore_kit.serving.connection import Connection
 from rlcore_kit.serving.handshake import Handshake
 from rlcore_kit.serving.server_rollout import ServerRollout, open_connection
 from rlcore_kit.serving.weight_labels import WeightLabels
-from rlcore_kit.serving.weight_stream import with_device
-from rlcore_kit.serving.wire_format import ending_tokens
+from rlcore_kit.serving.weight_stream import checked, shapes_of, with_device
+from rlcore_kit.serving.wire_format import ending_tokens, joined
 from rlcore_sglang import wire_format
 from rlcore_sglang.api import SGLangServerAPI
 from rlcore_sglang.handshake import shake_hands
 from rlcore_sglang.server_process import ServerProcess
 from rlcore_sglang.settings import SGLangSettings
-from rlcore_sglang.weights import checked, open_delivery, shapes_of
+from rlcore_sglang.weights import open_delivery
 
 WATCH_S = 2.0
 """Seconds between two looks at the server's processes while a request waits for its answer."""
@@ -115,13 +115,13 @@ class SGLangServerRollout(ServerRollout):
             while True:
                 answer = await self._part(call, wire_format.remaining(request, call.completion), ends)
                 part = wire_format.completion(request, answer, self.url, self._labels)
-                call.completion = wire_format.joined(call.completion, part)
+                call.completion = joined(call.completion, part)
                 interrupted = part.finish_reason == "abort" and call in self._interrupted and not call.aborted
                 if not interrupted and not wire_format.ended_too_early(answer, ends):
                     return call.completion
                 if self._tokens_left(call) == 0:
                     end = Completion([], [], "length", request_id=request.request_id)
-                    return wire_format.joined(call.completion, end)
+                    return joined(call.completion, end)
                 self._interrupted.discard(call)
         finally:
             self._interrupted.discard(call)

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,8 +19,6 @@ from rlcore_kit.serving.weight_files import write_weights
 from rlcore_sglang import payload
 from rlcore_sglang.settings import SGLangSettings
 from rlcore_sglang.update_group import UpdateGroup
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Delivery(ABC):
@@ -162,51 +159,6 @@ def open_delivery(connection: Connection, settings: SGLangSettings, workers: int
     if settings.weights == "distributed":
         return Broadcast(connection, settings, workers)
     return Written(connection, settings)
-
-
-def shapes_of(model: str) -> Shapes:
-    """Return names and shapes of all tensors in a model's folder; empty if this process cannot read it."""
-    from safetensors import safe_open
-
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in Path(model).glob("*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a dict
-                shapes[name] = tuple(tensors.get_slice(name).get_shape())
-    return shapes
-
-
-def checked(buckets: Iterable[WeightBucket], shapes: Shapes) -> Iterator[WeightBucket]:
-    """Yield ``buckets`` after comparing them with the names and ``shapes`` of the model's folder.
-
-    SGLang (0.5) skips tensors that it does not know, keeps old weights where tensors are missing, and ends the whole
-    server at a tensor of another shape.
-
-    Raises:
-        EngineError: a tensor is unknown, has another shape, or is missing at the end.
-    """
-    missing = set(shapes)
-    for bucket in buckets:
-        if shapes:
-            tensors = tuple(pair for pair in bucket.tensors if pair[0] in shapes or pair[0] != _HEAD)
-            for name, tensor in tensors:
-                if name not in shapes:
-                    raise EngineError(f"the weight update holds {name}, which the model does not have")
-                if tuple(tensor.shape) != shapes[name]:
-                    raise EngineError(
-                        f"the weight update holds {name} of shape {list(tensor.shape)} instead of {list(shapes[name])}"
-                    )
-            missing -= {name for name, _ in tensors}
-            bucket = WeightBucket(tensors)
-        if bucket.tensors:
-            yield bucket
-    if missing:
-        named = ", ".join(sorted(missing)[:3]) + (" …" if len(missing) > 3 else "")
-        raise EngineError(f"the weight update lacks {len(missing)} of {len(shapes)} tensors: {named}")
-
-
-_HEAD = "lm_head.weight"
-"""Missing in folders if it is tied to the embedding; trainers may send it all the same."""
 
 
 def _pieces(bucket: WeightBucket, max_bytes: int) -> Iterator[list[tuple[str, torch.Tensor]]]:

@@ -80,19 +80,3 @@ def remaining(request: GenerationRequest, partial: Completion) -> GenerationRequ
     """Return the request for what is left of ``request`` after ``partial``; it samples the same tokens as before."""
     sampling = replace(request.sampling, max_tokens=request.sampling.max_tokens - len(partial.tokens))
     return replace(request, prompt=[*request.prompt, *partial.tokens], sampling=sampling)
-
-
-def joined(partial: Completion, rest: Completion) -> Completion:
-    """Return ``partial`` and its continuation ``rest`` as one completion."""
-    versions = list(partial.versions)
-    for version, count in rest.versions:
-        if versions and versions[-1][0] == version:
-            versions[-1] = (version, versions[-1][1] + count)
-        else:
-            versions.append((version, count))
-    return replace(
-        rest,
-        tokens=[*partial.tokens, *rest.tokens],
-        logprobs=[*partial.logprobs, *rest.logprobs],
-        versions=versions,
-    )

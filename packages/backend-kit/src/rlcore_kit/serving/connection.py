@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import json
 import threading
-from collections.abc import Coroutine, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from typing import Any, Literal, TypeVar
 
 import httpx
@@ -22,10 +23,22 @@ KEEP_ALIVE_S = 2.0
 """Idle connections are closed after this time, before the server closes them (vLLM and SGLang after 5 s). If this
 process is too busy to do so in time, a request may use a connection that the server has just closed."""
 FIRST_RETRY_S = 0.2
+STREAM_END = "[DONE]"
+"""Last event of a stream of the OpenAI protocol."""
 MAXIMUM_QUOTE = 600
 """Characters of a server's error that a message quotes."""
 GRACE_S = 5.0
 """Seconds that a call from another thread waits in addition to the timeout of its request."""
+
+
+class Overloaded(EngineError):
+    """The server has too many requests (429) and took none of this one.
+
+    Attributes:
+        retry_after_s: seconds after which it asks to be asked again; None if it does not say.
+    """
+
+    retry_after_s: float | None = None
 
 
 class Connection:
@@ -35,6 +48,7 @@ class Connection:
 
     Args:
         api_key: sent as a bearer token; None sends none.
+        headers: further headers of every request.
         max_connections: maximum number of simultaneous connections.
         retries: further attempts if no connection can be established, if a kept connection was closed before an answer
             began, and for GET requests.
@@ -46,6 +60,7 @@ class Connection:
         url: str,
         *,
         api_key: str | None = None,
+        headers: Mapping[str, str] | None = None,
         max_connections: int = 256,
         retries: int = 3,
         timeout_s: float = 60,
@@ -58,7 +73,7 @@ class Connection:
         self._loop = asyncio.new_event_loop()
         self._client = httpx.AsyncClient(
             base_url=self.url,
-            headers={} if api_key is None else {"Authorization": f"Bearer {api_key}"},
+            headers={**(headers or {}), **({} if api_key is None else {"Authorization": f"Bearer {api_key}"})},
             limits=httpx.Limits(
                 max_connections=max_connections,
                 max_keepalive_connections=max_connections,
@@ -158,6 +173,46 @@ class Connection:
             wait *= 2
         raise AssertionError("unreachable")
 
+    async def events(self, path: str, what: str, *, body: Any) -> AsyncIterator[Any]:
+        """Post ``body`` and yield the decoded events of the answer (server-sent events), on the connection's thread.
+
+        A closed iterator closes the stream. An answer without limit: callers set a timeout.
+
+        Raises:
+            WorkerDied, WorkerError, EngineError: as for `request`; a stream that breaks is never sent again.
+        """
+        wait = FIRST_RETRY_S
+        for left in range(self._retries, -1, -1):
+            trace = _RequestTrace()
+            try:
+                async with self._client.stream("POST", path, json=body, extensions={"trace": trace.note}) as response:
+                    if not response.is_success:
+                        await response.aread()
+                        self._decoded(response, what)
+                    async for line in response.aiter_lines():
+                        field, _, value = line.partition(":")
+                        if field == "data" and value.strip() != STREAM_END:
+                            yield self._event(value, what)
+                return
+            except (httpx.ConnectError, httpx.ConnectTimeout) as error:  # nothing was sent
+                failure = WorkerDied(f"{self.url} accepts no connection: {_reason(error)}")
+            except httpx.TransportError as error:
+                failure = WorkerDied(f"{self.url} closed the connection before it could {what}: {_reason(error)}")
+                if not trace.stale:
+                    raise failure from error
+            if not left:
+                raise failure
+            await asyncio.sleep(wait)
+            wait *= 2
+
+    def _event(self, text: str, what: str) -> Any:
+        try:
+            return json.loads(text)
+        except ValueError:
+            raise WorkerError(
+                f"{self.url} sent an event that is not JSON when asked to {what}: {text[:80]!r}"
+            ) from None
+
     def close(self) -> None:
         """Cancel requests and end the thread; idempotent."""
         if self._closed:
@@ -198,6 +253,11 @@ class Connection:
                 f"{self.url} refuses access ({status}: {message}); set api_key_env to the environment variable that "
                 "holds the API key"
             )
+        if status == 429:
+            overloaded = Overloaded(f"{self.url} has too many requests to {what} ({status}): {message}")
+            with contextlib.suppress(ValueError):  # a date is not understood
+                overloaded.retry_after_s = float(response.headers.get("retry-after", ""))
+            raise overloaded
         if status >= 500:
             raise WorkerError(f"{self.url} failed to {what} ({status}): {message}")
         raise EngineError(f"{self.url} refuses to {what} ({status}): {message}")

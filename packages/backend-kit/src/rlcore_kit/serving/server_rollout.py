@@ -6,7 +6,7 @@ import asyncio
 import threading
 import uuid
 from abc import abstractmethod
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from typing import Any
 
 from rlcore.engines.rollout import Completion, GenerationRequest, RolloutEngine
@@ -26,11 +26,14 @@ _CONTROL_CONNECTIONS = 8
 """Connections in addition to those for completions."""
 
 
-def open_connection(url: str, settings: ServerClientSettings, api_key: str | None) -> Connection:
+def open_connection(
+    url: str, settings: ServerClientSettings, api_key: str | None, headers: Mapping[str, str] | None = None
+) -> Connection:
     """Open a connection to the server at ``url`` with the limits of ``settings``."""
     return Connection(
         url,
         api_key=api_key,
+        headers=headers,
         max_connections=settings.max_connections + _CONTROL_CONNECTIONS,
         retries=settings.retries,
         timeout_s=settings.control_timeout_s,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rlcore.engines.rollout import Completion, FinishReason, GenerationRequest
@@ -59,3 +59,19 @@ def completion(
     reasons: dict[str | None, FinishReason] = {"stop": "stop", "length": "length"}
     reason = reasons.get(answer.finish_reason, "abort")
     return Completion(answer.tokens, answer.logprobs, reason, versions, request.request_id)
+
+
+def joined(partial: Completion, rest: Completion) -> Completion:
+    """Return ``partial`` and its continuation ``rest`` as one completion."""
+    versions = list(partial.versions)
+    for version, count in rest.versions:
+        if versions and versions[-1][0] == version:
+            versions[-1] = (version, versions[-1][1] + count)
+        else:
+            versions.append((version, count))
+    return replace(
+        rest,
+        tokens=[*partial.tokens, *rest.tokens],
+        logprobs=[*partial.logprobs, *rest.logprobs],
+        versions=versions,
+    )

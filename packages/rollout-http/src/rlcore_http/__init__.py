@@ -1,0 +1,1 @@
+"""Running inference servers for rlcore, by URL: the rollout engine ``http``."""

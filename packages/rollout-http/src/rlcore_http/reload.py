@@ -1,0 +1,123 @@
+"""Have a server load weights from a folder, by the endpoints of vLLM or SGLang, or by a command of the user."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from shutil import copyfile
+
+from rlcore.engines.settings import ModelSettings
+from rlcore.engines.weight_bucket import WeightBucket
+from rlcore.errors import EngineError, WorkerError
+from rlcore_http.settings import HTTPSettings
+from rlcore_kit.model_folder.files import CONFIG, optional_file
+from rlcore_kit.model_folder.writing import write_model_folder
+from rlcore_kit.serving.connection import Connection
+
+POLL_S = 0.5
+OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf")
+MAX_OUTPUT = 400
+"""Characters of the end of a command's output that a message quotes."""
+
+
+def write_folder(model: ModelSettings, parent: Path, url: str, buckets: Iterable[WeightBucket]) -> Path:
+    """Write a model folder with the weights in ``buckets`` for the server at ``url``, below ``parent``; return it.
+
+    All files but the weights are copies of the files of ``model``. The weights of an earlier update are replaced.
+    """
+    source = source_folder(model)
+    name = "".join(letter if letter.isalnum() else "-" for letter in url.partition("://")[2])
+
+    def copy_others(folder: Path, _: set[str]) -> None:
+        for file in sorted(source.iterdir()):
+            if file.is_file() and ".safetensors" not in file.name and file.suffix not in OTHER_WEIGHTS:
+                copyfile(file, folder / file.name)
+
+    write_model_folder((pair for bucket in buckets for pair in bucket.tensors), parent / name, copy_others)
+    return (parent / name).resolve()
+
+
+def source_folder(model: ModelSettings) -> Path:
+    """Return the folder with the files of ``model``, in the cache if it comes from the Hub.
+
+    Raises:
+        EngineError: it has no configuration there.
+    """
+    file = optional_file(model, CONFIG)
+    if file is None:
+        raise EngineError(f"the model {model.path} has no {CONFIG}")
+    return file.parent.resolve() if Path(model.path).expanduser().is_dir() else file.parent
+
+
+def reload(connection: Connection, settings: HTTPSettings, folder: Path, version: int) -> None:
+    """Have the server behind ``connection`` serve the weights in ``folder``.
+
+    Raises:
+        EngineError: the server has no endpoint for it, or the command failed.
+        WorkerError: the server failed, or is not healthy in time.
+    """
+    if settings.reload == "command":
+        _run(settings, connection.url, folder, version)
+        _wait_until_healthy(connection, settings.reload_timeout_s)
+        return
+    limit = settings.reload_timeout_s
+    try:
+        if settings.reload == "vllm":
+            body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+            connection.ask("POST", "/collective_rpc", f"read the weights in {folder}", body=body, timeout_s=limit)
+            connection.ask("POST", "/reset_prefix_cache", "reset its prefix cache")
+        else:
+            disk = {"model_path": str(folder), "load_format": "safetensors", "flush_cache": True}
+            connection.ask(
+                "POST", "/update_weights_from_disk", f"read the weights in {folder}", body=disk, timeout_s=limit
+            )
+    except EngineError as error:
+        if "(404" not in str(error):
+            raise
+        remedy = {"vllm": "start vLLM with VLLM_SERVER_DEV_MODE=1 in its environment", "sglang": "is it SGLang?"}
+        raise EngineError(
+            f"{connection.url} has no endpoint for rollout.http.reload={settings.reload}; {remedy[settings.reload]}"
+        ) from error
+
+
+def _run(settings: HTTPSettings, url: str, folder: Path, version: int) -> None:
+    """Run the user's command; its output goes to a file, because a server that it starts may keep it open."""
+    words = [word.format(folder=folder, url=url, version=version) for word in settings.command]
+    log = folder.with_name(f"{folder.name}.log")
+    try:
+        with log.open("wb") as output:
+            done = subprocess.run(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                timeout=settings.reload_timeout_s,
+                check=False,
+            )
+    except OSError as error:
+        raise EngineError(f"reload_command cannot be started: {error}") from error
+    except subprocess.TimeoutExpired:
+        raise EngineError(
+            f"reload_command did not end within {settings.reload_timeout_s:g} s (reload_timeout_s)"
+        ) from None
+    if done.returncode:
+        end = " ".join(log.read_text(errors="replace").split())[-MAX_OUTPUT:]
+        raise EngineError(f"reload_command ended with status {done.returncode}: {end or 'no output'} ({log})")
+
+
+def _wait_until_healthy(connection: Connection, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            connection.ask(
+                "GET", "/health", "report its health", timeout_s=min(timeout_s, connection.timeout_s), plain=True
+            )
+            return
+        except WorkerError as error:
+            if time.monotonic() > deadline:
+                raise WorkerError(
+                    f"{connection.url} is not healthy {timeout_s:g} s after reload_command (reload_timeout_s): {error}"
+                ) from error
+            time.sleep(POLL_S)

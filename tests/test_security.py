@@ -23,6 +23,9 @@ ALLOWED = {
     "packages/core/src/rlcore/controller/spmd.py": {
         "pickle.loads": "from the other ranks of the same job, through its own process group and store",
     },
+    "packages/rewards/src/rlcore_rewards/calling.py": {
+        "cloudpickle.loads": "in the contained process, of a function that the user names or gives to rlcore.train",
+    },
     "packages/rewards/src/rlcore_rewards/worker.py": {
         "pickle.loads": "in the contained process, of what the trainer wrote; the way back is JSON",
     },

@@ -13,6 +13,8 @@ __version__ = version("rlcore")
 if TYPE_CHECKING:
     from rlcore.batch import Batch, Jagged
     from rlcore.engines import Reward, RolloutEngine, TrainEngine
+    from rlcore.launch import open_run, train
+    from rlcore.training_run import TrainingInterrupted, TrainingRun
 
 _HOMES = {
     "Batch": "rlcore.batch",
@@ -20,9 +22,24 @@ _HOMES = {
     "TrainEngine": "rlcore.engines",
     "RolloutEngine": "rlcore.engines",
     "Reward": "rlcore.engines",
+    "train": "rlcore.launch",
+    "open_run": "rlcore.launch",
+    "TrainingRun": "rlcore.training_run",
+    "TrainingInterrupted": "rlcore.training_run",
 }
 
-__all__ = ["Batch", "Jagged", "Reward", "RolloutEngine", "TrainEngine", "__version__"]
+__all__ = [
+    "Batch",
+    "Jagged",
+    "Reward",
+    "RolloutEngine",
+    "TrainEngine",
+    "TrainingInterrupted",
+    "TrainingRun",
+    "__version__",
+    "open_run",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

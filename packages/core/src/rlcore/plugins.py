@@ -35,6 +35,8 @@ GROUPS: dict[str, tuple[str, int]] = {
 }
 ALGORITHMS = "rlcore.algorithms"
 COMMANDS = "rlcore.commands"
+FUNCTIONS = "rlcore.functions"
+"""Functions of `rlcore` itself that another package brings (`rlcore.launch`)."""
 
 # (group, plugin of one of rlcore's packages) -> what to install, for messages about plugins that are not installed
 OURS: dict[tuple[str, str], str] = {
@@ -53,6 +55,7 @@ OURS: dict[tuple[str, str], str] = {
         ("rlcore.trackers", name): f"rlcore-recipes[{name}]"
         for name in ("wandb", "tensorboard", "swanlab", "mlflow", "trackio")
     },
+    **{(FUNCTIONS, name): "rlcore[fsdp]" for name in ("train", "open_run")},
     **{(COMMANDS, name): "rlcore[fsdp]" for name in ("quickstart", "data", "model", "plan", "export")},
 }
 

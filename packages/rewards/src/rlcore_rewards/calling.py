@@ -13,6 +13,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import cloudpickle
+
 from rlcore.engines.reward import RewardSample
 from rlcore.suggestions import functions_of
 from rlcore_rewards.reply import WorkerFailure
@@ -25,6 +27,9 @@ KEYWORDS: dict[str, Callable[[RewardSample], Any]] = {
 }
 """The keyword arguments of verl's ``compute_score``, as functions of a sample."""
 
+PICKLE = ".pickle"
+"""Ending of a file that holds a function, written by cloudpickle."""
+
 BATCHED = ("completions", "prompts")
 """First parameters of functions that score a list of samples, such as TRL's."""
 
@@ -36,17 +41,21 @@ def load(options: Mapping[str, Any]) -> Callable[[RewardSample], Any]:
     and in addition ``kwargs``. It may be a coroutine function; all calls share one event loop.
 
     Args:
-        options: ``home`` (a file or module), ``name`` of the function in it, and ``kwargs``.
+        options: ``home`` (a file or module), ``name`` of the function in it, and ``kwargs``. A file that ends with
+            `PICKLE` holds the function itself.
 
     Raises:
         WorkerFailure: the function does not exist or takes other arguments.
     """
     home, name, kwargs = options["home"], options["name"], options["kwargs"]
-    module = _from_file(Path(home)) if home.endswith(".py") else _from_import(home)
-    try:
-        function = reduce(getattr, name.split("."), module)
-    except AttributeError:
-        raise WorkerFailure("startup", f"{home} has no {name!r}{functions_of(module)}") from None
+    if home.endswith(PICKLE):
+        function = cloudpickle.loads(Path(home).read_bytes())
+    else:
+        module = _from_file(Path(home)) if home.endswith(".py") else _from_import(home)
+        try:
+            function = reduce(getattr, name.split("."), module)
+        except AttributeError:
+            raise WorkerFailure("startup", f"{home} has no {name!r}{functions_of(module)}") from None
     if not callable(function):
         raise WorkerFailure("startup", f"{name!r} in {home} is a {type(function).__name__}, not a function")
     call = _adapt(function, kwargs)

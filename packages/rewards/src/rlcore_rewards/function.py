@@ -13,16 +13,19 @@ from rlcore.config.values import is_url
 from rlcore.engines.settings import RewardSettings
 from rlcore.errors import ConfigError
 from rlcore.suggestions import similar_paths
+from rlcore_rewards.calling import PICKLE
 from rlcore_rewards.pool import PooledReward
 from rlcore_rewards.reply import WorkerFailure
 
-_PATH = re.compile(r"(.+\.py|[A-Za-z_][\w.]*):([A-Za-z_][\w.]*)")
+_PATH = re.compile(r"(.+\.(?:py|pickle)|[A-Za-z_][\w.]*):([A-Za-z_][\w.]*)")
 
 
 class FunctionOptions(Config):
     """Options of `function`."""
 
-    path: FileName = Field(description="'file.py:function' or 'package.module:function'.")
+    path: FileName = Field(
+        description="'file.py:function' or 'package.module:function'; rlcore.train names the files that it writes."
+    )
     kwargs: dict[str, JsonValue] = Field({}, description="Additional keyword arguments of every call.")
 
     @field_validator("path")
@@ -42,7 +45,7 @@ def function_reward(options: FunctionOptions, settings: RewardSettings) -> Poole
     home, _, name = options.path.rpartition(":")
     if is_url(home):
         raise ConfigError(f"reward function {options.path!r}: it must be in a file on this machine, not at a URL")
-    if home.endswith(".py"):
+    if home.endswith((".py", PICKLE)):
         file = Path(home).expanduser().resolve()
         if not file.is_file():
             problem = "is not a regular file" if file.exists() else f"does not exist{similar_paths(file)}"
@@ -52,4 +55,5 @@ def function_reward(options: FunctionOptions, settings: RewardSettings) -> Poole
     try:
         return PooledReward("function", "rlcore_rewards.calling:load", spec, settings)
     except WorkerFailure as failure:
-        raise ConfigError(f"reward function {options.path!r}: {failure}") from None
+        what = name if home.endswith(PICKLE) else repr(options.path)
+        raise ConfigError(f"reward function {what}: {failure}") from None

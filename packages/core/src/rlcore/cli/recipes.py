@@ -62,18 +62,28 @@ def load(plugin: Plugin, file: str | None, overrides: tuple[str, ...]) -> Config
     Raises:
         ConfigError: there is no such file, or the configuration is not valid.
     """
-    path = None if file is None else Path(file)
-    if path is not None and len(path.parts) == 1 and not path.suffix and not path.exists():
-        ready_made = plugin.ready_made()
-        if path.name not in ready_made:
-            names = ", ".join(ready_made) or "none"
-            close = get_close_matches(path.name, ready_made, n=3)
-            hint = f"; did you mean {' or '.join(close)}?" if close else ""
-            raise ConfigError(f"{file}: neither a file nor a ready-made configuration of this recipe ({names}){hint}")
-        path = ready_made[path.name]
+    path = None if file is None else configuration_file(plugin, file)
     if path is not None:
         file_layers(path)  # what is wrong with the file itself is said before the recipe, and torch, is imported
     return load_config(plugin.config_class(), path, overrides)
+
+
+def configuration_file(plugin: Plugin, file: str) -> Path:
+    """Return the path of ``file``, which may be the name of a ready-made configuration.
+
+    Raises:
+        ConfigError: there is neither a file nor a ready-made configuration of that name.
+    """
+    path = Path(file)
+    if len(path.parts) != 1 or path.suffix or path.exists():
+        return path
+    ready_made = plugin.ready_made()
+    if path.name not in ready_made:
+        names = ", ".join(ready_made) or "none"
+        close = get_close_matches(path.name, ready_made, n=3)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise ConfigError(f"{file}: neither a file nor a ready-made configuration of this recipe ({names}){hint}")
+    return ready_made[path.name]
 
 
 def load_complete(plugin: Plugin, file: str | None, overrides: tuple[str, ...]) -> Config:

@@ -24,7 +24,7 @@ MOST_FILES = 64
 
 @dataclass(frozen=True)
 class Layer:
-    """Values from one source, and where in it each key stands."""
+    """Values from one source ("" for one that the user did not give), and where in it each key stands."""
 
     source: str
     values: Mapping[str, Any]

@@ -38,7 +38,7 @@ def load_config(model: type[C], path: Path | str | None = None, overrides: Seque
     """
     layers = [] if path is None else file_layers(path)
     layers += override_layers(model, overrides)
-    return _validated(model, layers)
+    return validate_layers(model, layers)
 
 
 def validate_config(
@@ -56,7 +56,7 @@ def validate_config(
     Raises:
         ConfigError: the values are not valid; the message has one line per problem.
     """
-    return _validated(model, [Layer(source, values, places or {})])
+    return validate_layers(model, [Layer(source, values, places or {})])
 
 
 def dump_config(config: Config) -> str:
@@ -64,7 +64,12 @@ def dump_config(config: Config) -> str:
     return yaml_format.dump(config.model_dump(mode="json"))
 
 
-def _validated(model: type[C], layers: Sequence[Layer]) -> C:
+def validate_layers(model: type[C], layers: Sequence[Layer]) -> C:
+    """Merge ``layers``, of which later ones take precedence, and validate the values.
+
+    Raises:
+        ConfigError: the values are not valid; the message has one line per problem.
+    """
     values: Any = {}
     for layer in layers:
         values = overlay(model, values, layer.values)
@@ -74,7 +79,7 @@ def _validated(model: type[C], layers: Sequence[Layer]) -> C:
     except ValidationError as error:
         placed = [replace(layer, places=_spelled_out(model, layer.places)) for layer in layers]
         lines = problem_lines(error, values, partial(_place, placed), Hints(model))
-        sources = "".join(dict.fromkeys(f"; {layer.source}" for layer in layers))
+        sources = "".join(dict.fromkeys(f"; {layer.source}" for layer in layers if layer.source))
         title = f"invalid configuration ({len(lines)} problem{'s' * (len(lines) > 1)}{sources}):"
         raise ConfigError("\n  ".join([title, *lines])) from error
 

@@ -1,9 +1,9 @@
-"""Overrides: ``a.b.c=value`` on the command line."""
+"""Overrides: ``a.b.c=value`` on the command line, ``{"a.b.c": value}`` in Python."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import NoneType
 from typing import Any, get_args, get_origin
 
@@ -26,20 +26,38 @@ def override_layers(model: type[Config], overrides: Sequence[str]) -> list[Layer
     Raises:
         ConfigError: an override has no key, its value is not YAML, or a short form contradicts another override.
     """
-    layers = []
-    given: dict[tuple[str, ...], Any] = {}
+    given = []
     for override in overrides:
         match = _OVERRIDE.fullmatch(override)
         if match is None:
             raise ConfigError(f"override {shortened(override)!r}: must look like a.b.c=value")
         path = tuple(match["key"].split("."))
-        value = given[path] = _value(model, path, match["value"])
-        values: Any = value
+        given.append((path, _value(model, path, match["value"])))
+    return _layers(model, given, COMMAND_LINE)
+
+
+def value_layers(model: type[Config], values: Mapping[str, Any], source: str) -> list[Layer]:
+    """Return a layer per value, as `override_layers` does for text.
+
+    Args:
+        values: by dotted key; a mapping is laid over what the section has.
+        source: where problems say that the values stand.
+
+    Raises:
+        ConfigError: a short form contradicts another value.
+    """
+    return _layers(model, [(tuple(key.split(".")), value) for key, value in values.items()], source)
+
+
+def _layers(model: type[Config], given: Sequence[tuple[tuple[str, ...], Any]], source: str) -> list[Layer]:
+    layers = []
+    for path, value in given:
+        values = value
         for key in reversed(path):
             values = {key: values}
-        layer = Layer(COMMAND_LINE, values, dict.fromkeys(_key_paths(values), COMMAND_LINE))
+        layer = Layer(source, values, dict.fromkeys(_key_paths(values), source))
         layers.append(((len(path), path[-1] != "name"), layer))
-    _check_short_forms(model, given)
+    _check_short_forms(model, dict(given))
     return [layer for _, layer in sorted(layers, key=lambda item: item[0])]
 
 
@@ -106,7 +124,7 @@ def _type_within(annotation: Any, metadata: Any, path: Sequence[str]) -> Any:
     return _type_within(arguments[1], (), path[1:]) if get_origin(annotation) is dict else None
 
 
-def _check_short_forms(model: type[Config], given: dict[tuple[str, ...], Any]) -> None:
+def _check_short_forms(model: type[Config], given: Mapping[tuple[str, ...], Any]) -> None:
     for path in given:
         parent = schema_at(model, path[:-1])
         form = parent.short_forms.get(path[-1]) if parent is not None else None

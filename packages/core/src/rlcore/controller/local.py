@@ -12,7 +12,6 @@ All ranks take part in every call but the last kind: what fails on one rank rais
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
+from rlcore import event_loop
 from rlcore.controller.dispatch import (
     Dispatch,
     dispatch_of,
@@ -96,7 +96,7 @@ class LocalExecutor(Executor):
     def submit(self, workers: Any, function: Callable[..., T], *args: Any) -> Done[T]:
         def work() -> Any:
             result = function(workers._engine, *args)
-            return asyncio.run(result) if inspect.iscoroutine(result) else result
+            return event_loop.run(result) if inspect.iscoroutine(result) else result
 
         return Done(self.on_main(work, f"{workers._role}: {name_of(function)}"))
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rlcore import event_loop
 from rlcore.progress import report
 
 REWARD_INTERFACE = 1
@@ -101,7 +102,7 @@ class Reward(ABC):
 
             return await asyncio.gather(*map(one, samples))
 
-        return asyncio.run(gather())
+        return event_loop.run(gather())
 
     def stats(self) -> dict[str, int]:
         """Return counts since construction: ``samples``, ``errors``, and ``errors/<kind>`` for each kind so far."""

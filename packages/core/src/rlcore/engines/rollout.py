@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from rlcore import event_loop
 from rlcore.controller.dispatch import Dispatch, dispatch
 from rlcore.engines.weight_bucket import WeightBucket
 from rlcore.progress import report
@@ -157,7 +158,7 @@ class RolloutEngine(ABC):
         async def gather() -> list[Completion]:
             return await asyncio.gather(*map(one, requests))
 
-        return asyncio.run(gather())
+        return event_loop.run(gather())
 
     @abstractmethod
     @dispatch(Dispatch.BROADCAST)

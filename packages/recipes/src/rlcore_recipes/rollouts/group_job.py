@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from rlcore.batch import Batch
 from rlcore.engines import RolloutEngine
+from rlcore.event_loop import Runner
 from rlcore.progress import report
 from rlcore_recipes.data.prompts import PromptSample
 from rlcore_recipes.rollouts.episode import Episode
@@ -44,8 +45,8 @@ async def run_group(engine: RolloutEngine, job: GroupJob) -> Batch:
 
 def run_groups(engine: RolloutEngine, jobs: Sequence[GroupJob]) -> Iterator[tuple[list[int], Batch]]:
     """Run all ``jobs`` at the same time; yield the index and the trajectories of each as soon as it is complete."""
-    with asyncio.Runner() as runner:  # cancels what is unfinished if the caller stops early
-        loop, done = runner.get_loop(), 0
+    with Runner() as runner:  # cancels what is unfinished if the caller stops early
+        loop, done = runner.loop, 0
         tasks = {loop.create_task(run_group(engine, job)): index for index, job in enumerate(jobs)}
         waiting = set(tasks)
         while waiting:

@@ -8,24 +8,37 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from rlcore.boundary import boundary
 from rlcore.config import Config, dump_config, yaml_format
 from rlcore.config.values import is_path
 from rlcore.errors import ConfigError
 from rlcore.regular_file import read_regular
+from rlcore_kit.checkpoint import json_file
+from rlcore_kit.checkpoint.json_file import Count, JsonFile
 from rlcore_recipes.checkpoint.naming import CheckpointLocation, normal
 from rlcore_recipes.checkpoint.storage import open_storage
 from rlcore_recipes.settings.trainer import TrainerSettings
 from rlcore_recipes.trackers.jsonl import METRICS, TABLES
 
 CONFIG = "config.yaml"
+PLAN = "plan.json"
 CHECKPOINTS = "checkpoints"
 MODEL = "model"
 LOGS = "logs"
 TIMELINE = "trace.json"
 RUN_FILES = (CONFIG, CHECKPOINTS, METRICS)
 """Files by which the folder of a run is recognised."""
-_LARGEST_CONFIG = 16 << 20  # bytes
+LARGEST_CONFIG = 16 << 20
+"""Bytes of the configuration in a run's folder."""
+
+
+class RunPlan(JsonFile):
+    """What is known of a run since its start, and not written in its configuration."""
+
+    recipe: str = Field(description="Name of the recipe.")
+    total_steps: Count = Field(description="Number of steps of the run.")
 
 
 def check_free(trainer: TrainerSettings, config: Config) -> None:
@@ -143,6 +156,27 @@ def write_config(folder: Path, config: Config, step: int) -> Replaced:
     return Replaced(changed, kept)
 
 
+def write_plan(folder: Path, plan: RunPlan) -> None:
+    """Write what `read_plan` reads.
+
+    Raises:
+        ConfigError: the folder cannot be written to.
+    """
+    with boundary(f"trainer.out_dir={folder} cannot be written to", ConfigError):
+        temporary = folder / f"{PLAN}.tmp"
+        temporary.write_bytes(plan.encoded(indent=1))
+        temporary.rename(folder / PLAN)
+
+
+def read_plan(folder: Path) -> RunPlan | None:
+    """Return the plan of the run in ``folder``; None if it did not get that far.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    return json_file.read(folder / PLAN, RunPlan) if os.path.lexists(folder / PLAN) else None
+
+
 def _new_attempt(folder: Path) -> Path:
     number = 1
     while os.path.lexists(attempt := folder / f"attempt-{number}"):
@@ -161,7 +195,7 @@ def changed_keys(path: Path, config: Config) -> list[str]:
         return []
     try:
         with boundary(f"{path} cannot be read", ConfigError):
-            before, _ = yaml_format.parse(read_regular(path, _LARGEST_CONFIG).decode("utf-8"), str(path))
+            before, _ = yaml_format.parse(read_regular(path, LARGEST_CONFIG).decode("utf-8"), str(path))
     except ConfigError as error:
         return [f"all of {CONFIG}, as {error}"]
     after, _ = yaml_format.parse(dump_config(config), "the configuration")

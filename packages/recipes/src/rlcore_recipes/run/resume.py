@@ -8,7 +8,7 @@ import uuid
 from rlcore.errors import CheckpointError
 from rlcore_recipes.checkpoint import Checkpoint, CheckpointManager
 from rlcore_recipes.ranks import executor, is_main, on_rank_zero
-from rlcore_recipes.run.folder import write_config
+from rlcore_recipes.run.folder import Replaced, RunPlan, write_config, write_plan
 from rlcore_recipes.run.trainable import Run
 
 NAMED_KEYS = 10
@@ -43,7 +43,13 @@ def resumed(run: Run) -> tuple[CheckpointManager, int, str]:
     if trainer.save_freq > 0:
         checkpoints.check_room(0 if found is None else found.state.step, run.session.total_steps)
     done, run_id = _loaded(run, checkpoints, found)
-    replaced = on_rank_zero(lambda: write_config(trainer.out_dir, run.session.config, done))
+
+    def write() -> Replaced:
+        replaced = write_config(trainer.out_dir, run.session.config, done)
+        write_plan(trainer.out_dir, RunPlan(recipe=run.recipe, total_steps=run.session.total_steps))
+        return replaced
+
+    replaced = on_rank_zero(write)
     if is_main():
         if found is not None:
             print(_how(run, found), file=sys.stderr)

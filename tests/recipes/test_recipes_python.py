@@ -1,0 +1,230 @@
+"""`rlcore.train` and `rlcore.open_run`: the runs of the command line, from Python objects, in scripts and notebooks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+import rlcore
+from rlcore.errors import DataError, RlcoreError
+from rlcore_recipes.grpo import GRPOConfig
+from rlcore_recipes.python.reward_objects import reward_argument
+from rlcore_recipes.sft import SFTConfig
+
+KEYS: Mapping[str, Any] = {
+    "data.train_batch_size": 4,
+    "data.max_prompt_length": 32,
+    "data.max_response_length": 8,
+    "rollout.n": 2,
+    "reward.workers": 1,
+    "trainer.total_steps": 2,
+    "trainer.trackers": ["jsonl"],
+}
+
+
+def rows(count: int) -> list[dict[str, Any]]:
+    return [
+        {"prompt": [{"role": "user", "content": f"say {n}"}], "ground_truth": "7", "data_source": "letters"}
+        for n in range(count)
+    ]
+
+
+def length(solution_str: str, **_: Any) -> float:
+    return len(solution_str) / 10
+
+
+def closure() -> Callable[..., float]:
+    letters = set("abcdefghijklmnopqrstuvwxyz")
+
+    def lower(solution_str: str, data_source: str, **_: Any) -> float:
+        return sum(char in letters for char in solution_str) / 8
+
+    return lower
+
+
+def untimed(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics that every run of the same steps has."""
+    varying = ("time", "perf/", "timing")
+    return {name: value for name, value in metrics.items() if value is not None and not name.startswith(varying)}
+
+
+@pytest.fixture
+def train(task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., rlcore.TrainingRun]:
+    """`rlcore.train` with the task's model, in a folder without anything."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(recipe: str = "grpo", overrides: Mapping[str, Any] = KEYS, **given: Any) -> rlcore.TrainingRun:
+        return rlcore.train(recipe, **{"model": task.model, "overrides": overrides, **given})
+
+    return call
+
+
+def test_objects_train_as_files_do(train: Any, task: Any, tmp_path: Path, metrics_of: Any) -> None:
+    run = train(data=rows(8), val_data=pa.Table.from_pylist(rows(2)), reward=closure())
+    assert run.out_dir.parent == Path("runs")
+    assert run.complete
+    assert run.model_path is not None
+    assert (run.model_path / "tokenizer_config.json").is_file()
+    assert [Path(path).name for path in run.checkpoints] == ["step-000002"]
+    assert run.config["trainer"]["test_freq"] == 10
+    assert run.rollouts.column("data_source").to_pylist() == ["letters"] * 4  # two before, two after training
+    assert rlcore.open_run(str(run.out_dir)) == run
+    assert "metrics" not in repr(run)
+
+    files = {"train": rows(8), "test": rows(2)}
+    for name, content in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    (tmp_path / "my.py").write_text(
+        "def lower(solution_str, **_):\n    return sum(c.isascii() and c.islower() for c in solution_str) / 8\n"
+    )
+    keys = {"data.train_files": "train.jsonl", "data.val_files": "test.jsonl", "reward.path": "my.py:lower"}
+    result = task.run("grpo", Path("cli"), {**KEYS, **keys, "trainer.trackers": "[jsonl]", "trainer.test_freq": 10})
+    assert result.exit_code == 0, result.output
+    for ours, theirs in zip(run.metrics.to_pylist(), metrics_of(Path("cli")), strict=True):
+        assert untimed(ours) == untimed(theirs)
+    opened = rlcore.open_run("cli")
+    assert opened.complete
+    assert opened.model_path is None
+
+
+def test_several_rewards_are_added_and_a_run_continues_with_its_objects(train: Any, capfd: Any) -> None:
+    async def half(solution_str: str, **_: Any) -> float:
+        return 0.5
+
+    rewards = [(closure(), 2.0), half, length, (partial(length, data_source="other"), -1), ("gsm8k", 0)]
+    given = {"data": rows(8), "reward": rewards, "out_dir": "mine"}
+    first = train(**given)
+    assert first.config["reward"]["combine"]["rewards"][2]["function"]["path"].endswith("reward-2.pickle:length")
+    means = {name: first.metrics[f"reward/{name}/score"] for name in ("lower", "half", "length", "length_2")}
+    assert means["half"].to_pylist() == [0.5, 0.5]
+    assert means["length"].to_pylist() == means["length_2"].to_pylist()
+    for total, lower in zip(first.metrics["critic/score/mean"].to_pylist(), means["lower"].to_pylist()):
+        assert total == pytest.approx(2 * lower + 0.5)
+
+    assert train(**given) == first  # complete
+    longer = train(**given, overrides={**KEYS, "trainer.total_steps": 3})
+    assert longer.metrics["step"].to_pylist() == [1, 2, 3]
+    assert longer.complete
+    assert "continuing after step 2" in capfd.readouterr().err
+    with pytest.raises(RlcoreError, match="holds others"):
+        train(
+            **{**given, "data": [{**row, "ground_truth": "8"} for row in rows(8)]},
+            overrides={**KEYS, "trainer.total_steps": 4},
+        )
+
+
+def test_interrupt_leaves_a_checkpoint_from_which_the_same_call_continues(train: Any) -> None:
+    trainers = [os.getpid()]
+
+    def interrupting(solution_str: str, **_: Any) -> float:
+        while trainers:  # once: the second interrupt is immediate
+            os.kill(trainers.pop(), signal.SIGINT)
+        return 0.0
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(rlcore.TrainingInterrupted, match=r"after step 1; .* again with out_dir='a'") as interrupt:
+        train(data=rows(1), reward=interrupting, out_dir="a", overrides={**KEYS, "data.train_batch_size": 1})
+    assert signal.getsignal(signal.SIGINT) is handler
+    run = interrupt.value.run
+    assert (run.complete, run.model_path, len(run.checkpoints)) == (False, None, 1)
+    run = train(data=rows(1), reward=length, out_dir="a", overrides={**KEYS, "data.train_batch_size": 1})
+    assert run.complete
+    assert run.metrics["step"].to_pylist() == [1, 2]
+
+
+def test_other_recipes_and_configuration_objects(train: Any, task: Any) -> None:
+    data = [{"prompt": f"say {n}", "response": "abc", "data_source": "letters"} for n in range(4)]
+    sizes = {"data.train_batch_size": 2, "trainer.total_steps": 1, "trainer.trackers": ["jsonl"]}
+    run = train("sft", data=data, val_data=pa.Table.from_pylist(data), overrides=sizes)
+    assert run.complete
+    assert run.metrics.column("val/loss").null_count == 0
+    config = GRPOConfig(
+        model={"path": str(task.model)},
+        data={"train_files": str(task.train), "train_batch_size": 4, "max_prompt_length": 32, "max_response_length": 8},
+        reward={"name": "gsm8k", "max_error_ratio": 1},
+        rollout={"n": 2},
+        trainer={"out_dir": "configured", "total_steps": 1, "save_hf": False, "trackers": ["jsonl"]},
+    )
+    run = rlcore.train("grpo", config=config, reward=[closure(), "gsm8k"], overrides={"reward": {"workers": 1}})
+    assert run.out_dir == Path("configured")
+    assert run.model_path is None
+    assert run.config["reward"]["max_error_ratio"] == 1
+    assert run.config["data"]["train_files"] == [str(task.train)]
+    again = rlcore.train("grpo", config=run.config, overrides={"trainer.out_dir": "copied"})
+    assert untimed(again.metrics.to_pylist()[0]) == untimed(run.metrics.to_pylist()[0])
+
+
+def test_closure_reaches_the_processes_of_ray(cluster: None, train: Any) -> None:
+    run = train(data=rows(4), reward=closure(), overrides={**KEYS, "controller.kind": "ray", "trainer.total_steps": 1})
+    assert run.complete
+    assert run.metrics["reward/error_ratio"].to_pylist() == [0.0]
+    assert run.metrics["critic/score/max"].to_pylist()[0] > 0
+
+
+def unpicklable(lock: threading.Lock) -> Callable[..., float]:
+    def locked(solution_str: str) -> float:
+        with lock:
+            return 0.0
+
+    return locked
+
+
+MISTAKES: Mapping[str, tuple[Mapping[str, Any], str]] = {
+    "no reward": ({"reward": None}, r"rlcore.train\('grpo', …\) needs reward= \(or the key reward.name\)$"),
+    "signature": ({"reward": lambda a, b: 0.0}, r"reward function lambda: it must take .*solution_str.*"),
+    "unpicklable": ({"reward": unpicklable(threading.Lock())}, r"the reward locked cannot .* to lock, a lock\); make"),
+    "number": ({"reward": 3}, "reward= must be a function, .* not a int"),
+    "weight": ({"reward": [(length, "1")]}, r"reward\[0\] must be a reward or a pair"),
+    "empty rewards": ({"reward": []}, "reward= is an empty list"),
+    "reward's name": ({"reward": "gsm8"}, "did you mean 'gsm8k'"),
+    "model object": ({"model": object()}, "model= must be a folder or a name on the Hub.* not a object; write"),
+    "no model": ({"model": "/nowhere/model"}, "there is no such folder"),
+    "no data": ({"data": []}, "data= is empty"),
+    "splits": ({"data": {"train": rows(1), "test": rows(1)}}, r"keys train, test; give one split, such as data=splits"),
+    "not a row": ({"data": [*rows(1), "text"]}, r"data\[1\] is a str, not a dict of columns"),
+    "not JSON": ({"data": [{"prompt": object()}]}, r"data\[0\] cannot be written as JSON; .* a object is no value"),
+    "no prompt": ({"data": [{"question": "1 + 1", "data_source": "a"}]}, "has no column 'prompt'"),
+    "key": (
+        {"overrides": {**KEYS, "actor.optim.lrr": 1}},
+        r"optim.lrr: unknown key; did you mean actor.optim.lr",
+    ),
+    "overrides": ({"overrides": ["a=1"]}, "overrides= must be a dict such as"),
+    "configuration": ({"config": SFTConfig.model_construct()}, "config= is a SFTConfig, but the recipe takes a GRPO"),
+    "ready-made": ({"config": "grpo_gsm"}, "did you mean grpo_gsm8k"),
+    "recipe": ({"recipe": "gpro"}, "unknown recipe 'gpro'; did you mean 'grpo'"),
+    "section": ({"recipe": "sft"}, "the recipe sft takes no reward=: its configuration has no section 'reward'"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_named_and_leave_nothing(mistake: str, train: Any, tmp_path: Path) -> None:
+    changes, message = MISTAKES[mistake]
+    with pytest.raises(RlcoreError, match=message):
+        train(**{"data": rows(4), "reward": length, **changes})
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "grpo-1").mkdir()
+    with pytest.raises(DataError, match=r"holds no run: there is no config.yaml in it; did you mean .*grpo-1"):
+        rlcore.open_run(tmp_path / "grpo-2")
+
+
+def test_functions_of_modules_are_imported_where_they_run() -> None:
+    def path(reward: Any) -> str:
+        found: str = reward_argument(reward).values(Path("inputs"))["reward"]["function"]["path"]
+        return found
+
+    assert path(json.dumps) == "json:dumps"
+    assert path(length) == "inputs/reward.pickle:length"  # the test's module is not in sys.path
+    assert path(json.JSONEncoder().encode) == "inputs/reward.pickle:encode"
+    assert path("my_file.py:Scorer.score") == "my_file.py:Scorer.score"

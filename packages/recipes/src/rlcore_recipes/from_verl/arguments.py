@@ -50,14 +50,21 @@ def read_launch(launch: Launch, environment: Mapping[str, str], folder: str | No
     entry = _text(launch.entry)
     options: dict[str, Word] = {}
     overrides: list[Assignment] = []
+    problems: list[str] = []
     words = iter(launch.arguments)
     for word in words:
-        text = _text(word)
-        if text.startswith("-"):
-            name, value = _option(text, word, words)
-            options[name] = value
-        else:
-            overrides += flat(parse_override(text, word.place))
+        try:
+            text = _text(word)
+            if text.startswith("-"):
+                name, value = _option(text, word, words)
+                options[name] = value
+            else:
+                overrides += flat(parse_override(text, word.place))
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        title = f"{len(problems)} arguments of verl's command cannot be read:"
+        raise ConfigError(problems[0] if len(problems) == 1 else "\n  ".join([title, *dict.fromkeys(problems)]))
     below = _configured(entry, options, environment, folder)
     return VerlCommand(entry, resolved([*below, *overrides], environment))
 

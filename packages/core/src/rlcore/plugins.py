@@ -56,7 +56,7 @@ OURS: dict[tuple[str, str], str] = {
         for name in ("wandb", "tensorboard", "swanlab", "mlflow", "trackio")
     },
     **{(FUNCTIONS, name): "rlcore[fsdp]" for name in ("train", "open_run")},
-    **{(COMMANDS, name): "rlcore[fsdp]" for name in ("quickstart", "data", "model", "plan", "export")},
+    **{(COMMANDS, name): "rlcore[fsdp]" for name in ("quickstart", "data", "model", "plan", "eval", "export")},
 }
 
 

@@ -27,6 +27,7 @@ _OURS = {
     "quickstart": "Train a small model from scratch on this machine.",
     "data": "Prepare data sets.",
     "model": "Make and convert models.",
+    "eval": "Measure and compare models and checkpoints.",
     "export": "Write a checkpoint as a Hugging Face model folder.",
 }
 

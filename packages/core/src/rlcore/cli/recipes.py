@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -107,6 +109,12 @@ def check_packages(config: Config) -> None:
     if missing:
         count = f"{len(missing)} package{'s' * (len(missing) > 1)}"
         raise ConfigError("\n  ".join([f"the configuration is valid, but {count} cannot be found:", *missing]))
+
+
+def find_own_modules() -> None:
+    """Let modules in the working folder be imported, as ``python -m`` does: functions of the user's own are found."""
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())
 
 
 def summary(name: str) -> str:

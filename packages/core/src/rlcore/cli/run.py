@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 import click
@@ -64,8 +63,7 @@ class _Recipe(recipes.ConfiguredCommand):
 
 def start(plugin: Plugin, config: Config) -> None:
     """Run the recipe ``plugin`` in this process."""
-    if not {"", os.getcwd()} & set(sys.path):  # python -m has it: functions of the user's own modules are found
-        sys.path.append(os.getcwd())
+    recipes.find_own_modules()
     plugin.build(config)
 
 

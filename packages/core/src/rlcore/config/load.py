@@ -22,10 +22,16 @@ from rlcore.errors import ConfigError
 C = TypeVar("C", bound=Config)
 
 
-def load_config(model: type[C], path: Path | str | None = None, overrides: Sequence[str] = ()) -> C:
+def load_config(
+    model: type[C],
+    path: Path | str | None = None,
+    overrides: Sequence[str] = (),
+    base: Mapping[str, Any] | None = None,
+) -> C:
     """Load the YAML file ``path`` (None: the defaults of ``model`` alone) with ``overrides``.
 
     Args:
+        base: values that lie below those of the file, such as those of another configuration.
         overrides: ``a.b.c=value`` each, the last one for a key wins. The value is taken as it is if the key takes text,
             and read as YAML otherwise.
 
@@ -36,7 +42,8 @@ def load_config(model: type[C], path: Path | str | None = None, overrides: Seque
         ConfigError: a file is missing or no YAML mapping, an override is malformed, or the values are not valid; the
             message then has one line per problem.
     """
-    layers = [] if path is None else file_layers(path)
+    layers = [] if base is None else [Layer("values of a run", base)]
+    layers += [] if path is None else file_layers(path)
     layers += override_layers(model, overrides)
     return validate_layers(model, layers)
 

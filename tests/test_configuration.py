@@ -161,7 +161,6 @@ def test_every_package_that_a_configuration_needs_is_looked_for(monkeypatch: pyt
         "trainer.trackers=[console, wandb, tensorboard, swanlab]",
         "trainer.checkpoint_dir=s3://bucket/run",
         "trainer.resume=gs://bucket/run",
-        "data.train_files=hub:org/name",
         "model.attn_implementation=flash_attention_2",
         "rollout.sglang.tp_size=2",  # not named: not needed
     ]
@@ -175,7 +174,6 @@ def test_every_package_that_a_configuration_needs_is_looked_for(monkeypatch: pyt
         "trainer.swanlab",
         "trainer.checkpoint_dir",
         "trainer.resume",
-        "data.train_files",
         "model.attn_implementation",
     }
     server = [*overrides, "rollout.vllm.mode=server", "rollout.vllm.server.urls=http://127.0.0.1:8000"]

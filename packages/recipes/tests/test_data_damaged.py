@@ -15,8 +15,8 @@ import pytest
 from rlcore.engines import ModelSettings
 from rlcore.errors import DataError, RlcoreWarning
 from rlcore_kit.testing.tiny_model import tiny_tokenizer
-from rlcore_recipes.data import chat, files, limits, parquet
-from rlcore_recipes.data.files import existing_file, fingerprint, read_rows
+from rlcore_recipes.data import chat, limits, parquet, text_files
+from rlcore_recipes.data.files import Fingerprint, existing_file, read_rows
 from rlcore_recipes.data.prompts import PromptDataset, load_prompts
 from rlcore_recipes.data.settings import DataSettings
 from rlcore_recipes.data.tokenizer import load_tokenizer
@@ -247,7 +247,7 @@ def test_equal_names_of_columns(tmp_path: Path) -> None:
 )
 def test_lines_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: bytes, problem: str) -> None:
     if b"xxx" in line:
-        monkeypatch.setattr(files, "LONGEST_LINE", 1000)
+        monkeypatch.setattr(text_files, "LONGEST_LINE", 1000)
     (tmp_path / "a.jsonl").write_bytes(json.dumps(rows_of(["q"])[0]).encode() + b"\n" + line + b"\n")
     with pytest.raises(DataError, match=problem):
         load(tmp_path / "a.jsonl")
@@ -273,12 +273,19 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
         existing_file("s3://bucket/a.parquet")
 
 
+def fingerprint(rows: list[dict[str, Any]]) -> str:
+    made = Fingerprint("a")
+    made.add(rows[:1])
+    made.add(rows[1:])
+    return made.hex()
+
+
 def test_fingerprints_tell_contents_apart(tmp_path: Path) -> None:
     rows = rows_of([USER, USER], extra_info={"tests": [1.5, None]})
     other = rows_of([USER, USER], extra_info={"tests": [1.5, 0.0]})
-    prints = {fingerprint(some, "a") for some in (rows, json.loads(json.dumps(rows)), other, rows[:1])}
+    prints = {fingerprint(some) for some in (rows, json.loads(json.dumps(rows)), other, rows[:1])}
     assert len(prints) == 3
-    assert fingerprint([{"x": object()}], "a") == fingerprint([{"x": object()}], "a"), "no addresses"
+    assert fingerprint([{"x": object()}]) == fingerprint([{"x": object()}]), "no addresses"
 
 
 # --- tokenizers ---------------------------------------------------------------------------------------------------

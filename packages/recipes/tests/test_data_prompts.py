@@ -1,11 +1,10 @@
 """Reading prompts, and what is said about data that does not fit."""
 
 import json
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -142,7 +141,8 @@ def test_overlong_prompts_are_filtered_and_counted(tmp_path: Path) -> None:
         (
             [{"question": "x", "ground_truth": "1", "data_source": "s"}],
             {},
-            r"no column 'prompt', only question, ground_truth, data_source; set data\.prompt_key",
+            r"no column 'prompt', only question, ground_truth, data_source; it has verifiers' 'question': set "
+            r"data\.prompt_key=question data\.apply_chat_template=always",
         ),
         (
             [{"prompts": "x", "ground_truth": "1", "data_source": "s"}],
@@ -151,7 +151,7 @@ def test_overlong_prompts_are_filtered_and_counted(tmp_path: Path) -> None:
         ),
         (
             [{"prompt": "x", "data_source": "s", "reward_model": {"ground_truth": "1"}}],
-            {},
+            {"ground_truth_key": "ground_truth"},
             r"did you mean data\.ground_truth_key=reward_model\.ground_truth\?",
         ),
     ],
@@ -167,9 +167,9 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         load(str(tmp_path / "tran.jsonl"))
     with pytest.raises(DataError, match="is a folder"):
         load(str(tmp_path))
-    (tmp_path / "a.csv").write_text("prompt\nx\n")
-    with pytest.raises(DataError, match=r"ending '\.csv'; known are"):
-        load(str(tmp_path / "a.csv"))
+    (tmp_path / "a.xlsx").write_text("prompt\nx\n")
+    with pytest.raises(DataError, match=r"ending '\.xlsx'; known are \.parquet, \.jsonl"):
+        load(str(tmp_path / "a.xlsx"))
     (tmp_path / "a.parquet").write_text("no parquet")
     with pytest.raises(DataError, match="cannot be read as Parquet"):
         load(str(tmp_path / "a.parquet"))
@@ -191,19 +191,13 @@ def test_chat_data_needs_a_chat_template(tmp_path: Path) -> None:
 def test_hub_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
-    def load_dataset(name: str, config: str | None, split: str) -> Any:
+    def load_dataset(name: str, config: str | None, split: str) -> datasets.Dataset:
         asked.append((name, config, split))
-        return SimpleNamespace(to_list=lambda: [row("q")])
+        return datasets.Dataset.from_list([row("q")])
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert len(load("hub:org/name:main@test", "hub:org/name")) == 2
     assert asked == [("org/name", "main", "test"), ("org/name", None, "train")]
-
-
-def test_hub_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r"pip install 'rlcore-recipes\[hub\]'"):
-        load("hub:org/name")
 
 
 def test_settings_report_all_clashes() -> None:

@@ -30,6 +30,11 @@ class CombineOptions(Config):
 
     rewards: tuple[Part, ...] = Field(min_length=1, description="The rewards and their weights.")
 
+    @property
+    def needs_ground_truth(self) -> bool:
+        """Whether one of the rewards cannot do without a reference answer."""
+        return any(getattr(part.options, "needs_ground_truth", False) for part in self.rewards)
+
     @field_validator("rewards")
     @classmethod
     def _labels_differ(cls, rewards: tuple[Part, ...]) -> tuple[Part, ...]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from decimal import Decimal
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -28,6 +28,8 @@ TAIL = 300
 
 class GSM8KOptions(Config):
     """Options of `gsm8k`."""
+
+    needs_ground_truth: ClassVar[bool] = True
 
     method: Literal["strict", "flexible"] = Field(
         "strict",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -16,6 +16,8 @@ from rlcore_rewards.reply import WorkerFailure
 
 class MathOptions(Config):
     """Options of `math`."""
+
+    needs_ground_truth: ClassVar[bool] = True
 
     extraction: Literal["boxed", "any"] = Field(
         "any",

@@ -27,6 +27,7 @@ class RewardSample:
         extra: the data file's remaining fields.
         finish_reason: see `rlcore.engines.rollout.Completion`.
         completion_tokens: the generated token ids, the token that ended the completion included.
+        prompt_text: the prompt, if it is plain text without a chat template; else None.
     """
 
     prompt: list[dict[str, Any]]
@@ -36,6 +37,7 @@ class RewardSample:
     extra: Mapping[str, Any] = field(default_factory=dict)
     finish_reason: str = "stop"
     completion_tokens: Sequence[int] = ()
+    prompt_text: str | None = None
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,14 @@ class RewardResult:
     ``answer`` is what was read from the completion, in a form in which equal answers are equal strings; validation
     votes with it (maj@N). None if the reward reads no answer. ``error`` names the kind of failure ("timeout",
     "exception" …) if ``score`` is only the configured score of failed samples; such a result may lack extras.
+    ``applicable`` is false if the reward does not judge such samples; ``score`` is 0 then.
     """
 
     score: float
     extras: Mapping[str, float] = field(default_factory=dict)
     answer: str | None = None
     error: str | None = None
+    applicable: bool = True
 
 
 RESERVED_EXTRAS = frozenset(

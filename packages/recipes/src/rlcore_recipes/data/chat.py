@@ -165,14 +165,15 @@ class Renderer:
         rows = list(zip(texts, places, chat))
         templated = [(text, where) for text, where, by_template in rows if by_template]
         with_template = iter(self.encode([text for text, _ in templated], [where for _, where in templated]))
-        plain = iter(self._encode_plain([(text, where) for text, where, by_template in rows if not by_template]))
+        plain = iter(self.encode_plain([(text, where) for text, where, by_template in rows if not by_template]))
         return [next(with_template) if by_template else next(plain) for by_template in chat]
 
     def encode(self, texts: Sequence[str], places: Sequence[str]) -> list[list[int]]:
         """Token ids of texts, no special tokens added; ``places`` are file and row of each."""
         return self._call(texts, places, add_special_tokens=False)
 
-    def _encode_plain(self, rows: Sequence[tuple[str, str]]) -> list[list[int]]:
+    def encode_plain(self, rows: Sequence[tuple[str, str]]) -> list[list[int]]:
+        """Token ids of plain texts, each with its file and row, after what the tokenizer puts in front."""
         end = self.tokenizer.eos_token_id
         texts, places = [text for text, _ in rows], [where for _, where in rows]
         # some tokenizers append the end token, after which a model has nothing more to say

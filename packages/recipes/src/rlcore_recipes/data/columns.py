@@ -11,6 +11,17 @@ from rlcore.errors import DataError
 
 Row = dict[str, Any]
 
+FOREIGN = {
+    "instruction": ("Alpaca's", "{key}=instruction data.apply_chat_template=always"),
+    "input": ("OpenRLHF's", "{key}=input"),
+    "context_messages": ("OpenRLHF's", "{key}=context_messages"),
+    "question": ("verifiers'", "{key}=question data.apply_chat_template=always"),
+    "problem": ("MATH's", "{key}=problem data.apply_chat_template=always"),
+    "messages": ("a conversation in", "{key}=messages if its last turn is the user's"),
+    "conversations": ("ShareGPT's", "{key}=conversations after renaming 'from' and 'value' to 'role' and 'content'"),
+}
+"""Names of prompt columns in data sets made for others: where they come from, and the setting that reads them."""
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -19,10 +30,14 @@ class Columns:
     Attributes:
         keys: column by the setting that names it; null ones are not needed. Dots reach into structs.
         others: whether the columns that no setting names are read too.
+        same: columns that must hold the same as that of the ground truth.
+        notes: what was recognised, for the user.
     """
 
     keys: Mapping[str, str | None] = field(default_factory=dict)
     others: bool = True
+    same: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
     def require(self, names: Sequence[str], file: str) -> None:
         """Check that the columns exist.
@@ -38,7 +53,14 @@ class Columns:
                 continue
             alike = [name for name in names if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
             close = alike or get_close_matches(key, names, n=1)
-            hint = f"did you mean {setting}={close[0]}?" if close else f"set {setting}"
+            foreign = next((name for name in FOREIGN if name in names), None)
+            if close:
+                hint = f"did you mean {setting}={close[0]}?"
+            elif foreign and setting == "data.prompt_key":
+                origin, remedy = FOREIGN[foreign]
+                hint = f"it has {origin} {foreign!r}: set {remedy.format(key=setting)}"
+            else:
+                hint = f"set {setting}"
             raise DataError(f"{file} has no column {key!r}, only {', '.join(names)}; {hint}")
 
     def chosen(self, columns: Iterable[str]) -> list[str]:

@@ -11,8 +11,13 @@ from rlcore.errors import DataError
 from rlcore_recipes.data.chat import Message, Renderer, as_prompt
 from rlcore_recipes.data.columns import Columns, Row, column, data_source
 from rlcore_recipes.data.end_tokens import check_tokens, written_ends
-from rlcore_recipes.data.files import fingerprint, pads_with_nulls, read_files
-from rlcore_recipes.data.settings import DataSettings
+from rlcore_recipes.data.files import DataFile, Fingerprint, open_files
+from rlcore_recipes.data.layouts import PROMPT, SOURCE, TRUTH, prompt_columns
+from rlcore_recipes.data.overlong import Lengths, cut_to
+from rlcore_recipes.data.sample_store import SampleStore
+from rlcore_recipes.data.settings import AUTO, DataSettings
+
+Prompt = str | list[Message]
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,7 @@ class PromptSample:
         index: position in its data set.
         position: how many samples the loader drew before this one in the whole run, from which its seed derives;
             `PromptLoader` sets it, until then it equals ``index``.
+        text: the prompt as it is in the file, if it is plain text without a chat template; else None.
     """
 
     prompt_tokens: list[int]
@@ -35,6 +41,7 @@ class PromptSample:
     extra: Mapping[str, Any] = field(default_factory=dict)
     index: int = 0
     position: int = 0
+    text: str | None = None
 
 
 @dataclass(frozen=True)
@@ -44,15 +51,21 @@ class PromptDataset(Sequence[PromptSample]):
     Attributes:
         file_sizes: prompts per file, without the filtered ones.
         filtered: over-long prompts left out.
+        cut: over-long prompts of which tokens were cut off.
         fingerprints: of what each file holds.
         ends: tokens that end an answer in texts of the tokenizer (see `written_ends`).
+        notes: what was recognised in the files.
+        without_truth: a file in which no reference answer was found, though ``data.ground_truth_key`` is auto.
     """
 
-    samples: list[PromptSample]
+    samples: Sequence[PromptSample]
     file_sizes: list[int]
     filtered: int = 0
+    cut: int = 0
     fingerprints: Sequence[str] = ()
     ends: frozenset[int] = frozenset()
+    notes: Sequence[str] = ()
+    without_truth: str | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -60,8 +73,8 @@ class PromptDataset(Sequence[PromptSample]):
     @overload
     def __getitem__(self, index: int) -> PromptSample: ...
     @overload
-    def __getitem__(self, index: slice) -> list[PromptSample]: ...
-    def __getitem__(self, index: int | slice) -> PromptSample | list[PromptSample]:
+    def __getitem__(self, index: slice) -> Sequence[PromptSample]: ...
+    def __getitem__(self, index: int | slice) -> PromptSample | Sequence[PromptSample]:
         return self.samples[index]
 
 
@@ -85,74 +98,116 @@ def load_prompts(
             text or a token that the model does not know, the chat template is missing or fails, a prompt is too long
             under ``overlong_prompts=error``, or no prompt of a file is short enough.
     """
-    renderer = Renderer(settings, tokenizer)
-    keys = {
-        "data.prompt_key": settings.prompt_key,
-        "data.ground_truth_key": settings.ground_truth_key,
-        "data.data_source_key": settings.data_source_key,
-    }
-    samples: list[PromptSample] = []
+    reader = _Reader(settings, Renderer(settings, tokenizer), vocabulary)
+    samples: SampleStore[PromptSample] = SampleStore()
     sizes: list[int] = []
     prints: list[str] = []
-    rows_read = 0
-    chat = False
-    for file, rows in read_files(files, Columns(keys), limit):
-        rows_read += len(rows)
-        new = _file_samples(settings, renderer, rows, file, vocabulary, first_index=len(samples))
-        chat = chat or any(renderer.is_chat(column(row, settings.prompt_key)) for row in rows)
-        sizes.append(len(new))
-        prints.append(fingerprint(rows, file))
-        samples += new
-    ends = written_ends(renderer, chat)
-    return PromptDataset(samples, sizes, filtered=rows_read - len(samples), fingerprints=prints, ends=ends)
+    notes: list[str] = []
+    without_truth = None
+    for file in open_files(files, prompt_columns(settings), limit):
+        before = len(samples)
+        prints.append(reader.read(file, samples))
+        sizes.append(len(samples) - before)
+        notes += [f"{file.name}: {note}" for note in file.columns.notes]
+        if settings.ground_truth_key == AUTO and file.columns.keys[TRUTH] is None:
+            without_truth = file.name
+    return PromptDataset(
+        samples,
+        sizes,
+        filtered=reader.filtered,
+        cut=reader.cut,
+        fingerprints=prints,
+        ends=written_ends(reader.renderer, reader.chat),
+        notes=notes,
+        without_truth=without_truth,
+    )
 
 
-def _file_samples(
-    settings: DataSettings, renderer: Renderer, rows: list[Row], file: str, vocabulary: int | None, first_index: int
-) -> list[PromptSample]:
-    places = [f"{file}, row {number}" for number in range(len(rows))]
-    padded = pads_with_nulls(file)
-    prompts = [as_prompt(column(row, settings.prompt_key), where, padded) for row, where in zip(rows, places)]
-    tokens = renderer.prompt_tokens(prompts, places)
-    for ids, where in zip(tokens, places):
-        check_tokens(ids, vocabulary, renderer.tokenizer, where)
-    return [
-        PromptSample(
-            prompt_tokens=tokens[number],
-            messages=renderer.messages(prompts[number]),
-            ground_truth=column(rows[number], settings.ground_truth_key) if settings.ground_truth_key else None,
-            data_source=data_source(rows[number], settings.data_source_key, places[number], Path(file).stem),
-            extra=_extra(settings, rows[number]),
-            index=first_index + offset,
-            position=first_index + offset,
+@dataclass
+class _Reader:
+    """Makes samples of files.
+
+    Attributes:
+        chat: whether the chat template was used.
+        filtered: prompts left out so far, because they are too long.
+        cut: prompts cut so far.
+    """
+
+    settings: DataSettings
+    renderer: Renderer
+    vocabulary: int | None
+    chat: bool = False
+    filtered: int = 0
+    cut: int = 0
+
+    def read(self, file: DataFile, samples: SampleStore[PromptSample]) -> str:
+        """Append the prompts of ``file`` that are not too long to ``samples``; return the file's fingerprint."""
+        seen, fingerprint = Lengths(), Fingerprint(file.name)
+        for rows in file.chunks:
+            fingerprint.add(rows)
+            places = [f"{file.name}, row {number}" for number in range(seen.rows, seen.rows + len(rows))]
+            tokens, prompts = self._tokens(file, rows, places)
+            kept = seen.add(tokens, self.settings)
+            samples.extend(
+                self._sample(file, rows[number], places[number], prompts[number], tokens[number], index)
+                for index, number in enumerate(kept, len(samples))
+            )
+        seen.check(self.settings, file.name)
+        if self.settings.overlong_prompts == "filter":
+            self.filtered += seen.too_long
+        else:
+            self.cut += seen.too_long
+        return fingerprint.hex()
+
+    def _tokens(self, file: DataFile, rows: list[Row], places: list[str]) -> tuple[list[list[int]], list[Prompt]]:
+        """Return the token ids of the rows' prompts, and the prompts."""
+        key = self.settings.prompt_key
+        prompts = [as_prompt(column(row, key), where, file.padded) for row, where in zip(rows, places)]
+        tokens = self.renderer.prompt_tokens(prompts, places)
+        for ids, where in zip(tokens, places):
+            check_tokens(ids, self.vocabulary, self.renderer.tokenizer, where)
+        self.chat = self.chat or any(map(self.renderer.is_chat, prompts))
+        return tokens, prompts
+
+    def _sample(
+        self, file: DataFile, row: Row, where: str, prompt: Prompt, tokens: list[int], index: int
+    ) -> PromptSample:
+        """Return the sample of a row; ``tokens`` are those of its prompt, which may be too long."""
+        return PromptSample(
+            prompt_tokens=cut_to(tokens, self.settings.max_prompt_length, self.settings.overlong_prompts),
+            messages=self.renderer.messages(prompt),
+            text=prompt if isinstance(prompt, str) and not self.renderer.is_chat(prompt) else None,
+            ground_truth=_ground_truth(file.columns, row, where),
+            data_source=data_source(row, file.columns.keys[SOURCE], where, Path(file.name).stem),
+            extra=_extra(file.columns, row),
+            index=index,
+            position=index,
         )
-        for offset, number in enumerate(_short_enough(settings, tokens, file))
-    ]
 
 
-def _short_enough(settings: DataSettings, tokens: list[list[int]], file: str) -> list[int]:
-    """Return the rows whose prompts are not too long.
+def _ground_truth(columns: Columns, row: Row, where: str) -> Any:
+    """Return the reference answer of a row.
 
     Raises:
-        DataError: there are none, or there are others and those are an error.
+        DataError: two columns hold different ones.
     """
-    too_long = [number for number, ids in enumerate(tokens) if len(ids) > settings.max_prompt_length]
-    if too_long and settings.overlong_prompts == "error":
-        raise DataError(
-            f"{file}, row {too_long[0]}: the prompt has {len(tokens[too_long[0]])} tokens, more than "
-            f"data.max_prompt_length={settings.max_prompt_length} ({len(too_long)} of {len(tokens)} rows do); raise "
-            "it, or leave them out with data.overlong_prompts=filter"
-        )
-    if len(too_long) == len(tokens):
-        raise DataError(
-            f"none of the {len(tokens)} prompts of {file} fits data.max_prompt_length={settings.max_prompt_length}: "
-            f"the shortest has {min(map(len, tokens))} tokens"
-        )
-    return sorted(set(range(len(tokens))) - set(too_long))
+    key = columns.keys[TRUTH]
+    if key is None:
+        return None
+    value = column(row, key)
+    for other in columns.same:
+        if column(row, other) != value:
+            raise DataError(
+                f"{where}: the columns {key!r} and {other!r} hold different reference answers, {value!r:.100} and "
+                f"{column(row, other)!r:.100}; set {TRUTH} to one of them"
+            )
+    return value
 
 
-def _extra(settings: DataSettings, row: Row) -> dict[str, Any]:
-    named = {settings.prompt_key, settings.ground_truth_key, settings.data_source_key, "extra_info"}
+def _extra(columns: Columns, row: Row) -> dict[str, Any]:
+    # a column of another name may be an argument of the reward function, too
+    ours = {columns.keys[TRUTH], columns.keys[SOURCE]} & {"ground_truth", "data_source"}
+    named = {columns.keys[PROMPT], *ours, "extra_info"}
     extra_info = row.get("extra_info")
     return {
         **{name: value for name, value in row.items() if name not in named},

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from rlcore.config import Config, FileName, Package
+from rlcore.config import Config, FileName
 
 TEMPLATE_ARGUMENTS = (
     "add_generation_prompt",
@@ -27,13 +27,17 @@ TEMPLATE_ARGUMENTS = (
 )
 """Arguments of a chat template's call that decide what it returns; data.chat_template_kwargs may not set them."""
 
+AUTO = "auto"
+"""A key of a column that is found by the names in use (`rlcore_recipes.data.layouts`)."""
+
 
 class DataFiles(Config):
     """Where samples come from and in which order they are used."""
 
     train_files: list[FileName] = Field(
         min_length=1,
-        description="Parquet or JSONL files, or Hub data sets as 'hub:org/name[:config][@split]'; one or several.",
+        description="Parquet, JSONL, JSON, CSV or Arrow files, folders of Dataset.save_to_disk, or Hub data sets as "
+        "'hub:org/name[:config][@split]'; one or several.",
     )
     val_files: list[FileName] = Field([], description="Files to validate on, as train_files; none validates nothing.")
     train_batch_size: int = Field(256, ge=1, description="Prompts (or SFT samples) per step.")
@@ -47,7 +51,9 @@ class DataFiles(Config):
         "prompt", description="Column of the prompt: chat messages or text. Dots reach into structs."
     )
     data_source_key: str | None = Field(
-        "data_source", description="Column that names the data set of a row; null uses the file's name."
+        AUTO,
+        description="Column that names the data set of a row; null uses the file's name. auto: data_source, where a "
+        "file has it.",
     )
     system_prompt: str | None = Field(
         None, description="System message for conversations without one; precedes a plain-text prompt."
@@ -58,11 +64,6 @@ class DataFiles(Config):
         "user message; never: the messages' text alone.",
     )
     chat_template_kwargs: dict[str, Any] = Field({}, description="Extra variables for the chat template.")
-
-    def packages(self) -> Iterator[tuple[str, Package]]:
-        for field in ("train_files", "val_files"):
-            if any(file.startswith("hub:") for file in getattr(self, field)):
-                yield field, Package("datasets", "rlcore-recipes[hub]")
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.weights is not None and len(self.weights) != len(self.train_files):
@@ -86,13 +87,16 @@ class DataSettings(DataFiles):
     """Prompts for reinforcement learning."""
 
     ground_truth_key: str | None = Field(
-        "ground_truth",
-        description="Column of the reference answer, such as 'reward_model.ground_truth'; null for none.",
+        AUTO,
+        description="Column of the reference answer; null for none. auto: ground_truth, verl's "
+        "reward_model.ground_truth, or the only one of answer, solution and label.",
     )
     max_prompt_length: int = Field(512, ge=1, description="Maximum length of a prompt, in tokens.")
     max_response_length: int = Field(512, ge=1, description="Maximum length of a completion, in tokens.")
-    overlong_prompts: Literal["filter", "error"] = Field(
-        "filter", description="What to do with prompts longer than max_prompt_length: leave them out, or stop."
+    overlong_prompts: Literal["filter", "error", "left", "right", "middle"] = Field(
+        "filter",
+        description="What to do with prompts longer than max_prompt_length: leave them out, stop, or cut tokens off at "
+        "the left, at the right or in the middle.",
     )
 
     @property
@@ -105,11 +109,23 @@ class SFTDataSettings(DataFiles):
     """Conversations, or prompts with responses, for supervised fine-tuning."""
 
     messages_key: str | None = Field(
-        None,
-        description="Column of whole conversations, trained on every assistant turn; null reads prompt and response.",
+        AUTO,
+        description="Column of whole conversations, trained on every assistant turn; null for none. auto: messages.",
     )
-    response_key: str = Field("response", description="Column of the text to learn, after the prompt.")
+    response_key: str = Field(
+        AUTO,
+        description="Column of what to learn after the prompt: text, or chat messages. auto: response or completion.",
+    )
+    text_key: str | None = Field(
+        AUTO, description="Column of plain text, all of which is learned; null for none. auto: text."
+    )
     max_length: int = Field(1024, ge=2, description="Maximum length of a sample, prompt included, in tokens.")
     overlong: Literal["filter", "truncate", "error"] = Field(
         "filter", description="What to do with longer samples: leave them out, cut their end off, or stop."
     )
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from super().problems()
+        named = [key for key in ("messages_key", "response_key", "text_key") if getattr(self, key) not in (AUTO, None)]
+        if len(named) > 1:
+            yield named[1], f"cannot be set together with {named[0]}: a sample is read from one of them"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import torch
 from rlcore.batch import Batch, Jagged
 from rlcore.errors import DataError
 from rlcore_recipes.data.chat import Message, Renderer, as_prompt, as_text
-from rlcore_recipes.data.columns import Columns, Row, column, data_source
+from rlcore_recipes.data.columns import Row, column, data_source
 from rlcore_recipes.data.end_tokens import check_tokens, written_ends
-from rlcore_recipes.data.files import fingerprint, pads_with_nulls, read_files
+from rlcore_recipes.data.files import DataFile, Fingerprint, open_files
+from rlcore_recipes.data.layouts import MESSAGES, PROMPT, RESPONSE, SOURCE, TEXT, sft_columns
 from rlcore_recipes.data.settings import SFTDataSettings
 
 Segment = tuple[str, bool]  # text, and whether it is learned
@@ -33,6 +35,7 @@ class SFTDataset:
         filtered: over-long samples left out.
         fingerprints: of what each file holds, in the columns that are read.
         ends: tokens that end an answer (see `written_ends`).
+        notes: what was recognised in the files.
     """
 
     batch: Batch
@@ -40,6 +43,7 @@ class SFTDataset:
     filtered: int = 0
     fingerprints: Sequence[str] = ()
     ends: frozenset[int] = frozenset()
+    notes: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.batch)
@@ -63,30 +67,93 @@ def load_sft(
 
     Raises:
         DataError: as `rlcore_recipes.data.prompts.load_prompts`; also a null response, a conversation without an
-            assistant turn, or a chat template that rewrites earlier turns.
+            assistant turn, a chat template that rewrites earlier turns, or several columns to learn from.
     """
-    renderer = Renderer(settings, tokenizer)
-    samples: list[_Sample] = []
+    reader = _Reader(settings, Renderer(settings, tokenizer), vocabulary)
+    batches: list[Batch] = []
     sizes: list[int] = []
     prints: list[str] = []
-    rows_read = 0
-    chat = False
-    for file, rows in read_files(files, Columns(_keys(settings), others=False), limit):
-        rows_read += len(rows)
-        chat = chat or any(_is_chat(settings, renderer, row) for row in rows)
-        new = _file_samples(settings, renderer, rows, file, vocabulary)
-        sizes.append(len(new))
-        prints.append(fingerprint(rows, file))
-        samples += new
-    batch = Batch(
-        {
-            "tokens": Jagged.from_list([sample.tokens for sample in samples], dtype=torch.int64),
-            "loss_mask": Jagged.from_list([sample.mask for sample in samples], dtype=torch.float32),
-            "data_source": [sample.source for sample in samples],
-        }
+    notes: list[str] = []
+    for file in open_files(files, sft_columns(settings), limit):
+        before = sum(map(len, batches))
+        prints.append(reader.read(file, batches))
+        sizes.append(sum(map(len, batches)) - before)
+        notes += [f"{file.name}: {note}" for note in file.columns.notes]
+    ends = written_ends(reader.renderer, reader.chat)
+    return SFTDataset(
+        Batch.concat(batches), sizes, filtered=reader.filtered, fingerprints=prints, ends=ends, notes=notes
     )
-    ends = written_ends(renderer, chat)
-    return SFTDataset(batch, sizes, filtered=rows_read - len(samples), fingerprints=prints, ends=ends)
+
+
+@dataclass
+class _Reader:
+    """Makes samples of files.
+
+    Attributes:
+        chat: whether the chat template was used.
+        filtered: samples left out so far, because they are too long.
+    """
+
+    settings: SFTDataSettings
+    renderer: Renderer
+    vocabulary: int | None
+    chat: bool = False
+    filtered: int = 0
+
+    def read(self, file: DataFile, batches: list[Batch]) -> str:
+        """Append the samples of ``file`` that are not too long to ``batches``; return the file's fingerprint."""
+        fingerprint = Fingerprint(file.name)
+        rows_read = used = 0
+        for rows in file.chunks:
+            fingerprint.add(rows)
+            places = [f"{file.name}, row {number}" for number in range(rows_read, rows_read + len(rows))]
+            samples = self._samples(file, rows, places)
+            rows_read += len(rows)
+            used += len(samples)
+            if samples:
+                batches.append(_batch(samples))
+        if not used:
+            raise DataError(
+                f"none of the {rows_read} samples of {file.name} fits data.max_length={self.settings.max_length}; "
+                "raise it"
+            )
+        self.filtered += rows_read - used
+        return fingerprint.hex()
+
+    def _samples(self, file: DataFile, rows: list[Row], places: list[str]) -> list[_Sample]:
+        """Return the samples of rows, without those that are too long."""
+        settings, source = self.settings, file.columns.keys[SOURCE]
+        samples = []
+        for row, where, (ids, mask) in zip(rows, places, self._encoded(file, rows, places)):
+            check_tokens(ids, self.vocabulary, self.renderer.tokenizer, where)
+            if len(ids) > settings.max_length:
+                if settings.overlong == "error":
+                    raise DataError(
+                        f"{where}: the sample has {len(ids)} tokens, more than data.max_length={settings.max_length}; "
+                        "raise it, or set data.overlong to filter or truncate"
+                    )
+                ids, mask = ids[: settings.max_length], mask[: settings.max_length]
+                if settings.overlong == "filter" or not any(mask):
+                    continue
+            samples.append(_Sample(ids, mask, data_source(row, source, where, Path(file.name).stem)))
+        return samples
+
+    def _encoded(self, file: DataFile, rows: list[Row], places: list[str]) -> list[_Encoded]:
+        """Return tokens and loss mask of rows, in the form that the file's columns have."""
+        keys = file.columns.keys
+        if (key := keys.get(TEXT)) is not None:
+            return _encode_texts(self.renderer, [column(row, key) for row in rows], places)
+        key = keys.get(MESSAGES) or keys[PROMPT]
+        assert key is not None
+        prompts = [as_prompt(column(row, key), where, file.padded) for row, where in zip(rows, places)]
+        if key == keys.get(MESSAGES):
+            self.chat = True
+            return _encode_conversations(self.renderer, prompts, places, key)
+        response = keys[RESPONSE]
+        assert response is not None
+        answers = [_answer(column(row, response), where, file.padded) for row, where in zip(rows, places)]
+        self.chat = self.chat or any(map(partial(_is_chat, self.renderer), prompts, answers))
+        return _encode_answers(self.renderer, prompts, answers, places)
 
 
 @dataclass(frozen=True)
@@ -96,83 +163,91 @@ class _Sample:
     source: str
 
 
-def _keys(settings: SFTDataSettings) -> dict[str, str | None]:
-    """Column by the setting that names it."""
-    source = {"data.data_source_key": settings.data_source_key}
-    if settings.messages_key is not None:
-        return {"data.messages_key": settings.messages_key, **source}
-    return {"data.prompt_key": settings.prompt_key, "data.response_key": settings.response_key, **source}
+def _batch(samples: list[_Sample]) -> Batch:
+    return Batch(
+        {
+            "tokens": Jagged.from_list([sample.tokens for sample in samples], dtype=torch.int64),
+            "loss_mask": Jagged.from_list([sample.mask for sample in samples], dtype=torch.float32),
+            "data_source": [sample.source for sample in samples],
+        }
+    )
 
 
-def _is_chat(settings: SFTDataSettings, renderer: Renderer, row: Row) -> bool:
-    return settings.messages_key is not None or renderer.is_chat(column(row, settings.prompt_key))
+def _answer(value: Any, where: str, padded: bool) -> _Prompt:
+    """``value`` checked to be a response: text, or messages that follow the prompt."""
+    if isinstance(value, list):
+        return as_prompt(value, f"{where}, in the response", padded)
+    if not as_text(value, f"{where}: the response"):
+        raise DataError(f"{where}: the response is empty")
+    return value  # type: ignore[no-any-return]
 
 
-def _file_samples(
-    settings: SFTDataSettings, renderer: Renderer, rows: list[Row], file: str, vocabulary: int | None
-) -> list[_Sample]:
-    """Return the samples of a file, without those that are too long."""
-    places = [f"{file}, row {number}" for number in range(len(rows))]
-    key, padded = settings.messages_key or settings.prompt_key, pads_with_nulls(file)
-    prompts = [as_prompt(column(row, key), where, padded) for row, where in zip(rows, places)]
-    if settings.messages_key is None:
-        encoded = _encode_answers(renderer, prompts, [column(row, settings.response_key) for row in rows], places)
-    else:
-        encoded = _encode_conversations(renderer, prompts, places, settings.messages_key)
-    samples = []
-    for row, where, (ids, mask) in zip(rows, places, encoded):
-        check_tokens(ids, vocabulary, renderer.tokenizer, where)
-        if len(ids) > settings.max_length:
-            if settings.overlong == "error":
-                raise DataError(
-                    f"{where}: the sample has {len(ids)} tokens, more than data.max_length={settings.max_length}; "
-                    "raise it, or set data.overlong to filter or truncate"
-                )
-            ids, mask = ids[: settings.max_length], mask[: settings.max_length]
-            if settings.overlong == "filter" or not any(mask):
-                continue
-        samples.append(_Sample(ids, mask, data_source(row, settings.data_source_key, where, Path(file).stem)))
-    if not samples:
-        raise DataError(
-            f"none of the {len(rows)} samples of {file} fits data.max_length={settings.max_length}; raise it"
-        )
-    return samples
+def _is_chat(renderer: Renderer, prompt: _Prompt, answer: _Prompt) -> bool:
+    return renderer.is_chat(prompt) or not isinstance(answer, str)
 
 
-def _encode_conversations(renderer: Renderer, prompts: list[_Prompt], places: list[str], key: str) -> list[_Encoded]:
+def _encode_texts(renderer: Renderer, texts: list[Any], places: list[str]) -> list[_Encoded]:
+    """Return tokens and loss mask of texts, which are learned, and the end token after them."""
+    ends = _end_texts(renderer, chat=False)
+    rows = []
+    for text, where in zip(texts, places):
+        if not as_text(text, f"{where}: the text").strip():
+            raise DataError(f"{where}: the text is empty")
+        rows.append((_without_end(text, ends) + (renderer.tokenizer.eos_token or ""), where))
+    # nothing precedes the first token, from which it could be learned
+    return [(ids, [0.0] + [1.0] * (len(ids) - 1)) for ids in renderer.encode_plain(rows)]
+
+
+def _encode_conversations(
+    renderer: Renderer, conversations: Sequence[_Prompt], places: list[str], key: str
+) -> list[_Encoded]:
     """Return tokens and loss mask of the conversations in column ``key``, of which every assistant turn is learned."""
     ends = _end_texts(renderer, chat=True)
-    conversations = []
-    for messages, where in zip(prompts, places):
+    segments = []
+    for messages, where in zip(conversations, places):
         if isinstance(messages, str):
             raise DataError(f"{where}: column {key!r} holds text, not messages")
-        complete = [
-            {**message, "content": _without_end(message["content"], ends)}
-            if message["role"] == "assistant"
-            else message
-            for message in renderer.messages(messages)
-        ]
-        conversations.append(_turns(renderer, complete, where))
-    return _encode_segments(renderer, conversations, places, chat=True)
+        segments.append(_turns(renderer, _with_bare_answers(renderer.messages(messages), ends), where))
+    return _encode_segments(renderer, segments, places, chat=True)
+
+
+def _with_bare_answers(messages: list[Message], ends: tuple[str, ...]) -> list[Message]:
+    return [
+        {**message, "content": _without_end(message["content"], ends)} if message["role"] == "assistant" else message
+        for message in messages
+    ]
 
 
 def _encode_answers(
-    renderer: Renderer, prompts: list[_Prompt], responses: list[Any], places: list[str]
+    renderer: Renderer, prompts: list[_Prompt], answers: list[_Prompt], places: list[str]
 ) -> list[_Encoded]:
-    """Return tokens and loss mask of prompts with responses, which are learned."""
-    answers = []
-    chat = any(map(renderer.is_chat, prompts))
+    """Return tokens and loss mask of prompts with answers, which are learned: of messages the assistant's turns."""
+    chat = any(map(partial(_is_chat, renderer), prompts, answers))
     chat_ends, plain_ends = _end_texts(renderer, chat), _end_texts(renderer, chat=False)
-    for prompt, response, where in zip(prompts, responses, places):
-        if not as_text(response, f"{where}: the response"):
-            raise DataError(f"{where}: the response is empty")
-        if renderer.is_chat(prompt):
-            answer = {"role": "assistant", "content": _without_end(response, chat_ends)}
-            answers.append([(_turn(renderer, [*renderer.messages(prompt), answer], where)[1], True)])
+    segments: list[list[Segment]] = []
+    plain = iter(_plain_prompts(renderer, prompts, answers, places))
+    for prompt, answer, where in zip(prompts, answers, places):
+        if _is_chat(renderer, prompt, answer):
+            given = renderer.messages(prompt)
+            said = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+            segments.append(_turns(renderer, [*given, *_with_bare_answers(said, chat_ends)], where, len(given)))
         else:
-            answers.append([(_without_end(response, plain_ends) + (renderer.tokenizer.eos_token or ""), True)])
-    encoded = zip(renderer.prompt_tokens(prompts, places), _encode_segments(renderer, answers, places, chat))
-    return [(prompt + ids, [0.0] * len(prompt) + mask) for prompt, (ids, mask) in encoded]
+            assert isinstance(answer, str)
+            segments.append([(_without_end(answer, plain_ends) + (renderer.tokenizer.eos_token or ""), True)])
+    encoded = []
+    for prompt, answer, (ids, mask) in zip(prompts, answers, _encode_segments(renderer, segments, places, chat)):
+        before = [] if _is_chat(renderer, prompt, answer) else next(plain)
+        encoded.append((before + ids, [0.0] * len(before) + mask))
+    return encoded
+
+
+def _plain_prompts(
+    renderer: Renderer, prompts: list[_Prompt], answers: list[_Prompt], places: list[str]
+) -> list[list[int]]:
+    """Return the token ids of those prompts that do not go through the chat template."""
+    rows = zip(prompts, answers, places)
+    chosen = [(prompt, where) for prompt, answer, where in rows if not _is_chat(renderer, prompt, answer)]
+    return renderer.prompt_tokens([prompt for prompt, _ in chosen], [where for _, where in chosen])
 
 
 def _end_texts(renderer: Renderer, chat: bool) -> tuple[str, ...]:
@@ -187,8 +262,12 @@ def _without_end(answer: str, ends: tuple[str, ...]) -> str:
     return answer
 
 
-def _turns(renderer: Renderer, messages: list[Message], where: str) -> list[Segment]:
-    """Return the conversation's text, divided into what comes from outside and what the assistant says."""
+def _turns(renderer: Renderer, messages: list[Message], where: str, given: int = 0) -> list[Segment]:
+    """Return the conversation's text, divided into what comes from outside and what the assistant says.
+
+    Args:
+        given: messages at the beginning that come from outside, whatever their roles.
+    """
     if messages[0]["role"] == "assistant":
         raise DataError(
             f"{where}: the conversation begins with an assistant turn; put a message of the system or the user before "
@@ -197,7 +276,7 @@ def _turns(renderer: Renderer, messages: list[Message], where: str) -> list[Segm
     segments: list[Segment] = []
     said = ""
     for index, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or index < given:
             continue
         before, answer = _turn(renderer, messages[: index + 1], where)
         if not before.startswith(said):

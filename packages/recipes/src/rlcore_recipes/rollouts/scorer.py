@@ -96,9 +96,11 @@ def reward_samples(batch: Batch, texts: list[str], completions: list[list[int]])
             extra=extra,
             finish_reason=reason,
             completion_tokens=tokens,
+            prompt_text=prompt_text,
         )
-        for messages, text, truth, source, extra, reason, tokens in zip(
+        for messages, prompt_text, text, truth, source, extra, reason, tokens in zip(
             batch["messages"],
+            batch["prompt_text"],
             texts,
             batch["ground_truth"],
             batch["data_source"],

@@ -20,7 +20,8 @@ def group_batch(sample: PromptSample, trajectories: Sequence[Trajectory]) -> Bat
     if all sampled segments have them), ``token_version`` int32 (of the policy that sampled the token; -1 on others).
     Per row: ``group`` (the prompt's position in the data stream), ``prompt_length``, ``response_length``,
     ``policy_version`` (of the oldest sampled token), ``later_version_tokens`` (sampled by another version than the
-    first one), all int64. Objects: ``finish_reason``, ``messages``, ``ground_truth``, ``data_source``, ``extra``.
+    first one), all int64. Objects: ``finish_reason``, ``messages``, ``prompt_text`` (None for chat prompts),
+    ``ground_truth``, ``data_source``, ``extra``.
     """
     rows = len(trajectories)
     segments = [segment for trajectory in trajectories for segment in trajectory.segments]
@@ -46,6 +47,7 @@ def group_batch(sample: PromptSample, trajectories: Sequence[Trajectory]) -> Bat
             "later_version_tokens": torch.tensor([int((versions != versions[:1]).sum()) for versions in made]),
             "finish_reason": [trajectory.finish_reason for trajectory in trajectories],
             "messages": [sample.messages] * rows,
+            "prompt_text": [sample.text] * rows,
             "ground_truth": [sample.ground_truth] * rows,
             "data_source": [sample.data_source] * rows,
             "extra": [sample.extra] * rows,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 
 from rlcore.algorithms.kl import kl_controller
 from rlcore.controller import Executor
-from rlcore.errors import ConfigError
+from rlcore.errors import ConfigError, DataError
 from rlcore_recipes.data.end_tokens import missing_ends, model_tokens
 from rlcore_recipes.data.loader import PromptLoader
 from rlcore_recipes.data.prompts import PromptDataset, load_prompts
+from rlcore_recipes.data.settings import DataSettings
 from rlcore_recipes.data.tokenizer import load_tokenizer
 from rlcore_recipes.ranks import launched_as_main
 from rlcore_recipes.rollouts.asynchronous import AsynchronousGroups
@@ -33,7 +34,7 @@ from rlcore_recipes.run.roles import Roles, build_roles, open_executor
 from rlcore_recipes.run.session import Session
 from rlcore_recipes.run.timing import Timings, open_trace
 from rlcore_recipes.run.trainable import Run, Validation
-from rlcore_recipes.settings import RLConfig
+from rlcore_recipes.settings import RewardRole, RLConfig
 from rlcore_recipes.step.weights import sync_weights
 
 C = TypeVar("C", bound=RLConfig)
@@ -101,6 +102,7 @@ def open_session(config: C) -> Iterator[Session[C]]:
             timed=timed,
             end_tokens=data.end_tokens,
             stop_tokens=data.stop_tokens,
+            notes=data.notes,
         )
         session.groups = group_source(session)
         stack.callback(session.groups.close)
@@ -118,6 +120,7 @@ class RunData:
     stop_tokens: tuple[int, ...]
     end_tokens: frozenset[int]
     total_steps: int
+    notes: tuple[str, ...] = ()
 
 
 def read_data(config: RLConfig) -> RunData:
@@ -130,6 +133,8 @@ def read_data(config: RLConfig) -> RunData:
     size, model_ends = model_tokens(config.model)
     dataset = load_prompts(data, data.train_files, tokenizer, vocabulary=size)
     val_prompts = load_prompts(data, data.val_files, tokenizer, data.val_limit, size) if validates else None
+    found = [dataset] if val_prompts is None else [dataset, val_prompts]
+    check_ground_truth(config.reward, found)
     ends = dataset.ends if val_prompts is None else dataset.ends | val_prompts.ends
     stop_tokens = missing_ends(config.model, tokenizer, ends)
     loader = partial(PromptLoader, dataset, seed=config.seed, shuffle=data.shuffle, weights=data.weights)
@@ -137,7 +142,30 @@ def read_data(config: RLConfig) -> RunData:
     total_steps = trainer.total_steps or trainer.total_epochs * batches.steps_per_epoch
     # with dynamic sampling, how many prompts a step takes is known only while it samples
     prompts = batches if config.dynamic_sampling is None else loader(1)
-    return RunData(tokenizer, prompts, val_prompts, stop_tokens, model_ends.union(stop_tokens), total_steps)
+    notes = tuple(note for read in found for note in (*read.notes, *overlong_notes(read, data)))
+    return RunData(tokenizer, prompts, val_prompts, stop_tokens, model_ends.union(stop_tokens), total_steps, notes)
+
+
+def check_ground_truth(reward: RewardRole, found: Sequence[PromptDataset]) -> None:
+    """Make sure that there are reference answers, if ``reward`` cannot do without.
+
+    Raises:
+        DataError: names the file that has none.
+    """
+    for data in found:
+        if data.without_truth is not None and getattr(reward.options, "needs_ground_truth", False):
+            raise DataError(
+                f"{data.without_truth} has no column that is recognised as the reference answer, which the reward "
+                f"{reward.name} needs; set data.ground_truth_key"
+            )
+
+
+def overlong_notes(data: PromptDataset, settings: DataSettings) -> list[str]:
+    """Return what happened to prompts that were too long, for the user."""
+    limit = f"longer than data.max_prompt_length={settings.max_prompt_length}"
+    left_out = [f"{data.filtered:,} prompts are {limit} and left out"] if data.filtered else []
+    cut = [f"{data.cut:,} prompts are {limit} and cut ({settings.overlong_prompts})"] if data.cut else []
+    return left_out + cut
 
 
 def rollout_workers(config: RLConfig, executor: Executor, roles: Roles, timed: Timings) -> RolloutWorkers:

@@ -46,6 +46,7 @@ class Session(Generic[C]):
         stop_tokens: tokens that end a completion in addition to the model's end tokens.
         version: of the policy in the rollout processes: the number of steps that it was trained for.
         micro_batches: the models' token budgets.
+        notes: what was recognised in the data, and how many prompts were too long.
         warned: subjects of `warn_once`.
     """
 
@@ -64,6 +65,7 @@ class Session(Generic[C]):
     end_tokens: frozenset[int] = frozenset()
     stop_tokens: tuple[int, ...] = ()
     version: int = 0
+    notes: tuple[str, ...] = ()
     warned: set[str] = field(default_factory=set)
 
     @property
@@ -95,7 +97,7 @@ class Session(Generic[C]):
             prompts += f"; {len(self.val_prompts):,} prompts for validation"
         actor, budgets = self.roles.actor, self.micro_batches
         models = model_rows(self.executor, actor, config.model, budgets, self.tokenizer, self.end_tokens)
-        return [*models, ("data", prompts)]
+        return [*models, ("data", prompts), *(("", note) for note in self.notes)]
 
     def warn_once(self, subject: str, message: str) -> None:
         """Warn with ``message``, unless the run was warned about ``subject`` before."""

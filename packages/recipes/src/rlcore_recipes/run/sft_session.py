@@ -33,6 +33,7 @@ class SFTSession:
         held_out: samples to validate on; None if nothing is validated.
         end_tokens: tokens that end an answer.
         stop_tokens: those of them that the model does not know as end tokens.
+        notes: what was recognised in the data, and how many samples were too long.
     """
 
     config: SFTConfig
@@ -46,6 +47,7 @@ class SFTSession:
     timed: Timings
     end_tokens: frozenset[int]
     stop_tokens: tuple[int, ...]
+    notes: tuple[str, ...] = ()
     max_error_ratio: float = 1.0  # no rewards
 
     @property
@@ -67,7 +69,7 @@ class SFTSession:
         config, budgets = self.config, self.micro_batches
         models = model_rows(self.executor, self.actor, config.model, budgets, self.tokenizer, self.end_tokens)
         samples = f"{self.batches.samples:,} samples; {config.data.train_batch_size} in a step"
-        return [*models, ("data", samples)]
+        return [*models, ("data", samples), *(("", note) for note in self.notes)]
 
 
 @contextmanager
@@ -86,6 +88,8 @@ def open_sft(config: SFTConfig) -> Iterator[SFTSession]:
     held_out = load_sft(data, data.val_files, tokenizer, data.val_limit, size) if validates else None
     batches = _batches(config, dataset)
     total_steps = trainer.total_steps or trainer.total_epochs * batches.steps_per_epoch
+    limit = f"longer than data.max_length={data.max_length}"
+    overlong = [f"{dataset.filtered:,} samples are {limit} and left out"] if dataset.filtered else []
     with ExitStack() as stack:
         executor = open_executor(config.controller, config.roles, trainer.out_dir, stack)
         optim = with_total_steps(config.actor.optim, total_steps)
@@ -107,6 +111,7 @@ def open_sft(config: SFTConfig) -> Iterator[SFTSession]:
             timed=Timings(executor),
             end_tokens=model_ends | dataset.ends,
             stop_tokens=missing_ends(config.model, tokenizer, dataset.ends),
+            notes=(*dataset.notes, *overlong),
         )
 
 

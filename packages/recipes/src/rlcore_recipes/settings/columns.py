@@ -10,7 +10,7 @@ SAMPLED = frozenset(
     {
         "tokens", "loss_mask", "rollout_logprobs", "token_version",
         "group", "prompt_length", "response_length", "policy_version", "later_version_tokens",
-        "finish_reason", "messages", "ground_truth", "data_source", "extra",
+        "finish_reason", "messages", "prompt_text", "ground_truth", "data_source", "extra",
     }
 )  # fmt: skip
 """Of trajectories (`rlcore_recipes.rollouts.trajectories.group_batch`)."""

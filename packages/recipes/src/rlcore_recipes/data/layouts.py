@@ -1,0 +1,137 @@
+"""Which columns of a file hold what: as the settings say or, where they say `AUTO`, by the names that are in use.
+
+verl's files have ``reward_model.ground_truth``; TRL's have ``prompt`` and columns of any name for the reward, and for
+SFT ``messages``, ``prompt`` and ``completion``, or ``text``. A name is recognised only if a single one fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from rlcore.errors import DataError
+from rlcore_recipes.data.columns import Columns
+from rlcore_recipes.data.settings import AUTO, DataSettings, SFTDataSettings
+
+Choose = Callable[[Sequence[str], str], Columns]
+"""Returns the columns that are read of a file. Arguments: the names of its columns and of fields of structs; the file.
+
+Raises:
+    DataError: a column that is needed is missing, or several could be meant.
+"""
+
+PROMPT, TRUTH, SOURCE = "data.prompt_key", "data.ground_truth_key", "data.data_source_key"
+MESSAGES, RESPONSE, TEXT = "data.messages_key", "data.response_key", "data.text_key"
+
+TRUTHS = ("ground_truth", "reward_model.ground_truth")
+"""Columns that hold the reference answer, ours and verl's. Where a file has both, they must agree."""
+
+ANSWERS = ("answer", "solution", "label")
+"""Columns that may hold the reference answer, in data sets made for TRL, verifiers and OpenRLHF."""
+
+FORMATS = {
+    "completion": "TRL's prompt-completion format",
+    "chosen": "TRL's preference format",
+    "rejected": "TRL's preference format",
+}
+"""Columns that reinforcement learning does not train on, and where they come from."""
+
+
+def every_column(names: Sequence[str], file: str) -> Columns:
+    """Choose all columns."""
+    return Columns()
+
+
+def prompt_columns(settings: DataSettings) -> Choose:
+    """Return what chooses the columns of prompts for reinforcement learning."""
+
+    def choose(names: Sequence[str], file: str) -> Columns:
+        if {"chosen", "rejected"} <= {*names} and settings.prompt_key not in names:
+            raise DataError(
+                f"{file} is a preference data set without prompts ({', '.join(names)}); reinforcement learning samples "
+                f"answers to prompts: add a column with them, and name it in {PROMPT}"
+            )
+        truth, same, notes = _truth(settings.ground_truth_key, names)
+        source, more = _source(settings.data_source_key, names)
+        unused = [f"{name!r} ({FORMATS[name]})" for name in FORMATS if name in names]
+        if unused:
+            more.append(f"{', '.join(unused)}: not trained on, reaches the reward")
+        keys = {PROMPT: settings.prompt_key, TRUTH: truth, SOURCE: source}
+        columns = Columns(keys, same=same, notes=(*notes, *more))
+        columns.require(names, file)
+        return columns
+
+    return choose
+
+
+def _truth(key: str | None, names: Sequence[str]) -> tuple[str | None, tuple[str, ...], list[str]]:
+    """Return the column of the reference answer, columns that hold the same, and what to tell the user."""
+    if key != AUTO:
+        return key, (), []
+    if exact := [name for name in TRUTHS if name in names]:
+        notes = [f"ground truth from {exact[0]!r} (verl's layout)"] if exact[0] != TRUTHS[0] else []
+        return exact[0], tuple(exact[1:]), notes
+    # TRL's unpaired preferences have a label that says whether the completion is good
+    found = [name for name in ANSWERS if name in names and not (name == "label" and "completion" in names)]
+    if len(found) == 1:
+        return found[0], (), [f"ground truth from {found[0]!r}"]
+    why = f"{' and '.join(map(repr, found))} could be it" if found else f"no column {', '.join((*TRUTHS, *ANSWERS))}"
+    return None, (), [f"no ground truth: {why} ({TRUTH} names it)"]
+
+
+def _source(key: str | None, names: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Return the column of the data source, and what to tell the user."""
+    if key != AUTO:
+        return key, []
+    if "data_source" in names:
+        return "data_source", []
+    if "task" in names and {"answer", "info"} & {*names}:
+        return "task", ["data source from 'task' (verifiers' layout)"]
+    return None, []
+
+
+def sft_columns(settings: SFTDataSettings) -> Choose:
+    """Return what chooses the columns of samples to learn."""
+
+    def choose(names: Sequence[str], file: str) -> Columns:
+        source, notes = _source(settings.data_source_key, names)
+        samples = _samples(settings, names, file)
+        columns = Columns({**samples, SOURCE: source}, others=False, notes=tuple(notes))
+        columns.require(names, file)
+        return columns
+
+    return choose
+
+
+def _samples(settings: SFTDataSettings, names: Sequence[str], file: str) -> dict[str, str | None]:
+    """Return the columns of samples by the keys that name them: whole conversations, text, or prompt and response."""
+    named = {MESSAGES: settings.messages_key, RESPONSE: settings.response_key, TEXT: settings.text_key}
+    chosen = [(key, name) for key, name in named.items() if name not in (AUTO, None)]
+    if not chosen:
+        found = [
+            *([(MESSAGES, "messages")] if settings.messages_key == AUTO and "messages" in names else []),
+            *((RESPONSE, name) for name in ("response", "completion") if name in names),
+        ]
+        with_prompt = settings.prompt_key in names
+        found = [(key, name) for key, name in found if key != RESPONSE or with_prompt]
+        if not found and settings.text_key == AUTO and "text" in names:
+            found = [(TEXT, "text")]
+        if len(found) > 1:
+            raise DataError(
+                f"{file} has several columns to learn from, {' and '.join(repr(name) for _, name in found)}; set "
+                f"{' or '.join(f'{key}={name}' for key, name in found)}"
+            )
+        chosen = found or [_missing(names, file, with_prompt)]
+    [(key, name)] = chosen
+    return {key: name} if key != RESPONSE else {PROMPT: settings.prompt_key, key: name}
+
+
+def _missing(names: Sequence[str], file: str, with_prompt: bool) -> tuple[str, str]:
+    """Return the default column, whose absence is an error.
+
+    Raises:
+        DataError: the file has a format from which nothing can be learned without a decision of the user.
+    """
+    if "chosen" in names:
+        how = f"{RESPONSE}=chosen" if with_prompt else f"{MESSAGES}=chosen (conversations) or {TEXT}=chosen (text)"
+        raise DataError(f"{file} has preferences ({', '.join(names)}); to learn the chosen answers alone, set {how}")
+    return RESPONSE, "response"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import socket
+import shutil
 import subprocess
 import sys
 import time
@@ -12,15 +12,18 @@ import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from rlcore.errors import RlcoreWarning
 from rlcore.tracking import RunInfo
+from rlcore_kit.serving.ports import unused_port
 from rlcore_recipes.trackers import open_trackers
-from rlcore_recipes.trackers.settings import SwanlabSettings
+from rlcore_recipes.trackers.settings import MlflowSettings, ParquetSettings, SwanlabSettings, TrackioSettings
 
 
 @pytest.fixture
@@ -47,13 +50,11 @@ def swanlab_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest
     return monkeypatch
 
 
-@pytest.fixture
-def dashboard(tmp_path: Path) -> Iterator[str]:
-    """The address of ``swanlab watch`` on the run's folder."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [Path(sys.executable).parent / "swanlab", "watch", tmp_path / "swanlog", "--port", str(port)]
+@contextmanager
+def dashboard(folder: Path) -> Iterator[str]:
+    """The address of ``swanlab watch`` on ``folder``."""
+    port = unused_port()
+    command = [Path(sys.executable).parent / "swanlab", "watch", folder, "--port", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         yield f"http://127.0.0.1:{port}"
@@ -75,7 +76,7 @@ def answer(url: str) -> dict:
 
 @pytest.mark.slow
 def test_swanlab_dashboard_shows_a_local_run_and_its_continuation(
-    run: RunInfo, swanlab_variables: pytest.MonkeyPatch, dashboard: str
+    run: RunInfo, swanlab_variables: pytest.MonkeyPatch
 ) -> None:
     for start in (0, 2):
         trackers = open_trackers({"swanlab": SwanlabSettings(mode="local")}, replace(run, start_step=start))
@@ -84,17 +85,17 @@ def test_swanlab_dashboard_shows_a_local_run_and_its_continuation(
         trackers.log_table("val/generations", ["prompt", "score"], [["1 + 1", 1.0]], start + 3)
         trackers.log_histogram("critic/advantages", [0.0, 1.0], [3], start + 3)
         trackers.close()
-    project = answer(f"{dashboard}/api/v1/project")
+    with dashboard(run.out_dir / "swanlog") as url:
+        project = answer(f"{url}/api/v1/project")
+        first, second = project["experiments"]
+        experiment = f"{url}/api/v1/experiment/{second['id']}"
+        points = answer(f"{experiment}/tag/critic/score/mean")["list"]
+        [texts] = answer(f"{experiment}/tag/val/generations")["list"]
     assert project["name"] == "p"
-    first, second = project["experiments"]
-    assert {name: item["value"] for name, item in second["config"].items()} == {
-        **run.config,
-        "versions": {"torch": "2.13.0"},
-    }
+    config = {name: item["value"] for name, item in second["config"].items()}
+    assert config == {**run.config, "versions": {"torch": "2.13.0"}}
     assert (first["status"], second["status"]) == (1, 1)  # both finished
-    points = answer(f"{dashboard}/api/v1/experiment/{second['id']}/tag/critic/score/mean")["list"]
     assert [(point["index"], point["data"]) for point in points] == [(1, 1), (2, 2), (3, 23), (4, 24), (5, 25)]
-    [texts] = answer(f"{dashboard}/api/v1/experiment/{second['id']}/tag/val/generations")["list"]
     assert texts["data"] == ["prompt: 1 + 1\n\nscore: 1.0"]
 
 
@@ -124,3 +125,104 @@ def test_swanlab_without_an_account_is_offline(run: RunInfo, swanlab_variables: 
     )
     [file] = run.out_dir.glob("swanlog/run-*-abc123/run-abc123.swanlab")
     assert b"loss" in file.read_bytes()
+
+
+# --- MLflow ---------------------------------------------------------------------------------------------------------
+
+
+def test_mlflow_store_has_metrics_parameters_and_tables(run: RunInfo, mlflow_store: Path) -> None:
+    import mlflow
+
+    shutil.copy(mlflow_store, run.out_dir)
+    for start in (0, 1):
+        trackers = open_trackers({"mlflow": MlflowSettings()}, replace(run, start_step=start))
+        trackers.log({"val-core/gsm8k/reward/mean@1": 0.5, "a, b": 2.0}, start + 1)
+        trackers.log_table("val/generations", ["prompt", "score"], [["1 + 1", 1.0]], start + 1)
+        trackers.close()
+    client = mlflow.MlflowClient(f"sqlite:///{run.out_dir}/mlflow.db")
+    [found] = client.search_runs([client.get_experiment_by_name("p").experiment_id])
+    assert (found.info.run_name, found.info.status) == ("n", "FINISHED")
+    assert found.data.params == {"lr": "0.1", "nested.a": "None"}
+    assert found.data.tags["version.torch"] == "2.13.0"
+    history = client.get_metric_history(found.info.run_id, "val-core/gsm8k/reward/mean_at_1")
+    assert [(point.step, point.value) for point in history] == [(1, 0.5), (2, 0.5)]
+    assert found.data.metrics["a_ b"] == 2.0
+    [table] = (run.out_dir / "mlflow-artifacts").glob("*/artifacts/val/generations/step-000001.json")
+    assert json.loads(table.read_text()) == {"columns": ["prompt", "score"], "data": [["1 + 1", 1.0]]}
+    config = json.loads((table.parents[2] / "config.json").read_text())
+    assert config == {"config": run.config, "versions": {"torch": "2.13.0"}}
+
+
+def test_mlflow_goes_by_its_own_variables(
+    run: RunInfo, mlflow_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    uri = f"sqlite:///{shutil.copy(mlflow_store, tmp_path / 'elsewhere.db')}"
+    client = mlflow.MlflowClient(uri)
+    experiment = client.create_experiment("mine", (tmp_path / "artifacts").as_uri())
+    mine = client.create_run(experiment).info.run_id
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("MLFLOW_RUN_ID", mine)
+    trackers = open_trackers({"mlflow": MlflowSettings()}, run)
+    trackers.log({"loss": 1.0}, 1)
+    trackers.close()
+    assert client.get_run(mine).data.metrics == {"loss": 1.0}
+    assert not (run.out_dir / "mlflow.db").exists()
+
+
+def test_an_mlflow_server_that_does_not_answer_is_a_warning(run: RunInfo, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with warnings.catch_warnings(record=True, action="always") as caught:
+        trackers = open_trackers({"mlflow": MlflowSettings(uri="http://127.0.0.1:9")}, run)
+        trackers.log({"loss": 1.0}, 1)
+        trackers.close()
+    [message] = [str(warning.message) for warning in caught if warning.category is RlcoreWarning]
+    assert message.startswith("tracker mlflow could not be started: MlflowException: API request to http://127.0.0.1:9")
+
+
+# --- Trackio --------------------------------------------------------------------------------------------------------
+
+
+def test_trackio_data_base_has_metrics_tables_and_histograms(run: RunInfo, monkeypatch: pytest.MonkeyPatch) -> None:
+    import trackio.sqlite_storage
+
+    monkeypatch.setattr(trackio.sqlite_storage, "TRACKIO_DIR", run.out_dir)
+    trackers = open_trackers({"trackio": TrackioSettings()}, run)
+    trackers.log_table("val/generations", ["prompt", "score"], [["1 + 1", 1.0]], 1)
+    trackers.log_histogram("critic/advantages", [0.0, 0.5, 1.0], [3, 4], 1)
+    trackers.log({"critic/score/mean": 0.5}, 1)
+    trackers.close()
+    [found] = trackio.Api().runs("p")
+    assert found.name == "n-abc123"
+    assert found.config["lr"] == 0.1
+    logged: dict = {}
+    for line in trackio.SQLiteStorage.get_logs("p", found.name):
+        assert line["step"] == 1
+        logged |= line
+    assert logged["critic/score/mean"] == 0.5
+    assert logged["critic/advantages"] == {"_type": "trackio.histogram", "bins": [0.0, 0.5, 1.0], "values": [3, 4]}
+    assert logged["val/generations"]["_value"] == [{"prompt": "1 + 1", "score": 1.0}]
+
+
+# --- Parquet --------------------------------------------------------------------------------------------------------
+
+
+def test_parquet_has_a_file_for_each_table_and_step(run: RunInfo) -> None:
+    rows = [["1 + 1", 1.0, {"format": 1.0}, [1, 2], 1], ["lone \ud800", None, {}, [], "x"]]
+    columns = ["prompt", "score", "parts", "ids", "mixed"]
+    for start in (0, 1):
+        trackers = open_trackers({"parquet": ParquetSettings()}, replace(run, start_step=start))
+        for step in (start + 1, start + 2):
+            trackers.log_table("rollouts", columns, rows, step)
+        trackers.close()
+        (run.out_dir / "tables" / "rollouts" / "mine.parquet").touch()
+    names = sorted(path.name for path in (run.out_dir / "tables" / "rollouts").iterdir())
+    assert names == ["mine.parquet", *(f"step-00000{step}.parquet" for step in (1, 2, 3))]
+    table = pq.read_table(run.out_dir / "tables" / "rollouts" / "step-000003.parquet")
+    assert table["prompt"].to_pylist() == ["1 + 1", "lone \\ud800"]
+    assert table["score"].to_pylist() == [1.0, None]
+    assert table["parts"].to_pylist() == [{"format": 1.0}, {"format": None}]
+    assert table["ids"].to_pylist() == [[1, 2], []]
+    assert table["mixed"].to_pylist() == ["1", "x"]
+    assert table["step"].to_pylist() == [3, 3]

@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from rlcore import plugins
-from rlcore.errors import PluginError
+from rlcore.errors import PluginError, RlcoreWarning
 from rlcore.tracking import RunInfo, Tracker
 from rlcore_recipes.trackers import Trackers, open_trackers
 from rlcore_recipes.trackers.console import ConsoleTracker
@@ -243,15 +243,20 @@ def wandb_history(records: list) -> list[dict]:
 def test_wandb_offline(run: RunInfo, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb", reason="the extra 'wandb' is not installed")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    for start in (0, 2):  # the second is the first one, resumed
-        time.sleep(1.1 if start else 0)  # wandb names folders by the second
-        tracker = plugins.get("rlcore.trackers", "wandb").build(
-            WandbSettings(mode="offline", tags=["t"]), replace(run, start_step=start)
-        )
-        tracker.log({"actor/lr": 0.5}, start + 1)
-        tracker.log({"actor/lr": 0.25}, start + 2)
-        tracker.log_table("val/generations", ["prompt"], [["hello"]], start + 2)
-        tracker.close()
+    monkeypatch.setenv("NETRC", str(run.out_dir / "netrc"))  # no account
+    build = plugins.get("rlcore.trackers", "wandb").build
+    with warnings.catch_warnings(record=True, action="always") as caught:
+        for start in (0, 2):  # the second is the first one, resumed
+            time.sleep(1.1 if start else 0)  # wandb names folders by the second
+            monkeypatch.setenv("WANDB_MODE", "online" if start else "offline")
+            tracker = build(WandbSettings(tags=["t"], mode="online" if start else None), replace(run, start_step=start))
+            tracker.log({"actor/lr": 0.5}, start + 1)
+            tracker.log_histogram("critic/advantages", [0.0, 0.5, 1.0], [3, 4], start + 1)
+            tracker.log_table("val/generations", ["prompt"], [["hello"]], start + 2)
+            tracker.log({"actor/lr": 0.25}, start + 2)
+            tracker.close()
+    [message] = [str(warning.message) for warning in caught if warning.category is RlcoreWarning]
+    assert message.startswith("Weights & Biases cannot be reached (there is no API key; `wandb login` saves one)")
     deadline = time.monotonic() + 60
     while sum(record.WhichOneof("record_type") == "exit" for record in wandb_records(run.out_dir)) < 2:
         assert time.monotonic() < deadline, "wandb's own process did not finish its files"
@@ -267,11 +272,21 @@ def test_wandb_offline(run: RunInfo, monkeypatch: pytest.MonkeyPatch) -> None:
         (3, 0.5),
         (4, 0.25),
     ]
+    assert [row["_step"] for row in history] == [1, 2, 3, 4]
+    assert history[0]["critic/advantages.values"] == [3, 4]
+    assert history[0]["critic/advantages.bins"] == [0, 0.5, 1]
     tables = list(run.out_dir.glob("wandb/offline-run-*/files/media/table/val/*.json"))
     assert [json.loads(path.read_text()) for path in sorted(tables)] == [
         {"columns": ["step", "prompt"], "data": [[2, "hello"]]},
         {"columns": ["step", "prompt"], "data": [[4, "hello"]]},
     ]
+
+
+def test_wandb_goes_by_its_own_id(run: RunInfo, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    plugins.get("rlcore.trackers", "wandb").build(WandbSettings(mode="offline"), run).close()
+    assert [path.name for path in run.out_dir.glob("wandb/offline-run-*/*.wandb")] == ["run-mine.wandb"]
 
 
 def test_tensorboard(run: RunInfo) -> None:
@@ -285,16 +300,21 @@ def test_tensorboard(run: RunInfo) -> None:
         for step in range(start + 1, start + 3):
             tracker.log({"loss": 10 * start + step}, step)
         tracker.log_table("val", ["a", "b"], [["x|y", "1\n2"]], start + 2)
+        tracker.log_histogram("critic/advantages", [-1.0, 0.0, 2.0], [3, 4], start + 2)
         tracker.close()
     events = EventAccumulator(str(run.out_dir / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 12.0), (3, 13.0)]
+    [event] = events.Histograms("critic/advantages")  # that of step 2 was repeated
+    assert (event.step, event.histogram_value.num) == (3, 7)
+    assert event.histogram_value.bucket == [3.0, 4.0]
+    assert event.histogram_value.bucket_limit == [0.0, 2.0]
     text = events.Tensors("val/text_summary")[-1].tensor_proto.string_val[0].decode()
     assert text == "| a | b |\n| --- | --- |\n| x\\|y | 1<br>2 |"
     assert '"lr": 0.1' in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
 
 
-@pytest.mark.parametrize("name", ["wandb", "tensorboard", "swanlab"])
+@pytest.mark.parametrize("name", ["wandb", "tensorboard", "swanlab", "mlflow", "trackio"])
 def test_missing_package_names_what_to_install(run: RunInfo, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setitem(sys.modules, name, None)
     options = plugins.get("rlcore.trackers", name).config_class()()

@@ -61,3 +61,21 @@ swanlab_tracker = Plugin(
     factory="rlcore_recipes.trackers.swanlab:open_swanlab",
     summary="SwanLab, online, offline or with its local dashboard.",
 )
+mlflow_tracker = Plugin(
+    interface=1,
+    config="rlcore_recipes.trackers.settings:MlflowSettings",
+    factory="rlcore_recipes.trackers.mlflow:open_mlflow",
+    summary="MLflow, a server or a data base.",
+)
+trackio_tracker = Plugin(
+    interface=1,
+    config="rlcore_recipes.trackers.settings:TrackioSettings",
+    factory="rlcore_recipes.trackers.trackio:open_trackio",
+    summary="Trackio, local or on the Hugging Face Hub.",
+)
+parquet_tracker = Plugin(
+    interface=1,
+    config="rlcore_recipes.trackers.settings:ParquetSettings",
+    factory="rlcore_recipes.trackers.parquet:open_parquet",
+    summary="Rollouts and other tables as Parquet files in the output folder.",
+)

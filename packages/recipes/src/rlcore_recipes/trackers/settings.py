@@ -85,3 +85,35 @@ class SwanlabSettings(Config):
 
     def packages(self) -> Iterator[tuple[str, Package]]:
         yield "", Package("swanlab", "rlcore-recipes[swanlab]")
+
+
+class MlflowSettings(Config):
+    """MLflow."""
+
+    uri: str | None = Field(
+        None,
+        description="Tracking server or store; null goes by MLFLOW_TRACKING_URI, without it a data base in out_dir.",
+    )
+    experiment: str | None = Field(None, description="Experiment; null takes the run's project.")
+
+    def packages(self) -> Iterator[tuple[str, Package]]:
+        yield "", Package("mlflow", "rlcore-recipes[mlflow]")
+
+
+class TrackioSettings(Config):
+    """Trackio: local-first, with a dashboard (`trackio show`)."""
+
+    project: str | None = Field(None, description="Project; null takes the run's.")
+    space_id: str | None = Field(
+        None, description="Space of the Hugging Face Hub that shows the run; null goes by TRACKIO_SPACE_ID."
+    )
+    group: str | None = Field(None, description="Group of runs.")
+
+    def packages(self) -> Iterator[tuple[str, Package]]:
+        yield "", Package("trackio", "rlcore-recipes[trackio]")
+
+
+class ParquetSettings(Config):
+    """Tables as Parquet files, one a step."""
+
+    folder: FileName = Field("tables", description="Folder of the files, below the output folder.")

@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from rlcore.config import Config
-from rlcore.errors import PluginError
 from rlcore.tracking import RunInfo, Tracker
 from rlcore_recipes.trackers.settings import TensorboardSettings
 
 
 class TensorboardTracker(Tracker):
-    """Scalars by metric name, tables as text; a resumed run hides the steps it repeats."""
+    """Scalars and histograms by name, tables as text; a resumed run hides the steps it repeats."""
 
     def __init__(self, options: TensorboardSettings, run: RunInfo) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise PluginError(
-                "the tensorboard tracker needs the package 'tensorboard'; "
-                "run: pip install 'rlcore-recipes[tensorboard]'"
-            ) from error
+        from torch.utils.tensorboard import SummaryWriter
+
         purge = run.start_step + 1 if run.start_step else None
         self._writer = SummaryWriter(str(run.out_dir / options.folder), purge_step=purge)
-        if not run.start_step:
-            self._writer.add_text("config", f"```json\n{json.dumps(dict(run.config), indent=2, default=str)}\n```", 0)
+        described = {"config": run.config, "versions": run.versions}
+        for name, values in described.items():
+            text = json.dumps(dict(values), indent=2, default=str)
+            self._writer.add_text(name, f"```json\n{text}\n```", run.start_step)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Write the metrics of ``step`` as scalars."""
@@ -37,6 +34,21 @@ class TensorboardTracker(Tracker):
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
         lines = [columns, ["---"] * len(columns), *rows]
         self._writer.add_text(name, "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines), step)
+
+    def log_histogram(self, name: str, edges: Sequence[float], counts: Sequence[int], step: int) -> None:
+        bins = list(pairwise(edges))
+        values = [(lower + upper) / 2 for lower, upper in bins]  # whose sums are given: in the middle of their bins
+        self._writer.add_histogram_raw(
+            name,
+            min=edges[0],
+            max=edges[-1],
+            num=sum(counts),
+            sum=sum(count * value for count, value in zip(counts, values)),
+            sum_squares=sum(count * value**2 for count, value in zip(counts, values)),
+            bucket_limits=[upper for _, upper in bins],
+            bucket_counts=list(counts),
+            global_step=step,
+        )
 
     def close(self) -> None:
         self._writer.close()

@@ -2,56 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
+from warnings import warn
+
+import numpy as np
 
 from rlcore.config import Config
-from rlcore.errors import PluginError
+from rlcore.errors import RlcoreWarning
 from rlcore.tracking import RunInfo, Tracker
 from rlcore_recipes.trackers.settings import WandbSettings
 
 STEP = "global_step"
+OFFLINE = "the run is tracked offline, and `wandb sync` uploads it"
 
 
 class WandbTracker(Tracker):
-    """One wandb run, which a resumed run continues by its id.
+    """One wandb run, which a resumed run continues by its id, or by that in ``WANDB_RUN_ID``.
 
-    The step is logged as a metric: wandb's internal step cannot go back, and a resumed run repeats steps.
+    A step is wandb's own step, which cannot go back, and the metric ``global_step``. Of the steps that a resumed run
+    repeats, wandb keeps what was logged first.
     """
 
     def __init__(self, options: WandbSettings, run: RunInfo) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise PluginError(
-                "the wandb tracker needs the package 'wandb'; run: pip install 'rlcore-recipes[wandb]'"
-            ) from error
-        self._table = wandb.Table
-        self._run = wandb.init(
+        import wandb
+
+        self._wandb = wandb
+        resume: Any = os.environ.get("WANDB_RESUME") or "allow"
+        init = partial(
+            wandb.init,
             project=options.project or run.project,
             entity=options.entity,
-            mode=options.mode,
             group=options.group,
             tags=options.tags,
             name=run.name,
-            id=run.run_id,
-            resume="allow",
+            id=os.environ.get("WANDB_RUN_ID") or (None if resume == "never" else run.run_id),
+            resume=resume,
             dir=run.out_dir,
-            config=dict(run.config),
+            config={**run.config, "versions": dict(run.versions)},
         )
+        self._run = self._opened(init, options.mode or wandb.setup().settings.mode)
         self._run.define_metric(STEP, hidden=True)
         self._run.define_metric("*", step_metric=STEP)
 
+    def _opened(self, init: Callable[..., Any], mode: str) -> Any:
+        """Return the run of ``mode``; an offline run where wandb cannot be reached."""
+        if mode != "online":
+            return init(mode=mode)
+        try:
+            if self._wandb.login(prompt=False, verify=False):
+                return init(mode=mode)
+            reason = "there is no API key; `wandb login` saves one"
+        except Exception as error:  # no network, a key that is not valid
+            self._wandb.teardown()  # the id of the run that failed could not be used again
+            reason = str(error)
+        warn(f"Weights & Biases cannot be reached ({reason}): {OFFLINE}", RlcoreWarning, stacklevel=2)
+        return init(mode="offline")
+
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Log the metrics of ``step``."""
-        self._run.log({STEP: step, **metrics})
+        self._log(metrics, step)
 
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
         data = [[step, *row] for row in rows]
-        self._run.log({STEP: step, name: self._table(columns=["step", *columns], data=data)})
+        self._log({name: self._wandb.Table(columns=["step", *columns], data=data, allow_mixed_types=True)}, step)
+
+    def log_histogram(self, name: str, edges: Sequence[float], counts: Sequence[int], step: int) -> None:
+        self._log({name: self._wandb.Histogram(np_histogram=(np.asarray(counts), np.asarray(edges)))}, step)
 
     def close(self) -> None:
         self._run.finish()
+
+    def _log(self, values: Mapping[str, Any], step: int) -> None:
+        if step >= self._run.starting_step:
+            self._run.log({STEP: step, **values}, step=step)
 
 
 def open_wandb(options: Config, run: RunInfo) -> Tracker:

@@ -42,7 +42,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "indivisible batch": (
         {"actor.mini_batch_size": 3},
-        ["data.train_batch_size=8 is no multiple of actor.mini_batch_size=3"],
+        ["data.train_batch_size=8 is no multiple of actor.mini_batch_size=3", "nearest size that divides it is 2 or 4"],
     ),
     "no validation data": ({"trainer.test_freq": 1, "data.val_files": "[]"}, ["data.val_files is empty"]),
     "interval of zero": ({"trainer.save_freq": 0}, ["trainer.save_freq", "-1 for never"]),

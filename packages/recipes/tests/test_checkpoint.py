@@ -113,6 +113,11 @@ def test_the_newest_stay(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step-000002", "step-000003"]
 
 
+def test_null_keeps_all_checkpoints(tmp_path: Path) -> None:
+    saved(tmp_path, 1, 2, 3, 4, keep=None)
+    assert len(names(tmp_path)) == 4
+
+
 @pytest.mark.parametrize(("mode", "best"), [("max", 2), ("min", 3)])
 def test_the_best_stays_too(tmp_path: Path, mode: Any, best: int) -> None:
     manager = CheckpointManager(tmp_path, 1, best_metric="acc", best_mode=mode)

@@ -29,3 +29,9 @@ combine = Plugin(
     factory="rlcore_rewards.combine:CombinedReward",
     summary="The weighted sum of several rewards",
 )
+data_source = Plugin(
+    interface=1,
+    config="rlcore_rewards.by_source:BySourceOptions",
+    factory="rlcore_rewards.by_source:BySourceReward",
+    summary="Another reward for each data set, by the sample's data_source (GSM8K, MATH and AIME are known)",
+)

@@ -70,7 +70,7 @@ class CheckpointManager:
 
     Args:
         root: a folder, or a URL that fsspec reaches.
-        keep: newest checkpoints that stay.
+        keep: newest checkpoints that stay; None: all.
         best_metric: the best checkpoint by this metric stays too.
         ranks: the processes that make the calls.
         apply: runs a function in all processes of an engine (an executor's ``apply``); by default that of ``ranks``.
@@ -83,7 +83,7 @@ class CheckpointManager:
     def __init__(
         self,
         root: str | Path,
-        keep: int = 2,
+        keep: int | None = 2,
         *,
         best_metric: str | None = None,
         best_mode: Literal["max", "min"] = "max",

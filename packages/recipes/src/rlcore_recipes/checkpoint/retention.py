@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 
-def outdated(steps: Collection[int], scores: Mapping[int, float], newest: int, keep: int) -> set[int]:
+def outdated(steps: Collection[int], scores: Mapping[int, float], newest: int, keep: int | None) -> set[int]:
     """Return the steps whose checkpoints are no longer kept.
 
     Args:
         steps: of the complete checkpoints. Those after ``newest`` stay: they are of a run that went further once.
         scores: how good checkpoints are, larger being better, where that is known.
-        keep: newest checkpoints that stay, in addition to the best one.
+        keep: newest checkpoints that stay, in addition to the best one; None: all.
     """
+    if keep is None:
+        return set()
     until_now = sorted(step for step in steps if step <= newest)
     return set(until_now[:-keep]) - {best(scores)}
 

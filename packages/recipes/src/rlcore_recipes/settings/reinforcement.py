@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from rlcore.algorithms.registries import advantages
 from rlcore.config import Algorithm
 from rlcore.engines.settings import adapter_rank, wants_adapters
+from rlcore_recipes.divisors import nearest_divisors
 from rlcore_recipes.settings.columns import missing_columns
 from rlcore_recipes.settings.combinations import doubts
 from rlcore_recipes.settings.controller import unused
@@ -79,9 +80,11 @@ def async_problems(config: RLSections) -> Iterator[tuple[str, str]]:
 def indivisible(train_batch_size: int, key: str, mini_batch_size: int) -> Iterator[tuple[str, str]]:
     """Yield ``key`` if the batch is not a multiple of its mini-batch."""
     if train_batch_size % mini_batch_size:
+        near = " or ".join(map(str, nearest_divisors(train_batch_size, mini_batch_size)))
         yield (
             key,
-            f"data.train_batch_size={train_batch_size} is no multiple of {key}={mini_batch_size} (both count prompts)",
+            f"data.train_batch_size={train_batch_size} is no multiple of {key}={mini_batch_size} (both count prompts); "
+            f"the nearest size that divides it is {near}",
         )
 
 

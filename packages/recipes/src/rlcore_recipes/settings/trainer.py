@@ -60,7 +60,7 @@ class TrainerSettings(PluginSections):
         description="End the run after so many steps in a row in which an update was skipped, because its gradient "
         "norm was not finite; null: never.",
     )
-    keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints to keep.")
+    keep_checkpoints: int | None = Field(2, ge=1, description="Newest checkpoints to keep; null: all.")
     best_metric: str | None = Field(None, description="Keep the checkpoint that is best by this metric as well.")
     best_mode: Literal["max", "min"] = Field(
         "max", description="'max': a larger best_metric is better; 'min': a smaller one."

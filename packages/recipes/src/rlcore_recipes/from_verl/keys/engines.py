@@ -1,0 +1,191 @@
+"""``*.fsdp_config.*`` and ``*.megatron.*``: sharding and precision of one role."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rlcore_recipes.from_verl.keys.entries import (
+    Convert,
+    Key,
+    NoEquivalent,
+    NothingToSet,
+    already,
+    already_if,
+    key,
+    unchanged,
+    without,
+)
+from rlcore_recipes.from_verl.values import flag, whole
+from rlcore_recipes.from_verl.view import VerlView
+
+DTYPES = {"fp32": "float32", "float32": "float32", "bf16": "bfloat16", "bfloat16": "bfloat16"}
+ULYSSES = (
+    "sequences are divided over GPUs by Megatron's context parallelism only (actor.engine=megatron "
+    "actor.megatron.context_parallel=…)"
+)
+IN_CHUNKS = "logits and entropy are always computed in chunks (logits_chunk)"
+
+
+def only(engine: str, convert: Convert = unchanged) -> Convert:
+    """Return ``convert`` for a key that verl reads with one strategy only."""
+
+    def checked(value: Any, verl: VerlView) -> Any:
+        if verl.engine != engine:
+            raise NothingToSet(f"verl does not read it with strategy {verl.engine}")
+        return convert(value, verl)
+
+    return checked
+
+
+def dtype(value: Any, verl: VerlView) -> str:
+    """Return a precision under its name in torch."""
+    if str(value) not in DTYPES:
+        raise NoEquivalent(f"precisions are {', '.join(sorted(set(DTYPES.values())))}")
+    return DTYPES[str(value)]
+
+
+def replicas(value: Any, verl: VerlView) -> int:
+    """Return the replicas of hybrid sharding over groups of ``value`` GPUs."""
+    size = whole(value, "fsdp_size")
+    if size <= 0 or size >= verl.processes:
+        return 1
+    if verl.processes % size:
+        raise NoEquivalent(f"{verl.processes} GPUs are no multiple of fsdp_size={size}")
+    return verl.processes // size
+
+
+def fsdp_keys(section: str, ours: str) -> tuple[Key, ...]:
+    """Return the keys of FSDP of one role: ``section`` of verl, ``ours`` the role's section in rlcore."""
+    return (
+        key(f"{section}.param_offload", f"{ours}.offload", default=False, meaning="between its turns"),
+        key(f"{section}.optimizer_offload", f"{ours}.fsdp.offload_optimizer", only("fsdp"), default=False),
+        key(
+            f"{section}.offload_policy",
+            f"{ours}.fsdp.offload_params",
+            only("fsdp"),
+            default=False,
+            old=(f"{section}.cpu_offload", f"{section}.offload_params"),
+        ),
+        key(f"{section}.reshard_after_forward", f"{ours}.fsdp.reshard_after_forward", only("fsdp"), default=True),
+        key(
+            f"{section}.fsdp_size",
+            f"{ours}.fsdp.replicate",
+            only("fsdp", replicas),
+            default=-1,
+            meaning="GPUs of a replica; ours is the number of replicas",
+        ),
+        key(f"{section}.model_dtype", f"{ours}.fsdp.master_dtype", only("fsdp", dtype), default="fp32"),
+        key(
+            f"{section}.dtype",
+            f"{ours}.fsdp.param_dtype",
+            only("fsdp", dtype),
+            old=(f"{section}.mixed_precision.param_dtype",),
+        ),
+        key(f"{section}.mixed_precision.reduce_dtype", f"{ours}.fsdp.reduce_dtype", only("fsdp", dtype)),
+        already(f"{section}.mixed_precision.buffer_dtype", "buffers keep the model's precision"),
+        already(f"{section}.forward_prefetch", "FSDP2 gathers the next layer during this one's computation"),
+        already(f"{section}.use_orig_params", "FSDP2 keeps the original parameters"),
+        already(f"{section}.wrap_policy.*", "every layer is sharded separately"),
+        already(f"{section}.use_torch_compile", "layers run uncompiled"),
+        already(f"{section}.strategy", "the engine is FSDP2"),
+        already(f"{section}.entropy_from_logits_with_chunking", IN_CHUNKS),
+        already(f"{section}.entropy_from_logits_chunk_size", IN_CHUNKS),
+        already(f"{section}.entropy_checkpointing", IN_CHUNKS),
+        already(f"{section}.use_no_sync_for_gradient_accumulation", "gradients are reduced once per optimizer step"),
+        already(f"{section}.pad_to_length", "sequences are always packed without padding"),
+        already(f"{section}.forward_only", "the reference is never trained"),
+        already(f"{section}.seed", "all seeds follow from the run's seed"),
+        already_if(f"{section}.full_determinism", (False,), "kernels may be non-deterministic", "no such switch"),
+        already_if(
+            f"{section}.ulysses_sequence_parallel_size",
+            (1, None),
+            "sequences stay on one GPU",
+            ULYSSES,
+        ),
+        without(f"{section}.qat.*", "quantisation-aware training is not supported"),
+    )
+
+
+def recompute(value: Any, verl: VerlView) -> str:
+    """Return which activations Megatron recomputes."""
+    if value is None:
+        return "none"
+    if value not in ("full", "selective"):
+        raise NoEquivalent("activations are recomputed none, selective or full")
+    return str(value)
+
+
+def virtual_stages(value: Any, verl: VerlView) -> int:
+    """Return Megatron's chunks of layers per stage."""
+    return 1 if value is None else whole(value, "virtual_pipeline_model_parallel_size")
+
+
+def flag_of(value: Any, verl: VerlView) -> bool:
+    """Return a switch, off where it is null."""
+    return flag(value)
+
+
+def sequence_parallel(value: Any, verl: VerlView) -> bool:
+    """Return whether norms are divided too; without tensor parallelism there is nothing to divide."""
+    if not flag(value) or verl.whole("actor_rollout_ref.actor.megatron.tensor_model_parallel_size") < 2:
+        raise NothingToSet("there is no tensor parallelism")
+    return True
+
+
+def megatron_keys(section: str, ours: str) -> tuple[Key, ...]:
+    """Return the keys of Megatron of one role: ``section`` of verl, ``ours`` the role's section in rlcore."""
+    mine, transformer = f"{ours}.megatron", f"{section}.override_transformer_config"
+    sizes = {
+        "tensor_model_parallel_size": "tensor_parallel",
+        "pipeline_model_parallel_size": "pipeline_parallel",
+        "context_parallel_size": "context_parallel",
+        "expert_model_parallel_size": "expert_parallel",
+    }
+    chunks = f"{section}.virtual_pipeline_model_parallel_size"
+    return (
+        *(key(f"{section}.{size}", f"{mine}.{name}", only("megatron"), default=1) for size, name in sizes.items()),
+        key(chunks, f"{mine}.virtual_pipeline", only("megatron", virtual_stages)),
+        key(f"{section}.expert_tensor_parallel_size", f"{mine}.expert_tensor_parallel", only("megatron")),
+        key(
+            f"{section}.sequence_parallel",
+            f"{mine}.sequence_parallel",
+            only("megatron", sequence_parallel),
+            default=True,
+        ),
+        key(f"{section}.use_distributed_optimizer", f"{mine}.distributed_optimizer", only("megatron"), default=True),
+        key(f"{section}.param_offload", f"{ours}.offload", flag_of, default=False, meaning="between its turns"),
+        key(f"{section}.optimizer_offload", f"{mine}.offload_optimizer", only("megatron", flag_of), default=False),
+        key(f"{section}.dtype", f"{mine}.dtype", only("megatron", dtype)),
+        key(f"{section}.seed", "seed"),
+        key(f"{transformer}.recompute_granularity", f"{mine}.recompute", only("megatron", recompute)),
+        already(f"{transformer}.use_flash_attn", "attention has the fastest kernel that there is"),
+        already(f"{transformer}.variable_seq_lengths", "packed rows differ in length"),
+        without(f"{transformer}.moe_aux_loss_coeff", "the router's auxiliary loss is not part of the objective"),
+        key(f"{transformer}.*", f"{mine}.transformer.*", only("megatron")),
+        key(f"{section}.override_ddp_config.*", f"{mine}.ddp.*", only("megatron")),
+        *_other_megatron_keys(section),
+    )
+
+
+def _other_megatron_keys(section: str) -> tuple[Key, ...]:
+    """Return the keys for which there is nothing to set, or no equivalent."""
+    folders = "models are Hugging Face folders: model.path"
+    return (
+        already(
+            f"{section}.grad_offload", "gradients are freed after every optimizer step, and offload moves the rest"
+        ),
+        already(f"{section}.use_mbridge", "Hugging Face folders are read and written without a bridge"),
+        already(f"{section}.vanilla_mbridge", "Hugging Face folders are read and written without a bridge"),
+        already(f"{section}.entropy_from_logits_with_chunking", IN_CHUNKS),
+        already(f"{section}.use_remove_padding", "sequences are always packed without padding"),
+        already(f"{section}.forward_only", "the reference is never trained"),
+        already_if(f"{section}.use_dist_checkpointing", (False,), folders, folders),
+        without(f"{section}.dist_checkpointing_path", folders),
+        without(f"{section}.dist_checkpointing_prefix", folders),
+        without(
+            f"{section}.override_mcore_model_config.*", "set fields of TransformerConfig: actor.megatron.transformer"
+        ),
+        without(f"{section}.use_megatron_fsdp", "FSDP is a training engine: actor.engine=fsdp"),
+        without(f"{section}.router_replay.*", "routes of experts are not replayed"),
+        without(f"{section}.dynamic_context_parallel", "context parallelism is constant"),
+    )

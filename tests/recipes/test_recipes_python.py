@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Mapping
@@ -19,6 +20,8 @@ from rlcore.errors import DataError, RlcoreError
 from rlcore_recipes.grpo import GRPOConfig
 from rlcore_recipes.python.reward_objects import reward_argument
 from rlcore_recipes.sft import SFTConfig
+
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 KEYS: Mapping[str, Any] = {
     "data.train_batch_size": 4,
@@ -228,3 +231,49 @@ def test_functions_of_modules_are_imported_where_they_run() -> None:
     assert path(length) == "inputs/reward.pickle:length"  # the test's module is not in sys.path
     assert path(json.JSONEncoder().encode) == "inputs/reward.pickle:encode"
     assert path("my_file.py:Scorer.score") == "my_file.py:Scorer.score"
+
+
+NOTEBOOK = (
+    """
+import os, signal, rlcore
+weight, trainers = 0.5, []
+async def scored(solution_str, **_):
+    while trainers:
+        os.kill(trainers.pop(), signal.SIGINT)
+    return weight * len(solution_str)
+def train(**given):
+    return rlcore.train("grpo", model=MODEL, data=ROWS, overrides=KEYS, reward=scored, **given)
+run = train()
+run.complete, run.metrics.num_rows, run.metrics["critic/score/mean"][0].as_py()
+""",
+    """
+trainers.append(os.getpid())
+run = train(out_dir="a")
+""",
+    """
+trainers.clear()
+before = rlcore.open_run("a")
+run = train(out_dir="a")
+before.complete, before.metrics.num_rows, run.complete, run.metrics.num_rows
+""",
+)
+
+
+def test_cells_of_a_notebook_train(task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import nbformat
+    from nbclient import NotebookClient
+
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    keys = {**KEYS, "trainer.trackers": ["console"]}
+    given = f"MODEL, ROWS, KEYS = {str(task.model)!r}, {rows(8)!r}, {keys!r}"
+    cells = [nbformat.v4.new_code_cell(source) for source in (given, *NOTEBOOK)]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    NotebookClient(notebook, timeout=120, allow_errors=True, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    trained, interrupted, continued = (cell.outputs for cell in cells[1:])
+    assert trained[-1].data["text/plain"] == "(True, 2, 4.0)"
+    (shown,) = [output.data["text/html"] for output in trained if output.output_type == "display_data"]
+    assert re.search("step 2/2.*<progress value='2' max='2'.*<pre.*score.*\\n +1/2 +4 .*\\n +2/2 ", shown, re.DOTALL)
+    assert interrupted[-1].ename == "TrainingInterrupted"
+    assert interrupted[-1].evalue == "interrupted after step 1; call rlcore.train again with out_dir='a'"
+    assert continued[-1].data["text/plain"] == "(False, 1, True, 2)"

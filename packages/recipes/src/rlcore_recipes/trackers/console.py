@@ -1,4 +1,4 @@
-"""Progress and a table of steps on the terminal."""
+"""Progress and a table of steps on the terminal or in a notebook."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.text import Text
 
 from rlcore.config import Config
 from rlcore.tracking import RunInfo, Tracker
+from rlcore_recipes.trackers.notebook import CellOutput
 from rlcore_recipes.trackers.settings import ConsoleSettings
 
 WIDTH = 9
@@ -21,7 +22,7 @@ QUIET_S = 30.0
 
 
 class ConsoleTracker(Tracker):
-    """One line of a table per step, above a progress bar; without a terminal lines alone, of long steps too."""
+    """A line of a table per step and a progress bar; lines alone without a terminal or notebook, of long steps too."""
 
     def __init__(self, options: ConsoleSettings, run: RunInfo, console: Console | None = None) -> None:
         self._columns = options.columns | options.faults
@@ -34,6 +35,7 @@ class ConsoleTracker(Tracker):
         self._said = self._started
         self._progress: Progress | None = None
         self._task = TaskID(0)
+        self._cell = CellOutput(run.name, run.total_steps, run.start_step) if self._console.is_jupyter else None
         if self._console.is_terminal:
             self._progress = Progress(
                 TextColumn("[bold]{task.description}"),
@@ -69,14 +71,18 @@ class ConsoleTracker(Tracker):
             self._print([f"{step}/{self._run.total_steps}", *cells, eta])
         for name, value in metrics.items():
             if name.startswith(("val-core/", "val/")):
-                self._console.print(Text(f"step {step}  {name} = {_short(value)}", style="green"), soft_wrap=True)
+                self._line(f"step {step}  {name} = {_short(value)}", "green")
+        if self._cell is not None:
+            self._cell.advance(step, eta)
 
     def progress(self, what: str, done: int, total: int, step: int) -> None:
         if self._progress is not None:
             self._progress.update(self._task, now=f"{done}/{total} {what}")
+        elif self._cell is not None:
+            self._cell.show(f"{done}/{total} {what}")
         elif time.monotonic() - self._said >= QUIET_S:
             self._said = time.monotonic()
-            self._console.print(Text(f"step {step}/{self._run.total_steps}: {done} of {total} {what}"), soft_wrap=True)
+            self._line(f"step {step}/{self._run.total_steps}: {done} of {total} {what}")
 
     def _is_shown(self, heading: str, value: float | None) -> bool:
         return value is not None and (value != 0 or heading not in self._faults)
@@ -87,7 +93,13 @@ class ConsoleTracker(Tracker):
             self._progress = None
 
     def _print(self, cells: list[str], style: str = "") -> None:
-        self._console.print(Text(" ".join(f"{cell:>{WIDTH}}" for cell in cells), style=style), soft_wrap=True)
+        self._line(" ".join(f"{cell:>{WIDTH}}" for cell in cells), style)
+
+    def _line(self, text: str, style: str = "") -> None:
+        if self._cell is not None:
+            self._cell.add(text)
+        else:
+            self._console.print(Text(text, style=style), soft_wrap=True)
 
     def _eta(self, step: int) -> str:
         done = step - self._run.start_step

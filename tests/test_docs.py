@@ -36,6 +36,7 @@ from rlcore.config.keys import sections
 from rlcore.engines import RolloutEngine, RolloutSpec
 from rlcore.errors import ConfigError, RlcoreError
 from rlcore_kit.testing.tiny_model import tiny_model
+from rlcore_recipes.python.train import train
 from source_checks import MAY_IMPORT, MODULES, module_name, parse, sources
 
 ROOT = Path(__file__).parent.parent
@@ -124,7 +125,7 @@ def folder(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 @pytest.fixture
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The inline engine in the place of inference servers; no algorithm stays registered."""
+    """The inline engine in the place of inference servers; no algorithm stays registered; short runs."""
     from rlcore.algorithms.registries import advantages, policy_losses
     from rlcore_inline.engine import build
     from rlcore_inline.settings import InlineSettings
@@ -139,6 +140,15 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"{module}.build", inline)
     for registry in (advantages, policy_losses):
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    monkeypatch.setattr("rlcore_recipes.python.train.train", train_a_little)
+
+
+def train_a_little(recipe: str, overrides: Mapping[str, Any] | None = None, **given: Any) -> Any:
+    """Run `rlcore.train` with sizes for a test."""
+    sizes = {"data.train_batch_size": 2, "trainer.total_steps": min((overrides or {}).get("trainer.total_steps", 2), 2)}
+    if recipe != "sft":
+        sizes |= {"data.max_response_length": 8, "rollout.n": 2, "reward.workers": 1}
+    return train(recipe, overrides={**(overrides or {}), **sizes}, **given)
 
 
 def pages_with(*languages: str) -> list[str]:

@@ -77,6 +77,7 @@ def test_every_section_has_its_test() -> None:
         "A policy loss",
         "A recipe",
         "A reward in a package",
+        "Training from Python",
         "Two processes",
         "Worker processes by Ray",
     ]
@@ -189,6 +190,13 @@ def test_third_party_reward_is_found_scores_and_conforms(folder: Path, tmp_path:
     assert "The last word is the ground truth" in listed
     assert re.search(r"\d+ passed", output)
     assert any("words" in name for name in last_step(folder, "riddles"))
+
+
+def test_training_from_python(folder: Path) -> None:
+    assert "the model is in runs/from-python/model" in run("Training from Python", folder)
+    last = last_step(folder, "from-python")
+    assert (last["step"], last["reward/error_ratio"]) == (2, 0)
+    assert last["critic/score/mean"] == pytest.approx(last["reward/near/score"] + 0.1 * last["reward/short/score"])
 
 
 def test_two_processes_run(folder: Path) -> None:

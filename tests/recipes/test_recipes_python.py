@@ -12,7 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import rlcore
@@ -147,7 +150,10 @@ def test_interrupt_leaves_a_checkpoint_from_which_the_same_call_continues(train:
 def test_other_recipes_and_configuration_objects(train: Any, task: Any) -> None:
     data = [{"prompt": f"say {n}", "response": "abc", "data_source": "letters"} for n in range(4)]
     sizes = {"data.train_batch_size": 2, "trainer.total_steps": 1, "trainer.trackers": ["jsonl"]}
-    run = train("sft", data=data, val_data=pa.Table.from_pylist(data), overrides=sizes)
+    frame = pd.DataFrame(data, index=range(2, 6))
+    run = train("sft", data=datasets.Dataset.from_list(data).select([3, 2, 1, 0]), val_data=frame, overrides=sizes)
+    assert pq.read_table(run.out_dir / "inputs/data.parquet").to_pylist() == data[::-1]
+    assert pq.read_table(run.out_dir / "inputs/val_data.parquet").to_pylist() == data
     assert run.complete
     assert run.metrics.column("val/loss").null_count == 0
     config = GRPOConfig(
@@ -192,6 +198,7 @@ MISTAKES: Mapping[str, tuple[Mapping[str, Any], str]] = {
     "model object": ({"model": object()}, "model= must be a folder or a name on the Hub.* not a object; write"),
     "no model": ({"model": "/nowhere/model"}, "there is no such folder"),
     "no data": ({"data": []}, "data= is empty"),
+    "stream": ({"data": datasets.Dataset.from_list(rows(2)).to_iterable_dataset()}, "data= is a stream, whose number"),
     "splits": ({"data": {"train": rows(1), "test": rows(1)}}, r"keys train, test; give one split, such as data=splits"),
     "not a row": ({"data": [*rows(1), "text"]}, r"data\[1\] is a str, not a dict of columns"),
     "not JSON": ({"data": [{"prompt": object()}]}, r"data\[0\] cannot be written as JSON; .* a object is no value"),

@@ -56,7 +56,10 @@ OURS: dict[tuple[str, str], str] = {
         for name in ("wandb", "tensorboard", "swanlab", "mlflow", "trackio")
     },
     **{(FUNCTIONS, name): "rlcore[fsdp]" for name in ("train", "open_run")},
-    **{(COMMANDS, name): "rlcore[fsdp]" for name in ("quickstart", "data", "model", "plan", "eval", "export")},
+    **{
+        (COMMANDS, name): "rlcore[fsdp]"
+        for name in ("quickstart", "data", "model", "plan", "eval", "export", "from-verl")
+    },
 }
 
 

@@ -26,6 +26,7 @@ _OURS = {
     "plan": "Print what a run would start, and where, before it does.",
     "quickstart": "Train a small model from scratch on this machine.",
     "data": "Prepare data sets.",
+    "from-verl": "Translate a command, a script or a configuration file of verl.",
     "model": "Make and convert models.",
     "eval": "Measure and compare models and checkpoints.",
     "export": "Write a checkpoint as a Hugging Face model folder.",

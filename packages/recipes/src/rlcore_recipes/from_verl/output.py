@@ -7,10 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rlcore.config import yaml_format
-from rlcore_recipes.from_verl.assignment import Translation, Untranslated
+from rlcore_recipes.from_verl.assignment import Translation, Untranslated, VerlCommand
+from rlcore_recipes.from_verl.translate import NOTHING_TO_SET
 
 WIDTH = 80
 """Columns of comments and of the list of untranslated keys; YAML itself is as wide as its values are."""
+
+UNKNOWN, WITHOUT, FOLLOWED = "Keys that are not known", "Keys without an equivalent", "Keys that need no setting"
+TITLES = (UNKNOWN, WITHOUT, FOLLOWED)
+_SHORT = {UNKNOWN: "not known", WITHOUT: "without an equivalent", FOLLOWED: "without need of a setting"}
 
 
 def as_yaml(translation: Translation, command: str) -> str:
@@ -24,33 +29,43 @@ def as_yaml(translation: Translation, command: str) -> str:
         f"# rlcore run {translation.recipe} --config THIS_FILE",
     ]
     body = list(_section(translation.config, "", translation.comments))
-    return "\n".join([*head, "", *body, *_below(translation)]) + "\n"
-
-
-def _below(translation: Translation) -> Iterator[str]:
-    for line in report(translation):
-        yield f"# {line}".rstrip()
+    below = [f"# {line}".rstrip() if line else "" for line in report(translation)]
+    return "\n".join([*head, "", *body, *below]) + "\n"
 
 
 def report(translation: Translation) -> list[str]:
-    """Return lines that name every key without an equivalent, why it has none, and differences to know of."""
+    """Return lines that name every key that is not translated with its reason, and differences to know of."""
+    groups: dict[str, list[Untranslated]] = {title: [] for title in TITLES}
+    for item in translation.untranslated:
+        groups[_title(item)].append(item)
     lines: list[str] = []
-    groups = (
-        ("Keys that are not known as verl's:", [item for item in translation.untranslated if not item.understood]),
-        ("Keys without an equivalent:", [item for item in translation.untranslated if item.understood]),
-    )
-    for title, items in groups:
+    for title, items in groups.items():
         if items:
-            lines += ["", title, *_items(items)]
+            lines += ["", f"{title}:", *_items(items)]
     if translation.notes:
-        lines += ["", "To know:"]
+        lines += ["", "Differences to know of:"]
         for note in translation.notes:
-            lines += textwrap.wrap(note, WIDTH - 2, initial_indent="- ", subsequent_indent="  ")
+            lines += _wrapped(note, "- ", "  ")
     return lines
 
 
+def summary(command: VerlCommand, translation: Translation) -> str:
+    """Return one sentence with how many keys are translated, and how many are not."""
+    latest = {assignment.key: assignment for assignment in command.assignments}
+    titles = [_title(item) for item in translation.untranslated if item.assignment is latest[item.assignment.key]]
+    translated = len(latest) - len(titles)
+    rest = "".join(f", {titles.count(title)} {_SHORT[title]}" for title in TITLES if title in titles)
+    return f"{len(latest)} keys of {command.entry} for the recipe {translation.recipe}: {translated} translated{rest}"
+
+
+def _title(item: Untranslated) -> str:
+    if not item.understood:
+        return UNKNOWN
+    return FOLLOWED if item.reason.startswith(NOTHING_TO_SET) else WITHOUT
+
+
 def _items(items: Sequence[Untranslated]) -> Iterator[str]:
-    """Yield keys in the order of their first, those with one reason together."""
+    """Yield keys in the order in which they are given, those with one reason together."""
     by_reason: dict[str, list[Untranslated]] = {}
     for item in items:
         by_reason.setdefault(item.reason, []).append(item)
@@ -59,9 +74,13 @@ def _items(items: Sequence[Untranslated]) -> Iterator[str]:
             given = item.assignment
             value = "" if given.prefix == "~" else f"={yaml_format.shortened(yaml_format.inline(given.value), 30)}"
             yield f"- {given.prefix}{given.key}{value}  ({given.place})"
-        yield from textwrap.wrap(
-            reason, WIDTH - 2, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False
-        )
+        yield from _wrapped(reason.removeprefix(NOTHING_TO_SET).lstrip(": "), "    ", "    ")
+
+
+def _wrapped(text: str, first: str, later: str) -> list[str]:
+    return textwrap.wrap(
+        text, WIDTH - 2, initial_indent=first, subsequent_indent=later, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _section(values: Mapping[str, Any], path: str, comments: Mapping[str, str], depth: int = 0) -> Iterator[str]:

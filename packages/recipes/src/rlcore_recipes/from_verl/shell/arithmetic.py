@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import operator
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -42,8 +43,9 @@ def compute(text: str, value: Callable[[str], str], depth: int = 0) -> int:
     written = re.sub(r"!(?!=)", " not ", text.replace("&&", " and ").replace("||", " or "))
     written = re.sub(r"\b0+(?=[1-9])", "0o", written)
     try:
-        tree = ast.parse(written.strip(), mode="eval").body
-    except (SyntaxError, RecursionError):
+        with warnings.catch_warnings(action="ignore"):  # such as of a digit before a word
+            tree = ast.parse(written.strip(), mode="eval").body
+    except (SyntaxError, RecursionError, MemoryError):
         raise ValueError("is no integer arithmetic that is read here; write its value") from None
 
     def of(node: ast.AST) -> int:

@@ -26,7 +26,10 @@ def output(words: list[str], state: State) -> tuple[str, bool]:
     name, *arguments = words
     name = PurePosixPath(name).name
     if name in _COMMANDS:
-        return _COMMANDS[name](arguments, state), True
+        try:
+            return _COMMANDS[name](arguments, state), True
+        except (IndexError, ValueError):  # arguments are missing
+            raise Unknown(f"$({' '.join(words)[:60]}) is not run") from None
     if name in ("true", ":"):
         return "", True
     if name == "false":

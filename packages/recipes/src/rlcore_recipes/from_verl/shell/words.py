@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from tree_sitter import Node
@@ -65,9 +64,12 @@ class Expander:
             return ""
         parts = self._parts(node, quoted=False)
         found = "".join(_known(part.text) if not part.breaks else f" {_known(part.text)}" for part in parts)
-        if node.type in ("word", "concatenation") and re.match(r"~(?:/|$)", self.source.of(node)):
-            found = os.path.expanduser("~") + found[1:]
-        return found
+        return self._at_home(found) if node.type in ("word", "concatenation") else found
+
+    def _at_home(self, text: str) -> str:
+        """Expand ``~`` at the beginning of ``text``."""
+        home = self.state.variables.get("HOME")
+        return re.sub(r"^~(?=/|$)", lambda _: home, text) if isinstance(home, str) else text
 
     def _joined(self, nodes: Iterable[Node]) -> Iterator[list[Node]]:
         """Group the nodes that only a line continuation without a blank separates: bash reads them as one word."""
@@ -148,12 +150,33 @@ class Expander:
             return [_Part(str(self._length(name, node)))]
         if prefix:
             raise self._unknown(node, "is not read")
-        if name.type == "subscript":
-            return self._element(name, node, quoted)
         operator = rest[0].type if rest else ""
         begin = rest[0].end_byte if rest else 0
         argument = [] if not rest else self._pieces(rest[1:], begin, node.children[-1].start_byte, quoted)
+        words = [child for child in rest[1:2] if child.type in ("word", "concatenation")]
+        if argument and words and not quoted and isinstance(argument[0].text, str):
+            argument[0] = replace(argument[0], text=self._at_home(argument[0].text))
+        if name.type == "subscript" or self.source.of(name) in ("@", "*"):
+            return self._several(name, operator, argument, node, quoted)
         return self._operated(self.source.of(name), operator, argument, node, quoted)
+
+    def _several(self, name: Node, operator: str, argument: list[_Part], node: Node, quoted: bool) -> list[_Part]:
+        """Expand ``${ARRAY[@]…}`` and ``${@…}``."""
+        array = name.type == "subscript"
+        found = self._element(name, node, quoted) if array else self._parameter(self.source.of(name), node, quoted)
+        if not operator:
+            return found
+        if operator in (":-", "-"):
+            return found or argument
+        if operator in (":+", "+"):
+            return argument if found else []
+        bounds = "".join(_known(part.text) for part in argument)
+        slices = re.fullmatch(r"\s*(\d+)\s*(?::\s*(\d+)\s*)?", bounds) if operator == ":" else None
+        if slices is None or (not array and int(slices[1]) == 0):
+            raise self._unknown(node, "is not read")
+        start = int(slices[1]) - (0 if array else 1)
+        chosen = found[start : None if slices[2] is None else start + int(slices[2])]
+        return [replace(part, breaks=index > 0) for index, part in enumerate(chosen)]
 
     def _operated(self, name: str, operator: str, argument: list[_Part], node: Node, quoted: bool) -> list[_Part]:
         given = self._lookup(name)
@@ -200,7 +223,7 @@ class Expander:
                 _Part(word.text, split=not quoted, breaks=position > 0, place=word.place)
                 for position, word in enumerate(words)
             ]
-        position = compute(index, lambda variable: self._value_text(variable, node))
+        position = self._computed(index, node)
         if not -len(words) <= position < len(words):
             return [_Part("")]
         return [_Part(words[position].known(), split=not quoted)]
@@ -226,10 +249,13 @@ class Expander:
             start = inner.end_byte
         text = "".join([*pieces, self.source.between(start, node.end_byte)]).strip()
         text = text.removeprefix("$").removeprefix("((").removesuffix("))")
+        return self._computed(text, node)
+
+    def _computed(self, text: str, node: Node) -> int:
         try:
             return compute(text, lambda name: self._value_text(name, node))
         except ValueError as error:
-            raise Unknown(f"{self.source.place(node)}: {self.source.of(node)}: {error}") from None
+            raise Unknown(f"{self.source.place(node)}: {_shortened(self.source.of(node))}: {error}") from None
 
     def _value_text(self, name: str, node: Node) -> str:
         value = self._lookup(name)

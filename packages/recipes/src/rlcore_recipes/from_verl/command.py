@@ -35,7 +35,8 @@ class _FromVerl(click.Command):
             return super().parse_args(ctx, args[:cut])
         except click.UsageError as error:
             if cut == len(args) and any("=" in word and not word.startswith("-") for word in args):
-                error.message += "; arguments of the script, and verl's keys, stand after --"
+                hint = "arguments of the script, and verl's keys, stand after --"
+                raise click.UsageError(f"{error.format_message()}; {hint}", ctx) from None
             raise
 
 

@@ -86,7 +86,9 @@ def _wrapped(text: str, first: str, later: str) -> list[str]:
 def _section(values: Mapping[str, Any], path: str, comments: Mapping[str, str], depth: int = 0) -> Iterator[str]:
     """Yield the lines of a mapping; the comment of a key stands behind it, or above it where the line would be long."""
     indent = "  " * depth
-    for key, value in values.items():
+    ordered = sorted(values, key=lambda key: (isinstance(values[key], Mapping), key != "name")) if depth else values
+    for key in ordered:
+        value = values[key]
         dotted = f"{path}{key}"
         name = yaml_format.inline(key)
         comment = comments.get(dotted, "")

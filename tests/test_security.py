@@ -23,6 +23,9 @@ ALLOWED = {
     "packages/core/src/rlcore/controller/spmd.py": {
         "pickle.loads": "from the other ranks of the same job, through its own process group and store",
     },
+    "packages/recipes/src/rlcore_recipes/data/sample_store.py": {
+        "pickle.loads": "of samples that this process wrote to its own memory or to a file without a name",
+    },
     "packages/rewards/src/rlcore_rewards/calling.py": {
         "cloudpickle.loads": "in the contained process, of a function that the user names or gives to rlcore.train",
     },

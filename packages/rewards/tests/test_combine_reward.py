@@ -50,6 +50,18 @@ def test_a_failing_part_costs_its_share(tmp_path: Path) -> None:
     reward.close()
 
 
+def test_a_part_that_is_not_applicable_contributes_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "some.py"
+    file.write_text("def f(completions, task, **kwargs): return [2.0 if name == 'code' else None for name in task]\n")
+    options = {"rewards": [{"name": "gsm8k"}, {"name": "function", "weight": 3, "function": {"path": f"{file}:f"}}]}
+    reward = CombinedReward(CombineOptions.model_validate(options), RewardSettings(workers=1))
+    code, math = reward.score_batch([RewardSample([], "#### 18", "18", extra={"task": task}) for task in ("code", "m")])
+    assert (code.score, code.extras["function/score"]) == (7.0, 2.0)
+    assert (math.score, math.applicable, math.error) == (1.0, True, None)
+    assert "function/score" not in math.extras, "the mean of its scores is over samples to which it applies"
+    reward.close()
+
+
 @pytest.mark.parametrize(
     ("rewards", "message"),
     [

@@ -199,7 +199,7 @@ def test_finds_functions_by_import_path(tmp_path: Path, monkeypatch: pytest.Monk
             r"but <lambda>\(\) cannot be called in this way",
         ),
         ("class F:\n    def __call__(self): ...\nf = F()", "{file}:f", r"but F\(\) cannot be called in this way"),
-        ("def f(completions, **kwargs): ...", "{file}:f", "takes lists of samples, as TRL's"),
+        ("def f(queries, prompts, labels): ...", "{file}:f", "name its arguments as TRL does: completions for the"),
         ("def f(solution_str", "{file}:f", r"importing it fails with SyntaxError: .* \(reward.py, line 1\)$"),
         ("import nothing_like_this", "{file}:f", "ModuleNotFoundError.*reward.py, line 1"),
         ("x = 1\n1 / 0", "{file}:f", "ZeroDivisionError.*reward.py, line 2"),

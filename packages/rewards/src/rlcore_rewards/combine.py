@@ -55,8 +55,8 @@ class CombinedReward(Reward):
     """The reward Σ weight·score over its parts.
 
     Extras are each part's score as ``<label>/score`` and its extras as ``<label>/…``. A part that fails on a sample
-    contributes its error score; the result names the first such failure. The answer is that of the first part that
-    reads one.
+    contributes its error score; the result names the first such failure. A part that is not applicable to a sample
+    contributes nothing. The answer is that of the first part that reads one.
     """
 
     def __init__(self, options: CombineOptions, settings: RewardSettings) -> None:
@@ -74,12 +74,13 @@ class CombinedReward(Reward):
         total = 0.0
         extras: dict[str, float] = {}
         for (label, (weight, _)), result in zip(self._parts.items(), results):
-            total += weight * result.score
-            extras[f"{label}/score"] = result.score
+            if result.applicable:  # else its score is not among those of the mean
+                total += weight * result.score
+                extras[f"{label}/score"] = result.score
             extras |= {f"{label}/{name}": value for name, value in result.extras.items()}
         answer = next((result.answer for result in results if result.answer is not None), None)
         error = next((result.error for result in results if result.error is not None), None)
-        return RewardResult(total, extras, answer, error)
+        return RewardResult(total, extras, answer, error, any(result.applicable for result in results))
 
     def stats(self) -> dict[str, int]:
         """Return the sums over the parts: a sample counts once in each part."""

@@ -14,6 +14,7 @@ from rlcore.engines.settings import RewardSettings
 from rlcore.errors import ConfigError
 from rlcore.suggestions import similar_paths
 from rlcore_rewards.calling import PICKLE
+from rlcore_rewards.forms import Form
 from rlcore_rewards.pool import PooledReward
 from rlcore_rewards.reply import WorkerFailure
 
@@ -27,6 +28,11 @@ class FunctionOptions(Config):
         description="'file.py:function' or 'package.module:function'; rlcore.train names the files that it writes."
     )
     kwargs: dict[str, JsonValue] = Field({}, description="Additional keyword arguments of every call.")
+    form: Form = Field(
+        "auto",
+        description="How the function is called: with one RewardSample (sample), as verl's compute_score (verl), as "
+        "verl's batch functions (verl_batch), or as TRL's reward functions (trl). auto: by its parameters.",
+    )
 
     @field_validator("path")
     @classmethod
@@ -51,7 +57,7 @@ def function_reward(options: FunctionOptions, settings: RewardSettings) -> Poole
             problem = "is not a regular file" if file.exists() else f"does not exist{similar_paths(file)}"
             raise ConfigError(f"reward function {options.path!r}: file {file} {problem}")
         home = str(file)
-    spec: dict[str, Any] = {"home": home, "name": name, "kwargs": options.kwargs}
+    spec: dict[str, Any] = {"home": home, "name": name, "kwargs": options.kwargs, "form": options.form}
     try:
         return PooledReward("function", "rlcore_rewards.calling:load", spec, settings)
     except WorkerFailure as failure:

@@ -47,8 +47,9 @@ def encode_result(value: Any) -> bytes:
     extras: dict[str, float] = {}
     answer = None
     score = value
+    applicable = True
     if isinstance(value, RewardResult):
-        score, answer = value.score, value.answer
+        score, answer, applicable = value.score, value.answer, value.applicable
         extras = {str(key): _finite(number) for key, number in value.extras.items()}
     elif isinstance(value, Mapping):
         if "score" not in value:
@@ -61,11 +62,11 @@ def encode_result(value: Any) -> bytes:
                     extras[str(key)] = _finite(number)
                 except WorkerFailure:
                     continue
-    result = RewardResult(_finite(score), extras, answer)
+    result = RewardResult(_finite(score), extras, answer, applicable=applicable)
     problem = result_problem(result)
     if problem is not None:
         raise WorkerFailure("result", f"the function returned {problem}")
-    reply = json.dumps({"score": result.score, "extras": extras, "answer": answer}).encode()
+    reply = json.dumps({"score": result.score, "extras": extras, "answer": answer, "applicable": applicable}).encode()
     if len(reply) > MAX_BYTES:
         raise WorkerFailure("result", f"the function returned {len(reply)} bytes, more than the maximum of {MAX_BYTES}")
     return reply
@@ -90,7 +91,8 @@ def decode(reply: bytes) -> RewardResult:
         else:
             extras = {key: _finite(number) for key, number in fields["extras"].items()}
             answer = fields["answer"]
-            result = RewardResult(_finite(fields["score"]), extras, None if answer is None else str(answer))
+            answer = None if answer is None else str(answer)
+            result = RewardResult(_finite(fields["score"]), extras, answer, applicable=bool(fields["applicable"]))
             problem = result_problem(result)
             if problem is None:
                 return result

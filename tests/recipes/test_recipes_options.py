@@ -6,11 +6,14 @@ import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rlcore.cli.main import cli
 from rlcore.errors import RlcoreWarning
@@ -136,6 +139,29 @@ def test_validation_of_two_sources_and_several_completions(
     rows = [json.loads(line) for line in (tmp_path / "tables" / "val-generations.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0] * 5 + [2] * 5 + [3] * 5
     assert {"prompt", "completion", "score"} <= rows[0].keys()
+
+
+def test_rollouts_and_histograms_go_to_trackers(task: Any, tmp_path: Path) -> None:
+    changes = {
+        "trainer.trackers": "[tensorboard, parquet]",
+        "trainer.log_rollouts": -1,
+        "trainer.total_steps": 1,
+        "actor.mini_batch_size": 4,
+    }
+    result = task.run("grpo", tmp_path, changes)
+    assert result.exit_code == 0, result.output
+    [file] = (tmp_path / "tables" / "rollouts").iterdir()
+    table = pq.read_table(file)
+    [line] = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert fmean(table["score"].to_pylist()) == pytest.approx(line["critic/score/mean"])
+    assert {json.loads(parts) is None for parts in table["reward_parts"].to_pylist()} == {False}
+    assert all(table["prompt"].to_pylist())
+    assert line["system/cpu_percent"] >= 0
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    counts = {name: events.Histograms(name)[0].histogram_value.num for name in events.Tags()["histograms"]}
+    assert counts["critic/score"] == counts["response_length"] == len(table)
+    assert counts["critic/advantages"] == counts["rollout/ratio"] == line["response_length/mean"] * len(table)
 
 
 def test_the_resolved_configuration_makes_the_same_run(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
 
 from rlcore.batch import Batch, Jagged
 from rlcore.engines import RewardResult
+from rlcore_recipes.step.histograms import batch_histograms, histogram
 from rlcore_recipes.step.metrics import batch_metrics
 
 
@@ -61,3 +65,21 @@ def test_staleness() -> None:
     assert found["rollout/staleness_max"] == 3.0
     assert found["rollout/later_version_ratio"] == pytest.approx(2 / 7)
     assert "rollout/staleness_max" not in batch_metrics(batch())
+
+
+def test_histograms_have_every_finite_value_of_trained_tokens() -> None:
+    found = batch_histograms(batch())
+    assert found.keys() == {"response_length", "prompt_length", "critic/score", "critic/advantages"}
+    advantages = found["critic/advantages"]  # 1 1 -1 2 2 2 0
+    expected, edges = np.histogram([1, 1, -1, 2, 2, 2, 0], bins=64)
+    assert advantages.counts == tuple(expected)
+    assert advantages.edges == pytest.approx(tuple(edges))
+    prompts = found["prompt_length"]  # all are 1
+    assert (sum(prompts.counts), prompts.edges[0], prompts.edges[-1]) == (4, 0.5, 1.5)
+    ratios = batch().with_columns(
+        old_logprobs=batch().jagged(torch.full((11,), -1.0)), rollout_logprobs=batch().jagged(torch.full((11,), -2.0))
+    )
+    ratio = batch_histograms(ratios)["rollout/ratio"]
+    assert (ratio.edges[0] + ratio.edges[-1]) / 2 == pytest.approx(math.e, rel=1e-5)
+    assert histogram(torch.tensor([math.nan, math.inf, 1.0])).counts == (*[0] * 32, 1, *[0] * 31)
+    assert histogram(torch.tensor([math.nan])) is None

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import warnings
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -27,6 +29,7 @@ from rlcore_kit.checkpoint.rank_files import file_record
 from rlcore_recipes.ranks import executor
 from rlcore_recipes.run.folder import Replaced, check_free, write_config
 from rlcore_recipes.run.loop import due, train
+from rlcore_recipes.run.records import Records, Table
 from rlcore_recipes.run.timing import Timings
 from rlcore_recipes.run.trainable import Run, Validation
 from rlcore_recipes.settings import TrainerSettings
@@ -92,6 +95,7 @@ def make(tmp_path: Path, *keys: str, recipe: str = "number", steps: int = 4, par
         executor=executor,
         total_steps=steps,
         timed=Timings(),
+        records=Records(),
         max_error_ratio=1.0,
         engines={"actor": executor.workers(TrainEngine, model, "actor")},  # type: ignore[type-abstract]
         parts={"counter": counter} if parts else {},
@@ -149,6 +153,57 @@ def test_resumed_run_draws_the_same_random_numbers(tmp_path: Path) -> None:
     train(second)
     assert continued.value == model.value
     assert [line["loss"] for line in lines(tmp_path / "parts")] == [line["loss"] for line in lines(tmp_path / "whole")]
+
+
+@pytest.mark.slow
+def test_a_resumed_run_continues_in_its_trackers_and_repeats_no_step_there(
+    tmp_path: Path, mlflow_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+    import trackio.sqlite_storage
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    shutil.copy(mlflow_store, tmp_path)
+    monkeypatch.setattr(trackio.sqlite_storage, "TRACKIO_DIR", tmp_path)
+    keys = ("trackers=[tensorboard, mlflow, trackio]", "save_freq=2", "name=n")
+    train(make(tmp_path, *keys, steps=3)[0])
+    shutil.rmtree(tmp_path / "checkpoints" / "step-000003")  # as if the run had been killed before it was complete
+    train(make(tmp_path, *keys, steps=4)[0])
+    expected = [(line["step"], pytest.approx(line["loss"])) for line in lines(tmp_path)]
+    assert [step for step, _ in expected] == [1, 2, 3, 4]
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    [run] = client.search_runs([client.get_experiment_by_name("rlcore").experiment_id])
+    history = client.get_metric_history(run.info.run_id, "loss")
+    assert sorted((point.step, point.value) for point in history) == expected
+    assert {"python", "rlcore", "torch"} <= {name.removeprefix("version.") for name in run.data.tags}
+    assert "system/cpu_percent" in run.data.metrics
+    [found] = trackio.Api().runs("rlcore")
+    logged = trackio.SQLiteStorage.get_logs("rlcore", found.name)
+    assert [(line["step"], line["loss"]) for line in logged] == expected
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == expected
+
+    train(make(tmp_path, "trackers=[mlflow]", "save_freq=2", "resume_tracking=false", "name=n", steps=5)[0])
+    old, new = client.search_runs([run.info.experiment_id], order_by=["attributes.start_time"])
+    assert old.info.run_id == run.info.run_id
+    assert [point.step for point in client.get_metric_history(new.info.run_id, "loss")] == [5]
+
+
+def test_what_a_step_records_goes_to_the_trackers_once(tmp_path: Path) -> None:
+    run, _ = make(tmp_path, "trackers=[parquet]", steps=2)
+    original = run.step
+
+    def step(number: int) -> dict[str, float]:
+        if number == 1:
+            run.session.records.tables["rollouts"] = Table(["score"], [[0.5], [1.0]])
+        return original(number)
+
+    run.step = step
+    train(run)
+    [file] = (tmp_path / "tables" / "rollouts").iterdir()
+    assert pq.read_table(file).to_pydict() == {"step": [1, 1], "score": [0.5, 1.0]}
+    assert not run.session.records.tables
 
 
 def test_finished_run_does_nothing_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,8 @@ from rlcore.batch import Batch, Jagged
 from rlcore.controller import LocalExecutor
 from rlcore.engines import RewardResult
 from rlcore_recipes.data.prompts import PromptSample
-from rlcore_recipes.step.validation import GENERATION_COLUMNS, majority_score, validate_prompts, validation_metrics
+from rlcore_recipes.step.logged_rows import COLUMNS
+from rlcore_recipes.step.validation import majority_score, validate_prompts, validation_metrics
 
 
 def answers(groups: dict[tuple[str, int], list[RewardResult]]) -> Batch:
@@ -107,7 +108,7 @@ def test_batches_and_logged_completions() -> None:
     outcome = validate_prompts(session, answer)
     assert asked == [2, 2, 1]
     assert outcome.metrics["val-core/a/reward/mean@1"] == 2.0
-    assert outcome.columns == GENERATION_COLUMNS
+    assert outcome.columns == COLUMNS
     assert len(outcome.rows) == 3
     assert {row[-1] for row in outcome.rows} == {"timeout"}, "the error of a reward that failed"
     again = validate_prompts(session, answer)

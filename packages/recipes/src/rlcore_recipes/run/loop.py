@@ -24,7 +24,9 @@ from rlcore_recipes.run.health import Health
 from rlcore_recipes.run.resume import resumed
 from rlcore_recipes.run.seeds import seed_generators
 from rlcore_recipes.run.stopping import exit_code, stop_asked_for, stop_signals
+from rlcore_recipes.run.system_metrics import system_metrics
 from rlcore_recipes.run.trainable import Run
+from rlcore_recipes.run.versions import code_versions
 from rlcore_recipes.trackers import open_trackers
 
 
@@ -45,6 +47,7 @@ def train(run: Run) -> None:
     health = Health(trainer, session.max_error_ratio)
     with (
         tracking(run, run_id, done) as tracker,
+        system_metrics(trainer.system_metrics_s if is_main() else None) as machine,
         stop_signals(trainer.grace_s, checkpoints) as received,
         completing(checkpoints, alone=len(all_gather(None)) == 1),
     ):
@@ -60,7 +63,8 @@ def train(run: Run) -> None:
                 metrics |= validated(run, tracker, done)
             # logged first: a run killed while it saves repeats the step, one killed after it does not log it again
             metrics |= timings(run, metrics)
-            tracker.log(metrics, done)
+            session.records.hand_over(tracker, done)
+            tracker.log(metrics | machine(), done)
             # before the checkpoint: after that of the last step, the same command would call the run complete
             health.check(metrics, last)
             if trainer.save_freq > 0:
@@ -200,6 +204,7 @@ def tracking(run: Run, run_id: str, done: int) -> Iterator[Tracker]:
         total_steps=run.session.total_steps,
         config=config.model_dump(mode="json"),
         start_step=done,
+        versions=code_versions(),
     )
     tracker = open_trackers({name: trainer.options_of(name) for name in trainer.trackers}, info)
     try:

@@ -77,7 +77,7 @@ def _how(run: Run, found: Checkpoint) -> str:
 def _loaded(run: Run, checkpoints: CheckpointManager, found: Checkpoint | None) -> tuple[int, str]:
     """Load the checkpoint; the steps done before, and the run's id."""
     if found is None:
-        return 0, on_rank_zero(lambda: uuid.uuid4().hex[:12])
+        return 0, new_run_id()
     saved = found.state
     try:
         _check_origin(run, found)
@@ -89,7 +89,12 @@ def _loaded(run: Run, checkpoints: CheckpointManager, found: Checkpoint | None) 
     checkpoints.load(found, run.session.engines)
     if run.resumed is not None:
         run.resumed(saved.step)
-    return saved.step, saved.run_id
+    return saved.step, saved.run_id if run.session.config.trainer.resume_tracking else new_run_id()
+
+
+def new_run_id() -> str:
+    """Return an id by which trackers know a run, the same on every rank."""
+    return on_rank_zero(lambda: uuid.uuid4().hex[:12])
 
 
 def _check_origin(run: Run, found: Checkpoint) -> None:

@@ -23,6 +23,7 @@ from rlcore_recipes.rollouts.source import GroupSource
 from rlcore_recipes.rollouts.workers import RolloutWorkers
 from rlcore_recipes.run.banner import model_rows
 from rlcore_recipes.run.micro_batches import MicroBatches
+from rlcore_recipes.run.records import Records
 from rlcore_recipes.run.roles import Roles
 from rlcore_recipes.run.timing import Timings
 from rlcore_recipes.run.trainable import Stateful
@@ -48,6 +49,7 @@ class Session(Generic[C]):
         micro_batches: the models' token budgets.
         notes: what was recognised in the data, and how many prompts were too long.
         warned: subjects of `warn_once`.
+        records: what the step under way has for trackers besides metrics.
     """
 
     config: C
@@ -67,6 +69,7 @@ class Session(Generic[C]):
     version: int = 0
     notes: tuple[str, ...] = ()
     warned: set[str] = field(default_factory=set)
+    records: Records = field(default_factory=Records)
 
     @property
     def max_error_ratio(self) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from rlcore_recipes.data.tokenizer import load_tokenizer
 from rlcore_recipes.run.banner import model_rows
 from rlcore_recipes.run.micro_batches import MicroBatches, Model
 from rlcore_recipes.run.preflight import check_sources
+from rlcore_recipes.run.records import Records
 from rlcore_recipes.run.roles import closed, open_executor, train_engine, with_total_steps
 from rlcore_recipes.run.timing import Timings
 from rlcore_recipes.run.trainable import Stateful
@@ -49,6 +50,7 @@ class SFTSession:
     stop_tokens: tuple[int, ...]
     notes: tuple[str, ...] = ()
     max_error_ratio: float = 1.0  # no rewards
+    records: Records = field(default_factory=Records)
 
     @property
     def engines(self) -> dict[str, TrainEngine]:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from rlcore.controller import Executor
 from rlcore.engines import TrainEngine
 from rlcore_kit.checkpoint.json_file import JsonFile
+from rlcore_recipes.run.records import Records
 from rlcore_recipes.run.timing import Timings
 
 
@@ -49,12 +50,14 @@ class Trainable(Protocol):
 
     Attributes:
         config: has the sections ``trainer`` and ``seed``.
+        records: histograms and tables of the step under way; its loop hands them to the trackers.
     """
 
     config: Any
     executor: Executor
     total_steps: int
     timed: Timings
+    records: Records
 
     @property
     def max_error_ratio(self) -> float:

@@ -37,6 +37,12 @@ class TrainerSettings(PluginSections):
     project: str = Field("rlcore", description="Project name for trackers.")
     name: str | None = Field(None, description="Run name for trackers; null: the name of out_dir.")
     trackers: list[str] = Field(["console", "jsonl"], description="Where metrics go (`rlcore plugins`).")
+    resume_tracking: bool = Field(
+        True, description="true: a resumed run continues its runs in the trackers; false: it starts new ones there."
+    )
+    system_metrics_s: Seconds | None = Field(
+        10.0, gt=0, description="Seconds between samples of processor, memory and GPUs; null: no such metrics."
+    )
     test_freq: int = Field(
         -1,
         ge=-1,
@@ -45,6 +51,9 @@ class TrainerSettings(PluginSections):
     )
     val_before_train: bool = Field(True, description="Validate before the first step too, unless test_freq is -1.")
     log_val_generations: int = Field(0, ge=0, description="Validation completions to log as a table.")
+    log_rollouts: int = Field(
+        0, ge=-1, description="Training completions of each step to log as the table rollouts; -1: all."
+    )
     save_freq: int = Field(-1, ge=-1, description="Checkpoint every so many steps and at the end; -1: never.")
     async_save: bool = Field(True, description="Write checkpoints in the background while training continues.")
     checkpoint_dir: FileName | None = Field(

@@ -11,12 +11,35 @@ from rlcore.algorithms.sequences import sequence_sums
 from rlcore.algorithms.value_loss import explained_variance
 from rlcore.batch import Batch
 from rlcore.config.registry import NoParams
+from rlcore_recipes.run.records import Histogram, Table
 from rlcore_recipes.run.session import Session
+from rlcore_recipes.step.histograms import batch_histograms
+from rlcore_recipes.step.logged_rows import COLUMNS, rows_of, with_prompts
+from rlcore_recipes.trackers import show_histograms
 
 
 def step_metrics(session: Session[Any], batch: Batch, number: int) -> dict[str, float]:
-    """Return the `batch_metrics` of the batch that step ``number`` trained on."""
-    return session.executor.compute(batch_metrics, batch, number - 1)
+    """Return the `batch_metrics` of the batch that step ``number`` trained on; record histograms and rollouts of it."""
+    trainer = session.config.trainer
+    logged = len(batch) if trainer.log_rollouts == -1 else min(trainer.log_rollouts, len(batch))
+    metrics, histograms, rows = session.executor.compute(
+        described, batch, number - 1, show_histograms(trainer.trackers), logged
+    )
+    session.records.histograms |= histograms
+    if rows:
+        session.records.tables["rollouts"] = Table(COLUMNS, with_prompts(rows, session.tokenizer))
+    return metrics
+
+
+def described(
+    batch: Batch, version: int, histograms: bool, logged: int
+) -> tuple[dict[str, float], dict[str, Histogram], list[list[Any]]]:
+    """Return the metrics of ``batch``, `batch_histograms` if they are asked for, and rows of its first samples."""
+    return (
+        batch_metrics(batch, version),
+        batch_histograms(batch) if histograms else {},
+        rows_of(batch, range(logged)) if logged else [],
+    )
 
 
 def batch_metrics(batch: Batch, version: int | None = None) -> dict[str, float]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -19,9 +18,9 @@ from rlcore_recipes.rollouts.source import joined
 from rlcore_recipes.rollouts.synchronous import roll_out_together
 from rlcore_recipes.run.session import Session
 from rlcore_recipes.run.trainable import Validation
+from rlcore_recipes.step.logged_rows import BATCH_COLUMNS, COLUMNS, rows_of, with_prompts
 from rlcore_recipes.step.rollout import add_scores
 
-GENERATION_COLUMNS = ("prompt", "completion", "ground_truth", "score", "data_source", "finish_reason", "error")
 LOGGED_ORDER_SEED = 42  # the same prompts are shown at every validation
 
 
@@ -47,15 +46,12 @@ def validate_prompts(session: Session[Any], answered: Callable[[Sequence[PromptS
     assert prompts is not None
     size = config.data.val_batch_size or len(prompts)
     parts = [answered(prompts[start : start + size]) for start in range(0, len(prompts), size)]
-    columns: tuple[str, ...] = ("group", "score", "reward_result", "response_length", "data_source", "finish_reason")
-    texts = ("tokens", "prompt_length", "completion", "ground_truth")
+    columns: tuple[str, ...] = (*BATCH_COLUMNS, "response_length")
     if "reward_model_score" in parts[0]:
         columns += ("reward_model_score",)
-    batch = joined([part.select(*columns, *texts) for part in parts])
+    batch = joined([part.select(*columns) for part in parts])
     metrics, rows = session.executor.compute(metrics_and_rows, batch, config.trainer.log_val_generations)
-    # the prompt as the model sees it, special tokens included
-    decode = partial(session.tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return Validation(metrics, GENERATION_COLUMNS, [[decode(prompt), *rest] for prompt, *rest in rows])
+    return Validation(metrics, COLUMNS, with_prompts(rows, session.tokenizer))
 
 
 def metrics_and_rows(batch: Batch, logged: int) -> tuple[dict[str, float], list[list[Any]]]:
@@ -120,17 +116,4 @@ def logged_rows(batch: Batch, count: int) -> list[list[Any]]:
     """``count`` rows of the table, for the same prompts every time; the prompt still as token ids."""
     chosen = list(range(len(batch)))
     random.Random(LOGGED_ORDER_SEED).shuffle(chosen)
-    chosen = sorted(chosen[:count])
-    tokens = batch["tokens"].to_list()
-    return [
-        [
-            tokens[i][: batch["prompt_length"][i]].tolist(),
-            batch["completion"][i],
-            str(batch["ground_truth"][i]),
-            float(batch["score"][i]),
-            batch["data_source"][i],
-            batch["finish_reason"][i],
-            batch["reward_result"][i].error or "",
-        ]
-        for i in chosen
-    ]
+    return rows_of(batch, sorted(chosen[:count]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 from warnings import warn
@@ -17,6 +17,13 @@ from rlcore_recipes.trackers.settings import JsonlSettings
 GROUP = "rlcore.trackers"
 IMMEDIATE = ("console", "jsonl")
 """Trackers that the training thread calls itself; each of the others has a separate thread."""
+
+WITHOUT_HISTOGRAMS = {"console", "jsonl", "parquet", "mlflow"}
+
+
+def show_histograms(names: Iterable[str]) -> bool:
+    """Return whether one of these trackers may show histograms."""
+    return not WITHOUT_HISTOGRAMS.issuperset(names)
 
 
 class Trackers(Tracker):

@@ -128,8 +128,8 @@ def test_adapters_merged_or_alone_from_a_url(lora: Path, tmp_path: Path) -> None
     assert_same(weights(merged), weights(lora / "model"))
     assert_same(weights(merged / "adapter"), weights(lora / "model" / "adapter"))
     url = f"local://{lora}-remote/step-000002"
-    assert "--config" in export(url, "--out", adapter, code=1)
-    printed = export(url, "--config", lora / "config.yaml", "--adapter", "--out", adapter)
+    assert "--run-config" in export(url, "--out", adapter, code=1)
+    printed = export(url, "--run-config", lora / "config.yaml", "--adapter", "--out", adapter)
     assert_same(weights(adapter), weights(lora / "model" / "adapter"))
     assert "--enable-lora --max-lora-rank 8 --lora-modules adapter=" in printed
     assert (adapter / "tokenizer.json").is_file()

@@ -1,4 +1,4 @@
-"""Vocabulary of a model: number of tokens, and tokens that end a completion."""
+"""Facts about a model without its weights: number of tokens, tokens that end a completion, number of positions."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from rlcore.boundary import boundary
 from rlcore.engines.settings import ModelSettings
 from rlcore.errors import EngineError
 from rlcore_kit.model_folder import files
+from rlcore_kit.model_folder.length import longest_position
 
 
 def vocabulary(model: ModelSettings) -> tuple[int, frozenset[int]]:
@@ -17,11 +18,24 @@ def vocabulary(model: ModelSettings) -> tuple[int, frozenset[int]]:
     Raises:
         EngineError: its configuration cannot be read, or names end tokens that are no tokens.
     """
+    with boundary(f"cannot read the configuration of the model {model.path}", EngineError):
+        size = int(_configuration(model).get_text_config().vocab_size)
+    return size, frozenset(files.end_tokens(model, size).ids)
+
+
+def positions(model: ModelSettings) -> int | None:
+    """Return the maximum number of tokens of a sequence; None if the model's files do not say it.
+
+    Raises:
+        EngineError: its configuration cannot be read.
+    """
+    with boundary(f"cannot read the configuration of the model {model.path}", EngineError):
+        return longest_position(_configuration(model))
+
+
+def _configuration(model: ModelSettings) -> Any:
     from transformers import AutoConfig
 
     folder = Path(model.path).expanduser()
     source = str(folder) if folder.is_dir() else model.path
-    with boundary(f"cannot read the configuration of the model {model.path}", EngineError):
-        config: Any = AutoConfig.from_pretrained(source, trust_remote_code=model.trust_remote_code)
-        size = int(config.get_text_config().vocab_size)
-    return size, frozenset(files.end_tokens(model, size).ids)
+    return AutoConfig.from_pretrained(source, trust_remote_code=model.trust_remote_code)

@@ -29,6 +29,8 @@ _OURS = {
     "from-verl": "Translate a command, a script or a configuration file of verl.",
     "model": "Make and convert models.",
     "eval": "Measure and compare models and checkpoints.",
+    "generate": "Complete prompts with a model or checkpoint.",
+    "chat": "Talk to a model or checkpoint.",
     "export": "Write a checkpoint as a Hugging Face model folder.",
 }
 

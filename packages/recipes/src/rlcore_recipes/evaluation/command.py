@@ -8,17 +8,25 @@ import click
 
 from rlcore.cli import recipes
 from rlcore.cli.folder import Folder
+from rlcore_recipes.export.command import choice_options
 
 
 @click.command(name="eval", cls=recipes.ConfiguredCommand)
 @click.argument("words", nargs=-1, metavar="[SOURCE]... [KEY=VALUE]...")
 @click.option("-c", "--config", type=click.Path(path_type=Path), help="YAML file with the keys of an evaluation.")
 @click.option("--out", type=Folder(), required=True, help="Folder of the results; an interrupted evaluation continues.")
-@click.option("--step", type=click.IntRange(min=0), help="Of runs, the checkpoint after this step, not the newest.")
-@click.option("--best", is_flag=True, help="Of runs, the best checkpoint (trainer.best_metric), not the newest.")
+@choice_options
+@click.option("--url", "urls", multiple=True, help="A server that serves SOURCE (rollout.engine=http); repeatable.")
 @click.option("--overwrite", is_flag=True, help="Start from the beginning, without the results that are there.")
 def evaluate(
-    words: tuple[str, ...], config: Path | None, out: Path, step: int | None, best: bool, overwrite: bool
+    words: tuple[str, ...],
+    config: Path | None,
+    out: Path,
+    step: int | None,
+    best: bool,
+    run_config: Path | None,
+    urls: tuple[str, ...],
+    overwrite: bool,
 ) -> None:
     """Measure models on prompts with a reward, and compare them with the first.
 
@@ -33,7 +41,7 @@ def evaluate(
     overrides = [word for word in words if "=" in word]
     recipes.find_own_modules()
     try:
-        compare(sources, config, overrides, out, Choice(step, best), overwrite)
+        compare(sources, config, overrides, out, Choice(step, best, run_config), urls=urls, overwrite=overwrite)
     except KeyboardInterrupt:
         click.echo(f"interrupted; the same command continues with the results in {out}", err=True)
         raise

@@ -14,11 +14,12 @@ from rlcore.cli import recipes
 from rlcore.cli.console import out as console
 from rlcore.config import dump_config
 from rlcore.errors import ConfigError
-from rlcore_recipes.evaluation.candidates import Candidate, find_candidates
 from rlcore_recipes.evaluation.configuration import eval_config
 from rlcore_recipes.evaluation.report import ModelReport, reports, table, write_json
 from rlcore_recipes.evaluation.run import evaluate
 from rlcore_recipes.export.source import Choice
+from rlcore_recipes.generation.candidates import Candidate, find_candidates
+from rlcore_recipes.generation.from_run import url_keys
 from rlcore_recipes.run.folder import CONFIG, changed_keys
 from rlcore_recipes.settings.evaluation import EvalConfig
 
@@ -28,7 +29,14 @@ _MAY_CHANGE = ("report.", "controller.", "data.val_batch_size", "model.", "rewar
 
 
 def compare(
-    sources: Sequence[str], file: Path | None, overrides: Sequence[str], out: Path, choice: Choice, overwrite: bool
+    sources: Sequence[str],
+    file: Path | None,
+    overrides: Sequence[str],
+    out: Path,
+    choice: Choice,
+    *,
+    urls: Sequence[str] = (),
+    overwrite: bool = False,
 ) -> list[ModelReport]:
     """Evaluate the model of each source, print a table and write `RESULTS`.
 
@@ -37,7 +45,7 @@ def compare(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("an evaluation is one process: start it without torchrun, or set controller.kind=ray")
-    config, candidates = _settings(sources, file, overrides, choice)
+    config, candidates = _settings(sources, file, [*url_keys(urls), *overrides], choice)
     recipes.check_packages(config)
     _prepare(out, config, overwrite)
     found = []

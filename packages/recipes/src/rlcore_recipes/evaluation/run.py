@@ -16,9 +16,9 @@ from rlcore.engines import ModelSettings, RolloutEngine
 from rlcore_recipes.data.end_tokens import missing_ends, model_tokens
 from rlcore_recipes.data.prompts import PromptDataset, load_prompts
 from rlcore_recipes.data.tokenizer import load_tokenizer
-from rlcore_recipes.evaluation.candidates import Candidate
-from rlcore_recipes.evaluation.engines import rollout_engine
 from rlcore_recipes.evaluation.results import Answer, Header, Record, ResultsFile, keys_of
+from rlcore_recipes.generation.candidates import Candidate
+from rlcore_recipes.generation.engines import rollout_engine
 from rlcore_recipes.rollouts.episode import single_completion
 from rlcore_recipes.rollouts.plan import RolloutPlan
 from rlcore_recipes.rollouts.sampling import validation_sampling

@@ -33,7 +33,7 @@ def choice_options(function: Any) -> Any:
     """Add the options by which a command chooses one of a run's checkpoints."""
     for option in (
         click.option(
-            "--config",
+            "--run-config",
             type=click.Path(path_type=Path),
             help="config.yaml of the run, if SOURCE does not lead to it.",
         ),
@@ -56,7 +56,7 @@ def choice_options(function: Any) -> Any:
 @click.option("--overwrite", is_flag=True, help="Replace a model folder that is there.")
 @click.option("--push-to-hub", metavar="ORG/NAME", help="Upload the folder to the Hugging Face Hub too.")
 @click.option("--private", is_flag=True, help="With --push-to-hub: a private repository.")
-def export(source: str, out: Path, step: int | None, best: bool, config: Path | None, **given: Any) -> None:
+def export(source: str, out: Path, step: int | None, best: bool, run_config: Path | None, **given: Any) -> None:
     """Write a checkpoint as a Hugging Face model folder, with tokenizer and generation settings.
 
     SOURCE is the folder of a run (its newest checkpoint), or a checkpoint (a folder or URL). It needs neither a GPU nor
@@ -72,7 +72,7 @@ def export(source: str, out: Path, step: int | None, best: bool, config: Path | 
         check_repository(repository)
     check_free(out, overwrite)
     dtype, size = _DTYPES.get(given.pop("dtype")), given.pop("max_shard_size")
-    trained = find_checkpoint(source, Choice(step, best, config))
+    trained = find_checkpoint(source, Choice(step, best, run_config))
     options = ExportOptions(dtype=dtype, file_mb=size, **given)  # type: ignore[arg-type]  # of `_DTYPES`
     export_checkpoint(trained, out, options, overwrite)
     click.echo(f"{out}: {options.role} after step {trained.state.step} of {trained.location.path}")

@@ -175,7 +175,7 @@ def _config_file(root: str, choice: Choice) -> Path:
         return found
     raise ConfigError(
         f"nothing leads from {root} to the configuration of its run: name the run's folder, or give its {CONFIG} by "
-        "--config"
+        "--run-config"
     )
 
 

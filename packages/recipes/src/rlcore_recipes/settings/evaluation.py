@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import Annotated
 
 from pydantic import Field
@@ -100,9 +100,3 @@ class EvalConfig(Config):
         """The k of pass@k and maj@k, in order."""
         n = self.rollout.validation.n
         return sorted(set(self.report.k)) or sorted({*(2**i for i in range(n.bit_length()) if 2**i <= n), n})
-
-
-def served_elsewhere(options: Config) -> bool:
-    """Return whether a rollout engine with these options uses running servers, whose model it does not choose."""
-    urls: Collection[str] = getattr(options, "urls", ())
-    return bool(urls) or getattr(options, "server", None) is not None or bool(getattr(options, "url", None))

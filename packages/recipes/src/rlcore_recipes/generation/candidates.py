@@ -1,4 +1,4 @@
-"""The models of an evaluation: folders, names on the Hub, and checkpoints, which are exported to be loaded."""
+"""The models that a command is given: folders, names on the Hub, and checkpoints, which are exported to be loaded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rlcore_recipes.export.source import NEWEST, Choice, TrainedModel, find_mode
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model to evaluate.
+    """A model to generate with.
 
     Attributes:
         name: for tables; no two candidates have the same.

@@ -1,0 +1,1 @@
+"""Generate with models and checkpoints outside of a run: completions of prompts, and conversations."""

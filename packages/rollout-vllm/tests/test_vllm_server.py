@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from rlcore import plugins
 from rlcore.engines import GenerationRequest, ModelSettings, RolloutEngine, RolloutSpec, SamplingParams
 from rlcore.engines.weight_bucket import WeightBucket
 from rlcore.errors import EngineError
@@ -359,6 +360,30 @@ def test_a_pause_does_not_count_as_a_timeout(server):
         assert len(asyncio.run(scenario()).tokens) == 20
     finally:
         engine.close()
+
+
+def test_the_engine_http_generates_on_the_server(server, tmp_path):
+    """It speaks vLLM's OpenAI protocol, and needs none of this package on the server."""
+    plugin = plugins.get("rlcore.rollout_engines", "http")
+    options = {"urls": (f"{server.url}/v1",), "api_key_env": KEY_VARIABLE}
+    spec = RolloutSpec(ModelSettings(path=str(server.model)), plugin.config_class()(**options), 512)
+    engine = plugin.build(spec)
+    requests = [request(index) for index in range(4)]
+    try:
+        completions = engine.generate_batch(requests)
+        assert largest_difference(server.model, requests, completions) < 1e-4
+        assert {span for completion in completions for span in completion.versions} == {(0, 20)}
+        again = engine.generate_batch(requests)
+        assert [completion.tokens for completion in again] == [completion.tokens for completion in completions]
+        stop = replace(requests[0].sampling, ignore_eos=False, stop_token_ids=(completions[0].tokens[5],))
+        (stopped,) = engine.generate_batch([replace(requests[0], sampling=stop)])
+        assert stopped.finish_reason == "stop"
+        assert stopped.tokens == completions[0].tokens[: len(stopped.tokens)]
+    finally:
+        engine.close()
+    reloading = plugin.config_class()(**options, reload="vllm", weights_dir=tmp_path)
+    with pytest.raises(EngineError, match="is vLLM on the CPU, whose reload leaves the old weights"):
+        plugin.build(replace(spec, options=reloading))
 
 
 # --- users' mistakes -------------------------------------------------------------------------------------------------

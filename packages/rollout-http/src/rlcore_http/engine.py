@@ -14,7 +14,7 @@ from rlcore_http.control import ClientControl
 from rlcore_http.openai_completions import OpenAICompletions
 from rlcore_http.probe import probe
 from rlcore_http.protocol import Abilities, ServerProtocol
-from rlcore_http.reload import reload, source_folder
+from rlcore_http.reload import prepare
 from rlcore_http.rollout import HTTPRollout
 from rlcore_http.settings import HTTPSettings
 from rlcore_http.tgi import ABILITIES, TGI
@@ -73,7 +73,7 @@ def connect(
         if settings.reload != "none" and url in labels.known_servers:
             version = UNKNOWN
         elif settings.reload != "none":
-            reload(connection, settings, source_folder(spec.model), 0)
+            prepare(connection, settings, spec.model)
         prompt = list(tokenizer(PROBE).input_ids)
         abilities = connection.wait_for(_abilities(protocol, prompt), "complete a first request")
         handshake = Handshake(version, 1, *vocabulary(spec.model))

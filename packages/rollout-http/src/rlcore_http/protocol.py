@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,7 +104,7 @@ class ServerProtocol(ABC):
 
     async def stream(
         self, request: GenerationRequest, max_tokens: int, ends: frozenset[int], best: int = 1
-    ) -> AsyncIterator[Piece]:
+    ) -> AsyncGenerator[Piece]:
         """Yield the parts of a completion, up to the server's end of it.
 
         Raises:
@@ -113,16 +114,12 @@ class ServerProtocol(ABC):
         body = await self.body(request, max_tokens, ends, best)
         for attempt in range(OVERLOAD_ATTEMPTS):
             try:
-                async for event in self.connection.events(self.path, what, body=body):
-                    piece = self._piece(event, request)
-                    if piece.prompt is not None and piece.prompt != list(request.prompt):
-                        raise EngineError(
-                            f"{self.connection.url} read the prompt of request {request.request_id!r} as other tokens: "
-                            f"{difference(piece.prompt, list(request.prompt))}; does it serve another model?"
-                        )
-                    yield piece
-                    if piece.finish_reason is not None:
-                        return
+                async with aclosing(self.connection.events(self.path, what, body=body)) as events:
+                    async for event in events:
+                        piece = self._piece(event, request)
+                        yield piece
+                        if piece.finish_reason is not None:
+                            return
                 raise WorkerDied(f"{self.connection.url} ended the stream of request {request.request_id!r} too early")
             except Overloaded as overloaded:
                 if attempt == OVERLOAD_ATTEMPTS - 1:
@@ -137,11 +134,16 @@ class ServerProtocol(ABC):
             piece = self.read(event, request)
             if request.sampling.logprobs and len(piece.logprobs) != len(piece.tokens):
                 raise ValueError(f"{len(piece.tokens)} tokens, {len(piece.logprobs)} log-probs")
-            return piece
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise WorkerError(
                 f"{self.connection.url} sent an answer that is not in the format of {self.path}: {error!r}"
             ) from error
+        if piece.prompt is not None and piece.prompt != list(request.prompt):
+            raise EngineError(
+                f"{self.connection.url} read the prompt of request {request.request_id!r} as other tokens: "
+                f"{difference(piece.prompt, list(request.prompt))}; does it serve another model?"
+            )
+        return piece
 
 
 def difference(found: list[int], expected: list[int]) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from shutil import copyfile
 
 from rlcore.engines.settings import ModelSettings
 from rlcore.engines.weight_bucket import WeightBucket
 from rlcore.errors import EngineError, WorkerError
+from rlcore_http.quirks import check_vllm_reload
 from rlcore_http.settings import HTTPSettings
 from rlcore_kit.model_folder.files import CONFIG, optional_file
 from rlcore_kit.model_folder.writing import write_model_folder
@@ -28,15 +30,19 @@ def write_folder(model: ModelSettings, parent: Path, url: str, buckets: Iterable
     All files but the weights are copies of the files of ``model``. The weights of an earlier update are replaced.
     """
     source = source_folder(model)
-    name = "".join(letter if letter.isalnum() else "-" for letter in url.partition("://")[2])
+    path = parent / _name(url)
 
     def copy_others(folder: Path, _: set[str]) -> None:
         for file in sorted(source.iterdir()):
             if file.is_file() and ".safetensors" not in file.name and file.suffix not in OTHER_WEIGHTS:
                 copyfile(file, folder / file.name)
 
-    write_model_folder((pair for bucket in buckets for pair in bucket.tensors), parent / name, copy_others)
-    return (parent / name).resolve()
+    write_model_folder((pair for bucket in buckets for pair in bucket.tensors), path, copy_others)
+    return path.resolve()
+
+
+def _name(url: str) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in url.partition("://")[2])
 
 
 def source_folder(model: ModelSettings) -> Path:
@@ -51,6 +57,18 @@ def source_folder(model: ModelSettings) -> Path:
     return file.parent.resolve() if Path(model.path).expanduser().is_dir() else file.parent
 
 
+def prepare(connection: Connection, settings: HTTPSettings, model: ModelSettings) -> None:
+    """Have the server load ``model``: it may hold the weights of an earlier run. What cannot work fails here.
+
+    Raises:
+        EngineError, WorkerError: see `reload`.
+    """
+    if settings.reload == "vllm":
+        with _endpoint(connection, settings):
+            check_vllm_reload(connection, model)
+    reload(connection, settings, source_folder(model), 0)
+
+
 def reload(connection: Connection, settings: HTTPSettings, folder: Path, version: int) -> None:
     """Have the server behind ``connection`` serve the weights in ``folder``.
 
@@ -63,7 +81,7 @@ def reload(connection: Connection, settings: HTTPSettings, folder: Path, version
         _wait_until_healthy(connection, settings.reload_timeout_s)
         return
     limit = settings.reload_timeout_s
-    try:
+    with _endpoint(connection, settings):
         if settings.reload == "vllm":
             body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
             connection.ask("POST", "/collective_rpc", f"read the weights in {folder}", body=body, timeout_s=limit)
@@ -73,6 +91,13 @@ def reload(connection: Connection, settings: HTTPSettings, folder: Path, version
             connection.ask(
                 "POST", "/update_weights_from_disk", f"read the weights in {folder}", body=disk, timeout_s=limit
             )
+
+
+@contextmanager
+def _endpoint(connection: Connection, settings: HTTPSettings) -> Iterator[None]:
+    """Say how to start the server where it has no endpoint for a reload."""
+    try:
+        yield
     except EngineError as error:
         if "(404" not in str(error):
             raise
@@ -85,7 +110,9 @@ def reload(connection: Connection, settings: HTTPSettings, folder: Path, version
 def _run(settings: HTTPSettings, url: str, folder: Path, version: int) -> None:
     """Run the user's command; its output goes to a file, because a server that it starts may keep it open."""
     words = [word.format(folder=folder, url=url, version=version) for word in settings.command]
-    log = folder.with_name(f"{folder.name}.log")
+    assert settings.weights_dir is not None
+    settings.weights_dir.mkdir(parents=True, exist_ok=True)
+    log = settings.weights_dir / f"{_name(url)}.log"
     try:
         with log.open("wb") as output:
             done = subprocess.run(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -140,17 +141,14 @@ class HTTPRollout(ServerRollout):
         ends = ending_tokens(call.request, self._handshake.end_tokens)
         request = _remaining(call.request, call.completion)
         left = min(request.sampling.max_tokens, self._spec.max_model_len - len(request.prompt))
-        stream = self._protocol.stream(request, left, ends)
-        try:
-            async for piece in stream:
+        async with aclosing(self._protocol.stream(request, left, ends)) as pieces:
+            async for piece in pieces:
                 for index, token in enumerate(piece.tokens):
                     part.tokens.append(token)
                     part.logprobs += piece.logprobs[index : index + 1]
                     part.finish_reason = self._end(call, part, ends, left)
                     if part.finish_reason != "abort":
                         return
-        finally:
-            await stream.aclose()  # type: ignore[attr-defined]
         if not part.tokens:
             raise EngineError(f"{self.url} ended the completion of request {request.request_id!r} without any token")
 

@@ -10,8 +10,8 @@ import concurrent.futures
 import contextlib
 import json
 import threading
-from collections.abc import AsyncIterator, Coroutine, Mapping
-from typing import Any, Literal, TypeVar
+from collections.abc import AsyncGenerator, Coroutine, Mapping
+from typing import Any, Literal, TypeVar, cast
 
 import httpx
 
@@ -173,10 +173,10 @@ class Connection:
             wait *= 2
         raise AssertionError("unreachable")
 
-    async def events(self, path: str, what: str, *, body: Any) -> AsyncIterator[Any]:
+    async def events(self, path: str, what: str, *, body: Any) -> AsyncGenerator[Any]:
         """Post ``body`` and yield the decoded events of the answer (server-sent events), on the connection's thread.
 
-        A closed iterator closes the stream. An answer without limit: callers set a timeout.
+        Closing the iterator closes the stream (`contextlib.aclosing`). There is no timeout: callers set one.
 
         Raises:
             WorkerDied, WorkerError, EngineError: as for `request`; a stream that breaks is never sent again.
@@ -189,10 +189,12 @@ class Connection:
                     if not response.is_success:
                         await response.aread()
                         self._decoded(response, what)
-                    async for line in response.aiter_lines():
-                        field, _, value = line.partition(":")
-                        if field == "data" and value.strip() != STREAM_END:
-                            yield self._event(value, what)
+                    lines = cast(AsyncGenerator[str], response.aiter_lines())
+                    async with contextlib.aclosing(lines):
+                        async for line in lines:
+                            field, _, value = line.partition(":")
+                            if field == "data" and value.strip() != STREAM_END:
+                                yield self._event(value, what)
                 return
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:  # nothing was sent
                 failure = WorkerDied(f"{self.url} accepts no connection: {_reason(error)}")

@@ -223,6 +223,7 @@ class OpenAIPeer(InferencePeer):
         ids: how it shows the ids of tokens: in token_ids, in the names of tokens (older vLLM), in "content"
             (llama.cpp), or not.
         ignored: fields of requests that it ignores.
+        device: on which it says that it computes.
     """
 
     generate_paths = ("/v1/completions",)
@@ -230,6 +231,7 @@ class OpenAIPeer(InferencePeer):
     logprobs: Literal["scaled", "raw", "filtered"] = "scaled"
     ids: Literal["token_ids", "names", "content", "none"] = "token_ids"
     ignored: frozenset[str] = frozenset()
+    device = "cuda"
 
     def answer(self, method: str, path: str, body: dict[str, Any]) -> Answer:
         match method, path:
@@ -239,6 +241,8 @@ class OpenAIPeer(InferencePeer):
                 return {"object": "list", "data": [card]}
             case "POST", "/v1/completions":
                 return self._complete(body)
+            case "GET", "/server_info?config_format=json":  # vLLM
+                return {"vllm_config": {"device_config": {"device": self.device}}}
             case "POST", "/update_weights_from_disk":  # SGLang
                 self.model.load(body["model_path"])
                 return {"success": True, "message": "Succeeded to update model weights.", "num_paused_requests": 0}

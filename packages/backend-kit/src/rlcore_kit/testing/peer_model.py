@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 CACHED_PROMPTS = 64
+LOADING = threading.Lock()
+"""transformers (5.19) cannot load models in several threads at the same time."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ class PeerModel:
         """Replace the weights by those in ``folder``; prefixes are forgotten."""
         from transformers import AutoModelForCausalLM
 
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        with LOADING:
+            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
         with self._turn:
             self._model, self.loaded = model.eval(), str(folder)
             self._first.clear()

@@ -111,6 +111,16 @@ def wants_adapters(rollout_options: Config) -> bool:
     return getattr(rollout_options, "enable_lora", False) is True
 
 
+def keeps_weights(rollout_options: Config) -> bool:
+    """Return whether a rollout engine with these options takes no new weights (``reload: none``)."""
+    return getattr(rollout_options, "reload", None) == "none"
+
+
+def gives_logprobs(rollout_options: Config) -> bool:
+    """Return whether a rollout engine with these options returns log-probs of sampled tokens (``logprobs: true``)."""
+    return getattr(rollout_options, "logprobs", True) is not False
+
+
 class RewardSettings(Config):
     """Limits under which reward functions run."""
 

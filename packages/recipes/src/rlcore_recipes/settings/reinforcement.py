@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from rlcore.algorithms.registries import advantages
 from rlcore.config import Algorithm
-from rlcore.engines.settings import adapter_rank, wants_adapters
+from rlcore.engines.settings import adapter_rank, gives_logprobs, keeps_weights, wants_adapters
 from rlcore_recipes.divisors import nearest_divisors
 from rlcore_recipes.settings.columns import missing_columns
 from rlcore_recipes.settings.combinations import doubts
@@ -32,18 +32,40 @@ class RLConfig(RLSections):
         yield from missing_columns("algorithm.advantage", self.algorithm.advantage, self.columns)
         estimated = self.columns | {"advantages"} | ({"returns"} if self.has_critic else set())
         yield from missing_columns("actor.objective.policy_loss", self.actor.objective.policy_loss, estimated)
-        if wants_adapters(self.rollout.options) and adapter_rank(self.actor.options) is None:
-            yield (
-                f"rollout.{self.rollout.engine}.enable_lora",
-                f"the actor's engine {self.actor.engine} trains full weights here; have it train adapters "
-                "(actor.fsdp.lora.rank=16; other engines cannot), or set this to false",
-            )
+        yield from rollout_problems(self)
         yield from unused(self.controller, self.roles)
         yield from async_problems(self)
 
     def doubts(self) -> Iterator[tuple[str, str]]:
         """Yield the key and the reason of what is almost surely a mistake."""
         yield from doubts(self)
+
+
+def rollout_problems(config: RLSections) -> Iterator[tuple[str, str]]:
+    """Yield why the rollout engine, with these options, cannot serve the training of ``config``."""
+    rollout, actor = config.rollout, config.actor
+    section = f"rollout.{rollout.engine}"
+    if wants_adapters(rollout.options) and adapter_rank(actor.options) is None:
+        yield (
+            f"{section}.enable_lora",
+            f"the actor's engine {actor.engine} trains full weights here; have it train adapters "
+            "(actor.fsdp.lora.rank=16; other engines cannot), or set this to false",
+        )
+    if keeps_weights(rollout.options):
+        yield (
+            f"{section}.reload",
+            "is none, so the servers would generate with the first weights in every step: say how they load new ones, "
+            "or take another rollout engine",
+        )
+    if gives_logprobs(rollout.options):
+        return
+    uses = {"old_logprobs=rollout": actor.old_logprobs == "rollout", "objective.correction": actor.objective.correction}
+    for setting in (name for name, used in uses.items() if used):
+        yield (
+            f"{section}.logprobs",
+            f"is false, and actor.{setting} needs the log-probs of the rollout engine: set it to true, or change actor."
+            f"{setting.split('=')[0]}",
+        )
 
 
 def async_problems(config: RLSections) -> Iterator[tuple[str, str]]:

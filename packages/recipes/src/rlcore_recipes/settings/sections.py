@@ -7,6 +7,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from rlcore.engines import ModelSettings, WeightSyncSettings
+from rlcore.engines.settings import gives_logprobs
 from rlcore_recipes.data.settings import DataSettings
 from rlcore_recipes.settings.algorithm import AlgorithmSettings, DynamicSamplingSettings
 from rlcore_recipes.settings.asynchronous import AsyncSection, AsyncSettings
@@ -156,8 +157,9 @@ class RLSections(AsyncSection):
     @property
     def columns(self) -> frozenset[str]:
         """The columns that a batch can have before advantages are estimated."""
+        sampled = SAMPLED if gives_logprobs(self.rollout.options) else SAMPLED - {"rollout_logprobs"}
         return (
-            SAMPLED
+            sampled
             | SCORED
             | ON_DEMAND
             | SHAPED

@@ -7,7 +7,16 @@ import pytest
 from pydantic import Field, ValidationError, model_validator
 
 from rlcore import plugins
-from rlcore.config import Algorithm, AlgorithmField, Config, FilePath, PluginSections, load_config, validate_config
+from rlcore.config import (
+    Algorithm,
+    AlgorithmField,
+    Config,
+    FilePath,
+    ForeignKey,
+    PluginSections,
+    load_config,
+    validate_config,
+)
 from rlcore.config.registry import Registry
 from rlcore.errors import ConfigError
 
@@ -309,3 +318,32 @@ def test_models_stay_pydantic_models_for_python_callers():
     assert Run.model_validate(run) is run
     with pytest.raises(ValidationError, match="frozen"):
         run.batch = 3
+
+
+class Renamed(Run):
+    @classmethod
+    def foreign_keys(cls, name):
+        if name in ("a.b", "momentum"):
+            yield ForeignKey("Acme", name, ("actor.optim.lr",), "twice as large")
+        if name == "a.c":
+            yield ForeignKey("Acme", name, (), "it is always on")
+        if name == "critic_lr":
+            yield ForeignKey("Acme", name, ("critic.lr",))
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("momentum=1", "momentum: unknown key; Acme's momentum is actor.optim.lr (twice as large)"),
+        (
+            "a={b: 1, c: 2}",
+            "a: unknown key; Acme's a.b is actor.optim.lr (twice as large); Acme's a.c has no key here: it",
+        ),
+        ("critic_lr=1", "critic_lr: unknown key; Acme's critic_lr is critic.lr, which this recipe does not have"),
+        ("bacth=1", "bacth: unknown key; did you mean batch"),
+    ],
+)
+def test_keys_of_other_frameworks_are_answered_with_ours(override: str, line: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load_config(Renamed, None, ["model.path=m", override])
+    assert line in str(raised.value)

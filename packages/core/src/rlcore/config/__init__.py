@@ -1,7 +1,7 @@
 """Configuration: typed models, YAML and overrides, all problems reported together."""
 
 from rlcore.config.algorithm import Algorithm, AlgorithmField
-from rlcore.config.base import Config, ShortForm
+from rlcore.config.base import Config, ForeignKey, ShortForm
 from rlcore.config.load import dump_config, load_config, validate_config
 from rlcore.config.requirements import missing_packages
 from rlcore.config.sections import PluginName, PluginSections
@@ -14,6 +14,7 @@ __all__ = [
     "Config",
     "FileName",
     "FilePath",
+    "ForeignKey",
     "Package",
     "PluginName",
     "PluginSections",

@@ -42,6 +42,23 @@ class ShortForm:
     sets: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class ForeignKey:
+    """A key of another framework, and what it is here.
+
+    Attributes:
+        framework: its name.
+        name: the key's name there.
+        ours: dotted keys that do the same; empty if there is none.
+        remark: how values differ, or why there is no key.
+    """
+
+    framework: str
+    name: str
+    ours: tuple[str, ...]
+    remark: str = ""
+
+
 class Config(BaseModel):
     """Base class: unknown keys are errors, defaults are in one place, values never change after validation.
 
@@ -85,6 +102,14 @@ class Config(BaseModel):
         """Yield the optional packages that these values need, as ``(dotted key below this model, package)``.
 
         Inner models are asked by themselves. Before a run, every package is looked for; see `missing_packages`.
+        """
+        return iter(())
+
+    @classmethod
+    def foreign_keys(cls, name: str) -> Iterator[ForeignKey]:
+        """Yield what other frameworks mean by the unknown dotted key ``name``.
+
+        Only the model of a whole run is asked.
         """
         return iter(())
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cached_property
+from typing import Any
 
 from rlcore.config.base import LONGEST_NAME, Config
 from rlcore.config.keys import Key, sections
 from rlcore.config.yaml_format import KeyPath
 
 _MOST = 3
+_DEEPEST = 20
 _CLOSE_ANYWHERE = 0.8  # elsewhere in the tree, where there are many names, than among the neighbours
 
 
@@ -31,14 +33,21 @@ class Hints:
                 found[f"{section.path}.{key.name}" if section.path else key.name] = key
         return found
 
-    def key(self, path: KeyPath, siblings: Sequence[str]) -> str:
+    def key(self, path: KeyPath, siblings: Sequence[str], value: Any = None) -> str:
         """Return the key that the unknown ``path`` might have been.
 
-        That is a key of the same name; or else a similar one in the same section, or else anywhere. Without any, all
-        keys of the section are named.
+        That is the key for what another framework calls so, and a key of the same name; or else a similar one in the
+        same section, or else anywhere. Without any, all keys of the section are named.
+
+        Args:
+            value: the value given; a mapping may be a section of another framework's.
         """
         name, place = str(path[-1])[:LONGEST_NAME], [str(item) for item in path[:-1]]
         found = self._ranked(place, {name})
+        foreign = [text for leaf in _leaves(path, value) for text in self._foreign(leaf)]
+        if foreign:
+            more = [f"and {len(foreign) - _MOST} more"] if len(foreign) > _MOST else []
+            return "; ".join([*foreign[:_MOST], *more]) + (f"; or did you mean {' or '.join(found)}?" if found else "")
         if not found:
             found = [".".join([*place, close]) for close in get_close_matches(name, siblings, n=_MOST)]
         if not found:
@@ -47,6 +56,19 @@ class Hints:
         if found:
             return f"did you mean {' or '.join(found)}?"
         return f"known here: {', '.join(siblings) or 'none'}"
+
+    def _foreign(self, path: KeyPath) -> list[str]:
+        """Return what other frameworks' key ``path`` is here, or else in other recipes."""
+        here, elsewhere = [], []
+        for key in self._model.foreign_keys(".".join(map(str, path))):
+            ours, theirs = [name for name in key.ours if name in self._keys], f"{key.framework}'s {key.name}"
+            if ours:
+                here.append(f"{theirs} is {', '.join(ours)}" + (f" ({key.remark})" if key.remark else ""))
+            elif key.ours:
+                elsewhere.append(f"{theirs} is {', '.join(key.ours)}, which this recipe does not have")
+            else:
+                here.append(f"{theirs} has no key here: {key.remark}")
+        return here or elsewhere
 
     def _ranked(self, place: Sequence[str], names: set[str]) -> list[str]:
         """Return other keys with one of ``names``, those close to ``place`` and to the top of the tree first.
@@ -74,3 +96,12 @@ class Hints:
             return f"{value} is a value of {', '.join(elsewhere[:_MOST])}"
         close = get_close_matches(value[:LONGEST_NAME], own.options if own is not None else (), n=_MOST)
         return f"did you mean {' or '.join(close)}?" if close else None
+
+
+def _leaves(path: KeyPath, value: Any) -> Iterator[KeyPath]:
+    """Yield ``path``, or those of all values below it if ``value`` is a mapping."""
+    if isinstance(value, Mapping) and value and len(path) < _DEEPEST:
+        for name, inner in value.items():
+            yield from _leaves((*path, str(name)[:LONGEST_NAME]), inner)
+    else:
+        yield path

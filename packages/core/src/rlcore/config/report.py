@@ -51,7 +51,7 @@ def _message(detail: Any, path: KeyPath, hints: Hints) -> tuple[str, str]:
     """Return the message of a problem, with the given value if the message needs it."""
     kind, value = detail["type"], detail["input"]
     if kind == "unknown_key" and path:
-        return f"unknown key; {hints.key(path, detail['ctx']['known'])}", ""
+        return f"unknown key; {hints.key(path, detail['ctx']['known'], value)}", ""
     message, given = _plain_message(kind, value, detail)
     if kind in ("literal_error", "choice", "plugin"):
         name = value.get("name") if isinstance(value, Mapping) else value

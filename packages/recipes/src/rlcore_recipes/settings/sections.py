@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 from pydantic import Field
 
+from rlcore.config import ForeignKey
 from rlcore.engines import ModelSettings, WeightSyncSettings
 from rlcore.engines.settings import gives_logprobs
 from rlcore_recipes.data.settings import DataSettings
+from rlcore_recipes.foreign.answers import foreign_keys
 from rlcore_recipes.settings.algorithm import AlgorithmSettings, DynamicSamplingSettings
 from rlcore_recipes.settings.asynchronous import AsyncSection, AsyncSettings
 from rlcore_recipes.settings.columns import ON_DEMAND, SAMPLED, SCORED, SHAPED
@@ -59,6 +62,11 @@ class RLSections(AsyncSection):
     trace: bool = Field(
         False, description="Write what every process did, and when, to out_dir/trace.json (Chrome trace format)."
     )
+
+    @classmethod
+    def foreign_keys(cls, name: str) -> Iterator[ForeignKey]:
+        """Yield what verl, TRL and OpenRLHF mean by ``name``."""
+        return foreign_keys(name)
 
     @property
     def asynchronous(self) -> AsyncSettings:

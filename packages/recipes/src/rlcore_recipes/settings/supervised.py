@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pydantic import Field
 
 from rlcore.algorithms.objectives import SFTObjectiveSettings
-from rlcore.config import Config
+from rlcore.config import Config, ForeignKey
 from rlcore.engines import ModelSettings, OptimSettings
 from rlcore_recipes.data.settings import SFTDataSettings
+from rlcore_recipes.foreign.answers import foreign_keys
 from rlcore_recipes.settings.controller import ControllerSettings, unused
 from rlcore_recipes.settings.roles import ModelRole
 from rlcore_recipes.settings.trainer import TrainerSettings
@@ -33,6 +34,11 @@ class SFTConfig(Config):
     controller: ControllerSettings = Field(
         default_factory=ControllerSettings, description="Executor that runs the engines."
     )
+
+    @classmethod
+    def foreign_keys(cls, name: str) -> Iterator[ForeignKey]:
+        """Yield what verl, TRL and OpenRLHF mean by ``name``."""
+        return foreign_keys(name, supervised=True)
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.trainer.test_freq > 0 and not self.data.val_files:

@@ -19,7 +19,7 @@ from rlcore_recipes.from_verl.view import VerlView
 
 TRACKERS = ("console", "wandb", "tensorboard", "swanlab", "mlflow", "trackio")
 TRACE = "rlcore's profile is a trace of all processes: trace=true"
-POOLS = ("controller.kind", "controller.address", "controller.pools", "controller.placement")
+POOLS = ("controller.pools", "controller.kind", "controller.address", "controller.placement")
 
 
 def placement(value: Any, verl: VerlView) -> Several:

@@ -116,6 +116,11 @@ def test_given_variables_and_arguments_decide(tmp_path: Path) -> None:
     assert read(path, "2", "data.x=3", MODE="small") == ["data.n=2", "2", "data.x=3"]
 
 
+def test_a_function_is_called_with_what_is_not_known(tmp_path: Path) -> None:
+    path = write(tmp_path, f'start() {{ {VERL} data.n=$2; }}\nstart "$(hostname -I)" 3\n')
+    assert read(path) == ["data.n=3"]
+
+
 def test_a_file_that_the_script_sources_is_read(tmp_path: Path) -> None:
     (tmp_path / "common.sh").write_text("MODEL=qwen\nbegin() { echo hello; }\n")
     text = f'HERE="$(cd "$(dirname "${{BASH_SOURCE[0]}}")" && pwd)"\nsource "$HERE/common.sh"\n{VERL} model=$MODEL'

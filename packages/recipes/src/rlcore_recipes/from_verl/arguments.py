@@ -92,6 +92,8 @@ def _option(text: str, word: Word, words: Iterator[Word]) -> tuple[str, Word]:
     if name in _NO_TRAINING:
         raise ConfigError(f"{word.place}: {name} only shows something of verl; leave it out")
     if name not in _FILE_OPTIONS:
+        if name in ("--run", "--check", "--out", "--env"):
+            raise ConfigError(f"{word.place}: options of rlcore from-verl, such as {name}, stand before --")
         known = ", ".join(_FILE_OPTIONS)
         raise ConfigError(f"{word.place}: {name} is no option of Hydra that is read here ({known})")
     if equals:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 
 from rlcore_recipes.from_verl.shell.state import State
-from rlcore_recipes.from_verl.word import Unknown
+from rlcore_recipes.from_verl.word import Unknown, Word
 
 
 class End(Exception):
@@ -43,7 +43,7 @@ def _shift(arguments: list[str], state: State) -> bool:
 
 def _set(arguments: list[str], state: State) -> bool:
     if "--" in arguments:
-        state.arguments[:] = arguments[arguments.index("--") + 1 :]
+        state.arguments[:] = [Word(text, "") for text in arguments[arguments.index("--") + 1 :]]
     return True
 
 

@@ -288,14 +288,14 @@ class Reader:
         if (launch := find_launch(words)) is not None:
             self._launched(launch, assigned, source)
             return True
+        if words[0].text in state.functions:
+            return self._call(words[0].known(), words[1:])
         try:
             name, *arguments = [word.known() for word in words]
         except Unknown as reason:
             self._check_stray(words, source, node)
             self.reason = reason
             return None
-        if name in state.functions:
-            return self._call(name, arguments)
         if name in BUILTINS:
             return BUILTINS[name](arguments, state, source.place(node))
         if name in ("source", ".") and arguments:
@@ -335,7 +335,7 @@ class Reader:
                 "without a backslash at its end has ended before"
             )
 
-    def _call(self, name: str, arguments: list[str]) -> bool | None:
+    def _call(self, name: str, arguments: list[Word]) -> bool | None:
         body, source = self.state.functions[name]
         kept, self.state.arguments = self.state.arguments, arguments
         try:

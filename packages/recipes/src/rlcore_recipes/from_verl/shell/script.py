@@ -24,7 +24,7 @@ def read_script(path: Path, environment: Mapping[str, str], arguments: Sequence[
             the command is only known when the script runs.
     """
     source = script_source(path)
-    reader = Reader(initial_state(environment, list(arguments), str(path), os.getcwd()))
+    reader = Reader(initial_state(environment, arguments, str(path), os.getcwd()))
     end = reader.read(source)
     if len(reader.found) == 1:
         return reader.found[0]

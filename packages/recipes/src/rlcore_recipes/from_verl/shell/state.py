@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tree_sitter import Node
@@ -25,7 +25,7 @@ class State:
     """
 
     variables: dict[str, Value]
-    arguments: list[str]
+    arguments: list[Word]
     folder: str | None
     script: str
     functions: dict[str, tuple[Node, Source]] = field(default_factory=dict)
@@ -60,6 +60,7 @@ class Source:
         return self.text[start:end].decode()
 
 
-def initial_state(environment: Mapping[str, str], arguments: list[str], script: str, folder: str) -> State:
+def initial_state(environment: Mapping[str, str], arguments: Sequence[str], script: str, folder: str) -> State:
     """Return the state in which bash starts a script."""
-    return State({"PWD": folder, **environment, "BASH_SOURCE": script}, arguments, folder, script)
+    words = [Word(text, f"argument {number} of {script}") for number, text in enumerate(arguments, start=1)]
+    return State({"PWD": folder, **environment, "BASH_SOURCE": script}, words, folder, script)

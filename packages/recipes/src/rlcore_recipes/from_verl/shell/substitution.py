@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable
 from datetime import datetime
 from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import PurePosixPath
 
 from rlcore_recipes.from_verl.shell.state import State
@@ -25,9 +26,11 @@ def output(words: list[str], state: State) -> tuple[str, bool]:
     """
     name, *arguments = words
     name = PurePosixPath(name).name
-    if name in _COMMANDS:
+    if name == "readlink" and "-f" not in arguments:  # without it, the target of a link
+        raise Unknown(f"$({' '.join(words)[:60]}) is not run")
+    if name in _COMMANDS and not set(_options(arguments)) - set(_OPTIONS.get(name, ())):
         try:
-            return _COMMANDS[name](arguments, state), True
+            return _COMMANDS[name]([word for word in arguments if word not in _options(arguments)], state), True
         except (IndexError, ValueError):  # arguments are missing
             raise Unknown(f"$({' '.join(words)[:60]}) is not run") from None
     if name in ("true", ":"):
@@ -43,9 +46,12 @@ def output(words: list[str], state: State) -> tuple[str, bool]:
     raise Unknown(f"$({' '.join(words)[:60]}) is not run")
 
 
+def _options(arguments: list[str]) -> list[str]:
+    """Return the options before the other words."""
+    return list(takewhile(lambda word: re.fullmatch(r"-[A-Za-z-]+", word), arguments))
+
+
 def _echo(arguments: list[str], state: State) -> str:
-    while arguments and re.fullmatch(r"-[neE]+", arguments[0]):
-        arguments = arguments[1:]
     return " ".join(arguments)
 
 
@@ -57,7 +63,7 @@ def _printf(arguments: list[str], state: State) -> str:
 
 
 def _basename(arguments: list[str], state: State) -> str:
-    path, *suffix = [argument for argument in arguments if argument != "--"]
+    path, *suffix = arguments
     name = os.path.basename(path.rstrip("/")) or "/"
     return name.removesuffix(suffix[0]) if suffix and name != suffix[0] else name
 
@@ -67,6 +73,8 @@ def _dirname(arguments: list[str], state: State) -> str:
 
 
 def _realpath(arguments: list[str], state: State) -> str:
+    if len(arguments) != 1:
+        raise ValueError(arguments)
     return os.path.realpath(os.path.join(_folder(state), arguments[-1]))
 
 
@@ -92,13 +100,21 @@ def _text(state: State, name: str) -> str | None:
     return value if isinstance(value, str) else None
 
 
+_OPTIONS = {
+    "echo": ("-n",),
+    "basename": ("--",),
+    "dirname": ("--",),
+    "realpath": ("--", "-m", "-e"),
+    "readlink": ("-f",),
+    "pwd": ("-L", "-P"),
+}
 _COMMANDS: dict[str, Callable[[list[str], State], str]] = {
     "echo": _echo,
     "printf": _printf,
     "basename": _basename,
     "dirname": _dirname,
     "realpath": _realpath,
-    "readlink": _realpath,
+    "readlink": _realpath,  # with -f
     "date": _date,
     "pwd": _pwd,
     "hostname": lambda arguments, state: socket.gethostname(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -203,8 +203,8 @@ class Expander:
         if name in ("@", "*"):
             arguments = self.state.arguments
             if name == "*" and quoted:
-                return [_Part(" ".join(arguments))]
-            return [_Part(text, split=not quoted, breaks=index > 0) for index, text in enumerate(arguments)]
+                return [_Part(" ".join(word.known() for word in arguments))]
+            return _elements(arguments, quoted)
         return [_Part(self._value_text(name, node), split=not quoted)]
 
     def _element(self, subscript: Node, node: Node, quoted: bool) -> list[_Part]:
@@ -219,10 +219,7 @@ class Expander:
         if index in ("@", "*"):
             if index == "*" and quoted:
                 return [_Part(" ".join(word.known() for word in words))]
-            return [
-                _Part(word.text, split=not quoted, breaks=position > 0, place=word.place)
-                for position, word in enumerate(words)
-            ]
+            return _elements(words, quoted)
         position = self._computed(index, node)
         if not -len(words) <= position < len(words):
             return [_Part("")]
@@ -279,15 +276,20 @@ class Expander:
         if name == "#":
             return str(len(self.state.arguments))
         if name in ("@", "*"):
-            return " ".join(self.state.arguments) if self.state.arguments else None
+            return " ".join(word.known() for word in self.state.arguments) if self.state.arguments else None
         if name == "0":
             return self.state.script
         if name.isdigit():
-            return self.state.arguments[int(name) - 1] if int(name) <= len(self.state.arguments) else None
+            return self.state.arguments[int(name) - 1].text if int(name) <= len(self.state.arguments) else None
         return self.state.variables.get(name)
 
     def _unknown(self, node: Node, what: str) -> Unknown:
         return Unknown(f"{self.source.place(node)}: {_shortened(self.source.of(node))} {what}; write its value")
+
+
+def _elements(words: Sequence[Word], quoted: bool) -> list[_Part]:
+    """Return each word of an array as a word."""
+    return [_Part(word.text, not quoted, index > 0, word.place) for index, word in enumerate(words)]
 
 
 def _expansions(node: Node) -> Iterator[Node]:

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
+from datasets import Dataset, DatasetDict
 
 from rlcore.cli.main import cli
 from rlcore.errors import ConfigError, DataError
@@ -98,11 +99,15 @@ MATH = {
 }
 
 
-@pytest.mark.parametrize("layout", ["lines", "folders"])
+@pytest.mark.parametrize("layout", ["lines", "folders", "lighteval"])
 def test_math(tmp_path: Path, layout: str) -> None:
     for split in ("train", "test"):
         if layout == "lines":
             write_lines(tmp_path / f"{split}.jsonl", [MATH])
+        elif layout == "lighteval":  # a copy of its repository: all problems, and those of each subject again
+            for folder in ("data", "algebra"):
+                (tmp_path / folder).mkdir(exist_ok=True)
+                pq.write_table(pa.Table.from_pylist([MATH]), tmp_path / folder / f"{split}-00000-of-00001.parquet")
         else:
             (tmp_path / split / "algebra").mkdir(parents=True)
             (tmp_path / split / "algebra" / "1.json").write_text(json.dumps(MATH))
@@ -266,9 +271,98 @@ def test_home_folders_are_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (tmp_path / "data" / "train.parquet").exists()
 
 
+MAPS = """
+def make_map_fn(split):
+    def process_fn(example, idx):
+        question = example.pop("question")
+        return {"prompt": [{"role": "user", "content": question}],
+                "reward_model": {"style": "rule", "ground_truth": example["answer"]},
+                "extra_info": {"split": split, "index": idx}}
+    return process_fn
+
+def some(example):
+    return example if example["answer"] > "1" else None
+
+def keyed(example, index):
+    return {"prompt": f"{index} {example['question']}"}
+
+def broken(example): return example["nothing"]
+def number(example): return 3
+def no_function(split): return 3
+def nothing(): ...
+
+if __name__ == "__main__":
+    def hidden(split): ...
+"""
+
+
+def convert(folder: Path, function: str, *options: object) -> Result:
+    file = folder / "maps.py"
+    file.write_text(MAPS)
+    return run("convert", "--map", f"{file}:{function}", "--out", folder / "out", "--overwrite", *options)
+
+
+def test_map_functions_of_verl_convert_all_splits(tmp_path: Path) -> None:
+    source = tmp_path / "in" / "data"
+    lines = [{"question": f"q{number}", "answer": str(number)} for number in range(3)]
+    write_lines(source / "test.jsonl", lines[:1])
+    for number in range(2):
+        shard = source / f"train-0000{number}-of-00002.parquet"
+        pq.write_table(pa.Table.from_pylist(lines[number * 2 :][:2]), shard)
+    result = convert(tmp_path, "make_map_fn", "--source", tmp_path / "in")
+    assert result.exit_code == 0, result.output
+    assert "train.parquet: 3 rows" in result.output
+    assert rows(tmp_path / "out" / "train.parquet")[2] == {
+        "answer": "2",
+        "prompt": [{"role": "user", "content": "q2"}],
+        "reward_model": {"ground_truth": "2", "style": "rule"},
+        "extra_info": {"index": 2, "split": "train"},
+    }
+    assert rows(tmp_path / "out" / "test.parquet")[0]["extra_info"] == {"index": 0, "split": "test"}
+
+
+def test_plain_map_functions(tmp_path: Path) -> None:
+    lines = [{"question": f"q{number}", "answer": str(number)} for number in range(3)]
+    DatasetDict({"train": Dataset.from_list(lines)}).save_to_disk(tmp_path / "saved")
+    result = convert(tmp_path, "some", "--source", tmp_path / "saved")
+    assert "train.parquet: 1 rows, 2 dropped" in result.output, result.exception
+    assert rows(tmp_path / "out" / "train.parquet") == lines[2:]
+    write_lines(tmp_path / "dev.jsonl", lines)
+    assert convert(tmp_path, "keyed", "--source", tmp_path / "dev.jsonl").exit_code == 0
+    assert rows(tmp_path / "out" / "dev.parquet")[1] == {**lines[1], "prompt": "1 q1"}
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("broken", "maps.py:broken on row 0 of split dev fails: KeyError: 'nothing'"),
+        ("number", "maps.py:number on row 0 of split dev returns a int, not a dict or None"),
+        ("no_function", "maps.py:no_function('dev') returns a int, not a function of (example, idx)"),
+        ("nothing", "maps.py:nothing() must take (split), (example, idx) or (example)"),
+        ("hidden", "at its top level; line 22 defines it inside another block"),
+        ("other", "has no function 'other'; it has make_map_fn, some"),
+    ],
+)
+def test_map_functions_that_do_not_fit(tmp_path: Path, function: str, message: str) -> None:
+    write_lines(tmp_path / "dev.jsonl", [{"question": "q"}])
+    result = convert(tmp_path, function, "--source", tmp_path / "dev.jsonl")
+    assert message in str(result.exception)
+
+
+def test_sources_that_cannot_be_converted(tmp_path: Path) -> None:
+    assert "does not exist; did you mean" in str(convert(tmp_path, "some", "--source", tmp_path / "map.py").exception)
+    assert "has no data files" in str(convert(tmp_path, "some", "--source", tmp_path).exception)
+    for name in ("a", "b"):
+        write_lines(tmp_path / "in" / name / "train.jsonl", [{"answer": name}])
+    several = convert(tmp_path, "some", "--source", tmp_path / "in").exception
+    assert "has data files in several folders" in str(several)
+    assert convert(tmp_path, "some", "--source", tmp_path / "in", "--config", "b").exit_code == 0
+    assert rows(tmp_path / "out" / "train.parquet") == [{"answer": "b"}]
+
+
 def test_help_lists_data_sets() -> None:
     output = run("--help").output
-    assert all(name in output for name in ("gsm8k", "math", "arithmetic"))
+    assert all(name in output for name in ("gsm8k", "math", "arithmetic", "convert"))
 
 
 def test_write_splits_checks_rows(tmp_path: Path) -> None:

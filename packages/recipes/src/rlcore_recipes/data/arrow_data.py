@@ -35,8 +35,8 @@ def open_saved(path: Path) -> Any:
     return found
 
 
-def open_hub(name: str, config: str | None, split: str) -> Any:
-    """Open a split of a Hub data set; its rows are in the library's cache on disk.
+def open_hub(name: str, config: str | None, split: str | None) -> Any:
+    """Open a split of a Hub data set, or all by name; the rows are in the library's cache on disk.
 
     Raises:
         DataError: there is none, or it cannot be loaded.
@@ -44,7 +44,8 @@ def open_hub(name: str, config: str | None, split: str) -> Any:
     go_offline_without_network([name])  # before the import, by which the library reads whether it is offline
     from datasets import load_dataset
 
-    with boundary(f"split {split!r} of the Hub data set {name} cannot be loaded"):
+    which = f"split {split!r} of the" if split else "the"
+    with boundary(f"{which} Hub data set {name} cannot be loaded"):
         return load_dataset(name, config, split=split)
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -14,8 +12,9 @@ import click
 from rlcore.cli.folder import Folder
 from rlcore.config import Config
 from rlcore.errors import DataError, PluginError
-from rlcore.suggestions import functions_of, similar_paths
+from rlcore_recipes.data.prepare.convert import convert
 from rlcore_recipes.data.prepare.rows import Splits
+from rlcore_recipes.data.user_functions import function_in
 
 GROUP = "rlcore.data_sets"
 
@@ -23,16 +22,18 @@ Preparation = Callable[[Any], Splits]
 
 
 class DataSets(click.Group):
-    """One command per installed data set, and any function as ``path/to/file.py:function``."""
+    """One command per installed data set, `convert`, and any function as ``path/to/file.py:function``."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted(_installed())
+        return sorted([*_installed(), "convert"])
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name == "convert":
+            return convert
         if name in _installed():
             return _command(name, _load(_installed()[name]))
         path, _, function = name.rpartition(":")
-        return _command(name, _from_file(Path(path), function)) if path.endswith(".py") else None
+        return _command(name, function_in(Path(path), function)) if path.endswith(".py") else None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the data sets of all installed packages."""
@@ -44,6 +45,8 @@ class DataSets(click.Group):
                 rows.append((name, f"not usable: {error}"))
         with formatter.section("Data sets"):
             formatter.write_dl(rows)
+        with formatter.section("Other data"):
+            formatter.write_dl([("convert", convert.get_short_help_str(limit=100))])
 
 
 @click.group(cls=DataSets, subcommand_metavar="DATA_SET [OPTIONS]")
@@ -91,23 +94,6 @@ def _load(point: EntryPoint) -> Preparation:
         return point.load()  # type: ignore[no-any-return]
     except Exception as error:
         raise PluginError(f"data set {point.name!r} ({point.value}) cannot be imported: {error!r}") from error
-
-
-def _from_file(path: Path, function: str) -> Preparation:
-    if not path.is_file():
-        raise DataError(f"{path} does not exist{similar_paths(path)}")
-    spec = spec_from_file_location(f"rlcore_data_set_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    sys.modules[module.__name__] = module  # where annotations are looked up
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise DataError(f"{path} cannot be imported: {error!r}") from error
-    if not callable(getattr(module, function, None)):
-        raise DataError(f"{path} has no function {function!r}{functions_of(module)}")
-    return getattr(module, function)  # type: ignore[no-any-return]
 
 
 def _summary(prepare: Preparation) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -19,6 +20,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import rlcore
+from rlcore import plugins
+from rlcore.engines import TrainEngine
 from rlcore.errors import DataError, RlcoreError
 from rlcore_recipes.grpo import GRPOConfig
 from rlcore_recipes.python.reward_objects import reward_argument
@@ -136,10 +139,14 @@ def test_interrupt_leaves_a_checkpoint_from_which_the_same_call_continues(train:
             os.kill(trainers.pop(), signal.SIGINT)
         return 0.0
 
+    def models() -> list[object]:
+        return [found for found in gc.get_objects() if issubclass(type(found), TrainEngine)]
+
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(rlcore.TrainingInterrupted, match=r"after step 1; .* again with out_dir='a'") as interrupt:
         train(data=rows(1), reward=interrupting, out_dir="a", overrides={**KEYS, "data.train_batch_size": 1})
     assert signal.getsignal(signal.SIGINT) is handler
+    assert models() == []  # although the error is kept, as a notebook keeps it
     run = interrupt.value.run
     assert (run.complete, run.model_path, len(run.checkpoints)) == (False, None, 1)
     run = train(data=rows(1), reward=length, out_dir="a", overrides={**KEYS, "data.train_batch_size": 1})
@@ -172,6 +179,36 @@ def test_other_recipes_and_configuration_objects(train: Any, task: Any) -> None:
     assert untimed(again.metrics.to_pylist()[0]) == untimed(run.metrics.to_pylist()[0])
 
 
+RECIPE = """
+from rlcore.plugins import Plugin
+from rlcore_recipes.grpo import step
+from rlcore_recipes.run.open import train_rl
+from rlcore_recipes.run.restarts import restarting
+from rlcore_recipes.settings import RLConfig
+
+class ConciseConfig(RLConfig):
+    coefficient: float = 0.0
+
+@restarting
+def run(config):
+    train_rl("concise", config, lambda session, number: step(session, number) | {"actor/coeff": config.coefficient})
+
+recipe = Plugin(interface=1, config="concise:ConciseConfig", factory="concise:run")
+"""
+
+
+def test_recipe_of_another_package(train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "concise.py").write_text(RECIPE)
+    (tmp_path / "concise-1.dist-info").mkdir()
+    (tmp_path / "concise-1.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: concise\nVersion: 1\n")
+    (tmp_path / "concise-1.dist-info/entry_points.txt").write_text("[rlcore.recipes]\nconcise = concise:recipe\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(plugins, "_points", plugins._points.__wrapped__)
+    run = train("concise", data=rows(4), reward=closure(), overrides={**KEYS, "coefficient": 0.5})
+    assert run.complete
+    assert run.metrics["actor/coeff"].to_pylist() == [0.5, 0.5]
+
+
 def test_closure_reaches_the_processes_of_ray(cluster: None, train: Any) -> None:
     run = train(data=rows(4), reward=closure(), overrides={**KEYS, "controller.kind": "ray", "trainer.total_steps": 1})
     assert run.complete
@@ -189,17 +226,23 @@ def unpicklable(lock: threading.Lock) -> Callable[..., float]:
 
 MISTAKES: Mapping[str, tuple[Mapping[str, Any], str]] = {
     "no reward": ({"reward": None}, r"rlcore.train\('grpo', …\) needs reward= \(or the key reward.name\)$"),
+    "section": ({"overrides": {"trainer": 3}}, r"trainer: must be a mapping of keys, not 3  \(overrides\)"),
     "signature": ({"reward": lambda a, b: 0.0}, r"reward function lambda: it must take .*solution_str.*"),
     "unpicklable": ({"reward": unpicklable(threading.Lock())}, r"the reward locked cannot .* to lock, a lock\); make"),
     "number": ({"reward": 3}, "reward= must be a function, .* not a int"),
     "weight": ({"reward": [(length, "1")]}, r"reward\[0\] must be a reward or a pair"),
     "empty rewards": ({"reward": []}, "reward= is an empty list"),
     "reward's name": ({"reward": "gsm8"}, "did you mean 'gsm8k'"),
+    "reward model": ({"reward": "org/model"}, r"overrides=\{'reward_model.model.path': 'org/model'\}"),
     "model object": ({"model": object()}, "model= must be a folder or a name on the Hub.* not a object; write"),
     "no model": ({"model": "/nowhere/model"}, "there is no such folder"),
     "no data": ({"data": []}, "data= is empty"),
     "stream": ({"data": datasets.Dataset.from_list(rows(2)).to_iterable_dataset()}, "data= is a stream, whose number"),
-    "splits": ({"data": {"train": rows(1), "test": rows(1)}}, r"keys train, test; give one split, such as data=splits"),
+    "splits": (
+        {"data": {"train": rows(1), "test": rows(1)}},
+        r"keys train, test; give one split, such as …\['train'\]",
+    ),
+    "columns": ({"data": {"prompt": ["a", "b"]}}, r"is a dict with the keys prompt; give a table .*Dataset.from_dict"),
     "not a row": ({"data": [*rows(1), "text"]}, r"data\[1\] is a str, not a dict of columns"),
     "not JSON": ({"data": [{"prompt": object()}]}, r"data\[0\] cannot be written as JSON; .* a object is no value"),
     "no prompt": ({"data": [{"question": "1 + 1", "data_source": "a"}]}, "has no column 'prompt'"),
@@ -211,7 +254,7 @@ MISTAKES: Mapping[str, tuple[Mapping[str, Any], str]] = {
     "configuration": ({"config": SFTConfig.model_construct()}, "config= is a SFTConfig, but the recipe takes a GRPO"),
     "ready-made": ({"config": "grpo_gsm"}, "did you mean grpo_gsm8k"),
     "recipe": ({"recipe": "gpro"}, "unknown recipe 'gpro'; did you mean 'grpo'"),
-    "section": ({"recipe": "sft"}, "the recipe sft takes no reward=: its configuration has no section 'reward'"),
+    "no section": ({"recipe": "sft"}, "the recipe sft takes no reward=: its configuration has no section 'reward'"),
 }
 
 

@@ -144,10 +144,11 @@ class LocalExecutor(Executor):
         return []
 
     def close(self) -> None:
-        """End the threads that communicate with the other ranks; engines are closed by their builder.
+        """Forget the engines, which their builder closes; end the threads that communicate with the other ranks.
 
         A rank that exits while such a thread still holds tensors of its last call dies of SIGABRT (torch 2.13).
         """
+        self._engines = {}
         world, self._world = self._world, None
         if world is not None and torch.distributed.is_initialized() and world[0] is torch.distributed.group.WORLD:
             world[1].close()

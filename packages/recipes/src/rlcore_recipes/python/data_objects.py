@@ -32,11 +32,7 @@ def data_argument(name: str, key: str, data: Any) -> Argument:
     if isinstance(data, (str, os.PathLike)):
         data = [data]
     if isinstance(data, Mapping):
-        splits = ", ".join(map(str, list(data)[:5]))
-        raise ConfigError(
-            f"{name}= is a {type(data).__name__} with the keys {splits}; give one split, such as "
-            f"{name}=splits[{next(iter(data), 'train')!r}], or one of: {ACCEPTED}"
-        )
+        raise ConfigError(f"{name}= is a {type(data).__name__} with the keys {_keys(data)}; give {_remedy(data)}")
     if isinstance(data, Sequence):
         names = [os.fspath(item) for item in data if isinstance(item, (str, os.PathLike))]
         if names and len(names) == len(data):
@@ -50,6 +46,22 @@ def data_argument(name: str, key: str, data: Any) -> Argument:
     if _is(data, "pandas", "DataFrame") or hasattr(data, "__arrow_c_stream__"):
         return _file(key, f"{name}.parquet", lambda path: _write_table(data, path))
     raise ConfigError(f"{name}= must be {ACCEPTED}, not a {type(data).__name__}")
+
+
+def _keys(data: Mapping[Any, Any]) -> str:
+    more = ", …" if len(data) > 5 else ""
+    return ", ".join(map(str, list(data)[:5])) + more
+
+
+def _remedy(data: Mapping[Any, Any]) -> str:
+    """Return what to give instead of a mapping, which may be of splits or of columns."""
+    first, values = next(iter(data.items()), ("train", None))
+    of_rows = (
+        isinstance(values, Sequence) and not isinstance(values, str) and isinstance(next(iter(values), None), Mapping)
+    )
+    if hasattr(values, "column_names") or of_rows:
+        return f"one split, such as …[{first!r}]"
+    return "a table or a data set, such as datasets.Dataset.from_dict(…)"
 
 
 def _file(key: str, file: str, write: Any) -> Argument:

@@ -80,6 +80,11 @@ class _Part:
 def _part(reward: Any, file: str) -> _Part:
     """Return the part that ``reward`` makes; ``file`` is for a function that others cannot import."""
     if isinstance(reward, str):
+        if "/" in reward and ".py" not in reward:
+            raise ConfigError(
+                f"reward={reward!r} looks like a model: one that scores is named by "
+                f"overrides={{'reward_model.model.path': {reward!r}}}"
+            )
         if ":" not in reward and not reward.endswith(".py"):
             return _Part(reward)
         return _Part(re.split(r"[:.]", reward)[-1], lambda folder: reward)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import time
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from rlcore import plugins
 from rlcore.cli.recipes import GROUP, check_packages, configuration_file
@@ -17,7 +21,7 @@ from rlcore.config import Algorithm, Config
 from rlcore.config.files import Layer, file_layers
 from rlcore.config.load import validate_layers
 from rlcore.config.overrides import value_layers
-from rlcore.errors import ConfigError
+from rlcore.errors import ConfigError, RlcoreError
 from rlcore.plugins import Plugin
 from rlcore.training_run import TrainingInterrupted, TrainingRun
 from rlcore_recipes.python.argument import Argument, model_argument
@@ -133,10 +137,16 @@ def _check_missing(recipe: str, kind: type[Config], arguments: Mapping[str, Argu
         if name not in arguments
         and name in kind.model_fields
         and kind.model_fields[name].is_required()
-        and not any(key in (layer.values.get(name) or {}) for layer in layers for key in keys)
+        and not any(_sets(layers, name, key) for key in keys)
     ]
     if missing:
-        raise ConfigError(f"rlcore.train({recipe!r}, …) needs {' and '.join(missing)}")
+        raise ConfigError(f"rlcore.train({recipe!r}, …) needs {', '.join(missing)}")
+
+
+def _sets(layers: Sequence[Layer], section: str, key: str) -> bool:
+    """Return whether one of ``layers`` sets ``key`` of ``section``, or the section to what is none."""
+    sections = (layer.values[section] for layer in layers if section in layer.values)
+    return any(key in values if isinstance(values, Mapping) else True for values in sections)
 
 
 def _defaults(recipe: str, kind: type[Config], validates: bool, layers: Sequence[Layer]) -> dict[str, Any]:
@@ -146,7 +156,7 @@ def _defaults(recipe: str, kind: type[Config], validates: bool, layers: Sequence
         values["test_freq"] = 10
         if "rollout" in kind.model_fields:
             values["log_val_generations"] = 10
-    if not any("out_dir" in (layer.values.get("trainer") or {}) for layer in layers):
+    if not _sets(layers, "trainer", "out_dir"):
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ConfigError(
                 "with several processes (torchrun) rlcore.train needs out_dir=: all must write to one folder"
@@ -185,14 +195,23 @@ def _written(arguments: Mapping[str, Argument], folder: Path) -> Iterator[Path]:
 
 
 def _run(plugin: Plugin, config: Config, folder: Path) -> TrainingRun:
+    """Run the recipe; nothing holds its models afterwards, whatever happened."""
+    interrupted = False
     try:
         with warnings.catch_warnings():  # Python shows each text once; a second run shows its own again
             plugin.build(config)
     except SystemExit as stopped:
-        if stopped.code != 128 + signal.SIGINT:
+        interrupted = stopped.code == 128 + signal.SIGINT
+        if not interrupted:
             raise
-        run = open_run(folder)
+    except (RlcoreError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+        traceback.clear_frames(error.__traceback__)  # a notebook keeps the last error
+        raise
+    finally:
+        gc.collect()
+    run = open_run(folder)
+    if interrupted:
         steps = run.metrics.num_rows and run.metrics["step"][-1].as_py()
         how = "call rlcore.train again with" if run.checkpoints else "there is no checkpoint to continue from; see"
-        raise TrainingInterrupted(f"interrupted after step {steps}; {how} out_dir={str(folder)!r}", run) from None
-    return open_run(folder)
+        raise TrainingInterrupted(f"interrupted after step {steps}; {how} out_dir={str(folder)!r}", run)
+    return run

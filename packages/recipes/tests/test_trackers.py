@@ -368,7 +368,7 @@ def test_a_tracker_that_cannot_start_is_a_warning_and_jsonl_always_writes(
 
 
 def test_own_tracker_as_the_documentation_has_it(run: RunInfo, capsys: pytest.CaptureFixture[str]) -> None:
-    page = (Path(__file__).parents[3] / "docs" / "checkpoints.md").read_text()
+    page = (Path(__file__).parents[3] / "docs" / "tracking.md").read_text()
     code = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]  # type: ignore[index]
     members: dict = {}
     exec(code, members)

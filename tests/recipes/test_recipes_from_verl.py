@@ -90,6 +90,15 @@ def test_ppo_trains_with_swanlab(task: Any, home: Path, metrics_of: Callable[[Pa
     assert len([line for line in lines if "critic/vf_loss" in line]) == 2  # 16 prompts, 8 in a step
     assert any("val-core/openai/gsm8k/reward/mean@1" in line for line in lines)
     assert list(out.glob("swanlog/run-*/*.swanlab"))
+    assert {"critic/vf_loss", "critic/score/mean", "actor/pg_loss", "actor/entropy"} <= set(lines[0])
+    assert not any("actor/kl_loss" in line for line in lines)
+    assert not any("val-core/openai/gsm8k/reward/mean@1" in line for line in lines[:-1])  # not before training
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    assert (config["data"]["train_batch_size"], config["actor"]["mini_batch_size"], config["rollout"]["n"]) == (8, 4, 1)
+    assert config["actor"]["max_tokens_per_micro_batch"] == 4 * (32 + 8)
+    assert config["algorithm"]["advantage"]["name"] == "gae"
+    assert config["algorithm"]["kl_in_reward"] is None  # verl's default, which makes kl_ctrl.kl_coef idle
+    assert config["actor"]["optim"]["weight_decay"] == config["critic"]["optim"]["weight_decay"] == 0.01
     assert (out / "checkpoints" / "step-000002").is_dir()
 
 
@@ -108,6 +117,9 @@ def test_grpo_trains_where_its_mini_batch_divides_the_batch(
     assert len([line for line in metrics_of(out) if "actor/kl_loss" in line]) == 2
     config = yaml.safe_load((out / "config.yaml").read_text())
     assert config["rollout"]["n"] == 3
+    assert config["data"]["overlong_prompts"] == "filter"
+    assert not (out / "checkpoints").exists()  # save_freq=-1
+    assert metrics_of(out)[0]["step"] == 0  # verl validates before training by default
     assert config["actor"]["objective"]["kl_loss"] == {"coeff": 0.001, "estimator": {"name": "k3"}}
 
 
@@ -117,3 +129,12 @@ def test_servers_are_translated_without_being_there(home: Path) -> None:
         assert result.exit_code == 0, result.output
         text = run(PPO, home, f"actor_rollout_ref.rollout.name={name}", options=()).stdout
         assert yaml.safe_load(text)["rollout"]["engine"] == engine
+    rollout = yaml.safe_load(run(PPO, home, "actor_rollout_ref.rollout.name=sglang", options=()).stdout)["rollout"]
+    assert rollout["sglang"] == {"tp_size": 1, "mem_fraction_static": 0.4}
+
+
+def test_text_generation_inference_needs_its_url(home: Path) -> None:
+    result = run(PPO, home, "actor_rollout_ref.rollout.name=tgi", options=())
+    assert result.exit_code == 1
+    assert "rollout.http.urls: is required" in result.output
+    assert yaml.safe_load(result.stdout)["rollout"]["http"] == {"protocol": "tgi"}

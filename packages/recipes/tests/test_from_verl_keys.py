@@ -285,7 +285,9 @@ def test_intervals_below_one_are_never(freq: int, ours: int) -> None:
     assert value(found, "trainer.test_freq") == ours
 
 
-@pytest.mark.parametrize(("filters", "truncation", "ours"), [(True, "left", "filter"), (False, "error", "error")])
+@pytest.mark.parametrize(
+    ("filters", "truncation", "ours"), [(True, "left", "filter"), (False, "error", "error"), (False, "left", "left")]
+)
 def test_filtered_prompts_leave_nothing_to_truncate(filters: bool, truncation: str, ours: str) -> None:
     found = translated({**GRPO, "data.filter_overlong_prompts": filters, "data.truncation": truncation})
     assert value(found, "data.overlong_prompts") == ours
@@ -390,6 +392,7 @@ def test_trackers() -> None:
 def test_text_generation_inference_is_a_server() -> None:
     found = translated({**GRPO, f"{ROLLOUT}.name": "tgi"})
     assert value(found, "rollout.engine") == "http"
+    assert value(found, "rollout.http") == {"protocol": "tgi"}
     assert any("rollout.http" in note for note in found.notes)
 
 

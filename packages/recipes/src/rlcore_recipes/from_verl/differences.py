@@ -92,7 +92,7 @@ def _rewards(verl: VerlView) -> Iterator[str]:
 def _engines(verl: VerlView) -> Iterator[str]:
     yield "weight decay leaves biases and norms out, which verl decays too"
     if verl.rollout_engine == "http":
-        yield "a text-generation-inference server is used by its URL: set rollout.http.urls"
+        yield "a text-generation-inference server is used by its URL: set rollout.http.urls, and for training a reload"
     if verl.get(f"{ACTOR}.loss_agg_mode") == "seq-mean-token-sum-norm":
         yield (
             "verl sums over the sequences of a micro-batch and averages over micro-batches with "

@@ -26,11 +26,14 @@ TRACE = "rlcore's profile is a trace of all processes: trace=true"
 ONE_TURN = "a completion is one turn without an environment"
 
 
-def engine(value: Any, verl: VerlView) -> str:
+def engine(value: Any, verl: VerlView) -> Several:
     """Return the rollout engine."""
     if verl.rollout_engine is None:
         raise NoEquivalent("the rollout engines are vllm, sglang, inline and http; this run has inline")
-    return verl.rollout_engine
+    found = Several({"rollout.engine": verl.rollout_engine})
+    if verl.rollout_engine == "http":
+        found["rollout.http.protocol"] = "tgi"
+    return found
 
 
 def by_engine(**names: str | Convert | None) -> Convert:
@@ -153,7 +156,13 @@ _MEMORY = {"vllm": "gpu_memory_utilization", "sglang": "mem_fraction_static", "i
 _BATCHED = {"vllm": "max_num_batched_tokens", "sglang": "args.chunked_prefill_size", "inline": "prefill_tokens"}
 
 KEYS: tuple[Key, ...] = (
-    key(f"{ROLLOUT}.name", "rollout.engine", engine, differs="vllm", meaning="hf: inline; tgi: http"),
+    key(
+        f"{ROLLOUT}.name",
+        ("rollout.engine", "rollout.http.protocol"),
+        engine,
+        differs="vllm",
+        meaning="hf: inline; tgi: http",
+    ),
     key(f"{ROLLOUT}.n", "rollout.n", differs=1, meaning="completions of a prompt in both"),
     key(f"{ROLLOUT}.temperature", "rollout.temperature", default=1.0),
     key(f"{ROLLOUT}.top_k", "rollout.top_k", top_k, default=-1, meaning="-1: 0, all"),

@@ -44,7 +44,7 @@ PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text()
     for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("packages/*/README.md"))]
 }
-ENTRY_POINT_GROUPS = {*plugins.GROUPS, "rlcore.algorithms", "rlcore.commands", "rlcore.data_sets"}
+ENTRY_POINT_GROUPS = {*plugins.GROUPS, "rlcore.algorithms", "rlcore.commands", "rlcore.functions", "rlcore.data_sets"}
 RECIPES = ("grpo", "ppo", "dapo", "sft")
 # What a command, or a part of a configuration, leaves out where it says "…".
 LEFT_OUT: Mapping[str, Any] = {

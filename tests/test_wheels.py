@@ -81,3 +81,11 @@ def test_fsdp_extra_runs_a_recipe_from_wheels_alone(uv: str, dist: Path, tmp_pat
     )
     run(rlcore, "run", "grpo", *overrides, cwd=tmp_path)
     assert (tmp_path / "run/metrics.jsonl").stat().st_size > 0
+    script = """
+import rlcore
+if __name__ == "__main__":
+    reward = lambda solution_str, **_: 0.5
+    run = rlcore.train("grpo", config="run/config.yaml", reward=reward, out_dir="from-python")
+    assert run.metrics["critic/score/mean"].to_pylist() == [0.5]
+"""
+    run(tmp_path / "venv/bin/python", "-c", script, cwd=tmp_path)

@@ -62,7 +62,7 @@ def closure() -> Callable[..., float]:
 
 def untimed(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """The metrics that every run of the same steps has."""
-    varying = ("time", "perf/", "timing")
+    varying = ("time", "perf/", "timing", "system/")
     return {name: value for name, value in metrics.items() if value is not None and not name.startswith(varying)}
 
 
@@ -85,7 +85,10 @@ def test_objects_train_as_files_do(train: Any, task: Any, tmp_path: Path, metric
     assert (run.model_path / "tokenizer_config.json").is_file()
     assert [Path(path).name for path in run.checkpoints] == ["step-000002"]
     assert run.config["trainer"]["test_freq"] == 10
-    assert run.rollouts.column("data_source").to_pylist() == ["letters"] * 4  # two before, two after training
+    before, first, second, after = ["validation"] * 2, ["train"] * 8, ["train"] * 8, ["validation"] * 2
+    assert run.rollouts["split"].to_pylist() == [*before, *first, *second, *after]
+    assert run.rollouts["step"].to_pylist() == [0] * 2 + [1] * 8 + [2] * 10
+    assert set(run.rollouts["data_source"].to_pylist()) == {"letters"}
     assert rlcore.open_run(str(run.out_dir)) == run
     assert "metrics" not in repr(run)
 

@@ -88,9 +88,9 @@ def train(
     """Run a recipe, as ``rlcore run`` does, with objects in the place of files.
 
     Arguments take precedence over ``config``, and ``overrides`` over both. With the ``out_dir`` of an earlier run the
-    run continues from its newest checkpoint. Unlike on the command line, the model is written at the end
-    (``trainer.save_hf``), and a checkpoint every 50 steps, at the end and at an interrupt (``trainer.save_freq``),
-    unless the configuration says otherwise.
+    run continues from its newest checkpoint. Some defaults differ from those of the command line: the model is written
+    at the end (``trainer.save_hf``), a checkpoint every 50 steps, at the end and at an interrupt
+    (``trainer.save_freq``), and eight completions of each step are logged (``trainer.log_rollouts``).
 
     Args:
         recipe: name of an installed recipe (``rlcore run`` lists them).

@@ -23,7 +23,8 @@ class TrainingRun:
         checkpoints: folders or URLs of the checkpoints, the newest last.
         metrics: one row per step, with the columns ``step``, ``time`` (s since the epoch) and one per metric; null
             where a step has no such metric or it is not finite.
-        rollouts: the validation generations that were logged (``trainer.log_val_generations`` at each validation).
+        rollouts: the completions that were logged, by step: text, score, parts of the reward and others; ``split`` is
+            "train" (``trainer.log_rollouts``) or "validation" (``trainer.log_val_generations``).
         config: the resolved configuration as plain values.
     """
 

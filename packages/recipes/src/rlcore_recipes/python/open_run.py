@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from rlcore_recipes.checkpoint.storage import open_storage
 from rlcore_recipes.run.folder import CHECKPOINTS, CONFIG, LARGEST_CONFIG, MODEL, read_plan
 from rlcore_recipes.trackers.jsonl import METRICS, TABLES
 
-GENERATIONS = f"{TABLES}/val-generations.jsonl"
+ROLLOUTS = {"train": f"{TABLES}/rollouts.jsonl", "validation": f"{TABLES}/val-generations.jsonl"}
+"""Files of the tables of completions, by what `TrainingRun.rollouts` calls the steps that made them."""
 
 
 def open_run(out_dir: str | os.PathLike[str]) -> TrainingRun:
@@ -35,6 +37,7 @@ def open_run(out_dir: str | os.PathLike[str]) -> TrainingRun:
         )
         trainer = config["trainer"]
     steps = list(_lines(folder / METRICS))
+    rollouts = [{"split": split, **row} for split, name in ROLLOUTS.items() for row in _lines(folder / name)]
     plan, model = read_plan(folder), folder / MODEL
     complete = bool(steps) and plan is not None and steps[-1]["step"] >= plan.total_steps
     if trainer["save_hf"]:
@@ -45,7 +48,7 @@ def open_run(out_dir: str | os.PathLike[str]) -> TrainingRun:
         model_path=model if complete and model.is_dir() else None,
         checkpoints=list(_checkpoints(trainer["checkpoint_dir"] or str(folder / CHECKPOINTS))),
         metrics=_metrics_table(steps),
-        rollouts=_table(list(_lines(folder / GENERATIONS))),
+        rollouts=_table(sorted(rollouts, key=itemgetter("step"))),
         config=config,
     )
 

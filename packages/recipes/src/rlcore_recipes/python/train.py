@@ -152,10 +152,12 @@ def _sets(layers: Sequence[Layer], section: str, key: str) -> bool:
 def _defaults(recipe: str, kind: type[Config], validates: bool, layers: Sequence[Layer]) -> dict[str, Any]:
     """Return what the trainer's keys are from Python unless the configuration says otherwise."""
     values: dict[str, Any] = {"save_hf": True, "save_freq": 50}
+    generates = "rollout" in kind.model_fields
+    if generates:
+        values["log_rollouts"] = 8
     if validates:
         values["test_freq"] = 10
-        if "rollout" in kind.model_fields:
-            values["log_val_generations"] = 10
+        values |= {"log_val_generations": 8} if generates else {}
     if not _sets(layers, "trainer", "out_dir"):
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ConfigError(

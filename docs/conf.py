@@ -8,6 +8,7 @@ from sphinx.application import Sphinx
 
 sys.path.insert(0, str(Path(__file__).parent))
 import configuration_keys
+import framework_keys
 
 project = "rlcore"
 author = "The rlcore authors"
@@ -26,5 +27,6 @@ suppress_warnings = ["ref.python"]  # the same name re-exported by a package and
 
 
 def setup(app: Sphinx) -> None:
-    """Generate the page of configuration keys before the sources are read."""
+    """Generate the pages of keys before the sources are read."""
     app.connect("builder-inited", lambda app: configuration_keys.write(Path(app.srcdir, "generated", "keys.md")))
+    app.connect("builder-inited", lambda app: framework_keys.write(Path(app.srcdir, "generated", "framework-keys.md")))

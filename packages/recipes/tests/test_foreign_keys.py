@@ -76,3 +76,9 @@ def test_every_key_of_ours_in_the_tables_exists() -> None:
         for name, equivalent in names.items():
             assert set(equivalent.ours) <= known, name
             assert equivalent.ours or equivalent.remark, name
+
+
+def test_names_that_are_ours_need_no_entry() -> None:
+    for names in (TRL, OPENRLHF):
+        for name, equivalent in names.items():
+            assert all(key.rpartition(".")[2] != name for key in equivalent.ours), name

@@ -32,7 +32,6 @@ _CLIP = ("actor.objective.policy_loss.clip_low", "actor.objective.policy_loss.cl
 
 TRL: dict[str, Equivalent] = {
     "model_name_or_path": _is("model.path"),
-    "attn_implementation": _is("model.attn_implementation"),
     "dataset_name": _is("data.train_files", remark="hub:name for a data set of the Hub"),
     "dataset_test_split": _is("data.val_files", remark="hub:name@split"),
     "dataset_text_field": _is("data.response_key"),
@@ -40,7 +39,6 @@ TRL: dict[str, Equivalent] = {
     "lr_scheduler_type": _is("actor.optim.schedule", remark="constant, linear or cosine"),
     "lr_scheduler_kwargs": _is("actor.optim.schedule", "actor.optim.min_lr_ratio"),
     "warmup_ratio": _is("actor.optim.warmup_steps", remark="counts optimizer steps"),
-    "weight_decay": _is("actor.optim.weight_decay"),
     "adam_beta1": _is("actor.optim.betas", remark="both in a list"),
     "adam_beta2": _is("actor.optim.betas", remark="both in a list"),
     "adam_epsilon": _is("actor.optim.eps"),
@@ -56,7 +54,6 @@ TRL: dict[str, Equivalent] = {
     "max_steps": _is("trainer.total_steps", remark="counts batches of prompts, not optimizer steps"),
     "num_generations": _is("rollout.n"),
     "num_generations_eval": _is("rollout.validation.n"),
-    "max_prompt_length": _is("data.max_prompt_length"),
     "max_completion_length": _is("data.max_response_length"),
     "max_new_tokens": _is("data.max_response_length"),
     "response_length": _is("data.max_response_length"),
@@ -70,7 +67,6 @@ TRL: dict[str, Equivalent] = {
     "vf_coef": _is("critic.objective.coeff"),
     "kl_coef": _is("algorithm.kl_in_reward.coeff"),
     "kl_estimator": _is("algorithm.kl_in_reward.estimator"),
-    "lam": _is("algorithm.advantage.lam"),
     "whiten_rewards": _is("algorithm.advantage.whiten", remark="whitens advantages"),
     "loss_type": _is(
         "actor.objective.aggregation",
@@ -91,7 +87,6 @@ TRL: dict[str, Equivalent] = {
     "vllm_gpu_memory_utilization": _is("rollout.vllm.gpu_memory_utilization"),
     "vllm_tensor_parallel_size": _is("rollout.vllm.tensor_parallel_size"),
     "vllm_enable_sleep_mode": _is("rollout.free_memory"),
-    "gradient_checkpointing": _is("actor.fsdp.gradient_checkpointing"),
     "bf16": _is("actor.fsdp.param_dtype", remark="bfloat16; the default on a GPU"),
     "use_peft": _is("actor.fsdp.lora", remark="keys, or null"),
     "lora_r": _is("actor.fsdp.lora.rank"),

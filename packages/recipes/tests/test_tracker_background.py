@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from rlcore.errors import RlcoreWarning
 from rlcore.tracking import Tracker
-from rlcore_recipes.trackers import background
+from rlcore_recipes.trackers import Trackers, background
 from rlcore_recipes.trackers.background import BackgroundTracker
 
 
@@ -136,3 +137,17 @@ def test_a_tracker_that_hangs_is_left_behind(
     gate.set()
     tracker._thread.join(10)
     assert not tracker._thread.is_alive()
+
+
+def test_trackers_that_hang_are_waited_for_together(gate: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background, "CLOSE_S", 0.5)
+    hanging = {
+        str(number): BackgroundTracker(str(number), lambda: Recording(lambda step: gate.wait())) for number in range(4)
+    }
+    trackers = Trackers(hanging)
+    trackers.log({}, 1)
+    started = time.monotonic()
+    with warnings.catch_warnings(record=True, action="always") as caught:
+        trackers.close()
+    assert time.monotonic() - started < 1.5
+    assert len(caught) == 4

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -23,7 +25,13 @@ from rlcore.errors import RlcoreWarning
 from rlcore.tracking import RunInfo
 from rlcore_kit.serving.ports import unused_port
 from rlcore_recipes.trackers import open_trackers
-from rlcore_recipes.trackers.settings import MlflowSettings, ParquetSettings, SwanlabSettings, TrackioSettings
+from rlcore_recipes.trackers.settings import (
+    MlflowSettings,
+    ParquetSettings,
+    SwanlabSettings,
+    TensorboardSettings,
+    TrackioSettings,
+)
 
 
 @pytest.fixture
@@ -37,6 +45,48 @@ def run(tmp_path: Path) -> RunInfo:
         config={"lr": 0.1, "nested": {"a": None}},
         versions={"torch": "2.13.0"},
     )
+
+
+# --- a full disk ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def no_file_beyond(size: int) -> Iterator[None]:
+    """Let writes of this process beyond ``size`` bytes of a file fail, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's writing thread
+def test_on_a_full_disk_each_tracker_warns_and_none_raises(
+    run: RunInfo, mlflow_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import trackio.sqlite_storage
+
+    shutil.copy(mlflow_store, run.out_dir)
+    monkeypatch.setattr(trackio.sqlite_storage, "TRACKIO_DIR", run.out_dir)
+    sections = {
+        "tensorboard": TensorboardSettings(),
+        "mlflow": MlflowSettings(),
+        "trackio": TrackioSettings(),
+        "parquet": ParquetSettings(),
+    }
+    text = "".join(random.Random(0).choices("abcdefgh", k=1 << 18))
+    with warnings.catch_warnings(record=True, action="always") as caught:
+        trackers = open_trackers(sections, run)
+        with no_file_beyond(1 << 16):
+            for step in (1, 2):
+                trackers.log_table("rollouts", ["text"], [[text]], step)
+                trackers.log({"loss": 1.0}, step)
+            trackers.close()
+    messages = [str(warning.message) for warning in caught if warning.category is RlcoreWarning]
+    for name in ("jsonl", "mlflow", "parquet"):
+        assert sum(f"tracker {name} " in message for message in messages) == 1, messages
+    assert len(messages) <= 5, messages
 
 
 # --- SwanLab --------------------------------------------------------------------------------------------------------

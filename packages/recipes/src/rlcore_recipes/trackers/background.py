@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from warnings import warn
 
+from rlcore.boundary import reason
 from rlcore.errors import RlcoreWarning
 from rlcore.tracking import Tracker
 
@@ -32,6 +34,7 @@ class BackgroundTracker(Tracker):
         self._calls: deque[Call] = deque()
         self._changed = threading.Condition()
         self._closing = self._given_up = False
+        self._deadline = 0.0
         self._dropped = 0
         self._tracker: Tracker | None = None
         self._warned: set[str] = set()
@@ -53,12 +56,18 @@ class BackgroundTracker(Tracker):
         if self._tracker is not None:
             self._tracker.progress(what, done, total, step)
 
-    def close(self) -> None:
-        """Wait for what was handed over, and for the tracker's own `close`, for at most `CLOSE_S` seconds."""
+    def finish(self) -> None:
+        """Take no more calls; the tracker is closed after those that were handed over."""
         with self._changed:
-            self._closing = True
-            self._changed.notify()
-        self._thread.join(CLOSE_S)
+            if not self._closing:
+                self._closing = True
+                self._deadline = time.monotonic() + CLOSE_S
+                self._changed.notify()
+
+    def close(self) -> None:
+        """Wait for the end, for at most `CLOSE_S` seconds from `finish` on, which this calls."""
+        self.finish()
+        self._thread.join(max(self._deadline - time.monotonic(), 0))
         if self._thread.is_alive():
             self._warn("hang", f"did not finish within {CLOSE_S:g} s and misses the last {self._left()} calls")
         if self._dropped:
@@ -94,7 +103,7 @@ class BackgroundTracker(Tracker):
             with self._changed:
                 self._given_up = True
                 self._calls.clear()
-            self._warn("start", f"could not be started: {type(error).__name__}: {error}")
+            self._warn("start", f"could not be started: {reason(error)}")
             return
         while (call := self._take()) is not None:
             self._try(call, tracker)
@@ -105,7 +114,7 @@ class BackgroundTracker(Tracker):
         try:
             call(tracker)
         except BaseException as error:  # SwanLab raises KeyboardInterrupt for a run that was stopped in its dashboard
-            self._warn("failure", f"failed and may miss data: {type(error).__name__}: {error}")
+            self._warn("failure", f"failed and may miss data: {reason(error)}")
 
     def _warn(self, subject: str, message: str) -> None:
         if subject not in self._warned:

@@ -8,6 +8,7 @@ from typing import Any
 from warnings import warn
 
 from rlcore import plugins
+from rlcore.boundary import reason
 from rlcore.config import Config
 from rlcore.errors import PluginError, RlcoreError, RlcoreWarning
 from rlcore.tracking import RunInfo, Tracker
@@ -47,6 +48,9 @@ class Trackers(Tracker):
         self._each(lambda tracker: tracker.progress(what, done, total, step))
 
     def close(self) -> None:
+        for tracker in self._trackers.values():
+            if isinstance(tracker, BackgroundTracker):
+                tracker.finish()  # all of them before the first is waited for
         self._each(lambda tracker: tracker.close())
 
     def _each(self, call: Callable[[Tracker], None]) -> None:
@@ -57,7 +61,7 @@ class Trackers(Tracker):
                 if name not in self._warned:
                     self._warned.add(name)
                     warn(
-                        f"tracker {name} failed and may miss data: {type(error).__name__}: {error}",
+                        f"tracker {name} failed and may miss data: {reason(error)}",
                         RlcoreWarning,
                         stacklevel=3,
                     )
@@ -87,5 +91,5 @@ def open_trackers(sections: Mapping[str, Config], run: RunInfo) -> Trackers:
         except RlcoreError:
             raise
         except Exception as error:
-            warn(f"tracker {name} could not be started: {type(error).__name__}: {error}", RlcoreWarning, stacklevel=2)
+            warn(f"tracker {name} could not be started: {reason(error)}", RlcoreWarning, stacklevel=2)
     return Trackers(trackers)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 from warnings import warn
 
+from rlcore.boundary import reason
 from rlcore.config import Config
 from rlcore.errors import RlcoreWarning
 from rlcore.tracking import RunInfo, Tracker
@@ -38,7 +39,7 @@ class SwanlabTracker(Tracker):
             except Exception as error:  # no key, no network
                 if mode not in ("online", "cloud"):
                     raise
-                warn(f"SwanLab cannot be reached ({error}): {OFFLINE}", RlcoreWarning, stacklevel=2)
+                warn(f"SwanLab cannot be reached ({reason(error)}): {OFFLINE}", RlcoreWarning, stacklevel=2)
                 self._run = swanlab.init(mode="offline", **arguments)
         self._local = mode == "local"
         if self._local and run.start_step:

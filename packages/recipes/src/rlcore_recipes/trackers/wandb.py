@@ -10,6 +10,7 @@ from warnings import warn
 
 import numpy as np
 
+from rlcore.boundary import reason
 from rlcore.config import Config
 from rlcore.errors import RlcoreWarning
 from rlcore.tracking import RunInfo, Tracker
@@ -54,11 +55,11 @@ class WandbTracker(Tracker):
         try:
             if self._wandb.login(prompt=False, verify=False):
                 return init(mode=mode)
-            reason = "there is no API key; `wandb login` saves one"
+            why = "there is no API key; `wandb login` saves one"
         except Exception as error:  # no network, a key that is not valid
             self._wandb.teardown()  # the id of the run that failed could not be used again
-            reason = str(error)
-        warn(f"Weights & Biases cannot be reached ({reason}): {OFFLINE}", RlcoreWarning, stacklevel=2)
+            why = reason(error)
+        warn(f"Weights & Biases cannot be reached ({why}): {OFFLINE}", RlcoreWarning, stacklevel=2)
         return init(mode="offline")
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:

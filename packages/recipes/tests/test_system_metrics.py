@@ -7,11 +7,12 @@ import subprocess
 import time
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
-from rlcore_recipes.run.system_metrics import SystemMetrics, machine_sampler, system_metrics
+from rlcore_recipes.run.system_metrics import SystemMetrics, gpu_samplers, machine_sampler, system_metrics
 from rlcore_recipes.run.versions import code_versions
 
 
@@ -43,6 +44,32 @@ def test_machine() -> None:
     assert found["system/process_memory_gib"] == pytest.approx(resident / 2**30, 0.1)
     with system_metrics(None) as take:
         assert take() == {}
+
+
+def test_gpus_as_their_driver_reports_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU here: NVIDIA's functions, replaced by what they return for two slices of one."""
+    import pynvml
+
+    def refuse(handle: int) -> int:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+    for name, function in {
+        "nvmlInit": lambda: None,
+        "nvmlDeviceGetCount": lambda: 2,
+        "nvmlDeviceGetHandleByIndex": lambda index: index,
+        "nvmlDeviceGetUtilizationRates": lambda handle: SimpleNamespace(gpu=50 + handle, memory=0),
+        "nvmlDeviceGetMemoryInfo": lambda handle: SimpleNamespace(used=2**31, total=2**33),
+        "nvmlDeviceGetPowerUsage": refuse,
+        "nvmlDeviceGetTemperature": lambda handle, sensor: 40,
+    }.items():
+        monkeypatch.setattr(pynvml, name, function)
+    _, second = gpu_samplers()
+    expected = {
+        "system/gpu_1/utilization_percent": 51,
+        "system/gpu_1/memory_used_gib": 2,
+        "system/gpu_1/temperature_c": 40,
+    }
+    assert second() == second() == expected
 
 
 def test_versions_and_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

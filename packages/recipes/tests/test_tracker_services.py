@@ -199,6 +199,10 @@ def test_mlflow_store_has_metrics_parameters_and_tables(run: RunInfo, mlflow_sto
     assert found.data.metrics["a_ b"] == 2.0
     [table] = (run.out_dir / "mlflow-artifacts").glob("*/artifacts/val/generations/step-000001.json")
     assert json.loads(table.read_text()) == {"columns": ["prompt", "score"], "data": [["1 + 1", 1.0]]}
+    assert [table["path"] for table in json.loads(found.data.tags["mlflow.loggedArtifacts"])] == [
+        "val/generations/step-000001.json",
+        "val/generations/step-000002.json",
+    ]
     config = json.loads((table.parents[2] / "config.json").read_text())
     assert config == {"config": run.config, "versions": {"torch": "2.13.0"}}
 

@@ -41,7 +41,7 @@ class MlflowTracker(Tracker):
             self._id = self._found_or_made(options.experiment or run.project, artifacts, run)
         self._client.update_run(self._id, status="RUNNING")
         self._logged = self._last_step()
-        self._tables: list[dict[str, str]] = []
+        self._tables = json.loads(self._client.get_run(self._id).data.tags.get(TABLES_TAG, "[]"))
         self._client.log_dict(self._id, {"config": run.config, "versions": dict(run.versions)}, "config.json")
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -57,8 +57,9 @@ class MlflowTracker(Tracker):
         path = f"{_allowed(name)}/step-{step:06d}.json"
         text = json.dumps({"columns": list(columns), "data": [list(row) for row in rows]}, default=str)
         self._client.log_text(self._id, text, path)
-        self._tables.append({"path": path, "type": "table"})
-        self._client.set_tag(self._id, TABLES_TAG, json.dumps(self._tables[-MOST_TABLES:]))
+        table = {"path": path, "type": "table"}
+        self._tables = [*(other for other in self._tables if other != table), table][-MOST_TABLES:]
+        self._client.set_tag(self._id, TABLES_TAG, json.dumps(self._tables))
 
     def close(self) -> None:
         self._client.set_terminated(self._id)

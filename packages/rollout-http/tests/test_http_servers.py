@@ -318,6 +318,19 @@ def test_a_server_that_failed_gets_the_last_weights_again(openai, engine_over, t
     assert engine.generate_batch([request()])[0].tokens == first.tokens
 
 
+def test_a_second_process_may_not_update_a_server(openai, engine_over, tmp_path):
+    """As all ranks under torchrun would. The lock ends with its process."""
+    name = openai.url.partition("://")[2].replace(".", "-").replace(":", "-")
+    hold = "import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.lockf(file, fcntl.LOCK_EX); print(1); input()"
+    command = [sys.executable, "-u", "-c", hold, tmp_path / f"{name}.lock"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(EngineError, match=r"another process gives .* weights by way of .*: only one may"):
+            engine_over(openai, reload="sglang", weights_dir=tmp_path)
+        other.stdin.close()
+    engine_over(openai, reload="sglang", weights_dir=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from rlcore import plugins
 from rlcore.engines import Completion, GenerationRequest, ModelSettings, RolloutSpec, SamplingParams
 from rlcore.engines.weight_bucket import WeightBucket
 from rlcore.errors import EngineError
@@ -189,6 +190,28 @@ def test_weight_updates_by_every_method(server, clients, tmp_path, way):
         completions = rollout.generate_batch(requests)
         assert largest_difference(model, requests, completions) < 1e-4
         assert {span for completion in completions for span in completion.versions} == {(version, 20)}
+
+
+def test_the_engine_http_generates_on_the_server_and_reloads_it(server, tmp_path):
+    """It speaks SGLang's OpenAI protocol, and needs none of this package on the server."""
+    plugin = plugins.get("rlcore.rollout_engines", "http")
+    server.spec()  # exports the key
+    options = {"urls": (f"{server.url}/v1",), "api_key_env": KEY_VARIABLE, "reload": "sglang", "weights_dir": tmp_path}
+    spec = RolloutSpec(ModelSettings(path=str(server.model)), plugin.config_class()(**options), 512)
+    engine = plugin.build(spec)
+    requests = [request(index) for index in range(4)]
+    try:
+        for version, model in ((0, server.model), (1, server.other), (2, server.model)):
+            if version:
+                engine.update_weights(weights_of(model, buckets=3), version)
+            completions = engine.generate_batch(requests)
+            assert largest_difference(model, requests, completions) < 1e-4
+            assert {span for completion in completions for span in completion.versions} == {(version, 20)}
+        cool = replace(requests[0].sampling, temperature=0.7, top_k=20)
+        (filtered,) = engine.generate_batch([replace(requests[0], sampling=cool)])
+        assert len(filtered.logprobs) == 20
+    finally:
+        engine.close()
 
 
 def test_requests_fail_while_the_weights_are_dropped(server, clients):

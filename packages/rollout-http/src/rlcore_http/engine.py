@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 from rlcore.boundary import boundary
@@ -14,7 +13,7 @@ from rlcore_http.control import ClientControl
 from rlcore_http.openai_completions import OpenAICompletions
 from rlcore_http.probe import probe
 from rlcore_http.protocol import Abilities, ServerProtocol
-from rlcore_http.reload import prepare
+from rlcore_http.reload import Reloads
 from rlcore_http.rollout import HTTPRollout
 from rlcore_http.settings import HTTPSettings
 from rlcore_http.tgi import ABILITIES, TGI
@@ -23,7 +22,7 @@ from rlcore_kit.serving.connection import Connection
 from rlcore_kit.serving.handshake import Handshake
 from rlcore_kit.serving.replicas import Replicas
 from rlcore_kit.serving.server_rollout import open_connection
-from rlcore_kit.serving.weight_labels import UNKNOWN, WeightLabels
+from rlcore_kit.serving.weight_labels import WeightLabels
 
 PROBE = "The quick brown fox jumps over the lazy dog."
 
@@ -36,10 +35,10 @@ def build(spec: RolloutSpec) -> RolloutEngine:
     """
     settings = cast(HTTPSettings, spec.options)
     tokenizer = _tokenizer(spec.model)
-    labels, written = WeightLabels(), dict[str, tuple[Path, int]]()
+    labels, reloads = WeightLabels(), Reloads(settings, spec.model)
     urls = [_base(url) for url in settings.urls]
     return Replicas(
-        [partial(connect, url, spec, settings, tokenizer, labels, written) for url in urls],
+        [partial(connect, url, spec, settings, tokenizer, labels, reloads) for url in urls],
         names=urls,
         refresh=lambda engine: cast(HTTPRollout, engine).restore(),
         seed=spec.seed,
@@ -56,11 +55,9 @@ def connect(
     settings: HTTPSettings,
     tokenizer: Any,
     labels: WeightLabels,
-    written: dict[str, tuple[Path, int]],
+    reloads: Reloads,
 ) -> HTTPRollout:
     """Connect to the server at ``url``; see `HTTPRollout` for the arguments.
-
-    With a reload, the server loads the model of ``spec`` first: it may hold the weights of an earlier run.
 
     Raises:
         EngineError, WorkerError: see `build`.
@@ -69,17 +66,12 @@ def connect(
     try:
         protocol = choose_protocol(connection, settings, tokenizer)
         protocol.shake_hands(settings.model, spec.model.path, spec.max_model_len)
-        version = 0
-        if settings.reload != "none" and url in labels.known_servers:
-            version = UNKNOWN
-        elif settings.reload != "none":
-            prepare(connection, settings, spec.model)
+        version = reloads.load_current(connection)
         prompt = list(tokenizer(PROBE).input_ids)
         abilities = connection.wait_for(_abilities(protocol, prompt), "complete a first request")
         handshake = Handshake(version, 1, *vocabulary(spec.model))
-        labels.known_servers.add(url)
         control = ClientControl(connection)
-        return HTTPRollout(control, protocol, abilities, handshake, spec, settings, tokenizer, labels, written)
+        return HTTPRollout(control, protocol, abilities, handshake, spec, settings, tokenizer, labels, reloads)
     except BaseException:
         connection.close()
         raise

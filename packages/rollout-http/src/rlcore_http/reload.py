@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import subprocess
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from shutil import copyfile
+from typing import IO
 
 from rlcore.engines.settings import ModelSettings
 from rlcore.engines.weight_bucket import WeightBucket
@@ -17,11 +19,76 @@ from rlcore_http.settings import HTTPSettings
 from rlcore_kit.model_folder.files import CONFIG, optional_file
 from rlcore_kit.model_folder.writing import write_model_folder
 from rlcore_kit.serving.connection import Connection
+from rlcore_kit.serving.weight_labels import UNKNOWN
 
 POLL_S = 0.5
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf")
 MAX_OUTPUT = 400
 """Characters of the end of a command's output that a message quotes."""
+
+
+class Reloads:
+    """What one run gave to its servers; shared by all clients, so that a server that failed gets it again."""
+
+    def __init__(self, settings: HTTPSettings, model: ModelSettings) -> None:
+        self._settings, self._model = settings, model
+        self._given: dict[str, tuple[Path, int] | None] = {}  # by URL; None while an update is not complete
+        self._claims: dict[str, IO[str]] = {}
+
+    def load_current(self, connection: Connection) -> int:
+        """Have the server load the weights that it was given last, and return their version.
+
+        Before the first update that is the run's model as version 0, because the server may hold the weights of an
+        earlier run. What cannot work fails here.
+
+        Raises:
+            EngineError, WorkerError: see `reload`; another process updates the server.
+        """
+        settings, url = self._settings, connection.url
+        if settings.reload == "none":
+            return 0
+        self._claim(url)
+        if settings.reload == "vllm":
+            with _endpoint(connection, settings):
+                check_vllm_reload(connection, self._model)
+        given = self._given.get(url, (source_folder(self._model), 0))
+        if given is None:
+            return UNKNOWN
+        reload(connection, settings, *given)
+        return given[1]
+
+    def update(self, connection: Connection, buckets: Iterable[WeightBucket], version: int) -> None:
+        """Write ``buckets`` to a model folder, and have the server load it.
+
+        Raises:
+            EngineError, WorkerError: see `reload`.
+        """
+        assert self._settings.weights_dir is not None
+        self._given[connection.url] = None
+        folder = write_folder(self._model, self._settings.weights_dir, connection.url, buckets)
+        reload(connection, self._settings, folder, version)
+        self._given[connection.url] = folder, version
+
+    def _claim(self, url: str) -> None:
+        """Lock the server's folder for this process: two that give it weights would disturb each other.
+
+        The kernel unlocks it when the process ends.
+        """
+        if url in self._claims:
+            return
+        assert self._settings.weights_dir is not None
+        self._settings.weights_dir.mkdir(parents=True, exist_ok=True)
+        file = (self._settings.weights_dir / f"{_name(url)}.lock").open("a")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise EngineError(
+                f"another process gives {url} weights by way of {self._settings.weights_dir}: only one may. Under "
+                "torchrun every process would; let one process generate, on a separate pool (controller.kind=ray, "
+                "controller.placement.rollout)"
+            ) from None
+        self._claims[url] = file
 
 
 def write_folder(model: ModelSettings, parent: Path, url: str, buckets: Iterable[WeightBucket]) -> Path:
@@ -55,18 +122,6 @@ def source_folder(model: ModelSettings) -> Path:
     if file is None:
         raise EngineError(f"the model {model.path} has no {CONFIG}")
     return file.parent.resolve() if Path(model.path).expanduser().is_dir() else file.parent
-
-
-def prepare(connection: Connection, settings: HTTPSettings, model: ModelSettings) -> None:
-    """Have the server load ``model``: it may hold the weights of an earlier run. What cannot work fails here.
-
-    Raises:
-        EngineError, WorkerError: see `reload`.
-    """
-    if settings.reload == "vllm":
-        with _endpoint(connection, settings):
-            check_vllm_reload(connection, model)
-    reload(connection, settings, source_folder(model), 0)
 
 
 def reload(connection: Connection, settings: HTTPSettings, folder: Path, version: int) -> None:
@@ -111,7 +166,6 @@ def _run(settings: HTTPSettings, url: str, folder: Path, version: int) -> None:
     """Run the user's command; its output goes to a file, because a server that it starts may keep it open."""
     words = [word.format(folder=folder, url=url, version=version) for word in settings.command]
     assert settings.weights_dir is not None
-    settings.weights_dir.mkdir(parents=True, exist_ok=True)
     log = settings.weights_dir / f"{_name(url)}.log"
     try:
         with log.open("wb") as output:

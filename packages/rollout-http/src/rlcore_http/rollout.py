@@ -11,7 +11,6 @@ import asyncio
 from collections.abc import Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from rlcore.engines.rollout import Completion, FinishReason, GenerationRequest
@@ -20,7 +19,7 @@ from rlcore.engines.weight_bucket import WeightBucket
 from rlcore.errors import EngineError
 from rlcore_http.control import ClientControl
 from rlcore_http.protocol import SEEDS, Abilities, ServerProtocol
-from rlcore_http.reload import reload, write_folder
+from rlcore_http.reload import Reloads
 from rlcore_http.settings import HTTPSettings
 from rlcore_kit.serving.calls import Call
 from rlcore_kit.serving.handshake import Handshake
@@ -54,8 +53,7 @@ class HTTPRollout(ServerRollout):
     Args:
         abilities: what the server's sampling does.
         tokenizer: of the policy's model; finds stop strings.
-        written: the folder of the weights that every server was given last, and their version; shared by all clients
-            of a run, so that a server that failed gets them again.
+        reloads: gives the server weights.
     """
 
     def __init__(
@@ -68,11 +66,11 @@ class HTTPRollout(ServerRollout):
         settings: HTTPSettings,
         tokenizer: Any,
         labels: WeightLabels,
-        written: dict[str, tuple[Path, int]],
+        reloads: Reloads,
     ) -> None:
         super().__init__(control, handshake, spec, settings, labels)
         self._control, self._protocol, self._abilities = control, protocol, abilities
-        self._settings, self._tokenizer, self._written = settings, tokenizer, written
+        self._settings, self._tokenizer, self._reloads = settings, tokenizer, reloads
         if protocol.max_concurrent is not None:
             self._slots = asyncio.Semaphore(min(settings.max_connections, protocol.max_concurrent))
 
@@ -181,18 +179,11 @@ class HTTPRollout(ServerRollout):
         return checked(buckets, shapes_of(self._spec.model.path))
 
     def _send_weights(self, buckets: Iterable[WeightBucket], version: int) -> None:
-        assert self._settings.weights_dir is not None
-        folder = write_folder(self._spec.model, self._settings.weights_dir, self.url, buckets)
-        reload(self._connection, self._settings, folder, version)
-        self._written[self.url] = folder, version
+        self._reloads.update(self._connection, buckets, version)
 
     def restore(self) -> None:
-        """Have the server load the weights that it was given last, after it failed or was restarted."""
-        if self.url in self._written:
-            folder, version = self._written[self.url]
-            reload(self._connection, self._settings, folder, version)
-            self._control.set_weight_label(self._labels.label(version))
-            self._version = version
+        """Have the server load the current weights, after it failed or was restarted."""
+        self._version = self._reloads.load_current(self._connection)
 
 
 def _remaining(request: GenerationRequest, partial: Completion) -> GenerationRequest:

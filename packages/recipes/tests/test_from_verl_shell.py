@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from rlcore.errors import ConfigError
 from rlcore_recipes.from_verl.shell.script import read_script
 from rlcore_recipes.from_verl.word import Unknown
 
+VERL = "python3 -m verl.trainer.main_ppo"
 ENVIRONMENT = {"HOME": "/home/me", "PATH": "/usr/bin:/bin", "GIVEN": "from outside", "EMPTY": ""}
 VERL = "python3 -m verl.trainer.main_ppo"
 
@@ -57,7 +59,55 @@ def test_a_script_is_read_as_bash_runs_it(path: Path, tmp_path: Path, programs: 
     assert read(path, *arguments) == run_by_bash(path, tmp_path, programs, arguments)
 
 
-VERL = "python3 -m verl.trainer.main_ppo"
+VARIABLES = """A=one
+B="two words"
+C=
+D=(x "y z" "")
+F=/p/q.tar.gz
+N=7
+"""
+EXPANSIONS = [
+    *(
+        "${A}",
+        "${B}",
+        "${C}",
+        "${C:-d}",
+        "${C:-d e}",
+        "${U:-u}",
+        "${U-}",
+        "${A:+plus}",
+        "${A:+p q}",
+        "${F%.*}",
+        "${F##*/}",
+    ),
+    *("${B/ /_}", "${A^^}", "${#B}", "$((N+1))", "$(( N * 2 ))", "$(echo hi)", "$(echo a  b)"),
+    *("${D[0]}", "${D[1]}", "${#D[@]}", "${D[@]}", "${D[*]}"),
+]
+TEXTS = ["a", "b.c=", "-", "/", "=", "1e-6", ":", ",", "[", "]", "+", "@", "%", "\\$", '\\"', "\\\\"]
+IN_QUOTES = [*TEXTS, " ", "  ", "x y", "'", "#", ";", "|", "&", "(", ")", "{", "}", "<", ">", "!", "*", "?", "~", "\\n"]
+
+
+def quoted_text(pick: random.Random) -> str:
+    inside = [pick.choice(EXPANSIONS if pick.random() < 0.5 else IN_QUOTES) for _ in range(pick.randint(0, 6))]
+    return f'"{"".join(inside)}"'
+
+
+def made_up_word(pick: random.Random) -> str:
+    pieces = ["k="]
+    for _ in range(pick.randint(1, 4)):
+        others = ["'$A  x'", pick.choice(EXPANSIONS), pick.choice(TEXTS)]
+        pieces.append(pick.choice([quoted_text(pick), quoted_text(pick), *others]))
+    return "".join(pieces)
+
+
+def test_made_up_words_are_expanded_as_bash_expands_them(tmp_path: Path, programs: Path) -> None:
+    pick = random.Random(0)
+    for _ in range(40):
+        words = [made_up_word(pick) for _ in range(12)]
+        text = f'{VARIABLES}V={quoted_text(pick)}\n{VERL} {" ".join(words)} "$V" $V\n'
+        path = write(tmp_path, text)
+        (tmp_path / "record").unlink(missing_ok=True)
+        assert read(path) == run_by_bash(path, tmp_path, programs, []), text
 
 
 @pytest.mark.parametrize(

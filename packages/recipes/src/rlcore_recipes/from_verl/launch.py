@@ -37,6 +37,8 @@ def find_launch(words: Sequence[Word]) -> Launch | None:
         Unknown: never; words that are not known may be among the arguments.
     """
     texts = ["" if isinstance(word.text, Unknown) else word.text for word in words]
+    if texts[:1] in (["echo"], ["printf"]):
+        return None
     for index, text in enumerate(texts):
         rest = texts[index + 1 :]
         if text == "-m" and rest and _MODULE.fullmatch(rest[0]) and _is_verl(rest[0], rest[1:]):

@@ -26,7 +26,7 @@ def assign(node: Node, source: Source, state: State, substitute: Substitution) -
     old = state.variables.get(name)
     expander = Expander(source, state, substitute)
     if value is not None and value.type == "array":
-        words = expander.words(child for child in value.children if child.is_named and child.type != "comment")
+        words = expander.words(child for child in value.children if child.type not in ("(", ")", "comment"))
         before = old if isinstance(old, list) else [Word(old, place)] if old is not None else []
         state.variables[name] = [*before, *words] if adds else words
         return

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,30 +20,23 @@ from rlcore_recipes.from_verl.shell.assignments import assign
 from rlcore_recipes.from_verl.shell.builtins import BUILTINS, End
 from rlcore_recipes.from_verl.shell.conditions import Conditions
 from rlcore_recipes.from_verl.shell.file import script_source
-from rlcore_recipes.from_verl.shell.state import Source, State
+from rlcore_recipes.from_verl.shell.state import Script, Source, State
 from rlcore_recipes.from_verl.shell.substitution import output
-from rlcore_recipes.from_verl.shell.syntax import command_nodes, first_error, inside, parse, split_branch, wrong
+from rlcore_recipes.from_verl.shell.syntax import (
+    command_nodes,
+    first_error,
+    inside,
+    parse,
+    split_branch,
+    words_behind_redirection,
+    wrong,
+)
 from rlcore_recipes.from_verl.shell.words import Expander
 from rlcore_recipes.from_verl.word import Unknown, Word
 
 _MOST_REPEATS = 1000
 _DEEPEST = 100
 _STRAY = re.compile(r"[+~]{0,2}[A-Za-z_]\w*(\.\w+)+=")
-
-
-@dataclass(frozen=True)
-class Script:
-    """What was found in a script.
-
-    Attributes:
-        launch: the command of verl.
-        folder: the working directory in which the script starts it; None if it is not known.
-        variables: the environment of the command.
-    """
-
-    launch: Launch
-    folder: str | None
-    variables: Mapping[str, str]
 
 
 @dataclass
@@ -112,7 +105,7 @@ class Reader:
                 status = self.run(node.children[-1], source)
                 return None if status is None else not status
             case "redirected_statement":
-                return self.run(node.children[0], source) if node.children[0].is_named else True
+                return self._redirected(node, source)
             case "pipeline" | "subshell":
                 return self._apart(node, source)
             case "compound_statement":
@@ -131,6 +124,12 @@ class Reader:
                 return True
         self._not_read(node, source, Unknown(f"{source.place(node)}: this statement is not read"))
         return None
+
+    def _redirected(self, node: Node, source: Source) -> bool | None:
+        if (redirection := words_behind_redirection(node)) is not None and names_verl(source.of(node)):
+            what = f"move {source.of(redirection)[:40]} to the end of the command"
+            raise ConfigError(f"{source.place(redirection)}: {what}")
+        return self.run(node.children[0], source) if node.children[0].is_named else True
 
     def _expander(self, source: Source) -> Expander:
         return Expander(source, self.state, self.substitute)
@@ -282,6 +281,10 @@ class Reader:
         state = self.state
         assigned = [child for child in node.children if child.type == "variable_assignment"]
         nodes = command_nodes(node)
+        for child in assigned:
+            if nodes and child.end_byte == nodes[0].start_byte:  # an escaped character ends the value in the grammar
+                self._not_read(child, source, Unknown(f"{source.place(child)}: {source.of(child)[:60]} is not read"))
+                return None
         words = self._expander(source).words(nodes)
         if not words:
             return True

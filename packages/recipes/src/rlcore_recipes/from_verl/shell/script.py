@@ -8,8 +8,8 @@ from pathlib import Path
 
 from rlcore.errors import ConfigError
 from rlcore_recipes.from_verl.shell.file import script_source
-from rlcore_recipes.from_verl.shell.reader import Reader, Script
-from rlcore_recipes.from_verl.shell.state import initial_state
+from rlcore_recipes.from_verl.shell.reader import Reader
+from rlcore_recipes.from_verl.shell.state import Script, initial_state
 
 
 def read_script(path: Path, environment: Mapping[str, str], arguments: Sequence[str] = ()) -> Script:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from tree_sitter import Node
 
+from rlcore_recipes.from_verl.launch import Launch
 from rlcore_recipes.from_verl.word import Unknown, Word
 
 Value = str | Unknown | list[Word]
@@ -58,6 +59,21 @@ class Source:
     def between(self, start: int, end: int) -> str:
         """Return the text from byte ``start`` to before ``end``."""
         return self.text[start:end].decode()
+
+
+@dataclass(frozen=True)
+class Script:
+    """What was found in a script.
+
+    Attributes:
+        launch: the command of verl.
+        folder: the working directory in which the script starts it; None if it is not known.
+        variables: the environment of the command.
+    """
+
+    launch: Launch
+    folder: str | None
+    variables: Mapping[str, str]
 
 
 def initial_state(environment: Mapping[str, str], arguments: Sequence[str], script: str, folder: str) -> State:

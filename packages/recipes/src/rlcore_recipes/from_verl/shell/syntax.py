@@ -37,8 +37,7 @@ def command_nodes(node: Node) -> list[Node]:
     return [
         child.children[0] if child.type == "command_name" else child
         for child in node.children
-        if child.is_named
-        and child.type not in ("variable_assignment", "file_redirect", "herestring_redirect", "comment")
+        if child.type not in _NO_ARGUMENTS
     ]
 
 
@@ -55,6 +54,14 @@ def first_error(node: Node) -> Node:
         if child.has_error or child.is_missing:
             return child if child.is_error or child.is_missing else first_error(child)
     return node
+
+
+def words_behind_redirection(node: Node) -> Node | None:
+    """Return a redirection that words follow, which the grammar counts to its target; None if there is none."""
+    for redirect in (child for child in node.children if child.type == "file_redirect"):
+        if len([child for child in redirect.children if child.is_named and child.type != "file_descriptor"]) > 1:
+            return redirect
+    return None
 
 
 def split_branch(node: Node) -> tuple[list[Node], list[Node]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Protocol
 
 from tree_sitter import Node
@@ -64,26 +65,37 @@ class Expander:
             return ""
         parts = self._parts(node, quoted=False)
         found = "".join(_known(part.text) if not part.breaks else f" {_known(part.text)}" for part in parts)
-        return self._at_home(found) if node.type in ("word", "concatenation") else found
+        return self._at_home(found, node)
 
-    def _at_home(self, text: str) -> str:
-        """Expand ``~`` at the beginning of ``text``."""
+    def _at_home(self, text: str, node: Node) -> str:
+        """Expand ``~`` where ``node``, which expands to ``text``, begins with it; also behind ``NAME=``."""
         home = self.state.variables.get("HOME")
-        return re.sub(r"^~(?=/|$)", lambda _: home, text) if isinstance(home, str) else text
+        begins = re.match(r"((?:[A-Za-z_]\w*=)?)~(?=/|$)", self.source.of(node))
+        if begins is None or not isinstance(home, str) or node.type not in ("word", "concatenation"):
+            return text
+        return f"{begins[1]}{home}{text[begins.end() :]}"
 
     def _joined(self, nodes: Iterable[Node]) -> Iterator[list[Node]]:
         """Group the nodes that only a line continuation without a blank separates: bash reads them as one word."""
         group: list[Node] = []
         for node in nodes:
-            between = self.source.between(group[-1].end_byte, node.start_byte) if group else None
-            if between is not None and re.fullmatch(r"(?:\\\n)*", between):
-                group.append(node)
-                continue
-            if group:
+            between = self.source.between(group[-1].end_byte, node.start_byte) if group else ""
+            if group and not re.fullmatch(r"(?:\\\n)*", between):
                 yield group
-            group = [node]
+                group = []
+            group.append(node)
         if group:
             yield group
+
+    def _check_around(self, group: list[Node]) -> None:
+        """Check that no escaped blank stands next to a word, which the grammar leaves out.
+
+        Raises:
+            Unknown: one does.
+        """
+        before, after = self.source.text[: group[0].start_byte], self.source.text[group[-1].end_byte :]
+        if re.search(rb"(?<!\\)(?:\\\\)*\\[ \t]+\Z", before[-40:]) or re.match(rb"\\[^\n]", after[:2]):
+            raise self._unknown(group[0], "has an escaped blank next to it, which is not read")
 
     def _word(self, group: list[Node]) -> list[Word]:
         place = self.source.place(group[0])
@@ -93,9 +105,12 @@ class Expander:
             reason = f"{place}: bash makes several words of {_shortened(literal)}; put the braces in quotes"
             return [Word(Unknown(reason), place)]
         try:
+            self._check_around(group)
             parts = [part for node in group for part in self._parts(node, quoted=False)]
         except Unknown as reason:
             return [Word(reason, place)]
+        if parts and group[0].type in ("word", "concatenation") and isinstance(parts[0].text, str):
+            parts[0] = replace(parts[0], text=self._at_home(parts[0].text, group[0]))
         return list(_fields(parts, place))
 
     def _parts(self, node: Node, quoted: bool) -> list[_Part]:
@@ -111,9 +126,12 @@ class Expander:
             empty = [] if any(child.is_named for child in node.children) else [_Part("")]
             return [*empty, *self._pieces(node.children, node.start_byte, node.end_byte, True)]
         if kind == "concatenation":
+            for left, right in pairwise(node.children):
+                if re.search(r"(?<!\\)[ \t]", self.source.between(left.end_byte, right.start_byte)):
+                    raise self._unknown(node, "is not read")  # brackets between blanks, which the grammar joins
             return self._pieces(node.children, node.start_byte, node.end_byte, quoted)
         if kind == "simple_expansion":
-            return self._parameter(text[1:], node, quoted)
+            return self._parameter(text.lstrip()[1:], node, quoted)
         if kind == "expansion":
             return self._expansion(node, quoted)
         if kind == "arithmetic_expansion":
@@ -130,6 +148,10 @@ class Expander:
         for child in children:
             if child.start_byte > start:
                 parts.append(_Part(_unescaped(self.source.between(start, child.start_byte), quoted)))
+            text = self.source.of(child)
+            if child.type.endswith(("expansion", "substitution", '"')) and text[:1].isspace():
+                # the grammar counts blanks before it in
+                parts.append(_Part(text[: len(text) - len(text.lstrip())]))
             if child.type not in ('"', '$"'):
                 parts += self._parts(child, quoted)
             start = child.end_byte
@@ -153,9 +175,10 @@ class Expander:
         operator = rest[0].type if rest else ""
         begin = rest[0].end_byte if rest else 0
         argument = [] if not rest else self._pieces(rest[1:], begin, node.children[-1].start_byte, quoted)
-        words = [child for child in rest[1:2] if child.type in ("word", "concatenation")]
-        if argument and words and not quoted and isinstance(argument[0].text, str):
-            argument[0] = replace(argument[0], text=self._at_home(argument[0].text))
+        if not quoted:
+            argument = [replace(part, split=True) for part in argument]
+        if argument and rest[1:] and not quoted and isinstance(argument[0].text, str):
+            argument[0] = replace(argument[0], text=self._at_home(argument[0].text, rest[1]))
         if name.type == "subscript" or self.source.of(name) in ("@", "*"):
             return self._several(name, operator, argument, node, quoted)
         return self._operated(self.source.of(name), operator, argument, node, quoted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import shutil
@@ -51,6 +52,8 @@ COMMANDS = {
     "resume": ["run", "sft", "--config", "sft.yaml", "trainer.total_steps=2"],
     "train": ["run", "grpo", "--config", "grpo.yaml"],
     "train on Parquet": ["run", "grpo", "--config", "grpo.yaml", "data.train_files=[train.parquet]"],
+    "train on CSV": ["run", "grpo", "--config", "grpo.yaml", "data.train_files=[train.csv]"],
+    "train on compressed JSON": ["run", "grpo", "--config", "grpo.yaml", "data.train_files=[train.json.gz]"],
     # what bounds the work, and what says where metrics are, is not mutated
     "train as configured": [
         *["run", "grpo", "--config", "grpo.yaml", "trainer.total_steps=1", "data.train_batch_size=2"],
@@ -132,6 +135,8 @@ TARGETS = [
     Target("train.jsonl", "train", "jsonl"),
     Target("test.jsonl", "train", "jsonl"),
     Target("train.parquet", "train on Parquet", "parquet"),
+    Target("train.csv", "train on CSV", "text"),
+    Target("train.json.gz", "train on compressed JSON", "text", refused="cut|twice"),
     Target("grpo.yaml", "validate", "yaml"),
     Target("grpo.yaml", "train as configured", "yaml"),
 ]
@@ -160,6 +165,8 @@ def make_base(folder: Path, commands: Commands) -> None:
     for name in ("train", "test"):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "train.parquet")
+    (folder / "train.json.gz").write_bytes(gzip.compress(json.dumps(rows).encode()))
+    (folder / "train.csv").write_text("prompt,ground_truth\n" + "".join(f'"say {n}",x\n' for n in range(4)))
     for name, values in (("sft", SFT), ("grpo", GRPO)):
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
     ended = commands.run(["run", "sft", "--config", "sft.yaml"], folder)

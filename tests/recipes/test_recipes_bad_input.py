@@ -75,6 +75,17 @@ def test_one_clear_error(task: Any, tmp_path: Path, case: str) -> None:
     fails(task, tmp_path / "out", changes, *texts)
 
 
+def test_a_reward_without_the_answers_that_it_needs(task: Any, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"prompt": "q", "answer": "1", "solution": "x = 1"}\n' * 8)
+    changes = {"data.train_files": tmp_path / "train.jsonl", "reward.path": None, "reward.name": "gsm8k"}
+    texts = [
+        "no ground truth: 'answer' and 'solution' could be it",
+        "data.ground_truth_key",
+        "the reward gsm8k needs it",
+    ]
+    fails(task, tmp_path / "out", changes, *texts)
+
+
 def test_all_problems_are_reported_together(task: Any, tmp_path: Path) -> None:
     changes = {"actor.mini_batch_size": 3, "critic.mini_batch_size": 5, "trainer.test_freq": 1, "data.val_files": "[]"}
     texts = ["actor.mini_batch_size=3", "critic.mini_batch_size=5", "data.val_files is empty"]

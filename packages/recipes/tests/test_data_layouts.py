@@ -93,7 +93,7 @@ def test_columns_for_rewards(tmp_path: Path, columns: dict[str, Any], truth: str
     assert (sample.ground_truth, sample.data_source, sample.text) == (truth, "sums", "q")
     kept = {name: value for name, value in columns.items() if name != "task"}
     assert kept.items() <= sample.extra.items(), "functions may ask for them by their own names"
-    assert data.without_truth == (None if truth else file)
+    assert data.without_truth is None if truth else data.without_truth.startswith(f"{file}: no ground truth: ")
     assert any("ground truth" in note for note in data.notes)
 
 
@@ -117,6 +117,17 @@ def test_reinforcement_learning_says_what_it_leaves_unused(tmp_path: Path) -> No
     data = prompts(write(tmp_path / "a.jsonl", {"prompt": "q", "chosen": "a", "rejected": "b", "ground_truth": "c"}))
     [note] = data.notes
     assert "'chosen' (TRL's preference format), 'rejected' (TRL's preference format): not trained on" in note
+    data = prompts(write(tmp_path / "a.jsonl", {"prompt": "q", "tools": "[]", "ground_truth": "c"}))
+    assert [note.partition(": ")[2] for note in data.notes] == [
+        "'tools': not given to the chat template, reaches the reward"
+    ]
+
+
+def test_supervised_fine_tuning_says_what_it_does_not_read(tmp_path: Path) -> None:
+    row = {"prompt": "q", "completion": "a", "tools": "[]", "extra_info": {"index": 1}}
+    assert [note.partition(": ")[2] for note in samples(write(tmp_path / "a.jsonl", row)).notes] == [
+        "not read: extra_info, tools"
+    ]
 
 
 ANSWER = {"role": "assistant", "content": "a"}
@@ -159,6 +170,11 @@ def test_formats_of_supervised_samples(tmp_path: Path, row: dict[str, Any], whol
         ({"prompt": "q", "completion": None}, {}, "row 0: the response must be text, not null"),
         ({"prompt": "q"}, {}, r"no column 'response', only prompt"),
         ({"prompt": "q", "a": "b"}, {"response_key": "c"}, "no column 'c'"),
+        (
+            {"messages": [{"from": "human", "value": "q"}]},
+            {},
+            "message 0: .*; rename ShareGPT's 'from' and 'value'",
+        ),
     ],
 )
 def test_supervised_samples_that_do_not_fit(

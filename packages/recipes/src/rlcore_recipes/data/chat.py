@@ -67,7 +67,8 @@ def _without_nulls(value: Any) -> Any:
 
 def _message(message: Message, where: str) -> Message:
     if not isinstance(message.get("role"), str) or message.get("content") is None:
-        raise DataError(f"{where}: a message needs 'role' and 'content', this one has {_shown(message)}")
+        hint = "; rename ShareGPT's 'from' and 'value'" if {"from", "value"} <= message.keys() else ""
+        raise DataError(f"{where}: a message needs 'role' and 'content', this one has {_shown(message)}{hint}")
     content = message["content"]
     if isinstance(content, list):
         content = "".join(_part(part, where) for part in content)

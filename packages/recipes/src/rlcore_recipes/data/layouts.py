@@ -7,6 +7,7 @@ SFT ``messages``, ``prompt`` and ``completion``, or ``text``. A name is recognis
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from rlcore.errors import DataError
 from rlcore_recipes.data.columns import Columns
@@ -27,6 +28,9 @@ TRUTHS = ("ground_truth", "reward_model.ground_truth")
 
 ANSWERS = ("answer", "solution", "label")
 """Columns that may hold the reference answer, in data sets made for TRL, verifiers and OpenRLHF."""
+
+RENDERED = ("tools", "chat_template_kwargs")
+"""Columns that TRL gives to the chat template, row by row."""
 
 FORMATS = {
     "completion": "TRL's prompt-completion format",
@@ -55,6 +59,8 @@ def prompt_columns(settings: DataSettings) -> Choose:
         unused = [f"{name!r} ({FORMATS[name]})" for name in FORMATS if name in names]
         if unused:
             more.append(f"{', '.join(unused)}: not trained on, reaches the reward")
+        if rendered := [repr(name) for name in RENDERED if name in names]:
+            more.append(f"{', '.join(rendered)}: not given to the chat template, reaches the reward")
         keys = {PROMPT: settings.prompt_key, TRUTH: truth, SOURCE: source}
         columns = Columns(keys, same=same, notes=(*notes, *more))
         columns.require(names, file)
@@ -94,10 +100,12 @@ def sft_columns(settings: SFTDataSettings) -> Choose:
 
     def choose(names: Sequence[str], file: str) -> Columns:
         source, notes = _source(settings.data_source_key, names)
-        samples = _samples(settings, names, file)
-        columns = Columns({**samples, SOURCE: source}, others=False, notes=tuple(notes))
+        columns = Columns({**_samples(settings, names, file), SOURCE: source}, others=False)
         columns.require(names, file)
-        return columns
+        whole = [name for name in names if "." not in name]
+        if unread := sorted({*whole} - {*columns.chosen(whole)}):
+            notes.append(f"not read: {', '.join(unread)}")
+        return replace(columns, notes=tuple(notes))
 
     return choose
 

@@ -55,7 +55,7 @@ class PromptDataset(Sequence[PromptSample]):
         fingerprints: of what each file holds.
         ends: tokens that end an answer in texts of the tokenizer (see `written_ends`).
         notes: what was recognised in the files.
-        without_truth: a file in which no reference answer was found, though ``data.ground_truth_key`` is auto.
+        without_truth: a file in which ``data.ground_truth_key=auto`` found no reference answer, and why.
     """
 
     samples: Sequence[PromptSample]
@@ -110,7 +110,7 @@ def load_prompts(
         sizes.append(len(samples) - before)
         notes += [f"{file.name}: {note}" for note in file.columns.notes]
         if settings.ground_truth_key == AUTO and file.columns.keys[TRUTH] is None:
-            without_truth = file.name
+            without_truth = f"{file.name}: {file.columns.notes[0]}"
     return PromptDataset(
         samples,
         sizes,

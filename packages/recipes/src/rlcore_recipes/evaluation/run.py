@@ -25,7 +25,7 @@ from rlcore_recipes.rollouts.sampling import validation_sampling
 from rlcore_recipes.rollouts.scorer import Scorer, build_scorer
 from rlcore_recipes.rollouts.synchronous import roll_out_together
 from rlcore_recipes.rollouts.workers import RolloutWorkers
-from rlcore_recipes.run.preflight import check_sources
+from rlcore_recipes.run.preflight import check_ground_truth, check_sources
 from rlcore_recipes.run.roles import closed, open_executor
 from rlcore_recipes.run.timing import Timings
 from rlcore_recipes.settings.evaluation import EvalConfig
@@ -48,6 +48,7 @@ def evaluate(config: EvalConfig, candidate: Candidate, out: Path, progress: Prog
         tokenizer = load_tokenizer(model)
         size, model_ends = model_tokens(model)
         prompts = load_prompts(config.data, config.data.val_files, tokenizer, config.data.val_limit, size)
+        check_ground_truth(config.reward, prompts)
         stop_tokens = missing_ends(model, tokenizer, prompts.ends)
         keys = keys_of(prompts)
         header = Header(source=candidate.source, weights=candidate.fingerprint(), prompts=fingerprint(prompts))

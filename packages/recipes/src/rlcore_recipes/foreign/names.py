@@ -34,7 +34,7 @@ TRL: dict[str, Equivalent] = {
     "model_name_or_path": _is("model.path"),
     "dataset_name": _is("data.train_files", remark="hub:name for a data set of the Hub"),
     "dataset_test_split": _is("data.val_files", remark="hub:name@split"),
-    "dataset_text_field": _is("data.response_key"),
+    "dataset_text_field": _is("data.text_key"),
     "learning_rate": _is("actor.optim.lr"),
     "lr_scheduler_type": _is("actor.optim.schedule", remark="constant, linear or cosine"),
     "lr_scheduler_kwargs": _is("actor.optim.schedule", "actor.optim.min_lr_ratio"),

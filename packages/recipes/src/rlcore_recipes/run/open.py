@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from rlcore.algorithms.kl import kl_controller
 from rlcore.controller import Executor
-from rlcore.errors import ConfigError, DataError
+from rlcore.errors import ConfigError
 from rlcore_recipes.data.end_tokens import missing_ends, model_tokens
 from rlcore_recipes.data.loader import PromptLoader
 from rlcore_recipes.data.prompts import PromptDataset, load_prompts
@@ -29,12 +29,12 @@ from rlcore_recipes.rollouts.workers import RolloutWorkers
 from rlcore_recipes.run.loop import train
 from rlcore_recipes.run.micro_batches import MicroBatches
 from rlcore_recipes.run.other_models import check_other_models
-from rlcore_recipes.run.preflight import check_sources
+from rlcore_recipes.run.preflight import check_ground_truth, check_sources
 from rlcore_recipes.run.roles import Roles, build_roles, open_executor
 from rlcore_recipes.run.session import Session
 from rlcore_recipes.run.timing import Timings, open_trace
 from rlcore_recipes.run.trainable import Run, Validation
-from rlcore_recipes.settings import RewardRole, RLConfig
+from rlcore_recipes.settings import RLConfig
 from rlcore_recipes.step.weights import sync_weights
 
 C = TypeVar("C", bound=RLConfig)
@@ -134,7 +134,7 @@ def read_data(config: RLConfig) -> RunData:
     dataset = load_prompts(data, data.train_files, tokenizer, vocabulary=size)
     val_prompts = load_prompts(data, data.val_files, tokenizer, data.val_limit, size) if validates else None
     found = [dataset] if val_prompts is None else [dataset, val_prompts]
-    check_ground_truth(config.reward, found)
+    check_ground_truth(config.reward, *found)
     ends = dataset.ends if val_prompts is None else dataset.ends | val_prompts.ends
     stop_tokens = missing_ends(config.model, tokenizer, ends)
     loader = partial(PromptLoader, dataset, seed=config.seed, shuffle=data.shuffle, weights=data.weights)
@@ -144,20 +144,6 @@ def read_data(config: RLConfig) -> RunData:
     prompts = batches if config.dynamic_sampling is None else loader(1)
     notes = tuple(note for read in found for note in (*read.notes, *overlong_notes(read, data)))
     return RunData(tokenizer, prompts, val_prompts, stop_tokens, model_ends.union(stop_tokens), total_steps, notes)
-
-
-def check_ground_truth(reward: RewardRole, found: Sequence[PromptDataset]) -> None:
-    """Make sure that there are reference answers, if ``reward`` cannot do without.
-
-    Raises:
-        DataError: names the file that has none.
-    """
-    for data in found:
-        if data.without_truth is not None and getattr(reward.options, "needs_ground_truth", False):
-            raise DataError(
-                f"{data.without_truth} has no column that is recognised as the reference answer, which the reward "
-                f"{reward.name} needs; set data.ground_truth_key"
-            )
 
 
 def overlong_notes(data: PromptDataset, settings: DataSettings) -> list[str]:

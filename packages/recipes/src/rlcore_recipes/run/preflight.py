@@ -13,6 +13,8 @@ from rlcore.errors import DataError
 from rlcore.suggestions import similar_paths
 from rlcore_recipes.data.files import HUB, existing_file
 from rlcore_recipes.data.hub import go_offline_without_network
+from rlcore_recipes.data.prompts import PromptDataset
+from rlcore_recipes.settings import RewardRole
 
 
 def check_sources(config: Config, files: Iterable[str]) -> None:
@@ -36,6 +38,17 @@ def check_sources(config: Config, files: Iterable[str]) -> None:
             existing_file(file)
     if remote:
         go_offline_without_network(remote)
+
+
+def check_ground_truth(reward: RewardRole, *found: PromptDataset) -> None:
+    """Make sure that there are reference answers, if ``reward`` cannot do without.
+
+    Raises:
+        DataError: names the file that has none.
+    """
+    for data in found:
+        if data.without_truth is not None and getattr(reward.options, "needs_ground_truth", False):
+            raise DataError(f"{data.without_truth}; the reward {reward.name} needs it")
 
 
 def model_sources(config: Config, prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -112,7 +112,10 @@ def test_several_rewards_are_added_and_a_run_continues_with_its_objects(train: A
     async def half(solution_str: str, **_: Any) -> float:
         return 0.5
 
-    rewards = [(closure(), 2.0), half, length, (partial(length, data_source="other"), -1), ("gsm8k", 0)]
+    def several(completions: list[Any], **columns: list[Any]) -> list[float]:
+        return [0.25] * len(completions)  # as TRL's
+
+    rewards = [(closure(), 2.0), half, length, (several, 2), (partial(length, data_source="other"), -1), ("gsm8k", 0)]
     given = {"data": rows(8), "reward": rewards, "out_dir": "mine"}
     first = train(**given)
     assert first.config["reward"]["combine"]["rewards"][2]["function"]["path"].endswith("reward-2.pickle:length")
@@ -120,7 +123,7 @@ def test_several_rewards_are_added_and_a_run_continues_with_its_objects(train: A
     assert means["half"].to_pylist() == [0.5, 0.5]
     assert means["length"].to_pylist() == means["length_2"].to_pylist()
     for total, lower in zip(first.metrics["critic/score/mean"].to_pylist(), means["lower"].to_pylist()):
-        assert total == pytest.approx(2 * lower + 0.5)
+        assert total == pytest.approx(2 * lower + 0.5 + 2 * 0.25)
 
     assert train(**given) == first  # complete
     longer = train(**given, overrides={**KEYS, "trainer.total_steps": 3})

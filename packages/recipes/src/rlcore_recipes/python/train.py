@@ -57,17 +57,16 @@ def train(
         if section not in kind.model_fields:
             raise ConfigError(f"the recipe {recipe} takes no {name}=: its configuration has no section {section!r}")
     below = _config_layers(plugin, kind, config)
-    above = dict(_plain_mapping("overrides", overrides)) | (
-        {} if out_dir is None else {"trainer.out_dir": str(out_dir)}
-    )
-    layers = [*below, *value_layers(kind, above, "overrides")]
-    _check_missing(recipe, kind, arguments, layers)
-    defaults = Layer("", {"trainer": _defaults(recipe, kind, "val_data" in arguments, layers)})
+    given = _plain_mapping("overrides", overrides)
+    if out_dir is not None:
+        given["trainer.out_dir"] = os.fspath(out_dir)
+    above = value_layers(kind, given, "overrides")
+    _check_missing(recipe, kind, arguments, [*below, *above])
+    defaults = Layer("", {"trainer": _defaults(recipe, kind, "val_data" in arguments, [*below, *above])})
 
     def configured(inputs: Path) -> Config:
         values = {key: value for argument in arguments.values() for key, value in argument.values(inputs).items()}
-        middle = value_layers(kind, values, "arguments")
-        return validate_layers(kind, [defaults, *below, *middle, *layers[len(below) :]])
+        return validate_layers(kind, [defaults, *below, *value_layers(kind, values, "arguments"), *above])
 
     checked = configured(Path(INPUTS))  # all problems are reported before anything is written
     check_packages(checked)

@@ -210,6 +210,8 @@ def test_learning_rates_follow_the_schedule() -> None:
     linear = OptimSettings(lr=1.0, schedule="linear", warmup_steps=2, total_steps=6, min_lr_ratio=0.2)
     expected = [0.5, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2, 0.2]
     assert [learning_rate(step, linear) for step in range(8)] == pytest.approx(expected)
+    by_share = linear.model_copy(update={"warmup_steps": 0, "warmup_ratio": 0.4})  # 2 of 6
+    assert [learning_rate(step, by_share) for step in range(8)] == pytest.approx(expected)
     cosine = OptimSettings(lr=2.0, schedule="cosine", total_steps=4)
     assert [learning_rate(step, cosine) for step in range(5)] == pytest.approx([2.0, 1.7071068, 1.0, 0.2928932, 0.0])
     constant = OptimSettings(lr=3.0, warmup_steps=3)

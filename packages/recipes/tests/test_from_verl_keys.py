@@ -179,7 +179,21 @@ def test_supervised_fine_tuning_reads_fields_of_columns() -> None:
     assert (config.data.prompt_key, config.data.response_key) == ("extra_info.question", "extra_info.answer")
     assert config.actor.max_tokens_per_micro_batch == 4 * 1024
     assert config.actor.optim.lr == 1e-4
+    optim = config.actor.optim  # defaults of the former trainer
+    assert (optim.betas, optim.schedule, optim.warmup_ratio) == ((0.9, 0.95), "cosine", 0.1)
+    assert config.data.apply_chat_template == "always"
     assert config.trainer.total_epochs == 2
+
+
+def test_the_later_trainer_of_supervised_fine_tuning_reads_conversations() -> None:
+    keys = {"data.train_files": "t.parquet", "model.path": "/m", "trainer.logger": "console", "optim.lr": 2e-5}
+    found = translated(keys, "verl.trainer.sft_trainer")
+    config: Any = validate_config(SFTConfig, found.config)
+    assert config.data.messages_key == "messages"
+    assert config.data.val_files == []
+    assert (config.actor.optim.lr, config.actor.optim.schedule) == (2e-5, "constant")
+    assert config.actor.max_tokens_per_micro_batch == 8192
+    assert config.controller.kind == "local"
 
 
 def test_other_commands_of_verl_name_ours() -> None:
@@ -302,13 +316,11 @@ def test_schedules_count_optimizer_steps() -> None:
     }
     found = translated({**GRPO, **keys, f"{ACTOR}.optim.lr_warmup_steps": 10})
     assert value(found, "actor.optim.warmup_steps") == 80
-    keys |= {"trainer.total_training_steps": 100, f"{ACTOR}.optim.lr_warmup_steps_ratio": 0.05}
-    assert value(translated({**GRPO, **keys}), "actor.optim.warmup_steps") == 40
-
-
-def test_a_share_of_an_unknown_number_of_steps_is_reported() -> None:
-    found = translated({**GRPO, f"{ACTOR}.optim.lr_warmup_steps_ratio": 0.1})
-    assert "actor.optim.warmup_steps" in reason(found, f"{ACTOR}.optim.lr_warmup_steps_ratio")
+    keys |= {f"{ACTOR}.optim.lr_warmup_steps_ratio": 0.05}
+    assert value(translated({**GRPO, **keys}), "actor.optim.warmup_ratio") == 0.05
+    found = translated({**GRPO, **keys, f"{ACTOR}.optim.lr_warmup_steps": 0})
+    assert value(found, "actor.optim.warmup_steps") == 0
+    assert "lr_warmup_steps decides" in reason(found, f"{ACTOR}.optim.lr_warmup_steps_ratio")
 
 
 def test_checkpoints_and_resume() -> None:

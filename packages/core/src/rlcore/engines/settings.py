@@ -66,10 +66,25 @@ class OptimSettings(Config):
     clip_grad: float | None = Field(1.0, gt=0, description="Maximum global gradient norm; null does not clip.")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="Shape after the warm-up.")
     warmup_steps: int = Field(0, ge=0, description="Optimizer steps of linear warm-up.")
+    warmup_ratio: float = Field(
+        0.0, ge=0, le=1, description="Linear warm-up as a share of total_steps, in place of warmup_steps."
+    )
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="Final learning rate as a fraction of the peak.")
     total_steps: int | None = Field(
         None, gt=0, description="Optimizer steps of the schedule; null lets the recipe fill in the length of the run."
     )
+
+    @property
+    def warmup(self) -> int:
+        """Optimizer steps of linear warm-up, from ``warmup_steps`` or ``warmup_ratio``."""
+        return self.warmup_steps or int(self.warmup_ratio * (self.total_steps or 0))
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.warmup_steps and self.warmup_ratio:
+            yield (
+                "warmup_ratio",
+                f"is {self.warmup_ratio:g}, but warmup_steps={self.warmup_steps} is set: keep one of them",
+            )
 
 
 class LoRASettings(Config):

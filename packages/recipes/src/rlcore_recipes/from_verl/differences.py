@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rlcore_recipes.divisors import nearest_divisors
+from rlcore_recipes.from_verl.keys.supervised import conversations
 from rlcore_recipes.from_verl.keys.trainer import TRACKERS
 from rlcore_recipes.from_verl.values import as_list
 from rlcore_recipes.from_verl.view import ACTOR, ROLLOUT, VerlView
@@ -15,6 +16,8 @@ def fixed_settings(verl: VerlView) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield settings that follow from verl itself, each with its reason."""
     if verl.supervised:
         yield {"trainer.val_before_train": False}, "verl's SFT validates first after trainer.test_freq steps"
+        if not conversations(verl):
+            yield {"data.apply_chat_template": "always"}, "verl takes a prompt as a user message"
         return
     yield {"data.ground_truth_key": "reward_model.ground_truth"}, "the column of verl's data files"
     if verl.get("custom_reward_function.path") is None:

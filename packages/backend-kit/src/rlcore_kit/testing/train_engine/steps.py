@@ -130,3 +130,5 @@ class StepTests(TrainEngineTests):
     def test_a_schedule_that_falls_needs_its_length(self, model_path: Path) -> None:
         with pytest.raises(EngineError, match="total_steps"):
             self.engine(model_path, optim=OptimSettings(schedule="cosine"))
+        with pytest.raises(EngineError, match="total_steps"):
+            self.engine(model_path, optim=OptimSettings(warmup_ratio=0.1))

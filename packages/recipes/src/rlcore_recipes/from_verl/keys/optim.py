@@ -41,27 +41,17 @@ class Optimizer:
     role: str
 
     def warmup(self, value: Any, verl: VerlView) -> int:
-        """Return the optimizer steps of the warm-up, given in steps or as a share of all steps."""
-        steps = verl.get(f"{self.section}.lr_warmup_steps")
-        steps = -1 if steps is None else whole(steps, f"{self.section}.lr_warmup_steps")
-        if steps < 0:
-            ratio = verl.get(f"{self.section}.lr_warmup_steps_ratio") or 0.0
-            total = verl.get("trainer.total_training_steps")
-            if ratio and total is None:
-                raise NoEquivalent(
-                    f"the warm-up is {ratio} of the run's steps, whose number follows from the data: set "
-                    f"{self.role}.optim.warmup_steps to that many optimizer steps, or trainer.total_training_steps"
-                )
-            share = number(ratio, f"{self.section}.lr_warmup_steps_ratio")
-            steps = int(share * whole(total or 0, "trainer.total_training_steps"))
-        return steps * verl.updates(self.role)
+        """Return the optimizer steps of the warm-up; below 0 the share decides."""
+        if value is None or whole(value, f"{self.section}.lr_warmup_steps") < 0:
+            raise NothingToSet("lr_warmup_steps_ratio decides")
+        return whole(value, f"{self.section}.lr_warmup_steps") * verl.updates(self.role)
 
-    def warmup_share(self, value: Any, verl: VerlView) -> int:
-        """Return the warm-up, if the share decides."""
+    def warmup_share(self, value: Any, verl: VerlView) -> float:
+        """Return the warm-up as a share of all steps, unless it is given in steps."""
         steps = verl.get(f"{self.section}.lr_warmup_steps")
         if steps is not None and whole(steps, f"{self.section}.lr_warmup_steps") >= 0:
             raise NothingToSet("lr_warmup_steps decides")
-        return self.warmup(value, verl)
+        return number(value or 0.0, f"{self.section}.lr_warmup_steps_ratio")
 
     def length(self, value: Any, verl: VerlView) -> int:
         """Return the optimizer steps of the schedule."""
@@ -101,11 +91,10 @@ def optim_keys(
         key(f"{section}.lr_warmup_steps", f"{ours}.warmup_steps", by.warmup, default=-1, meaning=COUNTED),
         key(
             f"{section}.lr_warmup_steps_ratio",
-            f"{ours}.warmup_steps",
+            f"{ours}.warmup_ratio",
             by.warmup_share,
             default=warmup_ratio,
             old=(f"{section}.warmup_steps_ratio",),
-            meaning=f"of trainer.total_training_steps, where set; {COUNTED}",
         ),
         key(f"{section}.min_lr_ratio", f"{ours}.min_lr_ratio", optional),
         key(

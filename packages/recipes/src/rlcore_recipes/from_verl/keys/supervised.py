@@ -82,6 +82,23 @@ _MODEL = tuple(
     entry for entry in model_keys("model", "model", "actor") if entry.name != "model.enable_gradient_checkpointing"
 )
 
+FSDP_TRAINER = {
+    "optim.lr": 1e-5,
+    "optim.betas": [0.9, 0.95],
+    "optim.lr_scheduler_type": "cosine",
+    "optim.lr_warmup_steps_ratio": 0.1,
+}
+"""Defaults of verl's former SFT trainer, ``fsdp_sft_trainer``."""
+
+ENGINE_TRAINER = {
+    "optim.lr": 1e-3,
+    "data.val_files": None,
+    "data.use_dynamic_bsz": True,
+    "model.enable_gradient_checkpointing": True,
+    "trainer.n_gpus_per_node": 1,
+}
+"""Defaults of verl's later SFT trainers, ``sft_trainer`` and ``sft_trainer_ray``."""
+
 KEYS: tuple[Key, ...] = (
     key("data.train_files", "data.train_files", files, differs="~/data/gsm8k/train.parquet"),
     key("data.val_files", "data.val_files", files, differs="~/data/gsm8k/test.parquet"),
@@ -98,13 +115,13 @@ KEYS: tuple[Key, ...] = (
     key("data.max_token_len_per_gpu", _BUDGET, tokens, default=8192, meaning=BUDGET),
     key("data.max_length", "data.max_length", differs=1024),
     key("data.truncation", "data.overlong", overlong, differs="error", meaning="right: truncate"),
-    key("data.prompt_key", "data.prompt_key", column("prompt"), default="question"),
+    key("data.prompt_key", "data.prompt_key", column("prompt"), differs="question"),
     key("data.prompt_dict_keys", "data.prompt_key", column("prompt"), meaning="a field of a column: column.field"),
-    key("data.response_key", "data.response_key", column("response"), default="answer"),
+    key("data.response_key", "data.response_key", column("response"), differs="answer"),
     key(
         "data.response_dict_keys", "data.response_key", column("response"), meaning="a field of a column: column.field"
     ),
-    key("data.messages_key", "data.messages_key", messages, default="messages", old=("data.multiturn.messages_key",)),
+    key("data.messages_key", "data.messages_key", messages, differs="messages", old=("data.multiturn.messages_key",)),
     key(
         "data.multiturn.enable",
         "data.messages_key",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -83,9 +84,12 @@ def reinforcement_table() -> Table:
 
 
 @cache
-def supervised_table() -> Table:
-    """Return the keys of verl's SFT trainer."""
-    return Table([*trainer.SFT_KEYS, *supervised.KEYS], supervised=True)
+def supervised_table(former: bool = False) -> Table:
+    """Return the keys of verl's SFT trainers, with the defaults of the later ones or of the former one."""
+    defaults = supervised.FSDP_TRAINER if former else supervised.ENGINE_TRAINER
+    keys = [*trainer.SFT_KEYS, *supervised.KEYS]
+    known = [replace(k, default=defaults[k.name], written=True) if k.name in defaults else k for k in keys]
+    return Table(known, supervised=True)
 
 
 def table_of(entry: str) -> Table:
@@ -97,4 +101,4 @@ def table_of(entry: str) -> Table:
     name = entry.removesuffix(".py").replace("/", ".").rpartition(".")[2]
     if name in OTHER_COMMANDS:
         raise ConfigError(f"{entry} {OTHER_COMMANDS[name]}")
-    return supervised_table() if name in SUPERVISED else reinforcement_table()
+    return supervised_table(name == "fsdp_sft_trainer") if name in SUPERVISED else reinforcement_table()

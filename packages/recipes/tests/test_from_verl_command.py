@@ -11,7 +11,7 @@ from rlcore import plugins
 from rlcore.cli import recipes
 from rlcore.cli.main import cli
 from rlcore_recipes.from_verl.assignment import Assignment, Translation, Untranslated
-from rlcore_recipes.from_verl.output import WIDTH, as_yaml, report
+from rlcore_recipes.from_verl.output import MOST_IN_FULL, WIDTH, as_yaml, report
 
 SCRIPT = """set -x
 MODEL=${MODEL:-Qwen/Qwen2.5-0.5B-Instruct}
@@ -136,3 +136,14 @@ def test_comments_and_report_fit_into_eighty_columns() -> None:
     lines = report(Translation("grpo", config, comments, items, ()))
     assert lines[1:4] == ["Keys that are not known:", "- ~e.f  (run.sh:3)", "    is not known"]
     assert lines[5:8] == ["Keys without an equivalent:", "- +a.b=x  (run.sh:3)", "- c.d=[1, 2]  (run.sh:3)"]
+
+
+def test_of_very_many_keys_the_names_alone_are_listed() -> None:
+    items = tuple(
+        Untranslated(Assignment(f"section.key_{number}", number, "", "a.yaml:1"), "there is none", True)
+        for number in range(MOST_IN_FULL + 1)
+    )
+    lines = report(Translation("grpo", {}, {}, items, ()))
+    assert len(lines) < 30
+    assert lines[2].startswith("- section.key_0, section.key_1, ")
+    assert all(len(line) <= WIDTH for line in lines)

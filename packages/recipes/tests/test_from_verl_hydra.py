@@ -170,6 +170,17 @@ def test_interpolations_are_what_they_refer_to() -> None:
     assert [item.value for item in values] == [8, 8, "/data/train.parquet", "train", [8, "x"], 5, 3, 8]
 
 
+def test_a_reference_to_a_section_is_its_keys() -> None:
+    values = resolved(given("a.b={c:1,d:{e:x}}", "f.g=${a.b}", "+h=${oc.select:a.b.d,null}"), {})
+    assert {item.key: item.value for item in values} == {
+        "a.b.c": 1,
+        "a.b.d.e": "x",
+        "f.g.c": 1,
+        "f.g.d.e": "x",
+        "h.e": "x",
+    }
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -59,7 +59,7 @@ def read_launch(launch: Launch, environment: Mapping[str, str], folder: str | No
                 name, value = _option(text, word, words)
                 options[name] = value
             else:
-                overrides += flat(parse_override(text, word.place))
+                overrides.append(parse_override(text, word.place))
         except ConfigError as error:
             problems.append(str(error))
     if problems:
@@ -67,15 +67,6 @@ def read_launch(launch: Launch, environment: Mapping[str, str], folder: str | No
         raise ConfigError(problems[0] if len(problems) == 1 else "\n  ".join([title, *dict.fromkeys(problems)]))
     below = _configured(entry, options, environment, folder)
     return VerlCommand(entry, resolved([*below, *overrides], environment))
-
-
-def flat(assignment: Assignment) -> Iterator[Assignment]:
-    """Yield ``assignment``, or one for each value of its dictionary."""
-    if not isinstance(assignment.value, dict) or not assignment.value:
-        yield assignment
-        return
-    for key, value in assignment.value.items():
-        yield from flat(replace(assignment, key=f"{assignment.key}.{key}", value=value))
 
 
 def _text(word: Word) -> str:

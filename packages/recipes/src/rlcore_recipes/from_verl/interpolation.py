@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ _DEEPEST = 20  # values that refer to each other
 
 
 def resolved(assignments: Sequence[Assignment], environment: Mapping[str, str]) -> tuple[Assignment, ...]:
-    """Return ``assignments`` with what their interpolations refer to.
+    """Return ``assignments``, one for each value of a dictionary, with what their interpolations refer to.
 
     Args:
         environment: for ``${oc.env:NAME}``.
@@ -24,11 +24,22 @@ def resolved(assignments: Sequence[Assignment], environment: Mapping[str, str]) 
     Raises:
         ConfigError: a value refers to a key that is not given, to an unset variable, or to itself.
     """
-    values = {assignment.key: assignment.value for assignment in assignments if assignment.prefix != "~"}
-    return tuple(
+    single = [inner for assignment in assignments for inner in _flat(assignment)]
+    values = {assignment.key: assignment.value for assignment in single if assignment.prefix != "~"}
+    found = [
         replace(assignment, value=_Resolver(values, environment, assignment).resolve(assignment.value, assignment.key))
-        for assignment in assignments
-    )
+        for assignment in single
+    ]
+    return tuple(inner for assignment in found for inner in _flat(assignment))  # a reference may lead to a section
+
+
+def _flat(assignment: Assignment) -> Iterator[Assignment]:
+    """Yield ``assignment``, or one for each value of its dictionary."""
+    if not isinstance(assignment.value, dict) or not assignment.value:
+        yield assignment
+        return
+    for key, value in assignment.value.items():
+        yield from _flat(replace(assignment, key=f"{assignment.key}.{key}", value=value))
 
 
 class _Resolver:

@@ -13,6 +13,9 @@ from rlcore_recipes.from_verl.translate import NOTHING_TO_SET
 WIDTH = 80
 """Columns of comments and of the list of untranslated keys; YAML itself is as wide as its values are."""
 
+MOST_IN_FULL = 60
+"""Untranslated keys that are shown with value and place; of more, as in a complete configuration, the names alone."""
+
 UNKNOWN, WITHOUT, FOLLOWED = "Keys that are not known", "Keys without an equivalent", "Keys that need no setting"
 TITLES = (UNKNOWN, WITHOUT, FOLLOWED)
 _SHORT = {UNKNOWN: "not known", WITHOUT: "without an equivalent", FOLLOWED: "without need of a setting"}
@@ -41,7 +44,7 @@ def report(translation: Translation) -> list[str]:
     lines: list[str] = []
     for title, items in groups.items():
         if items:
-            lines += ["", f"{title}:", *_items(items)]
+            lines += ["", f"{title}:", *_items(items, brief=len(translation.untranslated) > MOST_IN_FULL)]
     if translation.notes:
         lines += ["", "Differences to know of:"]
         for note in translation.notes:
@@ -52,7 +55,7 @@ def report(translation: Translation) -> list[str]:
 def summary(command: VerlCommand, translation: Translation) -> str:
     """Return one sentence with how many keys are translated, and how many are not."""
     latest = {assignment.key: assignment for assignment in command.assignments}
-    titles = [_title(item) for item in translation.untranslated if item.assignment is latest[item.assignment.key]]
+    titles = [_title(item) for item in translation.untranslated if item.assignment is latest.get(item.assignment.key)]
     translated = len(latest) - len(titles)
     rest = "".join(f", {titles.count(title)} {_SHORT[title]}" for title in TITLES if title in titles)
     return f"{len(latest)} keys of {command.entry} for the recipe {translation.recipe}: {translated} translated{rest}"
@@ -64,17 +67,27 @@ def _title(item: Untranslated) -> str:
     return FOLLOWED if item.reason.startswith(NOTHING_TO_SET) else WITHOUT
 
 
-def _items(items: Sequence[Untranslated]) -> Iterator[str]:
-    """Yield keys in the order in which they are given, those with one reason together."""
+def _items(items: Sequence[Untranslated], brief: bool) -> Iterator[str]:
+    """Yield keys in the order in which they are given, those with one reason together.
+
+    Args:
+        brief: whether their names alone are shown, without value and place.
+    """
     by_reason: dict[str, list[Untranslated]] = {}
     for item in items:
         by_reason.setdefault(item.reason, []).append(item)
     for reason, same in by_reason.items():
-        for item in same:
-            given = item.assignment
-            value = "" if given.prefix == "~" else f"={yaml_format.shortened(yaml_format.inline(given.value), 30)}"
-            yield f"- {given.prefix}{given.key}{value}  ({given.place})"
+        if brief:
+            yield from _wrapped(", ".join(item.assignment.key for item in same), "- ", "  ")
+        else:
+            yield from (f"- {_shown(item)}" for item in same)
         yield from _wrapped(reason.removeprefix(NOTHING_TO_SET).lstrip(": "), "    ", "    ")
+
+
+def _shown(item: Untranslated) -> str:
+    given = item.assignment
+    value = "" if given.prefix == "~" else f"={yaml_format.shortened(yaml_format.inline(given.value), 30)}"
+    return f"{given.prefix}{given.key}{value}  ({given.place})"
 
 
 def _wrapped(text: str, first: str, later: str) -> list[str]:

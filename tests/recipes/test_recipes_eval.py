@@ -123,6 +123,15 @@ reward: {{path: "{task.reward}:compute_score"}}
     assert "failed rewards" in printed
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_worker_processes_evaluate_as_one_process_does(run: Path, tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    evaluate(run, "--out", here)
+    evaluate(run, "--out", there, "controller.kind=ray", "controller.pools.default.processes=2")
+    assert results(here)["models"] == results(there)["models"]
+
+
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "too few samples for k": (
         ["RUN", "report.k=[8]"],

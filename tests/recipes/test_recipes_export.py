@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,7 +30,10 @@ RUN = {"trainer.total_steps": 2, "trainer.save_freq": 1, "trainer.save_hf": True
 SFT = dict.fromkeys(
     ["data.max_response_length", "data.max_prompt_length", "rollout.n", "reward.path", "reward.workers"]
 )
-TENSOR_PARALLEL = {"actor.engine": "megatron", "actor.megatron": {"device": "cpu", "tensor_parallel": 2}}
+LAYOUTS: list[dict[str, Any]] = [
+    {"tensor_parallel": 2},
+    {"pipeline_parallel": 2, "checkpoint_format": "torch_dist"},
+]
 
 
 def run_on_two_ranks(task: Any, recipe: str, folder: Path, changes: dict[str, Any]) -> Path:
@@ -145,8 +149,10 @@ def test_another_base_model_under_adapters_is_noticed(lora: Path, fsdp: Path, tm
     assert not list(tmp_path.iterdir())
 
 
-def test_tensor_parallel_ranks_of_megatron_become_one_model(task: Any, tmp_path: Path) -> None:
-    folder = run_on_two_ranks(task, "sft", tmp_path / "run", {**SFT, **TENSOR_PARALLEL})
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: next(iter(layout)))
+def test_ranks_of_megatron_become_one_model(task: Any, tmp_path: Path, layout: dict[str, Any]) -> None:
+    changes = {**SFT, "actor.engine": "megatron", "actor.megatron": {"device": "cpu", **layout}}
+    folder = run_on_two_ranks(task, "sft", tmp_path / "run", changes)
     export(folder, "--out", tmp_path / "out", "--max-shard-size", "2GB")
     assert_same(weights(tmp_path / "out"), weights(folder / "model"))
     assert "trains no adapters" in export(folder, "--adapter", "--out", tmp_path / "adapter", code=1)
@@ -209,6 +215,17 @@ def test_a_damaged_checkpoint_is_noticed(fsdp: Path, tmp_path: Path) -> None:
     file.write_bytes(content)
     assert "rank-00001.safetensors have changed" in export(run, "--out", tmp_path / "out", code=1)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_leaves_nothing(fsdp: Path, tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))  # of every file, for the lack of a small disk
+    try:
+        printed = export(fsdp, "--out", tmp_path / "out", code=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"model folder {tmp_path / 'out'} could not be written" in printed
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_push_without_network_keeps_the_folder(fsdp: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from rlcore import plugins
 from rlcore.boundary import boundary
 from rlcore.engines import ExportSpec, ModelSettings, TrainEngineSpec
 from rlcore.engines.settings import Head
-from rlcore.errors import ConfigError, EngineError
+from rlcore.errors import ConfigError, EngineError, RlcoreError
 from rlcore_recipes.checkpoint.engine_side import local_part
 from rlcore_recipes.data.chat import Renderer
 from rlcore_recipes.data.end_tokens import missing_ends, save_tokenizer, written_ends
@@ -123,7 +123,10 @@ def _appearing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        yield temporary
+        try:
+            yield temporary
+        except RlcoreError as error:  # the user knows the folder by its final name
+            raise type(error)(str(error).replace(str(temporary), str(folder))) from error
         with boundary(f"{folder} cannot be written", EngineError):
             if folder.exists():
                 shutil.rmtree(folder)

@@ -37,7 +37,8 @@ def samples(file: str, **settings: Any) -> SFTDataset:
 
 def texts(data: SFTDataset) -> list[tuple[str, str]]:
     """Each sample as text, and the part that is learned."""
-    pairs = zip(data.batch["tokens"].to_list(), data.batch["loss_mask"].to_list())
+    batch = data.take(range(len(data)))
+    pairs = zip(batch["tokens"].to_list(), batch["loss_mask"].to_list())
     return [(TOKENIZER.decode(tokens), TOKENIZER.decode(tokens[mask.bool()])) for tokens, mask in pairs]
 
 

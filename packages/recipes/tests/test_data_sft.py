@@ -24,7 +24,8 @@ def load(path: Path, rows: list[dict[str, Any]], tokenizer: Any = TOKENIZER, **s
 
 def texts(data: SFTDataset, tokenizer: Any = TOKENIZER) -> list[tuple[str, str]]:
     """Each sample as text, and the part that is learned."""
-    pairs = zip(data.batch["tokens"].to_list(), data.batch["loss_mask"].to_list())
+    batch = data.take(range(len(data)))
+    pairs = zip(batch["tokens"].to_list(), batch["loss_mask"].to_list())
     return [(tokenizer.decode(tokens), tokenizer.decode(tokens[mask.bool()])) for tokens, mask in pairs]
 
 
@@ -35,9 +36,9 @@ def message(role: str, content: str) -> dict[str, str]:
 def test_pairs_of_messages_and_response(tmp_path: Path) -> None:
     data = load(tmp_path / "a.jsonl", [{"prompt": [message("user", "1+1?")], "response": "2"}])
     assert texts(data) == [("<|user|>1+1?<|end|><|assistant|>2<|end|>", "2<|end|>")]
-    assert data.batch["tokens"].values.dtype == torch.int64
-    assert data.batch["loss_mask"].values.dtype == torch.float32
-    assert data.batch["data_source"] == ["s"]
+    assert data.take([0])["tokens"].values.dtype == torch.int64
+    assert data.take([0])["loss_mask"].values.dtype == torch.float32
+    assert data.take([0])["data_source"] == ["s"]
 
 
 @pytest.mark.parametrize("prompt", [[message("user", "1+1?")], "1+1="])
@@ -117,8 +118,8 @@ def test_prompt_tokens_are_those_of_generation(tmp_path: Path) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<e>")
     assert tokenizer("ab")["input_ids"] == [2]
     data = load(tmp_path / "a.jsonl", [{"prompt": "a", "response": "b"}], tokenizer)
-    assert data.batch["tokens"].values.tolist() == [0, 1, 3]
-    assert data.batch["loss_mask"].values.tolist() == [0, 1, 1]
+    assert data.take([0])["tokens"].values.tolist() == [0, 1, 3]
+    assert data.take([0])["loss_mask"].values.tolist() == [0, 1, 1]
 
 
 def test_long_samples(tmp_path: Path) -> None:

@@ -43,7 +43,9 @@ def validate(session: SFTSession) -> Validation:
     held_out, size = session.held_out, session.config.data.val_batch_size
     assert held_out is not None
     total = learned = 0.0
-    for batch in held_out.batch.select("tokens", "loss_mask").split(size or len(held_out)):
+    size = size or len(held_out)
+    for start in range(0, len(held_out), size):
+        batch = held_out.take(range(start, min(start + size, len(held_out)))).select("tokens", "loss_mask")
         total -= float(session.actor.forward(batch, ForwardRequest(("logprobs",))).flat("logprobs").double().sum())
         learned += float(batch.flat("loss_mask").sum())
     loss = total / max(learned, 1.0)

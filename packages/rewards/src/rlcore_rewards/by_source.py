@@ -78,7 +78,11 @@ class BySourceReward(Reward):
         if name not in self._built:
             self._built[name] = plugins.get("rlcore.rewards", part.name).build(part.options, self._settings)
         result: RewardResult = await self._built[name].score(sample)
-        return result if result.error else replace(result, score=part.weight * result.score + part.offset)
+        return (
+            result
+            if result.error or not result.applicable
+            else replace(result, score=part.weight * result.score + part.offset)
+        )
 
     def _pattern(self, source: str) -> str | None:
         rewards = self._options.rewards

@@ -167,7 +167,9 @@ def existing_file(file: str) -> Path:
         if path.is_dir():
             if is_saved(path):
                 return path
-            what = "is a folder that Dataset.save_to_disk has not written; name the files in it"
+            inside = [str(file) for file in sorted(path.iterdir()) if file.suffix == ".parquet" or text_format(file)]
+            found = f": {', '.join(inside[:3])}{' …' * (len(inside) > 3)}" if inside else ""
+            what = f"is a folder that Dataset.save_to_disk has not written; name the files in it{found}"
         else:
             what = "is not a regular file" if path.exists() else f"does not exist{similar_paths(path)}"
         raise DataError(f"data file {path} {what}")

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate, zip_longest
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from pydantic import Field
 
@@ -187,12 +187,19 @@ class PromptLoader(Loader[list[PromptSample]]):
         return [replace(self._dataset[index], position=position + place) for place, index in enumerate(indices)]
 
 
+class Samples(Protocol):
+    """What gives samples as a batch: a `Batch`, or `rlcore_recipes.data.sft.SFTDataset`."""
+
+    def take(self, indices: list[int], /) -> Batch:
+        """Return the samples of these numbers."""
+
+
 class BatchLoader(Loader[Batch]):
-    """Batches out of one large `Batch`, such as `rlcore_recipes.data.sft.load_sft` gives."""
+    """Batches of samples."""
 
     def __init__(
         self,
-        data: Batch,
+        data: Samples,
         file_sizes: Sequence[int],
         batch_size: int,
         *,

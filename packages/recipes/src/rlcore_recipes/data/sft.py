@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from rlcore_recipes.data.columns import Row, column, data_source
 from rlcore_recipes.data.end_tokens import check_tokens, written_ends
 from rlcore_recipes.data.files import DataFile, Fingerprint, open_files
 from rlcore_recipes.data.layouts import MESSAGES, PROMPT, RESPONSE, SOURCE, TEXT, sft_columns
+from rlcore_recipes.data.sample_store import SampleStore
 from rlcore_recipes.data.settings import SFTDataSettings
 
 Segment = tuple[str, bool]  # text, and whether it is learned
@@ -25,12 +27,18 @@ _Encoded = tuple[list[int], list[float]]  # tokens and loss mask
 
 
 @dataclass(frozen=True)
+class _Sample:
+    tokens: array[int]
+    mask: bytes  # 1 on learned tokens
+    source: str
+
+
+@dataclass(frozen=True)
 class SFTDataset:
     """Samples of one or several files, in order.
 
     Attributes:
-        batch: ``tokens`` (jagged int64), ``loss_mask`` (jagged float32, 1 on the assistant's tokens and the end token
-            after them), ``data_source``.
+        samples: their tokens, loss mask and data source.
         file_sizes: samples per file, without the filtered ones.
         filtered: over-long samples left out.
         fingerprints: of what each file holds, in the columns that are read.
@@ -38,7 +46,7 @@ class SFTDataset:
         notes: what was recognised in the files.
     """
 
-    batch: Batch
+    samples: Sequence[_Sample]
     file_sizes: list[int]
     filtered: int = 0
     fingerprints: Sequence[str] = ()
@@ -46,7 +54,22 @@ class SFTDataset:
     notes: Sequence[str] = ()
 
     def __len__(self) -> int:
-        return len(self.batch)
+        return len(self.samples)
+
+    def take(self, indices: Iterable[int]) -> Batch:
+        """Return samples as a batch.
+
+        Its columns are ``tokens`` (jagged int64), ``loss_mask`` (jagged float32, 1 on tokens that are learned: answers
+        and the end token after them) and ``data_source``.
+        """
+        rows = [self.samples[index] for index in indices]
+        return Batch(
+            {
+                "tokens": Jagged.from_list([row.tokens for row in rows], dtype=torch.int64),
+                "loss_mask": Jagged.from_list([row.mask for row in rows], dtype=torch.float32),
+                "data_source": [row.source for row in rows],
+            }
+        )
 
 
 def load_sft(
@@ -70,19 +93,17 @@ def load_sft(
             assistant turn, a chat template that rewrites earlier turns, or several columns to learn from.
     """
     reader = _Reader(settings, Renderer(settings, tokenizer), vocabulary)
-    batches: list[Batch] = []
+    samples: SampleStore[_Sample] = SampleStore()
     sizes: list[int] = []
     prints: list[str] = []
     notes: list[str] = []
     for file in open_files(files, sft_columns(settings), limit):
-        before = sum(map(len, batches))
-        prints.append(reader.read(file, batches))
-        sizes.append(sum(map(len, batches)) - before)
+        before = len(samples)
+        prints.append(reader.read(file, samples))
+        sizes.append(len(samples) - before)
         notes += [f"{file.name}: {note}" for note in file.columns.notes]
     ends = written_ends(reader.renderer, reader.chat)
-    return SFTDataset(
-        Batch.concat(batches), sizes, filtered=reader.filtered, fingerprints=prints, ends=ends, notes=notes
-    )
+    return SFTDataset(samples, sizes, filtered=reader.filtered, fingerprints=prints, ends=ends, notes=notes)
 
 
 @dataclass
@@ -100,18 +121,16 @@ class _Reader:
     chat: bool = False
     filtered: int = 0
 
-    def read(self, file: DataFile, batches: list[Batch]) -> str:
-        """Append the samples of ``file`` that are not too long to ``batches``; return the file's fingerprint."""
+    def read(self, file: DataFile, samples: SampleStore[_Sample]) -> str:
+        """Append those of ``file`` that are not too long to ``samples``; return the file's fingerprint."""
         fingerprint = Fingerprint(file.name)
-        rows_read = used = 0
+        rows_read, before = 0, len(samples)
         for rows in file.chunks:
             fingerprint.add(rows)
             places = [f"{file.name}, row {number}" for number in range(rows_read, rows_read + len(rows))]
-            samples = self._samples(file, rows, places)
+            samples.extend(self._samples(file, rows, places))
             rows_read += len(rows)
-            used += len(samples)
-            if samples:
-                batches.append(_batch(samples))
+        used = len(samples) - before
         if not used:
             raise DataError(
                 f"none of the {rows_read} samples of {file.name} fits data.max_length={self.settings.max_length}; "
@@ -120,10 +139,9 @@ class _Reader:
         self.filtered += rows_read - used
         return fingerprint.hex()
 
-    def _samples(self, file: DataFile, rows: list[Row], places: list[str]) -> list[_Sample]:
-        """Return the samples of rows, without those that are too long."""
+    def _samples(self, file: DataFile, rows: list[Row], places: list[str]) -> Iterator[_Sample]:
+        """Yield the samples of rows, without those that are too long."""
         settings, source = self.settings, file.columns.keys[SOURCE]
-        samples = []
         for row, where, (ids, mask) in zip(rows, places, self._encoded(file, rows, places)):
             check_tokens(ids, self.vocabulary, self.renderer.tokenizer, where)
             if len(ids) > settings.max_length:
@@ -135,8 +153,8 @@ class _Reader:
                 ids, mask = ids[: settings.max_length], mask[: settings.max_length]
                 if settings.overlong == "filter" or not any(mask):
                     continue
-            samples.append(_Sample(ids, mask, data_source(row, source, where, Path(file.name).stem)))
-        return samples
+            name = data_source(row, source, where, Path(file.name).stem)
+            yield _Sample(array("i", ids), bytes(map(int, mask)), name)
 
     def _encoded(self, file: DataFile, rows: list[Row], places: list[str]) -> list[_Encoded]:
         """Return tokens and loss mask of rows, in the form that the file's columns have."""
@@ -154,23 +172,6 @@ class _Reader:
         answers = [_answer(column(row, response), where, file.padded) for row, where in zip(rows, places)]
         self.chat = self.chat or any(map(partial(_is_chat, self.renderer), prompts, answers))
         return _encode_answers(self.renderer, prompts, answers, places)
-
-
-@dataclass(frozen=True)
-class _Sample:
-    tokens: list[int]
-    mask: list[float]
-    source: str
-
-
-def _batch(samples: list[_Sample]) -> Batch:
-    return Batch(
-        {
-            "tokens": Jagged.from_list([sample.tokens for sample in samples], dtype=torch.int64),
-            "loss_mask": Jagged.from_list([sample.mask for sample in samples], dtype=torch.float32),
-            "data_source": [sample.source for sample in samples],
-        }
-    )
 
 
 def _answer(value: Any, where: str, padded: bool) -> _Prompt:

@@ -42,7 +42,7 @@ def train_sft(base: Path, out: Path, config: GRPOConfig, report: Callable[[int, 
     tokenizer = load_tokenizer(model)
     data = SFTDataSettings(train_files=config.data.train_files, train_batch_size=settings.SFT_BATCH)
     solutions = load_sft(data, data.train_files, tokenizer)
-    batches = BatchLoader(solutions.batch, solutions.file_sizes, settings.SFT_BATCH, seed=config.seed)
+    batches = BatchLoader(solutions, solutions.file_sizes, settings.SFT_BATCH, seed=config.seed)
     problems = load_prompts(config.data, config.data.val_files, tokenizer, settings.SFT_CHECK_PROBLEMS)
     plan, executor = validation_plan(config), LocalExecutor()
     with ExitStack() as stack:

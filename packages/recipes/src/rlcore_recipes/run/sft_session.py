@@ -119,7 +119,7 @@ def open_sft(config: SFTConfig) -> Iterator[SFTSession]:
 
 def _batches(config: SFTConfig, dataset: SFTDataset) -> BatchLoader:
     return BatchLoader(
-        dataset.batch,
+        dataset,
         dataset.file_sizes,
         config.data.train_batch_size,
         seed=config.seed,

@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from pydantic import ValidationError
@@ -96,7 +97,7 @@ def test_the_protocol_is_recognised_and_both_give_the_same_tokens(loaded, engine
     tgi.stop()
 
 
-@pytest.mark.parametrize("ids", ["token_ids", "names", "content"])
+@pytest.mark.parametrize("ids", ["token_ids", "names"])
 def test_ids_are_found_where_servers_put_them(openai, engine_over, ids):
     openai.ids = ids
     (completion,) = engine_over(openai).generate_batch([request()])
@@ -109,6 +110,20 @@ def test_a_server_without_ids_is_refused(openai, engine_over):
     openai.ids = "none"
     with pytest.raises(EngineError, match="returns no ids of sampled tokens, and text is never tokenised again"):
         engine_over(openai)
+
+
+def test_a_server_that_leaves_out_end_tokens_is_refused(openai, engine_over):
+    """At a high temperature one of these completions meets the end token."""
+    engine = engine_over(openai)
+    requests = [replace(request(100, temperature=1.5), request_id=str(index)) for index in range(8)]
+    requests = [
+        replace(one, sampling=replace(one.sampling, seed=index, ignore_eos=False)) for index, one in enumerate(requests)
+    ]
+    ended = next(made for made in engine.generate_batch(requests) if made.finish_reason == "stop")
+    assert ended.tokens[-1] == 1
+    openai.hides_ends = True
+    with pytest.raises(EngineError, match="did not return the token that ends it, so its ids are not all"):
+        engine.generate_batch(requests)
 
 
 def test_headers_key_and_further_fields_are_sent(loaded, engine_over, monkeypatch):

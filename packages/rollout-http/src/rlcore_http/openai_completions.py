@@ -1,7 +1,8 @@
 """OpenAI's ``/v1/completions``, with prompts as token ids and the ids of sampled tokens.
 
-OpenAI's own protocol returns text. Ids are extensions: vLLM (0.10.2) and SGLang (0.5.20) answer ``return_token_ids``,
-older versions of vLLM ``return_tokens_as_token_ids``, and llama.cpp names ids with its log-probs.
+OpenAI's own protocol returns text. Ids are extensions: vLLM (0.10.2) and SGLang (0.5.21) answer ``return_token_ids``,
+older versions of vLLM ``return_tokens_as_token_ids``. The ids among llama.cpp's log-probs are not taken: a token that
+ends inside a character is not among them.
 """
 
 from __future__ import annotations
@@ -85,33 +86,21 @@ class OpenAICompletions(ServerProtocol):
         if tokens is None and choice.get("text"):
             raise EngineError(
                 f"{self.connection.url} returns no ids of sampled tokens, and text is never tokenised again: use "
-                "vLLM 0.10.2, SGLang 0.5.20 or llama.cpp, or newer versions, without anything in front that removes "
-                "the fields token_ids and logprobs"
+                "vLLM 0.10.2, SGLang 0.5.21 or newer versions, without a proxy that removes the fields token_ids and "
+                "logprobs"
             )
-        given = _logprobs(logprobs)[: len(tokens or ())] if request.sampling.logprobs else []
-        return Piece(tokens or [], given, choice.get("finish_reason"), choice.get("prompt_token_ids"), _best(logprobs))
+        given: list[float] = []
+        if tokens and request.sampling.logprobs:
+            given = [float(value) for value in logprobs["token_logprobs"]]
+        best = logprobs.get("top_logprobs") or [{}]
+        return Piece(tokens or [], given, choice.get("finish_reason"), choice.get("prompt_token_ids"), best[0] or {})
 
 
 def _token_ids(choice: Mapping[str, Any], logprobs: Mapping[str, Any]) -> list[int] | None:
     """Return the sampled ids of a choice; None if it has none."""
     if choice.get("token_ids") is not None:
         return [int(token) for token in choice["token_ids"]]
-    if content := logprobs.get("content"):
-        return [int(entry["id"]) for entry in content]
     names = logprobs.get("tokens") or ()
     if names and all(str(name).startswith(TOKEN_ID) for name in names):
         return [int(name.removeprefix(TOKEN_ID)) for name in names]
     return None
-
-
-def _logprobs(logprobs: Mapping[str, Any]) -> list[float]:
-    if content := logprobs.get("content"):
-        return [float(entry["logprob"]) for entry in content]
-    return [float(value) for value in logprobs.get("token_logprobs") or ()]
-
-
-def _best(logprobs: Mapping[str, Any]) -> dict[str, float]:
-    if content := logprobs.get("content"):
-        return {str(entry["id"]): float(entry["logprob"]) for entry in content[0]["top_logprobs"]}
-    candidates = logprobs.get("top_logprobs") or ()
-    return dict(candidates[0] or {}) if candidates else {}

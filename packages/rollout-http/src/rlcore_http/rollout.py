@@ -30,6 +30,8 @@ from rlcore_kit.serving.wire_format import ending_tokens, joined
 
 ODD = 0x9E3779B97F4A7C15
 """Step between the seeds of the parts of one completion (2^64 divided by the golden ratio)."""
+STOPPED = ("stop", "eos_token")
+"""Reasons of servers that sampled an end token. One that is not the request's is special, and the request goes on."""
 STOP_MARGIN = 8
 """Tokens, in addition to one per byte of a stop string, in which the string is looked for."""
 NO_RELOAD = (
@@ -71,6 +73,8 @@ class HTTPRollout(ServerRollout):
         super().__init__(control, handshake, spec, settings, labels)
         self._control, self._protocol, self._abilities = control, protocol, abilities
         self._settings, self._tokenizer, self._reloads = settings, tokenizer, reloads
+        added = [index for index, token in tokenizer.added_tokens_decoder.items() if token.special]
+        self._special_tokens = frozenset([*tokenizer.all_special_ids, *added, *handshake.end_tokens])
         if protocol.max_concurrent is not None:
             self._slots = asyncio.Semaphore(min(settings.max_connections, protocol.max_concurrent))
 
@@ -139,8 +143,10 @@ class HTTPRollout(ServerRollout):
         ends = ending_tokens(call.request, self._handshake.end_tokens)
         request = _remaining(call.request, call.completion)
         left = min(request.sampling.max_tokens, self._spec.max_model_len - len(request.prompt))
+        reason: str | None = None
         async with aclosing(self._protocol.stream(request, left, ends)) as pieces:
             async for piece in pieces:
+                reason = piece.finish_reason
                 for index, token in enumerate(piece.tokens):
                     part.tokens.append(token)
                     part.logprobs += piece.logprobs[index : index + 1]
@@ -149,6 +155,12 @@ class HTTPRollout(ServerRollout):
                         return
         if not part.tokens:
             raise EngineError(f"{self.url} ended the completion of request {request.request_id!r} without any token")
+        if reason in STOPPED and ends and part.tokens[-1] not in self._special_tokens:
+            raise EngineError(
+                f"{self.url} ended the completion of request {request.request_id!r} ({reason}) and did not return the "
+                "token that ends it, so its ids are not all that were sampled; use vLLM, SGLang or "
+                "text-generation-inference"
+            )
 
     def _end(self, call: Call, part: Part, ends: frozenset[int], left: int) -> FinishReason:
         """Return why the completion ends with the last token of ``part``; "abort" if it goes on."""

@@ -25,8 +25,8 @@ class HTTPSettings(ServerClientSettings):
     )
     protocol: Literal["auto", "tgi", "openai"] = Field(
         "auto",
-        description="'tgi' is text-generation-inference, 'openai' is /v1/completions with token ids (vLLM, SGLang, "
-        "llama.cpp); 'auto' asks the server.",
+        description="'tgi' is text-generation-inference, 'openai' is /v1/completions with token ids (vLLM, "
+        "SGLang); 'auto' asks the server.",
     )
     model: str | None = Field(None, description="Name of the model on the servers; null takes the one that they serve.")
     headers: dict[str, str] = Field(

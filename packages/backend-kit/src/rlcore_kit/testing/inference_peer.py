@@ -214,24 +214,25 @@ class TGIPeer(InferencePeer):
 
 
 class OpenAIPeer(InferencePeer):
-    """A peer of vLLM's, SGLang's and llama.cpp's ``/v1/completions``, and of their endpoints that load weights.
+    """A peer of vLLM's and SGLang's ``/v1/completions``, and of their endpoints that load weights.
 
     Attributes:
         name: of the model.
-        logprobs: what the server's log-probs are: "scaled" by the temperature (SGLang), "raw" (vLLM's default,
-            llama.cpp), "filtered" (vLLM with processed_logprobs).
-        ids: how it shows the ids of tokens: in token_ids, in the names of tokens (older vLLM), in "content"
-            (llama.cpp), or not.
+        logprobs: what the server's log-probs are: "scaled" by the temperature (SGLang), "raw" (vLLM's default),
+            "filtered" (vLLM with processed_logprobs).
+        ids: how it shows the ids of tokens: in token_ids, in the names of tokens (older vLLM), or not.
         ignored: fields of requests that it ignores.
         device: on which it says that it computes.
+        hides_ends: it leaves out the token that ends a completion.
     """
 
     generate_paths = ("/v1/completions",)
     name = "peer"
     logprobs: Literal["scaled", "raw", "filtered"] = "scaled"
-    ids: Literal["token_ids", "names", "content", "none"] = "token_ids"
+    ids: Literal["token_ids", "names", "none"] = "token_ids"
     ignored: frozenset[str] = frozenset()
     device = "cuda"
+    hides_ends = False
 
     def answer(self, method: str, path: str, body: dict[str, Any]) -> Answer:
         match method, path:
@@ -280,6 +281,8 @@ class OpenAIPeer(InferencePeer):
             ended = drawn.token in ends
             if ended or count == draw.max_tokens:
                 choice["finish_reason"] = "stop" if ended else "length"
+            if ended and self.hides_ends:
+                choice |= {"text": "", "token_ids": [], "logprobs": None}
             yield {"id": "cmpl-0", "object": "text_completion", "model": self.name, "choices": [choice]}
             if ended:
                 return
@@ -289,9 +292,6 @@ class OpenAIPeer(InferencePeer):
         values, tokens = logits.topk(count)
         best = [(int(token), max(float(value), -9999.0)) for token, value in zip(tokens, values)]
         logprob = drawn.logprob(self.logprobs)
-        if self.ids == "content":
-            top = [{"id": token, "token": "?", "logprob": value} for token, value in best]
-            return {"content": [{"id": drawn.token, "token": "?", "logprob": logprob, "top_logprobs": top}]}
         name = "token_id:{}".format if self.ids == "names" else lambda token: self.model.tokenizer.decode([token])
         return {
             "tokens": [name(drawn.token)],

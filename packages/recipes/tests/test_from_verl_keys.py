@@ -383,6 +383,13 @@ def test_corrections() -> None:
     assert value(found, "actor.old_logprobs") == "rollout"
 
 
+def test_corrections_of_earlier_versions() -> None:
+    found = translated({**GRPO, f"{ACTOR}.tis_imp_ratio_cap": 2})
+    assert value(found, "actor.objective.correction") == {"name": "tis", "cap": 2.0, "level": "token"}
+    found = translated({**GRPO, "algorithm.rollout_is_level": "sequence", "algorithm.rollout_is_threshold": 4})
+    assert value(found, "actor.objective.correction") == {"name": "tis", "cap": 4.0, "level": "sequence"}
+
+
 def test_rewards() -> None:
     assert translated(GRPO).config["reward"] == {"name": "data_source"}
     keys = {"custom_reward_function.path": "r.py", "custom_reward_function.reward_kwargs.scale": 2}

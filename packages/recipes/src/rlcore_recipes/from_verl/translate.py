@@ -71,7 +71,7 @@ def translate(command: VerlCommand) -> Translation:
             found.add(values, assignment.key, joined=given)
     order = {id(a): place for place, a in enumerate(command.assignments)}
     lost.sort(key=lambda u: order.get(id(u.assignment), len(order)))
-    return Translation(verl.recipe, found.nested(), found.comments, tuple(lost), tuple(differences(verl)))
+    return Translation(verl.recipe, found.nested(_order(table)), found.comments, tuple(lost), tuple(differences(verl)))
 
 
 @dataclass
@@ -99,10 +99,15 @@ class _Found:
             if joined is not None:
                 joined.add(name)
 
-    def nested(self) -> dict[str, Any]:
-        """Return the values as in a file."""
+    def nested(self, order: Mapping[str, int]) -> dict[str, Any]:
+        """Return the values as in a file, sections in their usual order and keys by ``order``."""
+
+        def place(name: str) -> tuple[int, int]:
+            section = name.partition(".")[0]
+            return SECTIONS.index(section) if section in SECTIONS else -1, order.get(name, len(order))
+
         tree: dict[str, Any] = {}
-        for name, value in sorted(self.values.items(), key=_place_in_file):
+        for name, value in sorted(self.values.items(), key=lambda item: place(item[0])):
             *sections, last = name.split(".")
             inner = tree
             for section in sections:
@@ -111,9 +116,9 @@ class _Found:
         return tree
 
 
-def _place_in_file(item: tuple[str, Any]) -> int:
-    section = item[0].partition(".")[0]
-    return SECTIONS.index(section) if section in SECTIONS else -1
+def _order(table: Table) -> dict[str, int]:
+    """Return the place of each key of rlcore in the order of ``table``."""
+    return {name: place for place, name in enumerate(dict.fromkeys(n for entry in table for n in entry.ours))}
 
 
 def _settings(ours: tuple[str, ...], converted: Any, name: str, entry: str) -> Mapping[str, Any]:

@@ -190,6 +190,11 @@ KEYS: tuple[Key, ...] = (
     without(f"{ACTOR}.policy_loss.*", "a parameter of a policy loss that rlcore has under another form, or lacks"),
     without(f"{ACTOR}.freeze_vision_tower", "vision models are not supported"),
     without(f"{ACTOR}.num_images_in_input", "vision models are not supported"),
+    *(
+        without(f"{role}.{engine}.*", "the training engines are fsdp and megatron")
+        for role in (ACTOR, REF)
+        for engine in ("veomni", "torchtitan", "automodel", "deepspeed", "mindspeed", "hyperparallel")
+    ),
     without(f"{ACTOR}.qat.*", "quantisation-aware training is not supported"),
     without(f"{ACTOR}.use_rollout_log_probs", "set actor.old_logprobs=rollout"),
     # --- the reference -----------------------------------------------------------------------------------------------

@@ -194,6 +194,14 @@ def rs_part(value: Any, verl: VerlView) -> Several:
     return correction(value, verl)
 
 
+def imp_ratio_cap(value: Any, verl: VerlView) -> Several:
+    """Return the truncated importance weights of verl 0.5, which a positive bound switches on."""
+    cap = float(number(value, "tis_imp_ratio_cap"))
+    if cap <= 0:
+        raise NothingToSet("importance weights are off")
+    return Several({f"{CORRECTION}.name": "tis", f"{CORRECTION}.cap": cap, f"{CORRECTION}.level": "token"})
+
+
 def bypass(value: Any, verl: VerlView) -> str:
     """Return where old log-probs come from."""
     return "rollout" if flag(value) else "recompute"

@@ -82,6 +82,7 @@ def fsdp_keys(section: str, ours: str) -> tuple[Key, ...]:
             old=(f"{section}.mixed_precision.param_dtype",),
         ),
         key(f"{section}.mixed_precision.reduce_dtype", f"{ours}.fsdp.reduce_dtype", only("fsdp", dtype)),
+        already(f"{section}.grad_offload", "gradients are freed after every optimizer step"),
         already(f"{section}.mixed_precision.buffer_dtype", "buffers keep the model's precision"),
         already(f"{section}.forward_prefetch", "FSDP2 gathers the next layer during this one's computation"),
         already(f"{section}.use_orig_params", "FSDP2 keeps the original parameters"),
@@ -125,6 +126,13 @@ def flag_of(value: Any, verl: VerlView) -> bool:
     return flag(value)
 
 
+def target(value: Any, verl: VerlView) -> bool:
+    """Return whether a state is offloaded to host memory, by the name of its target."""
+    if value == "disk":
+        raise NoEquivalent("states are offloaded to host memory, not to disks")
+    return str(value) == "cpu"
+
+
 def sequence_parallel(value: Any, verl: VerlView) -> bool:
     """Return whether norms are divided too; without tensor parallelism there is nothing to divide."""
     if not flag(value) or verl.whole("actor_rollout_ref.actor.megatron.tensor_model_parallel_size") < 2:
@@ -155,6 +163,13 @@ def megatron_keys(section: str, ours: str) -> tuple[Key, ...]:
         key(f"{section}.use_distributed_optimizer", f"{mine}.distributed_optimizer", only("megatron"), default=True),
         key(f"{section}.param_offload", f"{ours}.offload", flag_of, default=False, meaning="between its turns"),
         key(f"{section}.optimizer_offload", f"{mine}.offload_optimizer", only("megatron", flag_of), default=False),
+        key(f"{section}.offload.param.target", f"{ours}.offload", only("megatron", target), meaning="cpu: true"),
+        key(
+            f"{section}.offload.optimizer.target",
+            f"{mine}.offload_optimizer",
+            only("megatron", target),
+            meaning="cpu: true",
+        ),
         key(f"{section}.dtype", f"{mine}.dtype", only("megatron", dtype)),
         key(f"{section}.seed", "seed"),
         key(f"{transformer}.recompute_granularity", f"{mine}.recompute", only("megatron", recompute)),
@@ -171,6 +186,8 @@ def _other_megatron_keys(section: str) -> tuple[Key, ...]:
     """Return the keys for which there is nothing to set, or no equivalent."""
     folders = "models are Hugging Face folders: model.path"
     return (
+        already(f"{section}.offload.grad.target", "gradients are freed after every optimizer step"),
+        without(f"{section}.offload.disk.*", "states are offloaded to host memory, not to disks"),
         already(
             f"{section}.grad_offload", "gradients are freed after every optimizer step, and offload moves the rest"
         ),

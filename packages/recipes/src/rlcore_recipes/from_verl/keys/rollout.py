@@ -301,6 +301,7 @@ KEYS: tuple[Key, ...] = (
     without(f"{ROLLOUT}.qat.*", "quantisation-aware training is not supported"),
     without(f"{ROLLOUT}.disaggregation.*", "prefill and decoding are in one engine"),
     without(f"{ROLLOUT}.quantization_config_file", "the engine quantises by its own argument: rollout.vllm.args"),
+    without(f"{ROLLOUT}.chat_scheduler", TOOLS),
     without(f"{ROLLOUT}.use_fire_sampling", "the temperature is that of every token"),
     without(f"{ROLLOUT}.limit_images", "vision models are not supported"),
     without(f"{ROLLOUT}.moe_load_balance_metrics_interval", "there is no such metric"),

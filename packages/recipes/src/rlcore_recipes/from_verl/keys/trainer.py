@@ -14,7 +14,7 @@ from rlcore_recipes.from_verl.keys.entries import (
     key,
     without,
 )
-from rlcore_recipes.from_verl.values import as_list, whole
+from rlcore_recipes.from_verl.values import as_list, flag, whole
 from rlcore_recipes.from_verl.view import VerlView
 
 TRACKERS = ("console", "wandb", "tensorboard", "swanlab", "mlflow", "trackio")
@@ -114,6 +114,13 @@ def saved(value: Any, verl: VerlView) -> bool:
     if {"model", "optimizer", "extra"} <= set(as_list(value)):
         raise NothingToSet("checkpoints hold model, optimizer and the rest of the state")
     raise NoEquivalent("checkpoints always hold model, optimizer and the rest of the state, so that a run resumes")
+
+
+def previous_removed(value: Any, verl: VerlView) -> int:
+    """Return 1 if verl deletes the previous checkpoint when it saves one."""
+    if not flag(value):
+        raise NothingToSet("trainer.max_actor_ckpt_to_keep decides")
+    return 1
 
 
 def critic_warmup(value: Any, verl: VerlView) -> int:
@@ -219,6 +226,13 @@ KEYS: tuple[Key, ...] = (
         critic_warmup,
         default=0,
         meaning="the policy is updated from this step on, in both",
+    ),
+    key(
+        "trainer.remove_previous_ckpt_in_save",
+        "trainer.keep_checkpoints",
+        previous_removed,
+        default=False,
+        meaning="True: 1",
     ),
     already_if("trainer.val_only", (False,), "the run trains", "evaluate with `rlcore eval`"),
     already("trainer.max_critic_ckpt_to_keep", "one checkpoint holds all models"),

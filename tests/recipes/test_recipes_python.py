@@ -286,6 +286,8 @@ def test_functions_of_modules_are_imported_where_they_run() -> None:
     assert path(json.dumps) == "json:dumps"
     assert path(length) == "inputs/reward.pickle:length"  # the test's module is not in sys.path
     assert path(json.JSONEncoder().encode) == "inputs/reward.pickle:encode"
+    assert path(partial(print, "x")) == "inputs/reward.pickle:print"
+    assert path(eval("lambda solution_str: 0.0", {})) == "inputs/reward.pickle:lambda"  # of no module
     assert path("my_file.py:Scorer.score") == "my_file.py:Scorer.score"
 
 
@@ -333,3 +335,36 @@ def test_cells_of_a_notebook_train(task: Any, tmp_path: Path, monkeypatch: pytes
     assert interrupted[-1].ename == "TrainingInterrupted"
     assert interrupted[-1].evalue == "interrupted after step 1; call rlcore.train again with out_dir='a'"
     assert continued[-1].data["text/plain"] == "(False, 1, True, 2)"
+
+
+CONFIG = "trainer: {save_hf: false, checkpoint_dir: null}\n"
+PLAN = '{"recipe": "grpo", "total_steps": 2}'
+DAMAGED: Mapping[str, tuple[Mapping[str, str], str]] = {
+    "configuration": ({"config.yaml": "seed: 1\n"}, "config.yaml cannot be read: KeyError: 'trainer'"),
+    "plan": ({"plan.json": "[]"}, "plan.json is damaged"),
+    "line of metrics": ({"metrics.jsonl": '{"step": 1}\n3\n'}, "metrics.jsonl, line 2 is damaged"),
+    "metric": ({"metrics.jsonl": '{"step": 1, "loss": "low"}\n'}, "the metrics of the run are damaged"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_damaged_folder_is_named(damage: str, tmp_path: Path) -> None:
+    files, message = DAMAGED[damage]
+    for name, text in {"config.yaml": CONFIG, "plan.json": PLAN, **files}.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(RlcoreError, match=message):
+        rlcore.open_run(tmp_path)
+
+
+def test_run_under_way_is_read(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    (tmp_path / "plan.json").write_text(PLAN)
+    assert rlcore.open_run(tmp_path).metrics.column_names == ["step"]
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "a": 1}\n{"step": 2, "b": null}\n{"step": ')
+    (tmp_path / "tables").mkdir()
+    cells: list[Any] = [1, "two", None, 2**70]
+    (tmp_path / "tables/rollouts.jsonl").write_text("".join(json.dumps({"step": 1, "x": x}) + "\n" for x in cells))
+    run = rlcore.open_run(tmp_path)
+    assert run.metrics.to_pylist() == [{"step": 1, "a": 1.0, "b": None}, {"step": 2, "a": None, "b": None}]
+    assert run.rollouts["x"].to_pylist() == ["1", "two", None, str(2**70)]
+    assert run.complete

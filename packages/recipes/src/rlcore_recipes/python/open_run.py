@@ -21,6 +21,7 @@ from rlcore.training_run import TrainingRun
 from rlcore_recipes.checkpoint.storage import open_storage
 from rlcore_recipes.run.folder import CHECKPOINTS, CONFIG, LARGEST_CONFIG, MODEL, read_plan
 from rlcore_recipes.trackers.jsonl import METRICS, TABLES
+from rlcore_recipes.trackers.parquet import arrow_column
 
 ROLLOUTS = {"train": f"{TABLES}/rollouts.jsonl", "validation": f"{TABLES}/val-generations.jsonl"}
 """Files of the tables of completions, by what `TrainingRun.rollouts` calls the steps that made them."""
@@ -32,21 +33,19 @@ def open_run(out_dir: str | os.PathLike[str]) -> TrainingRun:
     with boundary(f"{folder / CONFIG} cannot be read"):
         if not (folder / CONFIG).is_file():
             raise DataError(f"{folder} holds no run: there is no {CONFIG} in it{similar_paths(folder)}")
-        config, _ = yaml_format.parse(
-            read_regular(folder / CONFIG, LARGEST_CONFIG).decode("utf-8"), str(folder / CONFIG)
-        )
-        trainer = config["trainer"]
+        text = read_regular(folder / CONFIG, LARGEST_CONFIG).decode("utf-8")
+        config, _ = yaml_format.parse(text, str(folder / CONFIG))
+        exports, root = config["trainer"]["save_hf"], config["trainer"]["checkpoint_dir"]
     steps = list(_lines(folder / METRICS))
     rollouts = [{"split": split, **row} for split, name in ROLLOUTS.items() for row in _lines(folder / name)]
     plan, model = read_plan(folder), folder / MODEL
     complete = bool(steps) and plan is not None and steps[-1]["step"] >= plan.total_steps
-    if trainer["save_hf"]:
-        complete = complete and model.is_dir()
+    complete = complete and (model.is_dir() or not exports)
     return TrainingRun(
         out_dir=folder,
         complete=complete,
         model_path=model if complete and model.is_dir() else None,
-        checkpoints=list(_checkpoints(trainer["checkpoint_dir"] or str(folder / CHECKPOINTS))),
+        checkpoints=list(_checkpoints(root or str(folder / CHECKPOINTS))),
         metrics=_metrics_table(steps),
         rollouts=_table(sorted(rollouts, key=itemgetter("step"))),
         config=config,
@@ -84,12 +83,4 @@ def _metrics_table(steps: Sequence[Mapping[str, Any]]) -> pa.Table:
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     names = dict.fromkeys(name for row in rows for name in row)
-    return pa.table({name: _column([row.get(name) for row in rows]) for name in names})
-
-
-def _column(values: Sequence[Any]) -> pa.Array:
-    """Return values of one type; as JSON where rows have different ones."""
-    try:
-        return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
-        return pa.array([None if value is None else json.dumps(value, ensure_ascii=False) for value in values])
+    return pa.table({name: arrow_column([row.get(name) for row in rows]) for name in names})

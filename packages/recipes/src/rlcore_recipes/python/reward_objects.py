@@ -138,7 +138,7 @@ def _numbered(name: str, count: int) -> str:
 
 def _importable(function: Any) -> str | None:
     """Return ``module:name`` of a function that other processes can import; None if they cannot."""
-    if not inspect.isfunction(function) or not _importable_module(function.__module__):
+    if not inspect.isfunction(function) or not _importable_module(function.__module__ or ""):
         return None
     found: Any = sys.modules[function.__module__]
     for part in function.__qualname__.split("."):
@@ -154,7 +154,7 @@ def _importable_module(name: str) -> bool:
     path = sys.modules[parent].__path__ if parent else None
     specs = (finder.find_spec(name, path) for finder in sys.meta_path)  # importlib.util would ask the module itself
     spec = next((spec for spec in specs if spec is not None), None)
-    return spec is not None and spec.origin == getattr(module, "__file__", None)
+    return spec is not None and spec.origin == getattr(module, "__file__", spec.origin)  # built-in ones have no file
 
 
 def _pickled(function: Any, name: str) -> bytes:

@@ -35,7 +35,7 @@ class ParquetTracker(Tracker):
         """Do nothing: metrics are in ``metrics.jsonl``."""
 
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
-        arrays = {title: _array([row[index] for row in rows]) for index, title in enumerate(columns)}
+        arrays = {title: arrow_column([row[index] for row in rows]) for index, title in enumerate(columns)}
         steps = pa.array([step] * len(rows), pa.int64())
         folder = self._folder / name.replace("/", "-")
         folder.mkdir(parents=True, exist_ok=True)
@@ -45,10 +45,15 @@ class ParquetTracker(Tracker):
         os.replace(temporary, path)
 
 
-def _array(cells: Sequence[Any]) -> pa.Array:
+def arrow_column(cells: Sequence[Any]) -> pa.Array:
+    """Return ``cells`` as one column, of text if they are of several types."""
     try:
         return pa.array(cells)
-    except (pa.ArrowException, UnicodeError):  # of several types, of no type of Arrow's, or no valid text
+    except (
+        pa.ArrowException,
+        OverflowError,
+        UnicodeError,
+    ):  # several types, none of Arrow's, or no valid text
         texts = [None if cell is None else str(cell) for cell in cells]
         return pa.array([text and text.encode("utf-8", "backslashreplace").decode() for text in texts], pa.string())
 

@@ -177,4 +177,8 @@ def test_results_of_something_else_are_not_mixed(run: Path, task: Any, tmp_path:
     assert "model.jsonl, line 2 is damaged" in evaluate(model, *config, "seed=1", code=1)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").touch()
-    assert "something else than results" in evaluate(model, *config[:2], "--out", tmp_path / "other", code=1)
+    for taken in (tmp_path / "other", run):
+        for more in ((), ("--overwrite",)):
+            printed = evaluate(model, *config[:2], "--out", taken, *more, code=1)
+            assert "something else than results" in printed
+    assert (run / "metrics.jsonl").is_file()

@@ -20,10 +20,12 @@ from rlcore_recipes.evaluation.run import evaluate
 from rlcore_recipes.export.source import Choice
 from rlcore_recipes.generation.candidates import Candidate, find_candidates
 from rlcore_recipes.generation.from_run import url_keys
-from rlcore_recipes.run.folder import CONFIG, changed_keys
+from rlcore_recipes.run.folder import changed_keys
 from rlcore_recipes.settings.evaluation import EvalConfig
 
 RESULTS = "results.json"
+CONFIG = "evaluation.yaml"
+"""The configuration; a folder without it, such as that of a run, holds no results."""
 _MAY_CHANGE = ("report.", "controller.", "data.val_batch_size", "model.", "reward.workers")
 """Keys that do not change completions and their scores, or are compared otherwise."""
 

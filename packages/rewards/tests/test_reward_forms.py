@@ -48,7 +48,7 @@ def test_plain_prompts_reach_trl_functions_as_text(loaded: Callable[..., Score])
         "def f(prompts, completions, completion_ids, solution, level, **kwargs):\n"
         "    assert (prompts, completions, completion_ids) == (['6 * 7?'], ['it is 42'], [[5, 6, 1]])\n"
         "    assert kwargs['ground_truth'] == ['42'] and kwargs['data_source'] == ['sums']\n"
-        "    assert kwargs['trainer_state'] is None\n"
+        "    assert kwargs['trainer_state'] is None and kwargs['extra_info'] == [{'solution': '42', 'level': 3}]\n"
         "    return [float(right in text) for text, right in zip(completions, solution)]"
     )
     assert score(TEXT) == RewardResult(1.0)

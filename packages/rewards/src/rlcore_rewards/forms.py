@@ -137,6 +137,7 @@ def _trl(sample: RewardSample, wanted: Callable[[str], bool], needed: list[str])
     columns = {
         "data_source": sample.data_source,
         "ground_truth": sample.ground_truth,
+        "extra_info": _extra_info(sample.extra),
         **sample.extra,
         "prompts": sample.prompt if text is None else text,
         "completions": chat if text is None else sample.completion,

@@ -151,6 +151,13 @@ def test_values_that_a_shipped_configuration_refuses(override: str, message: str
     assert len(str(raised.value)) < 1000
 
 
+@pytest.mark.parametrize("key", ["trainer.log_rollouts", "trainer.log_val_generations"])
+def test_sft_refuses_keys_about_completions(key: str) -> None:
+    plugin = plugins.get("rlcore.recipes", "sft")
+    with pytest.raises(ConfigError, match=key):
+        load_config(plugin.config_class(), next(iter(plugin.ready_made().values())), [f"{key}=3"])
+
+
 def test_every_package_that_a_configuration_needs_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rlcore.packages.find_spec", lambda module: None)
     plugin = plugins.get("rlcore.recipes", "grpo")

@@ -45,6 +45,8 @@ class SFTConfig(Config):
             yield "trainer.test_freq", f"is {self.trainer.test_freq}, but data.val_files is empty"
         if self.trainer.log_val_generations:
             yield "trainer.log_val_generations", "sft validates by the loss and generates nothing; set it to 0"
+        if self.trainer.log_rollouts:
+            yield "trainer.log_rollouts", "sft has no rollouts; set it to 0"
         yield from unused(self.controller, self.roles)
 
     @property

@@ -236,7 +236,7 @@ KEYS: tuple[Key, ...] = (
     ),
     already_if("trainer.val_only", (False,), "the run trains", "evaluate with `rlcore eval`"),
     already("trainer.max_critic_ckpt_to_keep", "one checkpoint holds all models"),
-    without("trainer.rollout_data_dir", "rollouts are written by trackers"),
+    without("trainer.rollout_data_dir", "trainer.log_rollouts=-1, with the tracker parquet for files"),
     without("trainer.validation_data_dir", "completions of validation are logged: trainer.log_val_generations"),
     without("trainer.n_env_gpus_per_node", "an environment is a role of rlcore-agents"),
     without(

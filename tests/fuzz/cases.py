@@ -28,6 +28,31 @@ SFT: dict[str, Any] = {
     "data": {"train_files": ["train.jsonl"], "train_batch_size": 2, "max_length": 64},
     "trainer": {"out_dir": "run", "trackers": ["jsonl"], "total_steps": 1, "save_freq": 1, "async_save": False},
 }
+VERL: dict[str, Any] = {
+    "defaults": ["ppo_trainer", "_self_"],
+    "algorithm": {"adv_estimator": "grpo"},
+    "data": {"train_files": ["train.parquet"], "val_files": "test.parquet", "train_batch_size": 2},
+    "actor_rollout_ref": {
+        "model": {"path": "model"},
+        "actor": {"optim": {"lr": 1e-6}, "ppo_mini_batch_size": "${data.train_batch_size}"},
+        "rollout": {"name": "hf", "n": 2},
+    },
+    "trainer": {"logger": ["console"], "total_epochs": 1},
+}
+SCRIPT = """#!/bin/bash
+set -x
+MODEL=${MODEL:-model}  # a folder
+LENGTH=$((1024 * 2))
+DATA=(
+    data.train_files="['train.parquet']"
+    data.val_files=test.parquet
+    data.max_prompt_length=$LENGTH
+)
+if [ -n "$MODEL" ]; then EXTRA=trainer.logger=['console']; fi
+python3 -m verl.trainer.main_ppo "${DATA[@]}" algorithm.adv_estimator=grpo \\
+    actor_rollout_ref.model.path=$MODEL actor_rollout_ref.rollout.name=hf actor_rollout_ref.rollout.n=2 \\
+    $EXTRA "$@" 2>&1 | tee log_$(date +%s).txt
+"""
 GRPO: dict[str, Any] = {
     "model": {"path": "model"},
     "data": {
@@ -60,6 +85,8 @@ COMMANDS = {
         *["data.max_response_length=4", "data.max_prompt_length=48", "rollout.n=2", "reward.workers=1"],
         *["trainer.out_dir=new", "trainer.trackers=[jsonl]"],
     ],
+    "translate a script": ["from-verl", "run.sh", "--check"],
+    "translate verl's YAML": ["from-verl", "verl.yaml", "--check"],
     "validate": ["config", "validate", "grpo", "--config", "grpo.yaml"],
 }
 
@@ -139,6 +166,8 @@ TARGETS = [
     Target("train.json.gz", "train on compressed JSON", "text", refused="cut|twice"),
     Target("grpo.yaml", "validate", "yaml"),
     Target("grpo.yaml", "train as configured", "yaml"),
+    Target("run.sh", "translate a script", "text"),
+    Target("verl.yaml", "translate verl's YAML", "yaml"),
 ]
 
 
@@ -169,6 +198,8 @@ def make_base(folder: Path, commands: Commands) -> None:
     (folder / "train.csv").write_text("prompt,ground_truth\n" + "".join(f'"say {n}",x\n' for n in range(4)))
     for name, values in (("sft", SFT), ("grpo", GRPO)):
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
+    (folder / "run.sh").write_text(SCRIPT)
+    (folder / "verl.yaml").write_text(yaml.safe_dump(VERL))
     ended = commands.run(["run", "sft", "--config", "sft.yaml"], folder)
     assert ended.code == 0, ended.output
     assert (folder / STEP / "manifest.json").is_file()

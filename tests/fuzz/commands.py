@@ -27,6 +27,7 @@ _PRELOAD = [
     "rlcore.cli.main",
     "rlcore.cli.run",
     "rlcore.cli.config",
+    "rlcore_recipes.from_verl.command",
 ]
 
 

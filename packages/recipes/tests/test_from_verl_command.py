@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,15 @@ def test_a_command_may_stand_after_dashes_or_alone() -> None:
     command = ["python3", *words.partition(' "$@"')[0].split()]
     assert run("--", *command).exit_code == 0
     assert run(*command).stdout == run("--", *command).stdout
+
+
+@pytest.mark.parametrize("value", ["many", "inf", "nan", "1.5", "[1]", "null"])
+def test_a_value_that_is_no_whole_number_names_the_key_and_its_line(script: Path, value: str) -> None:
+    for key, line in (("data.train_batch_size", 8), ("trainer.n_gpus_per_node", 15)):
+        script.write_text(re.sub(rf"{key}=\S+", f"{key}={value}", SCRIPT))
+        result = run("run.sh", "--env", "DATA=/data")
+        assert result.exit_code == 1
+        assert f"run.sh:{line}: {key}" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,15 @@ def test_made_up_words_are_expanded_as_bash_expands_them(tmp_path: Path, program
         (f"[ $# -lt 2 ] && exit 1\n{VERL} a=1", "no command of verl is run, .*; it ends at run.sh:1"),
         (f"{VERL} a=1\n{VERL} a=2", r"runs verl 2 times \(run.sh:1, run.sh:2\); give one of the commands after --"),
         (f"while true; do A=1; done\n{VERL} a=$A", "the loop repeats more than 1000 times"),
+        (f"A=x; for i in a b c d e f g h i j k l m n o p q r; do A=$A$A; done\n{VERL} a=$A", "run.sh:1: A is too long"),
+        (
+            f"A=(x); for i in $(echo {'i ' * 20}); do A+=(${{A[@]}}); done\n{VERL} a=$A",
+            "run.sh:1: A has too many words",
+        ),
+        (
+            f"W='{'i ' * 100}'; for i in $W; do for j in $W; do for k in $W; do :; done; done; done\n{VERL} a=1",
+            "the script runs more than 20000 statements",
+        ),
         (f"f() {{ f; }}\nf\n{VERL} a=1", "statements are nested too deeply"),
     ],
 )

@@ -67,7 +67,7 @@ def from_verl(
     if source is None and not words:
         raise click.UsageError("give a script, a YAML file, or -- and verl's command", ctx)
     command = read_source(source, words, {**os.environ, **_environment(variables)})
-    translation = translate(command)
+    translation = _translated(command)
     prints = not (check or runs or out)
     if prints:
         click.echo(as_yaml(translation, _words(command, source)), nl=False)
@@ -90,6 +90,20 @@ def _environment(variables: tuple[str, ...]) -> dict[str, str]:
         if not (equals and re.fullmatch(r"[A-Za-z_]\w*", name)):
             raise ConfigError(f"--env {name}: write NAME=VALUE")
     return {name: value for name, _, value in pairs}
+
+
+def _translated(command: VerlCommand) -> Translation:
+    """Translate ``command``; an error names the place of the key that it begins with.
+
+    Raises:
+        ConfigError: the command trains nothing, or a value is none that verl takes.
+    """
+    try:
+        return translate(command)
+    except ConfigError as error:
+        places = {assignment.key: assignment.place for assignment in command.assignments}
+        place = places.get(str(error).partition(":")[0])
+        raise ConfigError(f"{place}: {error}" if place else str(error)) from None
 
 
 def _validated(command: VerlCommand, translation: Translation) -> Config:

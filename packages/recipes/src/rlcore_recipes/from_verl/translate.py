@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any
 
+from rlcore.errors import ConfigError
 from rlcore_recipes.from_verl.assignment import Assignment, Translation, Untranslated, VerlCommand
 from rlcore_recipes.from_verl.differences import differences, fixed_settings
 from rlcore_recipes.from_verl.keys.entries import NoEquivalent, NothingToSet, Several
@@ -67,6 +68,8 @@ def translate(command: VerlCommand) -> Translation:
             lost.append(Untranslated(assignment, f"{NOTHING_TO_SET}: {reason}", understood=True))
         except NoEquivalent as reason:
             lost.append(Untranslated(assignment, str(reason), understood=True))
+        except ConfigError as error:
+            raise ConfigError(str(error) if name in str(error) else f"{name}: {error}") from None
         else:
             found.add(values, assignment.key, joined=given)
     order = {id(a): place for place, a in enumerate(command.assignments)}

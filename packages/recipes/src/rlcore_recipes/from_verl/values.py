@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
 from typing import Any
 
@@ -29,7 +30,7 @@ def whole(value: Any, name: str) -> int:
         ConfigError: it is not.
     """
     found = number(value, name)
-    if found != int(found):
+    if not math.isfinite(found) or found != int(found):
         raise ConfigError(f"{name}: {value!r} is not a whole number")
     return int(found)
 

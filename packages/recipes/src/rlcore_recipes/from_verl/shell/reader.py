@@ -36,6 +36,7 @@ from rlcore_recipes.from_verl.word import Unknown, Word
 
 _MOST_REPEATS = 1000
 _DEEPEST = 100
+_MOST_STATEMENTS = 20_000
 _STRAY = re.compile(r"[+~]{0,2}[A-Za-z_]\w*(\.\w+)+=")
 
 
@@ -48,6 +49,7 @@ class Reader:
     others: list[str] = field(default_factory=list)
     reason: Unknown | None = None  # why the status of the last statement is not known
     depth: int = 0
+    statements: int = 0
 
     def read(self, source: Source) -> str | None:
         """Read all of ``source``; return where it exits, None if it runs to its end."""
@@ -67,7 +69,10 @@ class Reader:
     def run(self, node: Node, source: Source) -> bool | None:
         """Read one statement; return whether it succeeds, None if only running it would tell."""
         self.depth += 1
+        self.statements += 1
         try:
+            if self.statements > _MOST_STATEMENTS:
+                raise ConfigError(f"{source.place(node)}: the script runs more than {_MOST_STATEMENTS} statements")
             if self.depth > _DEEPEST:
                 raise ConfigError(f"{source.place(node)}: statements are nested too deeply")
             return self._statement(node, source)

@@ -1,15 +1,19 @@
 """Clients of inference servers: timeouts that exclude pauses, aborts, labels of weights, the shared rollout engine."""
 
 import asyncio
+import json
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
 
 from rlcore.engines import Completion, GenerationRequest, ModelSettings, RolloutSpec, SamplingParams
-from rlcore.errors import WorkerError
+from rlcore.errors import EngineError, WorkerError
 from rlcore_kit.serving import calls as calls_module
 from rlcore_kit.serving.calls import Calls
+from rlcore_kit.serving.connection import Overloaded
 from rlcore_kit.serving.handshake import Handshake
 from rlcore_kit.serving.pause_clock import PauseClock
 from rlcore_kit.serving.server_api import ServerAPI
@@ -265,3 +269,52 @@ def test_a_failed_update_leaves_the_server_paused_with_a_label_of_no_version(ech
     echo.failure = None
     echo.update_weights([], 2)
     assert echo.api.actions[-1] == "resume"
+
+
+# --- streams ---------------------------------------------------------------------------------------------------------
+
+
+class Events(BaseHTTPRequestHandler):
+    """Answers with the status that the body names, or streams two events and a comment."""
+
+    def do_POST(self):
+        wanted = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.send_response(wanted["status"])
+        self.send_header("retry-after", "1.5")
+        self.end_headers()
+        self.wfile.write(b'data: {"token": 1}\n\n: kept alive\n\ndata:{"token": 2}\n\n' + wanted["end"].encode())
+
+    def log_message(self, *_):
+        return
+
+
+@pytest.fixture
+def connection():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Events)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    opened = open_connection(f"http://127.0.0.1:{server.server_address[1]}", ServerClientSettings(), None, {"X-A": "b"})
+    yield opened
+    opened.close()
+    server.shutdown()
+    server.server_close()
+
+
+def events_of(connection, status=200, end="data: [DONE]\n\n"):
+    async def read():
+        return [event async for event in connection.events("/stream", "count", body={"status": status, "end": end})]
+
+    return connection.wait_for(read(), "count")
+
+
+def test_a_stream_is_its_events(connection):
+    assert events_of(connection) == [{"token": 1}, {"token": 2}]
+
+
+def test_failures_of_a_stream(connection):
+    with pytest.raises(WorkerError, match="sent an event that is not JSON when asked to count: ' nonsense'"):
+        events_of(connection, end="data: nonsense\n\n")
+    with pytest.raises(EngineError, match="refuses to count"):
+        events_of(connection, status=422)
+    with pytest.raises(Overloaded) as overloaded:
+        events_of(connection, status=429)
+    assert overloaded.value.retry_after_s == 1.5

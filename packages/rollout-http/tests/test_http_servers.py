@@ -203,6 +203,14 @@ def test_text_generation_inference_has_no_min_p(tgi, engine_over):
         engine_over(tgi).generate_batch([request(min_p=0.1)])
 
 
+def test_generation_settings_of_the_model_do_not_apply(openai, engine_over):
+    openai.defaults = {"top_k": 1, "min_p": 1.0, "temperature": 0.1, "top_p": 0.1, "repetition_penalty": 1.1}
+    (completion,) = engine_over(openai).generate_batch([request()])
+    assert len(set(openai.defaults) - set(openai.asked[-1][1])) == 0
+    openai.defaults = {}
+    assert engine_over(openai).generate_batch([request()])[0].tokens == completion.tokens
+
+
 def test_ignored_seeds_are_a_warning(openai, engine_over, caplog):
     openai.ignored = frozenset({"seed"})
     with caplog.at_level(logging.WARNING):

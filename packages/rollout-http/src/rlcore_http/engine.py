@@ -91,6 +91,8 @@ def choose_protocol(connection: Connection, settings: HTTPSettings, tokenizer: A
             try:
                 answer = connection.ask("GET", path, "describe its model")
             except EngineError as error:
+                if "(401" in str(error):
+                    raise
                 failures.append(str(error))
                 continue
             if isinstance(answer, dict) and ("model_id" if name == "tgi" else "data") in answer:

@@ -18,6 +18,8 @@ from rlcore_kit.serving.handshake import check_length, check_same_model
 
 TOKEN_ID = "token_id:"
 """Prefix of a token's id in place of its text (vLLM)."""
+NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+"""Sent in every request, as are top-k and min-p: servers take what is not sent from the model's generation settings."""
 
 
 class OpenAICompletions(ServerProtocol):
@@ -58,6 +60,9 @@ class OpenAICompletions(ServerProtocol):
             "max_tokens": max_tokens,
             "temperature": wanted.temperature,
             "top_p": wanted.top_p,
+            "top_k": wanted.top_k or -1,
+            "min_p": wanted.min_p,
+            **NEUTRAL,
             "stream": True,
             "logprobs": best,
             "return_token_ids": True,
@@ -67,10 +72,6 @@ class OpenAICompletions(ServerProtocol):
         }
         if wanted.seed is not None:
             body["seed"] = wanted.seed % SEEDS
-        if wanted.top_k:
-            body["top_k"] = wanted.top_k
-        if wanted.min_p:
-            body["min_p"] = wanted.min_p
         return {**body, **self.request_fields}
 
     def read(self, event: Any, request: GenerationRequest) -> Piece:

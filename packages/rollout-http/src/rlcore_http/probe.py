@@ -33,12 +33,12 @@ async def probe(protocol: ServerProtocol, prompt: list[int]) -> Abilities:
         _sample(protocol, prompt, seed=1),
         _sample(protocol, prompt, seed=1, temperature=2.0),
         _sample(protocol, prompt, temperature=0.0),
-        _sample(protocol, prompt, seed=1, top_k=1),
-        _sample(protocol, prompt, seed=1, min_p=1.0),
+        _sample(protocol, prompt, seed=1, temperature=2.0, top_k=1),
+        _sample(protocol, prompt, seed=1, temperature=2.0, min_p=1.0),
     )
     abilities = Abilities(
         scaled_logprobs=not _same(plain[2], hot[2]),
-        logprobs_before_filters=not best[1] or abs(best[1][0] - greedy[1][0]) <= TOLERANCE,
+        logprobs_before_filters=abs(best[1][0] - max(hot[2].values(), default=0.0)) <= TOLERANCE,
         seeds=plain[0] == again[0],
         top_k=best[0] == greedy[0],
         min_p=likely[0] == greedy[0],

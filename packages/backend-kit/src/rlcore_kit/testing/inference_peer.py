@@ -12,8 +12,10 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from rlcore_kit.testing.peer_model import Draw, Drawn, PeerModel
@@ -223,6 +225,7 @@ class OpenAIPeer(InferencePeer):
         ids: how it shows the ids of tokens: in token_ids, in the names of tokens (older vLLM), or not.
         ignored: fields of requests that it ignores.
         device: on which it says that it computes.
+        defaults: fields for requests that do not have them, as of the model's generation settings.
         hides_ends: it leaves out the token that ends a completion.
     """
 
@@ -232,6 +235,7 @@ class OpenAIPeer(InferencePeer):
     ids: Literal["token_ids", "names", "none"] = "token_ids"
     ignored: frozenset[str] = frozenset()
     device = "cuda"
+    defaults: Mapping[str, Any] = MappingProxyType({})
     hides_ends = False
 
     def answer(self, method: str, path: str, body: dict[str, Any]) -> Answer:
@@ -255,7 +259,7 @@ class OpenAIPeer(InferencePeer):
         return super().answer(method, path, body)
 
     def _complete(self, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        body = {name: value for name, value in body.items() if name not in self.ignored}
+        body = {**self.defaults, **{name: value for name, value in body.items() if name not in self.ignored}}
         prompt, longest = list(body["prompt"]), self.model.config.max_position_embeddings
         if body["model"] != self.name:
             raise Refusal(404, {"error": {"message": f"The model `{body['model']}` does not exist."}})
@@ -263,6 +267,7 @@ class OpenAIPeer(InferencePeer):
             raise Refusal(400, {"error": {"message": f"This model's maximum context length is {longest} tokens."}})
         names = ("max_tokens", "temperature", "top_k", "top_p", "min_p")
         draw = Draw(**{name: body[name] for name in names if name in body}, seed=_seed(body))
+        draw = replace(draw, top_k=max(draw.top_k, 0))
         return self._events(body, prompt, draw)
 
     def _events(self, body: Mapping[str, Any], prompt: list[int], draw: Draw) -> Iterator[dict[str, Any]]:

@@ -17,8 +17,8 @@ class Argument:
     """What an argument means to the configuration, and the files that it needs.
 
     Attributes:
-        values: values by dotted key, as functions of the folder of the run's inputs.
-        files: writes a file each, by its name in that folder.
+        values: takes the folder of the run's inputs and returns values by dotted key.
+        files: by its name in that folder, what writes each file to a path.
     """
 
     values: Callable[[Path], Mapping[str, Any]]

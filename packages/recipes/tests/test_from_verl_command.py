@@ -106,6 +106,7 @@ def test_a_value_that_is_no_whole_number_names_the_key_and_its_line(script: Path
     ("arguments", "code", "message"),
     [
         ([], 2, "give a script, a YAML file, or -- and verl's command"),
+        (["run.sh", "--check", "--run"], 2, "--check runs nothing; leave --run out"),
         (["no.sh"], 1, "no.sh: no such script"),
         (["rum.sh"], 1, "rum.sh: no such script; did you mean run.sh"),
         (["no.yaml"], 1, "no.yaml: no such file"),

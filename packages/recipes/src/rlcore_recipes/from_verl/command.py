@@ -66,6 +66,8 @@ def from_verl(
     words: tuple[str, ...] = ctx.obj
     if source is None and not words:
         raise click.UsageError("give a script, a YAML file, or -- and verl's command", ctx)
+    if check and runs:
+        raise click.UsageError("--check runs nothing; leave --run out", ctx)
     command = read_source(source, words, {**os.environ, **_environment(variables)})
     translation = _translated(command)
     prints = not (check or runs or out)

@@ -30,7 +30,7 @@ from click.testing import CliRunner
 
 from rlcore import plugins
 from rlcore.cli import recipes
-from rlcore.cli.main import cli
+from rlcore.cli.command_tree import cli
 from rlcore.config import validate_config
 from rlcore.config.keys import sections
 from rlcore.engines import RolloutEngine, RolloutSpec

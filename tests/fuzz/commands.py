@@ -24,7 +24,7 @@ _PRELOAD = [
     "rlcore_rewards.pool",
     "rlcore_recipes.grpo",
     "rlcore_recipes.sft",
-    "rlcore.cli.main",
+    "rlcore.cli.command_tree",
     "rlcore.cli.run",
     "rlcore.cli.config",
     "rlcore_recipes.from_verl.command",
@@ -86,7 +86,7 @@ class Commands:
 def _command(arguments: list[str], folder: str, output: str) -> None:
     import sys
 
-    from rlcore.cli.main import cli
+    from rlcore.cli.command_tree import cli
 
     os.setsid()
     os.chdir(folder)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from rlcore.cli.main import cli
+from rlcore.cli.command_tree import cli
 from rlcore_kit.serving.ports import unused_port
 from rlcore_kit.testing.forks import Forked, ForkServer
 from rlcore_kit.testing.tiny_model import tiny_model

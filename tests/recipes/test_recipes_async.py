@@ -15,7 +15,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from rlcore.cli.main import cli
+from rlcore.cli.command_tree import cli
 from rlcore.errors import RlcoreWarning
 
 WAIT_S = 240.0

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from rlcore.cli.main import cli
+from rlcore.cli.command_tree import cli
 from rlcore_kit.testing.tiny_model import tiny_model
 
 REWARD = """

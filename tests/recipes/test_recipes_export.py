@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlcore import plugins
-from rlcore.cli.main import cli
+from rlcore.cli.command_tree import cli
 from rlcore.engines import ModelSettings, TrainEngineSpec
 from rlcore.errors import EngineError
 from rlcore_fsdp.engine import build

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from rlcore.cli.main import cli
+from rlcore.cli.command_tree import cli
 
 PPO = """python3 -m verl.trainer.main_ppo data.train_files=$HOME/data/gsm8k/train.parquet
 data.val_files=$HOME/data/gsm8k/test.parquet data.train_batch_size=256 data.val_batch_size=1312

@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlcore.cli.main import cli
+from rlcore.cli.command_tree import cli
 from rlcore_kit.testing.inference_peer import OpenAIPeer
 
 SFT = dict.fromkeys(

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rlcore.cli.main import cli
+from rlcore.cli.command_tree import cli
 from rlcore.errors import RlcoreWarning
 
 BASE = {"trainer.save_hf": True, "actor.optim.lr": 1e-3, "data.train_batch_size": 12}

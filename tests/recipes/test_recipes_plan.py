@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from rlcore.cli.main import cli
+from rlcore.cli.command_tree import cli
 
 APART = {
     "controller.kind": "ray",
@@ -123,7 +123,7 @@ def test_placements_that_cannot_be_meant_are_refused(
 
 def test_nothing_is_started_or_imported(task: Any, tmp_path: Path) -> None:
     script = (
-        "import sys; from rlcore.cli.main import cli; cli.main(sys.argv[1:], standalone_mode=False); "
+        "import sys; from rlcore.cli.command_tree import cli; cli.main(sys.argv[1:], standalone_mode=False); "
         "print(sorted({'ray', 'torch'} & set(sys.modules)))"
     )
     changes = {**APART, "controller.placement": {"actor": "train", "rollout": "gen"}}

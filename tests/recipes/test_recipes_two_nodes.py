@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from rlcore.cli.main import cli
+from rlcore.cli.command_tree import cli
 from rlcore_ray import cluster
 
 pytestmark = pytest.mark.slow

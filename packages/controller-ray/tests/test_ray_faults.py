@@ -20,7 +20,7 @@ import torch.distributed as dist
 from click.testing import CliRunner
 
 from rlcore import Batch, Jagged
-from rlcore.cli.main import _OWN, cli
+from rlcore.cli.command_tree import _OWN, cli
 from rlcore.controller import Dispatch, dispatch
 from rlcore.controller.placement import ResourcePool
 from rlcore.errors import EngineError, WorkerDied, WorkerError

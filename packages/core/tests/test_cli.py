@@ -9,7 +9,7 @@ import yaml
 from click.testing import CliRunner, Result
 
 import rlcore
-from rlcore.cli.main import cli
+from rlcore.cli.command_tree import cli
 
 RECIPE = """
 import os, signal, sys, time, warnings

@@ -20,12 +20,12 @@ def modules_after(statement: str) -> set[str]:
         "import rlcore.config, rlcore.plugins, rlcore.config.registry, rlcore.errors, rlcore.tracking",
         "from rlcore.engines.settings import ModelSettings",
         "from rlcore.engines import Reward, RewardSettings",
-        "from rlcore.cli.main import cli",
-        "from click.testing import CliRunner; from rlcore.cli.main import cli\n"
+        "from rlcore.cli.command_tree import cli",
+        "from click.testing import CliRunner; from rlcore.cli.command_tree import cli\n"
         "assert CliRunner().invoke(cli, ['--help']).exit_code == 0",
-        "from click.testing import CliRunner; from rlcore.cli.main import cli\n"
+        "from click.testing import CliRunner; from rlcore.cli.command_tree import cli\n"
         "assert CliRunner().invoke(cli, ['config', 'validate', 'grpo', '-c', 'gone.yaml']).exit_code == 1",
-        "from click.testing import CliRunner; from rlcore.cli.main import cli\n"
+        "from click.testing import CliRunner; from rlcore.cli.command_tree import cli\n"
         "assert CliRunner().invoke(cli, ['run']).exit_code == 0",
     ],
 )

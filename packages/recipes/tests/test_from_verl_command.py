@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 
 from rlcore import plugins
 from rlcore.cli import recipes
-from rlcore.cli.main import cli
+from rlcore.cli.command_tree import cli
 from rlcore_recipes.from_verl.assignment import Assignment, Translation, Untranslated
 from rlcore_recipes.from_verl.output import MOST_IN_FULL, WIDTH, as_yaml, report
 

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 from datasets import Dataset, DatasetDict
 
-from rlcore.cli.main import cli
+from rlcore.cli.command_tree import cli
 from rlcore.errors import ConfigError, DataError
 from rlcore_recipes.data.command import data
 from rlcore_recipes.data.prepare import write_splits

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script; ends the process."""
-    from rlcore.cli.main import cli
+    from rlcore.cli.command_tree import cli
 
     cli.main(arguments, prog_name="rlcore")
 

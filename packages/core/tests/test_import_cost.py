@@ -1,6 +1,6 @@
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -33,10 +33,11 @@ def test_loads_nothing_heavy(statement):
     assert not modules_after(statement) & HEAVY
 
 
-def test_import_takes_less_than_half_a_second():
+def test_import_takes_less_than_half_a_second_of_cpu_time():
     def seconds() -> float:
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-c", "import rlcore"], check=True, timeout=60)
-        return time.perf_counter() - start
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    assert min(seconds() for _ in range(3)) < 0.5  # interpreter start included; the best of three, as machines are busy
+    assert min(seconds() for _ in range(3)) < 0.5  # interpreter start included

@@ -98,8 +98,9 @@ def test_each_key_ends_in_exactly_one_place(entry: str) -> None:
 
 
 def test_keys_below_a_section_are_known_too() -> None:
-    found = translated({**GRPO, f"{ACTOR}.profiler.tool_config.npu.level": "level1"})
-    assert "trace=true" in reason(found, f"{ACTOR}.profiler.tool_config.npu.level")
+    level = f"{ACTOR}.profiler.tool_config.npu.level"
+    assert "trace=true" in reason(translated({**GRPO, f"{ACTOR}.profiler.enable": True, level: "level1"}), level)
+    assert "profiler.enable=null" in reason(translated({**GRPO, level: "level1"}), level)
     assert all(name.endswith(ANY) or "*" not in name for name in reinforcement_table().names)
 
 

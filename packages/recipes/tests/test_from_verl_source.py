@@ -179,3 +179,10 @@ def test_a_script_starts_verl_in_its_folder_with_its_variables(tmp_path: Path) -
         f'cd {tmp_path}\nexport DATA=/data\n{" ".join(PPO)} --config-dir=config --config-name=mine "$@"\n',
     )
     assert values(read_source(script, ("data.n=2",), {})) == {"data.path": "/data/x", "data.n": 2}
+
+
+def test_a_reference_in_a_value_begins_where_the_value_stands(tmp_path: Path) -> None:
+    """``${.a}`` at ``x.b`` is ``x.a``, also for a key elsewhere that refers to ``x.b``; ``???`` is no value."""
+    text = "x:\n  a: 7\n  b: ${.a}\n  c: ???\ny:\n  n: ${x.b}\n  m: ${oc.select:x.b,1}\n"
+    file = write(tmp_path / "mine.yaml", text)
+    assert values(read_source(file, (), {})) == {"x.a": 7, "x.b": 7, "y.n": 7, "y.m": 7}

@@ -136,7 +136,7 @@ def _leaves(value: Any, path: tuple[str, ...], places: Mapping[yaml_format.KeyPa
     if isinstance(value, dict) and value:
         for key, inner in value.items():
             yield from _leaves(inner, (*path, key), places)
-    elif path and path[-1] != "_target_":  # the class of verl that holds the section
+    elif path and path[-1] != "_target_" and value != "???":  # the section's class in verl; a value still to be given
         yield Assignment(".".join(path), value, "", places.get(path, "YAML"))
 
 

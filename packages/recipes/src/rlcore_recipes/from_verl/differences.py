@@ -41,7 +41,7 @@ def differences(verl: VerlView) -> Iterator[str]:
 
 
 def _sizes(verl: VerlView) -> Iterator[str]:
-    if verl.given("trainer.total_training_steps") and verl.given("trainer.total_epochs"):
+    if verl.get("trainer.total_training_steps") is not None and verl.given("trainer.total_epochs"):
         yield (
             "verl ends at trainer.total_training_steps or after trainer.total_epochs, whichever is first; "
             "trainer.total_steps alone decides here"
@@ -56,8 +56,13 @@ def _sizes(verl: VerlView) -> Iterator[str]:
             f"the remaining {batch % mini} prompts as a smaller mini-batch, later versions stop at the first update. "
             f"rlcore refuses it: the nearest valid values of actor.mini_batch_size are {' and '.join(map(str, near))}"
         )
-    scheduled = ("lr_warmup_steps", "lr_warmup_steps_ratio", "lr_scheduler_type")
-    if verl.updates() > 1 and any(verl.given(f"{ACTOR}.optim.{name}") for name in scheduled):
+    constant = {
+        "lr_warmup_steps": (None, -1, 0),
+        "lr_warmup_steps_ratio": (None, 0),
+        "lr_scheduler_type": ("constant",),
+    }
+    changes = any(verl.get(f"{ACTOR}.optim.{name}") not in values for name, values in constant.items())
+    if changes and verl.updates() > 1:
         yield (
             f"a step makes {verl.updates()} optimizer steps: verl changes the learning rate once a step, rlcore at "
             "every optimizer step"

@@ -60,16 +60,18 @@ class _Resolver:
         if isinstance(value, dict):
             return {name: self.resolve(item, f"{key}.{name}", depth) for name, item in value.items()}
         while isinstance(value, str) and (found := _INNERMOST.search(value)):
-            inner = self.resolve(self._referred(found[1].strip(), key), key, depth + 1)
+            inner = self.resolve(self._referred(found[1].strip(), key, depth), key, depth + 1)
             if found[0] == value:
                 return inner
             value = value[: found.start()] + _text(inner) + value[found.end() :]
         return value
 
-    def _referred(self, reference: str, key: str) -> Any:
+    def _referred(self, reference: str, key: str, depth: int) -> Any:
+        """Return what ``reference`` at ``key`` refers to; relative references in that begin at its own place."""
         name, colon, argument = reference.partition(":")
         if not colon:
-            return self._value(_absolute(reference, key), f"${{{reference}}}")
+            target = _absolute(reference, key)
+            return self.resolve(self._value(target, f"${{{reference}}}"), target, depth + 1)
         first, comma, default = argument.partition(",")
         if name in ("oc.env", "env"):
             if first.strip() in self.environment:
@@ -83,11 +85,9 @@ class _Resolver:
             raise self.error(f"the variable {first.strip()} is not set; give --env {first.strip()}=VALUE")
         if name == "oc.select":
             target = _absolute(first.strip(), key)
-            return (
-                self._value(target, f"${{{reference}}}")
-                if self._given(target)
-                else (parse_value(default, self.assignment.place) if comma else None)
-            )
+            if self._given(target):
+                return self.resolve(self._value(target, f"${{{reference}}}"), target, depth + 1)
+            return parse_value(default, self.assignment.place) if comma else None
         raise self.error(f"${{{reference}}} cannot be computed here; write its value")
 
     def _given(self, key: str) -> bool:

@@ -59,6 +59,9 @@ def translate(command: VerlCommand) -> Translation:
     given: set[str] = set()
     for name, assignment in assignments.items():
         known = table.find(name)
+        if known is None and assignment.value in (None, {}) and table.has_section(name):
+            lost.append(Untranslated(assignment, f"{NOTHING_TO_SET}: the section is empty", understood=True))
+            continue
         if known is None:
             lost.append(Untranslated(assignment, _unknown(name, table), understood=False))
             continue
@@ -147,10 +150,25 @@ def _effective(given: tuple[Assignment, ...], table: Table) -> tuple[dict[str, A
         for part in _parts(assignment, table):
             name = table.canonical(part.key)
             if name in found:
-                reason = f"{NOTHING_TO_SET}: {part.key} at {part.place} overrides it"
-                lost.append(Untranslated(found.pop(name), reason, understood=True))
+                earlier, later = found.pop(name), part
+                if _is_left_out(later, earlier, table):
+                    earlier, later = later, earlier
+                reason = f"{NOTHING_TO_SET}: {later.key} at {later.place} overrides it"
+                lost.append(Untranslated(earlier, reason, understood=True))
+                part = later
             found[name] = part
     return found, lost
+
+
+def _is_left_out(later: Assignment, earlier: Assignment, table: Table) -> bool:
+    """Return whether ``later`` is a second name of the same key that has its default only.
+
+    A complete configuration of verl has all names of a key, of which its user sets one.
+    """
+    if later.key == earlier.key or earlier.value is None:
+        return False
+    known = table.find(later.key)
+    return later.value is None or (known is not None and later.value == known.default)
 
 
 def _parts(assignment: Assignment, table: Table) -> Iterator[Assignment]:

@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from rlcore_recipes.from_verl.keys import losses
-from rlcore_recipes.from_verl.keys.engines import IN_CHUNKS, ULYSSES, fsdp_keys, megatron_keys
+from rlcore_recipes.from_verl.keys.engines import (
+    IN_CHUNKS,
+    PACKED,
+    ULYSSES,
+    fsdp_keys,
+    megatron_keys,
+    quantisation_aware,
+    router_replay,
+)
 from rlcore_recipes.from_verl.keys.entries import Key, NoEquivalent, NothingToSet, already, already_if, key, without
 from rlcore_recipes.from_verl.keys.optim import optim_keys
 from rlcore_recipes.from_verl.keys.trainer import saved
@@ -106,12 +114,17 @@ def compute_keys(section: str) -> tuple[Key, ...]:
         already(f"{section}.entropy_checkpointing", IN_CHUNKS),
         already(f"{section}.entropy_from_logits_with_chunking", IN_CHUNKS),
         already(f"{section}.entropy_from_logits_chunk_size", IN_CHUNKS),
-        already(f"{section}.pad_to_length", "sequences are always packed without padding"),
-        already(f"{section}.use_remove_padding", "sequences are always packed without padding"),
+        already(f"{section}.pad_to_length", PACKED),
+        already(f"{section}.use_remove_padding", PACKED),
+        already(f"{section}.truncate_padding", PACKED),
         already(f"{section}.use_fused_kernels", "kernels change the speed, not the result"),
         already_if(f"{section}.ulysses_sequence_parallel_size", (1, None), "sequences stay on one GPU", ULYSSES),
-        without(f"{section}.router_replay.*", "routes of experts are not replayed"),
-        without(f"{section}.profiler.*", TRACE),
+        already(f"{section}.nccl_timeout", "calls end after controller.call_timeout_s, an hour by default"),
+        already_if(
+            f"{section}.load_weight", (True,), "models start from their folder", "models start from their folder"
+        ),
+        router_replay(section),
+        without(f"{section}.profiler.*", TRACE, switch=f"{section}.profiler.enable"),
     )
 
 
@@ -176,6 +189,9 @@ KEYS: tuple[Key, ...] = (
     key(f"{ACTOR}.checkpoint.async_save", "trainer.async_save"),
     already(f"{ACTOR}.checkpoint.load_contents", "a checkpoint is read as a whole"),
     already(f"{ACTOR}.checkpoint.strict", "weights that are missing or unknown are errors"),
+    already(f"{ACTOR}.checkpoint.fully_parallel_save", "every process writes its part of a checkpoint"),
+    already(f"{ACTOR}.checkpoint.fully_parallel_load", "every process reads its part of a checkpoint"),
+    already(f"{ACTOR}.checkpoint.mbridge_config.*", "Hugging Face folders are read and written without a bridge"),
     already_if(
         f"{ACTOR}.shuffle",
         (False,),
@@ -187,16 +203,18 @@ KEYS: tuple[Key, ...] = (
     already(f"{ACTOR}.calculate_entropy", "the entropy is always a metric"),
     already(f"{ACTOR}.use_prefix_grouper", "every prefix of a micro-batch is always computed once"),
     already(f"{ACTOR}.calculate_sum_pi_squared", "it is computed where an estimator needs it"),
+    already(f"{ACTOR}.sum_pi_squared_checkpointing", "it saves memory; the result is the same"),
+    *losses.COVARIANCE_KEYS,
     without(f"{ACTOR}.policy_loss.*", "a parameter of a policy loss that rlcore has under another form, or lacks"),
-    without(f"{ACTOR}.freeze_vision_tower", "vision models are not supported"),
+    without(f"{ACTOR}.freeze_vision_tower", "vision models are not supported", off=(False,)),
     without(f"{ACTOR}.num_images_in_input", "vision models are not supported"),
     *(
         without(f"{role}.{engine}.*", "the training engines are fsdp and megatron")
         for role in (ACTOR, REF)
         for engine in ("veomni", "torchtitan", "automodel", "deepspeed", "mindspeed", "hyperparallel")
     ),
-    without(f"{ACTOR}.qat.*", "quantisation-aware training is not supported"),
-    without(f"{ACTOR}.use_rollout_log_probs", "set actor.old_logprobs=rollout"),
+    quantisation_aware(ACTOR),
+    without(f"{ACTOR}.use_rollout_log_probs", "set actor.old_logprobs=rollout", off=(False,)),
     # --- the reference -----------------------------------------------------------------------------------------------
     key(f"{REF}.strategy", "ref.engine", ref_strategy),
     key(f"{REF}.model.path", "ref.model.path"),

@@ -108,7 +108,7 @@ def filter_metric(value: Any, verl: VerlView) -> Any:
     """Check the number whose spread decides; rlcore takes the score."""
     if not verl.flag("algorithm.filter_groups.enable"):
         raise NothingToSet("verl reads it with algorithm.filter_groups.enable=True only")
-    if value in ("score", "seq_reward", None):
+    if value in ("score", "reward", "seq_reward", None):
         raise NothingToSet("groups are kept whose scores differ")
     if value == "acc":
         raise NothingToSet("groups are kept whose scores differ; a score that follows from acc differs with it")
@@ -312,5 +312,5 @@ KEYS: tuple[Key, ...] = (
     without("algorithm.rollout_is_veto_threshold", "a single token does not drop its sequence; mis drops by level"),
     already(f"{ROLLOUT_CORRECTION}.debug_rollout_actor_probs", "the mismatch is always measured: actor/rollout_kl"),
     already_if("algorithm.use_pf_ppo", (False,), "samples are not reweighted", "PF-PPO is not supported"),
-    without("algorithm.pf_ppo.*", "PF-PPO is not supported"),
+    without("algorithm.pf_ppo.*", "PF-PPO is not supported", switch="algorithm.use_pf_ppo"),
 )

@@ -16,10 +16,10 @@ from rlcore_recipes.from_verl.keys.entries import (
     already,
     already_if,
     key,
-    without,
 )
 from rlcore_recipes.from_verl.keys.model import model_keys
 from rlcore_recipes.from_verl.keys.optim import optim_keys
+from rlcore_recipes.from_verl.values import as_list
 from rlcore_recipes.from_verl.view import VerlView
 
 LOSS = "critic.objective.value_loss"
@@ -53,6 +53,13 @@ def with_critic(entry: Key) -> Key:
 
     guarded: Convert = convert
     return replace(entry, convert=guarded)
+
+
+def saved_critic(value: Any, verl: VerlView) -> Any:
+    """Check what is saved of the critic."""
+    if "hf_model" in as_list(value):
+        raise NoEquivalent("a critic is part of checkpoints only, not written as a Hugging Face folder")
+    raise NothingToSet("one checkpoint holds all models")
 
 
 def critic_strategy(value: Any, verl: VerlView) -> str:
@@ -89,7 +96,8 @@ _KEYS: tuple[Key, ...] = (
     already_if("critic.shuffle", (False,), "mini-batches keep the order", "mini-batches keep the order of the batch"),
     already("critic.data_loader_seed", "mini-batches keep the order of the batch"),
     already("critic.rollout_n", "it is rollout.n"),
-    without("critic.checkpoint.*", "one checkpoint holds all models"),
+    key("critic.checkpoint.save_contents", (), saved_critic, meaning="nothing to set: one checkpoint holds all models"),
+    already("critic.checkpoint.*", "one checkpoint holds all models"),
 )
 
 KEYS: tuple[Key, ...] = tuple(map(with_critic, _KEYS))

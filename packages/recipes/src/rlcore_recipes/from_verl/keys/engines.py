@@ -23,6 +23,8 @@ ULYSSES = (
     "sequences are divided over GPUs by Megatron's context parallelism only (actor.engine=megatron "
     "actor.megatron.context_parallel=…)"
 )
+PACKED = "sequences are always packed without padding"
+RESHARD = "every checkpoint can be read on another number of GPUs"
 IN_CHUNKS = "logits and entropy are always computed in chunks (logits_chunk)"
 
 
@@ -57,8 +59,7 @@ def replicas(value: Any, verl: VerlView) -> int:
 def fsdp_keys(section: str, ours: str) -> tuple[Key, ...]:
     """Return the keys of FSDP of one role: ``section`` of verl, ``ours`` the role's section in rlcore."""
     return (
-        key(f"{section}.param_offload", f"{ours}.offload", default=False, meaning="between its turns"),
-        key(f"{section}.optimizer_offload", f"{ours}.fsdp.offload_optimizer", only("fsdp"), default=False),
+        *offload_keys(section, "fsdp", ours),
         key(
             f"{section}.offload_policy",
             f"{ours}.fsdp.offload_params",
@@ -82,7 +83,6 @@ def fsdp_keys(section: str, ours: str) -> tuple[Key, ...]:
             old=(f"{section}.mixed_precision.param_dtype",),
         ),
         key(f"{section}.mixed_precision.reduce_dtype", f"{ours}.fsdp.reduce_dtype", only("fsdp", dtype)),
-        already(f"{section}.grad_offload", "gradients are freed after every optimizer step"),
         already(f"{section}.mixed_precision.buffer_dtype", "buffers keep the model's precision"),
         already(f"{section}.forward_prefetch", "FSDP2 gathers the next layer during this one's computation"),
         already(f"{section}.use_orig_params", "FSDP2 keeps the original parameters"),
@@ -93,7 +93,9 @@ def fsdp_keys(section: str, ours: str) -> tuple[Key, ...]:
         already(f"{section}.entropy_from_logits_chunk_size", IN_CHUNKS),
         already(f"{section}.entropy_checkpointing", IN_CHUNKS),
         already(f"{section}.use_no_sync_for_gradient_accumulation", "gradients are reduced once per optimizer step"),
-        already(f"{section}.pad_to_length", "sequences are always packed without padding"),
+        already(f"{section}.pad_to_length", PACKED),
+        already(f"{section}.pad_to_length_bucket", PACKED),
+        already(f"{section}.turbo_config.*", "verl reads it with strategy=fsdp_turbo only"),
         already(f"{section}.forward_only", "the reference is never trained"),
         already(f"{section}.seed", "all seeds follow from the run's seed"),
         already_if(f"{section}.full_determinism", (False,), "kernels may be non-deterministic", "no such switch"),
@@ -103,8 +105,20 @@ def fsdp_keys(section: str, ours: str) -> tuple[Key, ...]:
             "sequences stay on one GPU",
             ULYSSES,
         ),
-        without(f"{section}.qat.*", "quantisation-aware training is not supported"),
+        quantisation_aware(section),
     )
+
+
+def quantisation_aware(section: str) -> Key:
+    """Return the entry of the keys of quantisation-aware training in ``section``."""
+    reason = "quantisation-aware training is not supported"
+    return without(f"{section}.qat.*", reason, switch=f"{section}.qat.enable")
+
+
+def router_replay(section: str) -> Key:
+    """Return the entry of the keys about recorded routes of experts in ``section``."""
+    reason = "routes of experts are not replayed"
+    return without(f"{section}.router_replay.*", reason, switch=f"{section}.router_replay.mode")
 
 
 def recompute(value: Any, verl: VerlView) -> str:
@@ -121,23 +135,47 @@ def virtual_stages(value: Any, verl: VerlView) -> int:
     return 1 if value is None else whole(value, "virtual_pipeline_model_parallel_size")
 
 
-def flag_of(value: Any, verl: VerlView) -> bool:
-    """Return a switch, off where it is null."""
+def switched(value: Any, verl: VerlView) -> bool:
+    """Return whether a state is offloaded to host memory."""
+    if value is None:
+        raise NothingToSet("null leaves it to offload.*.target")
     return flag(value)
 
 
 def target(value: Any, verl: VerlView) -> bool:
     """Return whether a state is offloaded to host memory, by the name of its target."""
+    if value is None:
+        raise NothingToSet("null leaves it to param_offload and optimizer_offload")
     if value == "disk":
         raise NoEquivalent("states are offloaded to host memory, not to disks")
     return str(value) == "cpu"
 
 
-def sequence_parallel(value: Any, verl: VerlView) -> bool:
-    """Return whether norms are divided too; without tensor parallelism there is nothing to divide."""
-    if not flag(value) or verl.whole("actor_rollout_ref.actor.megatron.tensor_model_parallel_size") < 2:
-        raise NothingToSet("there is no tensor parallelism")
-    return True
+def offload_keys(section: str, engine: str, ours: str) -> tuple[Key, ...]:
+    """Return the keys of one role about what waits in host memory between its turns."""
+    weights, states = f"{ours}.offload", f"{ours}.{engine}.offload_optimizer"
+    freed = "gradients are freed after every optimizer step, and offload moves the rest"
+    return (
+        key(f"{section}.param_offload", weights, switched, default=False, meaning="between its turns"),
+        key(f"{section}.optimizer_offload", states, only(engine, switched), default=False),
+        already(f"{section}.grad_offload", freed),
+        key(f"{section}.offload.param.target", weights, only(engine, target), meaning="cpu: true"),
+        already(f"{section}.offload.grad.target", freed),
+        key(f"{section}.offload.optimizer.target", states, only(engine, target), meaning="cpu: true"),
+        already(f"{section}.offload.disk.*", "verl reads it with the target disk only"),
+    )
+
+
+def sequence_parallel(section: str) -> Convert:
+    """Return the conversion of the switch that divides norms too; without tensor parallelism nothing is divided."""
+
+    def convert(value: Any, verl: VerlView) -> bool:
+        own, actors = (f"{name}.tensor_model_parallel_size" for name in (section, "actor_rollout_ref.actor.megatron"))
+        if not flag(value) or whole(verl.get(own) or verl.get(actors) or 1, own) < 2:
+            raise NothingToSet("there is no tensor parallelism")
+        return True
+
+    return convert
 
 
 def megatron_keys(section: str, ours: str) -> tuple[Key, ...]:
@@ -157,19 +195,11 @@ def megatron_keys(section: str, ours: str) -> tuple[Key, ...]:
         key(
             f"{section}.sequence_parallel",
             f"{mine}.sequence_parallel",
-            only("megatron", sequence_parallel),
+            only("megatron", sequence_parallel(section)),
             default=True,
         ),
         key(f"{section}.use_distributed_optimizer", f"{mine}.distributed_optimizer", only("megatron"), default=True),
-        key(f"{section}.param_offload", f"{ours}.offload", flag_of, default=False, meaning="between its turns"),
-        key(f"{section}.optimizer_offload", f"{mine}.offload_optimizer", only("megatron", flag_of), default=False),
-        key(f"{section}.offload.param.target", f"{ours}.offload", only("megatron", target), meaning="cpu: true"),
-        key(
-            f"{section}.offload.optimizer.target",
-            f"{mine}.offload_optimizer",
-            only("megatron", target),
-            meaning="cpu: true",
-        ),
+        *offload_keys(section, "megatron", ours),
         key(f"{section}.dtype", f"{mine}.dtype", only("megatron", dtype)),
         key(f"{section}.seed", "seed"),
         key(f"{transformer}.recompute_granularity", f"{mine}.recompute", only("megatron", recompute)),
@@ -186,23 +216,30 @@ def _other_megatron_keys(section: str) -> tuple[Key, ...]:
     """Return the keys for which there is nothing to set, or no equivalent."""
     folders = "models are Hugging Face folders: model.path"
     return (
-        already(f"{section}.offload.grad.target", "gradients are freed after every optimizer step"),
-        without(f"{section}.offload.disk.*", "states are offloaded to host memory, not to disks"),
-        already(
-            f"{section}.grad_offload", "gradients are freed after every optimizer step, and offload moves the rest"
-        ),
         already(f"{section}.use_mbridge", "Hugging Face folders are read and written without a bridge"),
         already(f"{section}.vanilla_mbridge", "Hugging Face folders are read and written without a bridge"),
         already(f"{section}.entropy_from_logits_with_chunking", IN_CHUNKS),
-        already(f"{section}.use_remove_padding", "sequences are always packed without padding"),
+        already(f"{section}.entropy_from_logits_chunk_size", IN_CHUNKS),
+        already(f"{section}.use_remove_padding", PACKED),
+        already(f"{section}.pad_bshd_to_minibatch_max", PACKED),
+        already(f"{section}.pad_to_length", PACKED),
+        already(f"{section}.pad_to_length_bucket", PACKED),
         already(f"{section}.forward_only", "the reference is never trained"),
         already_if(f"{section}.use_dist_checkpointing", (False,), folders, folders),
         without(f"{section}.dist_checkpointing_path", folders),
-        without(f"{section}.dist_checkpointing_prefix", folders),
+        without(f"{section}.dist_checkpointing_prefix", folders, off=("",)),
+        already(f"{section}.dist_ckpt_optim_fully_reshardable", RESHARD),
+        already(f"{section}.distrib_optim_fully_reshardable_mem_efficient", RESHARD),
         without(
             f"{section}.override_mcore_model_config.*", "set fields of TransformerConfig: actor.megatron.transformer"
         ),
-        without(f"{section}.use_megatron_fsdp", "FSDP is a training engine: actor.engine=fsdp"),
-        without(f"{section}.router_replay.*", "routes of experts are not replayed"),
-        without(f"{section}.dynamic_context_parallel", "context parallelism is constant"),
+        without(f"{section}.use_megatron_fsdp", "FSDP is a training engine: actor.engine=fsdp", off=(False,)),
+        router_replay(section),
+        quantisation_aware(section),
+        without(f"{section}.dynamic_context_parallel", "context parallelism is constant", off=(False,)),
+        without(
+            f"{section}.max_seqlen_per_dp_cp_rank",
+            "context parallelism is constant",
+            switch=f"{section}.dynamic_context_parallel",
+        ),
     )

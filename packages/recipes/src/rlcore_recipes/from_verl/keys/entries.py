@@ -88,13 +88,38 @@ def key(
     return Key(name, names, convert, differs if written else default, written, old, meaning)
 
 
-def without(name: str, reason: str, *, old: tuple[str, ...] = (), default: Any = UNSET) -> Key:
-    """Return the entry of a key without an equivalent."""
+def without(
+    name: str,
+    reason: str,
+    *,
+    off: tuple[Any, ...] = (),
+    switch: str | None = None,
+    on: tuple[Any, ...] = (),
+    old: tuple[str, ...] = (),
+    default: Any = UNSET,
+) -> Key:
+    """Return the entry of a key without an equivalent; nothing is lost where verl does not use it either.
+
+    Args:
+        off: values besides null and empty ones with which verl does as rlcore.
+        switch: a key of verl without which verl does not read this one.
+        on: values of ``switch`` with which verl reads it; by default all but false, null, 0, ``disabled`` and empty
+            ones.
+    """
 
     def refuse(value: Any, verl: VerlView) -> Any:
+        chosen = verl.get(switch) if switch else None
+        if switch and not (chosen in on if on else chosen and chosen != "disabled"):
+            raise NothingToSet(f"verl does not read it with {switch}={_shown(chosen)}")
+        if value in (None, {}, []) or value in off:
+            raise NothingToSet(f"with {_shown(value)} verl does not use it either")
         raise NoEquivalent(reason)
 
     return Key(name, (), refuse, default, old=old, meaning=reason)
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value) or "an empty text"
 
 
 def already(name: str, reason: str, *, old: tuple[str, ...] = (), default: Any = UNSET) -> Key:
@@ -114,5 +139,5 @@ def already_if(
     def decide(value: Any, verl: VerlView) -> Any:
         raise NothingToSet(reason) if value in values else NoEquivalent(otherwise)
 
-    shown = ", ".join("null" if value is None else str(value) for value in values)
+    shown = ", ".join(map(_shown, values))
     return Key(name, (), decide, default, old=old, meaning=f"{shown}: nothing to set, {reason}; else: {otherwise}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rlcore_recipes.from_verl.keys.entries import Convert, NoEquivalent, NothingToSet, Several
+from rlcore_recipes.from_verl.keys.entries import Convert, NoEquivalent, NothingToSet, Several, without
 from rlcore_recipes.from_verl.view import VerlView
 
 ACTOR = "actor_rollout_ref.actor"
@@ -149,3 +149,22 @@ def kl_estimator(value: Any, verl: VerlView) -> str:
 def _check_kl(verl: VerlView) -> None:
     if not verl.flag(f"{ACTOR}.use_kl_loss"):
         raise NothingToSet("verl reads it with use_kl_loss=True only, which is False by default")
+
+
+_MODE = f"{ACTOR}.policy_loss.loss_mode"
+COVARIANCE_KEYS = tuple(
+    without(
+        f"{ACTOR}.policy_loss.{name}",
+        f"the policy losses are {', '.join(sorted(LOSSES.values()))}",
+        switch=_MODE,
+        on=modes,
+    )
+    for name, modes in {
+        "clip_cov_ratio": ("clip_cov",),
+        "clip_cov_lb": ("clip_cov",),
+        "clip_cov_ub": ("clip_cov",),
+        "kl_cov_ratio": ("kl_cov",),
+        "ppo_kl_coef": ("kl_cov",),
+    }.items()
+)
+"""Parameters of the losses that clip, or penalise, tokens by their covariance with the advantage."""

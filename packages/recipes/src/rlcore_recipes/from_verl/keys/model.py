@@ -87,21 +87,27 @@ def _other_keys(section: str) -> tuple[Key, ...]:
     stay = "activations stay on the GPU"
     return (
         already(f"{section}.use_remove_padding", PACKED),
+        already(f"{section}.truncate_padding", PACKED),
         already(f"{section}.use_liger", KERNELS),
         already(f"{section}.use_fused_kernels", KERNELS),
         already(f"{section}.fused_kernel_options.*", KERNELS),
         already(f"{section}.tiled_mlp.*", KERNELS),
         already_if(f"{section}.enable_activation_offload", (False,), stay, f"{stay}, or are recomputed"),
         already(f"{section}.use_shm", "the model's files are memory-mapped where they are"),
+        without(f"{section}.override_config.moe_config.freeze_moe_router", NO_OVERRIDE, off=(False,)),
         without(f"{section}.override_config.*", NO_OVERRIDE, old=(f"{section}.override_config",)),
         without(f"{section}.hf_config_path", NO_OVERRIDE),
         without(f"{section}.torch_dtype", "precision is param_dtype and master_dtype of the engine's section"),
         without(f"{section}.exclude_modules", "name the layers that get adapters: actor.fsdp.lora.target_modules"),
         without(f"{section}.lora_adapter_path", "adapters start new: merge the old ones into the model first"),
-        without(f"{section}.lora.*", "the Megatron engine trains all weights; adapters are FSDP's: actor.fsdp.lora"),
+        without(
+            f"{section}.lora.*",
+            "the Megatron engine trains all weights; adapters are FSDP's: actor.fsdp.lora",
+            switch=f"{section}.lora.rank",
+        ),
         without(f"{section}.external_lib", "a package with an entry point is found without being named"),
         without(f"{section}.custom_chat_template", TEMPLATE),
-        without(f"{section}.mtp.*", "multi-token prediction is not supported"),
+        without(f"{section}.mtp.*", "multi-token prediction is not supported", switch=f"{section}.mtp.enable"),
         without(f"{section}.gradient_checkpointing_kwargs.*", "layers are recomputed as a whole"),
     )
 

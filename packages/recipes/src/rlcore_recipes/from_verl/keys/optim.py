@@ -9,6 +9,20 @@ from rlcore_recipes.from_verl.keys.entries import Key, NoEquivalent, NothingToSe
 from rlcore_recipes.from_verl.values import number, whole
 from rlcore_recipes.from_verl.view import VerlView
 
+MUON = ("muon", "adaptive_muon")
+_OF_MUON = (
+    "use_layer_wise_distributed_optimizer",
+    "muon_momentum",
+    "muon_nesterov",
+    "muon_split_qkv",
+    "muon_scale_mode",
+    "muon_coefficient_type",
+    "muon_num_ns_steps",
+    "muon_tp_mode",
+    "muon_fp32_matmul_prec",
+    "muon_extra_scale_factor",
+    "muon_scalar_optimizer",
+)
 SCHEDULES = {"constant": "constant", "cosine": "cosine", "linear": "linear"}
 
 
@@ -132,7 +146,15 @@ def _adam_keys(section: str) -> tuple[Key, ...]:
         already(f"{section}.optimizer_impl", "the optimizer is torch's AdamW"),
         already(f"{section}.zero_indexed_step", "the first step of a warm-up of N has 1/N of the peak, as with False"),
         already_if(f"{section}.use_checkpoint_opt_param_scheduler", (False,), read, read),
-        without(f"{section}.weight_decay_incr_style", "weight decay is constant"),
-        without(f"{section}.lr_wsd_decay_style", "the schedules are constant, linear and cosine"),
-        without(f"{section}.lr_wsd_decay_steps", "the schedules are constant, linear and cosine"),
+        without(f"{section}.weight_decay_incr_style", "weight decay is constant", off=("constant",)),
+        *(
+            without(
+                f"{section}.{name}",
+                "the schedules are constant, linear and cosine",
+                switch=f"{section}.lr_scheduler_type",
+                on=("wsd", "WSD"),
+            )
+            for name in ("lr_wsd_decay_style", "lr_wsd_decay_steps", "lr_wsd_stable_steps_ratio")
+        ),
+        *(without(f"{section}.{name}", f"{adam}, always", switch=f"{section}.optimizer", on=MUON) for name in _OF_MUON),
     )

@@ -12,6 +12,8 @@ FUNCTION = "custom_reward_function"
 BUFFER = "reward_model.reward_kwargs.overlong_buffer_cfg"
 MANAGERS = ("naive", "dapo", "prime", "batch", "register", "rate_limited", "remote")
 SERVED = "the reward model runs in the training engine, not in a server"
+ENABLED = "reward_model.enable"
+MANAGER = "a reward manager is code of verl: give its function as reward.path"
 SANDBOX = "code is not run in a remote sandbox: give a reward function that calls it (reward.path)"
 
 
@@ -34,7 +36,7 @@ def manager(value: Any, verl: VerlView) -> Any:
     """Check the reward manager: rlcore scores samples one by one, in parallel."""
     if value is None or str(value) in MANAGERS:
         raise NothingToSet("samples are scored one by one, many at a time, as soon as they are finished")
-    raise NoEquivalent("a reward manager is code of verl: give its function as reward.path")
+    raise NoEquivalent(MANAGER)
 
 
 def overlong(value: Any, verl: VerlView) -> Several:
@@ -173,9 +175,16 @@ KEYS: tuple[Key, ...] = (
     already("reward_model.use_reward_loop", "samples are scored while others are generated"),
     already("reward_model.use_dynamic_bsz", "micro-batches always follow a token budget"),
     already("reward_model.strategy", "the reward model uses the actor's engine"),
-    without("reward_model.model.input_tokenizer", "the model reads the policy's tokens: both need one tokenizer"),
-    without("reward_model.rollout.*", SERVED, old=("reward.reward_model.rollout.*",)),
-    without("reward_model.sandbox_fusion.*", SANDBOX, old=("reward.sandbox_fusion.*", "sandbox_fusion.*")),
+    without(
+        "reward_model.model.input_tokenizer",
+        "the model reads the policy's tokens: both need one tokenizer",
+        switch=ENABLED,
+    ),
+    without("reward_model.rollout.*", SERVED, switch=ENABLED, old=("reward.reward_model.rollout.*",)),
+    *(
+        without(f"{section}.*", SANDBOX, switch=f"{section}.url")
+        for section in ("reward_model.sandbox_fusion", "reward.sandbox_fusion", "sandbox_fusion")
+    ),
     without(
         "reward_model.reward_kwargs.*",
         "give a reward function with arguments: reward.function.kwargs",
@@ -184,20 +193,37 @@ KEYS: tuple[Key, ...] = (
     without(
         "reward_model.enable_resource_pool",
         "place the role: controller.placement.reward_model",
+        switch=ENABLED,
         old=("reward.reward_model.enable_resource_pool",),
     ),
     without(
         "reward_model.n_gpus_per_node",
         "place the role: controller.placement.reward_model",
+        switch=ENABLED,
         old=("reward.reward_model.n_gpus_per_node",),
     ),
     without(
-        "reward_model.nnodes", "place the role: controller.placement.reward_model", old=("reward.reward_model.nnodes",)
+        "reward_model.nnodes",
+        "place the role: controller.placement.reward_model",
+        switch=ENABLED,
+        old=("reward.reward_model.nnodes",),
     ),
     without(
         "reward_model.*",
         "rlcore's reward model is a sequence classifier in the training engine",
+        switch=ENABLED,
         old=("reward.reward_model.*",),
     ),
-    without("reward.reward_manager.*", "a reward manager is code of verl: give its function as reward.path"),
+    without("reward.compute_score_kwargs.*", "verl's scores have no arguments here: give a function (reward.path)"),
+    *(
+        entry
+        for section in ("reward_manager", "reward.reward_manager")
+        for entry in (
+            without(f"{section}.source", MANAGER, off=("register",)),
+            without(f"{section}.*", MANAGER, switch=f"{section}.source", on=("importlib",)),
+        )
+    ),
+    without("reward_model.reward_loop_source", MANAGER, off=("register",)),
+    without("reward_model.reward_loop_module_path", MANAGER),
+    without("reward_model.reward_loop_class_name", MANAGER),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rlcore_recipes.from_verl.keys.engines import dtype
+from rlcore_recipes.from_verl.keys.engines import dtype, quantisation_aware
 from rlcore_recipes.from_verl.keys.entries import (
     Convert,
     Key,
@@ -23,6 +23,7 @@ ROLLOUT = "actor_rollout_ref.rollout"
 ONE_BUDGET = "log-probs are computed with the policy's token budget, on which they do not depend"
 TOOLS = "several turns and tools belong to an environment or an agent: see rlcore-agents"
 TRACE = "rlcore's profile is a trace of all processes: trace=true"
+GENERATED = "completions of earlier runs are not read in place of new ones"
 ONE_TURN = "a completion is one turn without an environment"
 
 
@@ -291,18 +292,37 @@ KEYS: tuple[Key, ...] = (
         "routes are not replayed",
         "routes of experts are not replayed in training",
     ),
-    without(f"{ROLLOUT}.multi_turn.*", TOOLS),
+    without(f"{ROLLOUT}.multi_turn.*", TOOLS, switch=f"{ROLLOUT}.multi_turn.enable"),
     without(f"{ROLLOUT}.agent.*", TOOLS),
-    without(f"{ROLLOUT}.trace.*", "rollouts can be logged: trainer.log_val_generations, and the trackers' tables"),
-    without(f"{ROLLOUT}.prometheus.*", "metrics go to the trackers"),
-    without(f"{ROLLOUT}.profiler.*", TRACE),
+    without(
+        f"{ROLLOUT}.trace.*",
+        "rollouts can be logged: trainer.log_val_generations, and the trackers' tables",
+        switch=f"{ROLLOUT}.trace.backend",
+    ),
+    without(f"{ROLLOUT}.prometheus.*", "metrics go to the trackers", switch=f"{ROLLOUT}.prometheus.enable"),
+    without(f"{ROLLOUT}.profiler.*", TRACE, switch=f"{ROLLOUT}.profiler.enable"),
     without(f"{ROLLOUT}.checkpoint_engine.*", "weights travel by weight_sync.transport"),
-    without(f"{ROLLOUT}.mtp.*", "multi-token prediction is not supported"),
-    without(f"{ROLLOUT}.qat.*", "quantisation-aware training is not supported"),
-    without(f"{ROLLOUT}.disaggregation.*", "prefill and decoding are in one engine"),
+    without(f"{ROLLOUT}.mtp.*", "multi-token prediction is not supported", switch=f"{ROLLOUT}.mtp.enable"),
+    quantisation_aware(ROLLOUT),
+    without(
+        f"{ROLLOUT}.disaggregation.*",
+        "prefill and decoding are in one engine",
+        switch=f"{ROLLOUT}.disaggregation.enabled",
+    ),
+    without(f"{ROLLOUT}.skip_rollout", GENERATED, off=(False,)),
+    without(f"{ROLLOUT}.skip_dump_dir", GENERATED, switch=f"{ROLLOUT}.skip_rollout"),
+    *(
+        without(f"{section}.*", GENERATED, switch=f"{section}.enable")
+        for section in (f"{ROLLOUT}.skip", "skip.rollout", "skip.rollout_tq", "skip.async_rollout")
+    ),
+    already(
+        f"{ROLLOUT}.use_preprocessed_multimodal_input", "vision models are not supported, others have no such input"
+    ),
+    already(f"{ROLLOUT}.cast_to_rollout_dtype", "weights get the engine's precision when they are handed over"),
+    already(f"{ROLLOUT}.layer_name_map.*", "weights are handed over under their names in the model's folder"),
     without(f"{ROLLOUT}.quantization_config_file", "the engine quantises by its own argument: rollout.vllm.args"),
     without(f"{ROLLOUT}.chat_scheduler", TOOLS),
-    without(f"{ROLLOUT}.use_fire_sampling", "the temperature is that of every token"),
+    without(f"{ROLLOUT}.use_fire_sampling", "the temperature is that of every token", off=(False,)),
     without(f"{ROLLOUT}.limit_images", "vision models are not supported"),
     without(f"{ROLLOUT}.moe_load_balance_metrics_interval", "there is no such metric"),
 )

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from rlcore_recipes.from_verl.keys.data import files, limit
 from rlcore_recipes.from_verl.keys.engines import ULYSSES, fsdp_keys, megatron_keys, only, replicas
-from rlcore_recipes.from_verl.keys.entries import Key, NoEquivalent, NothingToSet, already, already_if, key, without
+from rlcore_recipes.from_verl.keys.entries import (
+    Key,
+    NoEquivalent,
+    NothingToSet,
+    Several,
+    already,
+    already_if,
+    key,
+    without,
+)
 from rlcore_recipes.from_verl.keys.model import model_keys
 from rlcore_recipes.from_verl.keys.optim import optim_keys
 from rlcore_recipes.from_verl.values import as_list, flag, whole
 from rlcore_recipes.from_verl.view import VerlView
 
+VARIABLES = "variables of the template are those of the run: data.chat_template_kwargs"
 BUDGET = "a token budget; losses and gradients do not depend on it"
 
 
@@ -77,9 +89,34 @@ def strategy(value: Any, verl: VerlView) -> str:
     return verl.engine
 
 
+def by_strategy(fsdp: Iterable[Key], megatron: Iterable[Key]) -> tuple[Key, ...]:
+    """Return the keys of a section that holds the settings of either engine; a name may be a key of both."""
+    found = {entry.name: entry for entry in fsdp}
+    for entry in megatron:
+        found[entry.name] = _either(found[entry.name], entry) if entry.name in found else entry
+    return tuple(found.values())
+
+
+def _either(fsdp: Key, megatron: Key) -> Key:
+    """Return one key of both engines; what it sets depends on the engine of the run."""
+
+    def convert(value: Any, verl: VerlView) -> Any:
+        entry = megatron if verl.engine == "megatron" else fsdp
+        converted = entry.convert(value, verl)
+        return converted if isinstance(converted, Several) else Several({entry.ours[0]: converted})
+
+    return replace(fsdp, ours=tuple(dict.fromkeys((*fsdp.ours, *megatron.ours))), convert=convert)
+
+
 _BUDGET = "actor.max_tokens_per_micro_batch"
 _MODEL = tuple(
     entry for entry in model_keys("model", "model", "actor") if entry.name != "model.enable_gradient_checkpointing"
+)
+
+_OF_FSDP = tuple(
+    entry
+    for entry in fsdp_keys("engine", "actor")
+    if entry.name.removeprefix("engine.") not in ("fsdp_size", "ulysses_sequence_parallel_size", "strategy", "seed")
 )
 
 FSDP_TRAINER = {
@@ -137,14 +174,12 @@ KEYS: tuple[Key, ...] = (
     already("data.num_workers", "samples are tokenised before the run and held in memory"),
     already("data.ignore_input_ids_mismatch", "a template that rewrites earlier turns is an error"),
     without("data.custom_cls.*", "a data set is a file: write one with `rlcore data module.py:function`"),
-    without("data.tools_key", "a row has messages only"),
-    without("data.multiturn.*", "a row has messages only"),
-    without("data.enable_thinking_key", "variables of the template are those of the run: data.chat_template_kwargs"),
-    without(
-        "data.enable_thinking_default", "variables of the template are those of the run: data.chat_template_kwargs"
-    ),
+    without("data.tools_key", "a row has messages only", off=("tools",)),
+    without("data.multiturn.*", "a row has messages only", switch="data.multiturn.enable"),
+    without("data.enable_thinking_key", VARIABLES, off=("enable_thinking",)),
+    without("data.enable_thinking_default", VARIABLES, off=("none",)),
     without("data.chat_template", "the template is the tokenizer's: put it into the tokenizer's folder"),
-    without("data.use_shm", "data files are read where they are"),
+    without("data.use_shm", "data files are read where they are", off=(False,)),
     *_MODEL,
     key("model.partial_pretrain", "model.path"),
     key(
@@ -171,22 +206,7 @@ KEYS: tuple[Key, ...] = (
         ULYSSES,
         old=("engine.ulysses_parallel_size", "ulysses_sequence_parallel_size"),
     ),
-    *(
-        entry
-        for entry in fsdp_keys("engine", "actor")
-        if entry.name
-        not in (
-            "engine.fsdp_size",
-            "engine.ulysses_sequence_parallel_size",
-            "engine.strategy",
-            "engine.seed",
-            "engine.param_offload",
-            "engine.dtype",
-            "engine.forward_only",
-            "engine.entropy_from_logits_with_chunking",
-        )
-    ),
-    *megatron_keys("engine", "actor"),
+    *by_strategy(_OF_FSDP, megatron_keys("engine", "actor")),
     already_if(
         "engine",
         ("fsdp", "megatron"),

@@ -70,6 +70,10 @@ class Table:
         sections = [section for section in self._sections if name.startswith(section)]
         return self._sections[max(sections, key=len)] if sections else None
 
+    def has_section(self, name: str) -> bool:
+        """Return whether keys of verl are below ``name``."""
+        return any(known.startswith(f"{name}.") for known in (*self._exact, *self._sections))
+
     def view(self, entry: str, given: Mapping[str, Any]) -> VerlView:
         """Return the configuration of the module ``entry`` with the values ``given``, by the names of the table."""
         defaults = {known.name: known.default for known in self._exact.values() if known.default is not UNSET}

@@ -196,23 +196,39 @@ def _other_keys() -> tuple[Key, ...]:
     saves = "a run saves when it gets SIGTERM: trainer.grace_s"
     return (
         already("trainer.balance_batch", "sequences are always divided over GPUs by their tokens"),
+        already("trainer.balance_keep_minibatch", "each mini-batch is divided over GPUs by itself"),
         already("trainer.use_legacy_worker_impl", "it chooses among verl's implementations"),
         already("trainer.use_v1", "it chooses among verl's implementations"),
         already("trainer.ray_wait_register_center_timeout", "the wait for workers is controller.placement_timeout_s"),
         already("trainer.del_local_ckpt_after_load", "checkpoints are deleted by trainer.keep_checkpoints"),
         already_if("trainer.default_hdfs_dir", (None,), "checkpoints are local", url),
         already_if("trainer.esi_redundant_time", (0, None), saves, saves),
-        without("trainer.profile_interval", TRACE),
+        without("trainer.profile_interval", TRACE, off=([-1, -1],)),
         without("trainer.profile_steps", TRACE),
         without("trainer.npu_profile.*", TRACE),
-        without("global_profiler.*", TRACE),
-        without("profiler.*", TRACE),
+        without("global_profiler.*", TRACE, switch="global_profiler.steps"),
+        without("profiler.*", TRACE, switch="profiler.enable"),
+        already(
+            "trainer.checkpoint.load_contents", "a checkpoint is read as a whole", old=("checkpoint.load_contents",)
+        ),
         already("hydra.*", "the run's files are in trainer.out_dir"),
         already(
             "ray_init.*",
             "Ray's resources are those of the machine, or of controller.address",
             old=("ray_kwargs.*",),
         ),
+    )
+
+
+def _implementation_keys() -> tuple[Key, ...]:
+    """Return the keys of verl's trainer under ``trainer.v1``: only its mode changes what is computed."""
+    mode, apart = "trainer.v1.trainer_mode", ("colocate_async", "separate_async")
+    pool = "give the rollout a pool and a bound: controller.placement.rollout, async.max_staleness"
+    return (
+        without(mode, pool, off=("sync",)),
+        *(without(f"trainer.v1.{name}.*", pool, switch=mode, on=(name,)) for name in apart),
+        without("trainer.v1.sampler.*", "samples are bounded by async.max_staleness", switch=mode, on=apart),
+        without("trainer.v1.*", "it belongs to verl's implementation"),
     )
 
 
@@ -242,8 +258,10 @@ KEYS: tuple[Key, ...] = (
     without(
         "trainer.n_rollout_gpus_per_node", "give the rollout a pool: controller.pools, controller.placement.rollout"
     ),
-    without("transfer_queue.*", "samples travel through the executor"),
-    without("distillation.*", "distillation is not among the recipes"),
+    without("trainer.checkpoint_callback_class", "nothing is called when a checkpoint is written"),
+    *_implementation_keys(),
+    without("transfer_queue.*", "samples travel through the executor", switch="transfer_queue.enable"),
+    without("distillation.*", "distillation is not among the recipes", switch="distillation.enabled"),
 )
 
 SFT_KEYS: tuple[Key, ...] = shared(4, "gsm8k-sft", "test", 8)

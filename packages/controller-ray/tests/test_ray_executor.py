@@ -25,7 +25,7 @@ from rlcore_ray import RayExecutor, RemoteBatch, cluster
 MEETING_S = 60.0
 RANKS = 2
 POOLS = {"train": ResourcePool(processes=RANKS), "gen": ResourcePool(processes=2, cpus_per_process=0.5)}
-PLACEMENT = {"actor": "train", "rollout": "gen", "compute": "gen"}
+PLACEMENT = {"actor": "train", "rollout": "gen", "reward": "gen", "compute": "gen"}
 
 
 class Engine:
@@ -322,6 +322,16 @@ def test_engines_of_two_pools_are_in_different_processes(workers: RayExecutor, r
     assert len(set(pids)) == 4
     assert os.getpid() not in pids
     assert (actor.dp_size, rollout.dp_size) == (RANKS, 2)
+
+
+def slow_engine(engines: Mapping[str, Any]) -> Engine:
+    time.sleep(1)
+    return Engine("reward", engines)
+
+
+def test_calls_wait_until_the_engine_is_built(workers: RayExecutor) -> None:
+    group = workers.build("reward", Engine, slow_engine)
+    assert workers.submit(group, partial(explained, suffix="!"), "dear").result() == "dear reward !"
 
 
 def test_pools_work_at_the_same_time(workers: RayExecutor, ray_groups: tuple[Any, Any], tmp_path: Path) -> None:

@@ -90,6 +90,7 @@ class RayExecutor(Executor):
         return [unpacked(response.value, call.body) for response, call in zip(self._workers.waiter.wait(calls), calls)]
 
     def submit(self, workers: Any, function: Callable[..., T], *args: Any) -> Pending[T]:
+        workers.wait_built()  # replicas take requests while their engine is being built
         role = role_of(workers)
         work, name = partial(_on_engine, role.name, function), f"{role.name}: {name_of(function)}"
         return RemoteResult(self._workers, role.pool, name, work, args, needs_weights=role.name == "rollout")

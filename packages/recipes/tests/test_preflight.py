@@ -83,6 +83,7 @@ def test_folders_of_all_models_are_looked_for(tmp_path: Path) -> None:
     model = ModelSettings(path=str(tmp_path), tokenizer_path="org/tokenizer")
     config = RunConfig(model=model, critic=Role(model=ModelSettings(path=f"{tmp_path}/nowhere")))
     assert [key for key, _ in model_sources(config)] == ["model.path", "model.tokenizer_path", "critic.model.path"]
+    assert [key for key, _ in model_sources(config.model)] == ["model.path", "model.tokenizer_path"]
     with pytest.raises(DataError, match=r"critic\.model\.path=.*/nowhere: there is no such folder"):
         check_sources(config, [])
     with pytest.raises(DataError, match=r"model\.path=x{200} cannot be read: OSError: .*File name too long"):

@@ -18,7 +18,7 @@ from rlcore_recipes.settings import RewardRole
 
 
 def check_sources(config: Config, files: Iterable[str]) -> None:
-    """Look for the folders of all models in ``config`` and for ``files``; where one is on the Hub, for that.
+    """Look for the folders of all models in ``config`` (or of the model that it is) and for ``files``, also on the Hub.
 
     Raises:
         DataError: a folder or file does not exist.
@@ -51,13 +51,14 @@ def check_ground_truth(reward: RewardRole, *found: PromptDataset) -> None:
             raise DataError(f"{data.without_truth}; the reward {reward.name} needs it")
 
 
-def model_sources(config: Config, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield every model and tokenizer that ``config`` names, with its key."""
+def model_sources(config: Config, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield every model and tokenizer that ``config``, at ``key``, names, with its key; alone, a model is ``model``."""
+    if isinstance(config, ModelSettings):
+        key = key or "model"
+        yield f"{key}.path", config.path
+        if config.tokenizer_path is not None:
+            yield f"{key}.tokenizer_path", config.tokenizer_path
+        return
     for name, value in config:
-        key = f"{prefix}{name}"
-        if isinstance(value, ModelSettings):
-            yield f"{key}.path", value.path
-            if value.tokenizer_path is not None:
-                yield f"{key}.tokenizer_path", value.tokenizer_path
-        elif isinstance(value, Config):
-            yield from model_sources(value, f"{key}.")
+        if isinstance(value, Config):
+            yield from model_sources(value, f"{key}.{name}" if key else name)

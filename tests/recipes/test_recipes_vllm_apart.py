@@ -111,18 +111,25 @@ def test_an_engine_process_that_is_killed(run: Run, tmp_path: Path) -> None:
 def kill_engine_after(out_dir: Path, steps: int) -> int:
     """Kill vLLM's engine process, whose output goes to the log of the rollout's, when ``steps`` steps are done."""
     lines, deadline = out_dir / "metrics.jsonl", time.monotonic() + 600
+    log = str(out_dir.resolve() / "logs" / "gen-0.log")
+    while (engine := engine_that_writes_to(log)) is None:  # looked for early: the search takes longer than a step
+        assert time.monotonic() < deadline, f"no engine writes to {log}"
+        time.sleep(0.5)
     while not lines.exists() or len(lines.read_text().splitlines()) < steps:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    log = str(out_dir.resolve() / "logs" / "gen-0.log")
+    engine.kill()
+    return engine.pid
+
+
+def engine_that_writes_to(log: str) -> psutil.Process | None:
     for process in psutil.process_iter():
         try:
             if "EngineCore" in " ".join(process.cmdline()) and os.readlink(f"/proc/{process.pid}/fd/1") == log:
-                process.kill()
-                return process.pid
+                return process
         except (OSError, psutil.Error):
             continue
-    raise AssertionError(f"no engine writes to {log}")
+    return None
 
 
 def sampled_by_the_trained_policy(step: dict[str, float]) -> bool:

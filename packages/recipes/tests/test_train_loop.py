@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import signal
+import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -168,6 +169,7 @@ def test_a_resumed_run_continues_in_its_trackers_and_repeats_no_step_there(
     keys = ("trackers=[tensorboard, mlflow, trackio]", "save_freq=2", "name=n")
     train(make(tmp_path, *keys, steps=3)[0])
     shutil.rmtree(tmp_path / "checkpoints" / "step-000003")  # as if the run had been killed before it was complete
+    time.sleep(1.1)  # TensorBoard reads files of one second in the order of their numbers as text: 10 before 9
     train(make(tmp_path, *keys, steps=4)[0])
     expected = [(line["step"], pytest.approx(line["loss"])) for line in lines(tmp_path)]
     assert [step for step, _ in expected] == [1, 2, 3, 4]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from rlcore.regular_file import read_regular
 
 DEFAULTS_KEY = "defaults"
 LARGEST_FILE = 1 << 20
-"""The most bytes of a configuration file."""
+"""The most bytes of a configuration file, or another text that configures a run."""
 MOST_FILES = 64
 """Files that one configuration may be made of, each counted as often as it is named."""
 
@@ -49,7 +49,7 @@ def _add(layers: list[Layer], path: Path, including: tuple[Path, ...]) -> None:
     if len(layers) + len(including) >= MOST_FILES:
         raise ConfigError(f"{path}: a configuration may be made of {MOST_FILES} files through '{DEFAULTS_KEY}' at most")
     by = f" (named by '{DEFAULTS_KEY}' in {including[-1]})" if including else ""
-    values, lines = yaml_format.parse(_read(path, by), str(path))
+    values, lines = yaml_format.parse(read_text(path, "configuration file", by), str(path))
     if values is None:
         values = {}
     if not isinstance(values, dict):
@@ -64,11 +64,21 @@ def _add(layers: list[Layer], path: Path, including: tuple[Path, ...]) -> None:
     layers.append(Layer(str(path), values, {key: f"{path}:{line}" for key, line in lines.items()}))
 
 
-def _read(path: Path, by: str) -> str:
+def read_text(path: Path, what: str, by: str = "", hint: Callable[[Path], str] = lambda _: "") -> str:
+    """Return the text of a file that the user names.
+
+    Args:
+        what: the kind of file, for the message about one that is missing.
+        by: what names the file, for messages.
+        hint: what to add to the message about a missing file, such as `rlcore.suggestions.similar_paths`.
+
+    Raises:
+        ConfigError: the file is missing, no regular file, larger than `LARGEST_FILE`, or not UTF-8.
+    """
     try:
         return read_regular(path, LARGEST_FILE).decode()
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such configuration file{by}") from None
+        raise ConfigError(f"{path}: no such {what}{by}{hint(path)}") from None
     except OSError as error:
         raise ConfigError(f"{yaml_format.shortened(str(path), 200)}: cannot be read{by}: {error.strerror}") from None
     except ValueError as error:  # not UTF-8

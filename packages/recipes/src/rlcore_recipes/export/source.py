@@ -7,25 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rlcore import plugins
 from rlcore.boundary import boundary
 from rlcore.config import load_config
 from rlcore.engines.settings import names_a_folder
 from rlcore.engines.train import FileRecord
 from rlcore.errors import CheckpointError, ConfigError, DataError
-from rlcore.regular_file import read_regular
 from rlcore.suggestions import similar_paths
 from rlcore_recipes.checkpoint.manifest import STATE, RunState, decode_state
 from rlcore_recipes.checkpoint.naming import CheckpointLocation, is_leftover, is_name, is_url, name_of, step_of
 from rlcore_recipes.checkpoint.retention import best
 from rlcore_recipes.checkpoint.storage import Storage, open_storage
-from rlcore_recipes.run.folder import CHECKPOINTS, CONFIG, MODEL
+from rlcore_recipes.run.folder import CHECKPOINTS, CONFIG, MODEL, read_config
 
 MODEL_CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
-_LARGEST_CONFIG = 16 << 20  # bytes
 RECIPES = "rlcore.recipes"
 
 
@@ -164,7 +160,7 @@ def _root_of(path: Path) -> str:
 def _trainer(file: Path) -> dict[str, Any]:
     """Return the section ``trainer`` of a run's configuration, before its recipe is known."""
     with boundary(f"{file} cannot be read", ConfigError):
-        return dict(yaml.safe_load(read_regular(file, _LARGEST_CONFIG))["trainer"])
+        return dict(read_config(file)["trainer"])
 
 
 def _config_file(root: str, choice: Choice) -> Path:

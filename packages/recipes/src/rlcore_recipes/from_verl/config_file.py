@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from rlcore.config import yaml_format
+from rlcore.config.files import read_text
 from rlcore.errors import ConfigError
-from rlcore.regular_file import read_regular
 from rlcore.suggestions import similar_paths
 from rlcore_recipes.from_verl.assignment import Assignment, VerlCommand
 from rlcore_recipes.from_verl.hydra import parse_override
 from rlcore_recipes.from_verl.interpolation import resolved
 
-LARGEST_FILE = 1 << 20
-"""The most bytes of a configuration file."""
 _DEEPEST = 16  # files that name each other below `defaults`
 
 OWN_CONFIGS = ("ppo_trainer", "ppo_megatron_trainer", "sft_trainer", "sft_trainer_engine", "evaluation", "generation")
@@ -69,7 +67,7 @@ def assignments_of_file(path: Path, environment: Mapping[str, str], depth: int =
     """
     if depth > _DEEPEST:
         raise ConfigError(f"{path}: the files that 'defaults' name include each other")
-    values, lines = yaml_format.parse(_text(path), str(path))
+    values, lines = yaml_format.parse(read_text(path, "file", hint=similar_paths), str(path))
     if isinstance(values, list) and all(isinstance(item, str) for item in values):
         return [parse_override(item, f"{path}:{lines.get((index,), 1)}") for index, item in enumerate(values)]
     if not isinstance(values, dict):
@@ -79,17 +77,6 @@ def assignments_of_file(path: Path, environment: Mapping[str, str], depth: int =
     for index, item in enumerate(_listed(values.pop("defaults", []))):
         below += _default(item, path, places.get(("defaults", index), str(path)), environment, depth)
     return [*below, *_leaves(values, (), places)]
-
-
-def _text(path: Path) -> str:
-    try:
-        return read_regular(path, LARGEST_FILE).decode()
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file{similar_paths(path)}") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:  # not UTF-8
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
 
 
 def _listed(defaults: Any) -> list[Any]:

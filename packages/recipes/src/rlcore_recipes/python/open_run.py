@@ -13,13 +13,12 @@ from typing import Any
 import pyarrow as pa
 
 from rlcore.boundary import boundary
-from rlcore.config import yaml_format
 from rlcore.errors import CheckpointError, DataError
-from rlcore.regular_file import open_regular, read_regular
+from rlcore.regular_file import open_regular
 from rlcore.suggestions import similar_paths
 from rlcore.training_run import TrainingRun
 from rlcore_recipes.checkpoint.storage import open_storage
-from rlcore_recipes.run.folder import CHECKPOINTS, CONFIG, LARGEST_CONFIG, MODEL, read_plan
+from rlcore_recipes.run.folder import CHECKPOINTS, CONFIG, MODEL, read_config, read_plan
 from rlcore_recipes.trackers.jsonl import METRICS, TABLES
 from rlcore_recipes.trackers.parquet import arrow_column
 
@@ -33,8 +32,7 @@ def open_run(out_dir: str | os.PathLike[str]) -> TrainingRun:
     with boundary(f"{folder / CONFIG} cannot be read"):
         if not (folder / CONFIG).is_file():
             raise DataError(f"{folder} holds no run: there is no {CONFIG} in it{similar_paths(folder)}")
-        text = read_regular(folder / CONFIG, LARGEST_CONFIG).decode("utf-8")
-        config, _ = yaml_format.parse(text, str(folder / CONFIG))
+        config = read_config(folder / CONFIG)
         exports, root = config["trainer"]["save_hf"], config["trainer"]["checkpoint_dir"]
     steps = list(_lines(folder / METRICS))
     rollouts = [{"split": split, **row} for split, name in ROLLOUTS.items() for row in _lines(folder / name)]

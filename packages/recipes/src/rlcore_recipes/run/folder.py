@@ -30,7 +30,7 @@ LOGS = "logs"
 TIMELINE = "trace.json"
 RUN_FILES = (CONFIG, CHECKPOINTS, METRICS)
 """Files by which the folder of a run is recognised."""
-LARGEST_CONFIG = 16 << 20
+_LARGEST_CONFIG = 16 << 20
 """Bytes of the configuration in a run's folder."""
 
 
@@ -185,6 +185,12 @@ def _new_attempt(folder: Path) -> Path:
     return attempt
 
 
+def read_config(file: Path) -> Any:
+    """Return the values in a run's configuration, before its recipe is known."""
+    values, _ = yaml_format.parse(read_regular(file, _LARGEST_CONFIG).decode("utf-8"), str(file))
+    return values
+
+
 def changed_keys(path: Path, config: Config) -> list[str]:
     """Dotted keys whose values in the file ``path`` are not those of ``config``; none without a file.
 
@@ -195,7 +201,7 @@ def changed_keys(path: Path, config: Config) -> list[str]:
         return []
     try:
         with boundary(f"{path} cannot be read", ConfigError):
-            before, _ = yaml_format.parse(read_regular(path, LARGEST_CONFIG).decode("utf-8"), str(path))
+            before = read_config(path)
     except ConfigError as error:
         return [f"all of {CONFIG}, as {error}"]
     after, _ = yaml_format.parse(dump_config(config), "the configuration")

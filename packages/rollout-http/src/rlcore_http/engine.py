@@ -5,9 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, cast
 
-from rlcore.boundary import boundary
 from rlcore.engines.rollout import RolloutEngine
-from rlcore.engines.settings import ModelSettings, RolloutSpec
+from rlcore.engines.settings import RolloutSpec
 from rlcore.errors import EngineError
 from rlcore_http.control import ClientControl
 from rlcore_http.openai_completions import OpenAICompletions
@@ -17,6 +16,7 @@ from rlcore_http.reload import Reloads
 from rlcore_http.rollout import HTTPRollout
 from rlcore_http.settings import HTTPSettings
 from rlcore_http.tgi import ABILITIES, TGI
+from rlcore_kit.model_folder.tokenizer import load_tokenizer
 from rlcore_kit.model_folder.vocabulary import vocabulary
 from rlcore_kit.serving.connection import Connection
 from rlcore_kit.serving.handshake import Handshake
@@ -34,7 +34,7 @@ def build(spec: RolloutSpec) -> RolloutEngine:
         EngineError: a server is unreachable, serves another model, or returns no token ids.
     """
     settings = cast(HTTPSettings, spec.options)
-    tokenizer = _tokenizer(spec.model)
+    tokenizer = load_tokenizer(spec.model)
     labels, reloads = WeightLabels(), Reloads(settings, spec.model)
     urls = [_base(url) for url in settings.urls]
     return Replicas(
@@ -119,11 +119,3 @@ async def _abilities(protocol: ServerProtocol, prompt: list[int]) -> Abilities:
 def _base(url: str) -> str:
     """Return ``url`` without a last ``/v1``, which clients of OpenAI's protocol usually name."""
     return url.rstrip("/").removesuffix("/v1")
-
-
-def _tokenizer(model: ModelSettings) -> Any:
-    from transformers import AutoTokenizer
-
-    source = model.tokenizer_path or model.path
-    with boundary(f"the tokenizer of {source!r} cannot be loaded", EngineError):
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=model.trust_remote_code)

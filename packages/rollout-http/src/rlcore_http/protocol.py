@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlcore.engines.rollout import GenerationRequest
-from rlcore.errors import EngineError, WorkerDied, WorkerError
+from rlcore.errors import EngineError, WorkerDied
 from rlcore_kit.serving.connection import Connection, Overloaded
+from rlcore_kit.serving.wire_format import in_format
 
 OVERLOAD_ATTEMPTS = 8
 """Attempts of a request that a server with too many requests refuses, over about half a minute."""
@@ -130,14 +131,10 @@ class ServerProtocol(ABC):
                 await asyncio.sleep(min(overloaded.retry_after_s or 0.25 * 2**attempt, LONGEST_WAIT_S))
 
     def _piece(self, event: Any, request: GenerationRequest) -> Piece:
-        try:
+        with in_format(self.connection.url, self.path):
             piece = self.read(event, request)
             if request.sampling.logprobs and len(piece.logprobs) != len(piece.tokens):
                 raise ValueError(f"{len(piece.tokens)} tokens, {len(piece.logprobs)} log-probs")
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise WorkerError(
-                f"{self.connection.url} sent an answer that is not in the format of {self.path}: {error!r}"
-            ) from error
         if piece.prompt is not None and piece.prompt != list(request.prompt):
             raise EngineError(
                 f"{self.connection.url} read the prompt of request {request.request_id!r} as other tokens: "

@@ -21,6 +21,7 @@ from rlcore.errors import EngineError, WorkerError
 from rlcore_http.protocol import SEEDS, Abilities, Piece, ServerProtocol, difference
 from rlcore_kit.serving.connection import Connection, Overloaded
 from rlcore_kit.serving.handshake import check_length, check_same_model
+from rlcore_kit.serving.wire_format import in_format
 
 ABILITIES = Abilities(scaled_logprobs=True, logprobs_before_filters=False, min_p=False)
 MAX_PROMPTS = 4096
@@ -66,12 +67,8 @@ class TGI(ServerProtocol):
         answer = await self.connection.request(
             "POST", "/generate", "complete a first request", body=body, timeout_s=limit
         )
-        try:
+        with in_format(self.connection.url, "/generate"):
             found = [int(token["id"]) for token in answer["details"]["prefill"]]
-        except (KeyError, TypeError, ValueError) as error:
-            raise WorkerError(
-                f"{self.connection.url} sent an answer that is not in the format of /generate: {error!r}"
-            ) from error
         if found != prompt:
             raise EngineError(
                 f"{self.connection.url} gives its model other tokens than {prompt} for the text {text!r}: "
@@ -128,12 +125,8 @@ class TGI(ServerProtocol):
         text = self._text_of(prompt, f"the prompt of request {request.request_id!r}")
         what, limit = "tokenise a prompt", self.connection.timeout_s
         answer = await self.connection.request("POST", "/tokenize", what, body={"inputs": text}, timeout_s=limit)
-        try:
+        with in_format(self.connection.url, "/tokenize"):
             found = [int(token["id"]) for token in answer]
-        except (KeyError, TypeError, ValueError) as error:
-            raise WorkerError(
-                f"{self.connection.url} sent an answer that is not in the format of /tokenize: {error!r}"
-            ) from error
         if found != prompt:
             raise EngineError(
                 f"{self.connection.url} reads the prompt of request {request.request_id!r} as other tokens: "

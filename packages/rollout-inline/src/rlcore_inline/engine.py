@@ -16,7 +16,6 @@ from typing import Any, cast
 
 from transformers import PreTrainedModel
 
-from rlcore.boundary import boundary
 from rlcore.engines.rollout import Completion, GenerationRequest, RolloutEngine
 from rlcore.engines.settings import ModelSettings, RolloutSpec
 from rlcore.engines.weight_bucket import WeightBucket
@@ -33,6 +32,7 @@ from rlcore_inline.sequence import Sequence as RunningSequence
 from rlcore_inline.settings import InlineSettings
 from rlcore_inline.stopping import StopStrings, end_tokens
 from rlcore_inline.weights import ModelCopy
+from rlcore_kit.model_folder.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -387,13 +387,7 @@ class InlineRollout(RolloutEngine):
 
     def _load_tokenizer(self) -> Any:
         if self._tokenizer is None:
-            from transformers import AutoTokenizer
-
-            source = self._model_settings.tokenizer_path or self._model_settings.path
-            with boundary(f"the tokenizer of {source!r} cannot be loaded", EngineError):
-                self._tokenizer = AutoTokenizer.from_pretrained(
-                    source, trust_remote_code=self._model_settings.trust_remote_code
-                )
+            self._tokenizer = load_tokenizer(self._model_settings)
         return self._tokenizer
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +29,20 @@ class Answer:
     finish_reason: str | None
 
 
+@contextmanager
+def in_format(url: str, path: str) -> Iterator[None]:
+    """Read an answer of the server at ``url`` in the block.
+
+    Raises:
+        WorkerError: in the place of a KeyError, IndexError, TypeError or ValueError: the answer does not have the form
+            that the endpoint ``path`` documents.
+    """
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise WorkerError(f"{url} sent an answer that is not in the format of {path}: {error!r}") from error
+
+
 def ending_tokens(request: GenerationRequest, end_tokens: frozenset[int]) -> frozenset[int]:
     """Return the ids that end the completion: stop tokens of ``request``, and the model's unless it ignores them."""
     sampling = request.sampling
@@ -45,7 +60,7 @@ def completion(
     Raises:
         WorkerError: the answer does not have the form that the endpoint ``path`` documents.
     """
-    try:
+    with in_format(url, path):
         answer = read()
         if request.sampling.logprobs and len(answer.logprobs) != len(answer.tokens):
             raise ValueError(f"{len(answer.tokens)} tokens, {len(answer.logprobs)} log-probs")
@@ -54,8 +69,6 @@ def completion(
             for span in answer.spans
             if span["end"] > span["start"]
         ]
-    except (KeyError, TypeError, ValueError) as error:
-        raise WorkerError(f"{url} sent an answer that is not in the format of {path}: {error!r}") from error
     reasons: dict[str | None, FinishReason] = {"stop": "stop", "length": "length"}
     reason = reasons.get(answer.finish_reason, "abort")
     return Completion(answer.tokens, answer.logprobs, reason, versions, request.request_id)

@@ -64,7 +64,6 @@ def test_grpo_changes_adapters_only(task: Any, model: Path, metrics_of: Metrics,
 
 def test_vllm_generates_with_adapters_of_every_step(model: Path) -> None:
     """Fresh tokens have the trainer's log-probs after every optimizer step; what travels is a part of the weights."""
-    pytest.importorskip("vllm")
     from rlcore_fsdp.engine import build as build_trainer
     from rlcore_fsdp.settings import FSDPSettings
     from rlcore_vllm.engine import build
@@ -108,7 +107,6 @@ def test_vllm_generates_with_adapters_of_every_step(model: Path) -> None:
 
 @pytest.mark.slow
 def test_grpo_with_vllm_and_adapters(task: Any, model: Path, metrics_of: Metrics, tmp_path: Path) -> None:
-    pytest.importorskip("vllm")
     rollout = {"rollout.engine": "vllm", "rollout.vllm": {"kv_cache_memory_bytes": 16 << 20, "enable_lora": True}}
     changes = {**LORA, **rollout, "model.path": model, "actor.optim.lr": 1e-2}
     result = task.run("grpo", tmp_path, changes)

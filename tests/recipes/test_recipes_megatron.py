@@ -134,7 +134,6 @@ def test_both_engines_export_the_same_names_in_the_same_order(tmp_path: Path, ar
 @pytest.mark.usefixtures("cluster")
 def test_weights_reach_vllm_from_a_divided_pipeline(task: Any, metrics_of: Metrics, tmp_path: Path) -> None:
     """Tensor and pipeline shards of four processes become the layers of an engine that is not divided."""
-    pytest.importorskip("vllm")
     # vLLM's attention has no kernel on the CPU for heads of fewer than 32 dimensions
     model = tiny_model(tmp_path / "model", architecture="Llama", head_dim=32)
     changes = {

@@ -10,8 +10,6 @@ import pytest
 
 from rlcore_kit.testing.tiny_model import tiny_model
 
-pytest.importorskip("vllm")
-
 Metrics = Callable[[Path], list[dict[str, float]]]
 VLLM = {
     "rollout.engine": "vllm",

@@ -14,8 +14,6 @@ import pytest
 
 from rlcore_kit.testing.tiny_model import tiny_model
 
-pytest.importorskip("vllm")
-
 Steps = list[dict[str, float]]
 Run = Callable[[str, dict[str, Any]], Steps]
 STEPS = 3

@@ -52,7 +52,6 @@ class TestJsonl(TrackerConformance):
 
 class TestTensorboard(TrackerConformance):
     def make(self, info: RunInfo) -> Tracker:
-        pytest.importorskip("tensorboard", reason="the extra 'tensorboard' is not installed")
         return plugins.get("rlcore.trackers", "tensorboard").build(TensorboardSettings(), info)
 
     def logged(self, info: RunInfo) -> dict[int, dict[str, float]]:

@@ -241,7 +241,6 @@ def wandb_history(records: list) -> list[dict]:
 
 @pytest.mark.slow
 def test_wandb_offline(run: RunInfo, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb", reason="the extra 'wandb' is not installed")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("NETRC", str(run.out_dir / "netrc"))  # no account
     build = plugins.get("rlcore.trackers", "wandb").build
@@ -290,7 +289,6 @@ def test_wandb_goes_by_its_own_id(run: RunInfo, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_tensorboard(run: RunInfo) -> None:
-    pytest.importorskip("tensorboard", reason="the extra 'tensorboard' is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for start in (0, 1):

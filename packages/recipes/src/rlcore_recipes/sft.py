@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 
 from rlcore.algorithms.objectives import SFTObjective, SFTObjectiveSettings
 from rlcore.batch import Batch
 from rlcore.cli import run_recipe_module
 from rlcore.engines import ForwardRequest, TrainEngine
-from rlcore_recipes.run.loop import train
+from rlcore_recipes.data.sft import load_sft
+from rlcore_recipes.run.dataset_session import DatasetSession, train_on_dataset
 from rlcore_recipes.run.restarts import restarting
-from rlcore_recipes.run.sft_session import SFTSession, open_sft
-from rlcore_recipes.run.trainable import Run, Validation
+from rlcore_recipes.run.trainable import Validation
 from rlcore_recipes.settings.supervised import SFTConfig
 
 
 @restarting
 def run(config: SFTConfig) -> None:
     """Train, from the beginning or from the last checkpoint, to the last step."""
-    with open_sft(config) as session:
-        validates = session.held_out is not None
-        train(Run("sft", session, partial(step, session), partial(validate, session) if validates else None))
+    train_on_dataset("sft", config, load_sft, step, validate)
 
 
-def step(session: SFTSession, number: int) -> dict[str, float]:
+def step(session: DatasetSession[SFTConfig], number: int) -> dict[str, float]:
     """Make one optimizer step over the next batch."""
     return learn(session.actor, next(session.batches), session.config.actor.objective)
 
@@ -38,7 +35,7 @@ def learn(actor: TrainEngine, batch: Batch, objective: SFTObjectiveSettings) -> 
     }
 
 
-def validate(session: SFTSession) -> Validation:
+def validate(session: DatasetSession[SFTConfig]) -> Validation:
     """Measure the mean negative log-likelihood per learned token, over all held-out samples."""
     held_out, size = session.held_out, session.config.data.val_batch_size
     assert held_out is not None

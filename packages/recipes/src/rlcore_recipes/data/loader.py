@@ -188,7 +188,7 @@ class PromptLoader(Loader[list[PromptSample]]):
 
 
 class Samples(Protocol):
-    """What gives samples as a batch: a `Batch`, or `rlcore_recipes.data.sft.SFTDataset`."""
+    """What gives samples as a batch: a `Batch`, or `rlcore_recipes.data.sample_data.SampleDataset`."""
 
     def take(self, indices: list[int], /) -> Batch:
         """Return the samples of these numbers."""

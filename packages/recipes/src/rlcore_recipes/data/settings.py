@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -105,7 +105,22 @@ class DataSettings(DataFiles):
         return self.max_prompt_length + self.max_response_length
 
 
-class SFTDataSettings(DataFiles):
+class SampleDataSettings(DataFiles):
+    """Samples to learn from without rollouts.
+
+    Attributes:
+        rows_per_sample: rows of a batch that a sample becomes; a pair is two.
+    """
+
+    rows_per_sample: ClassVar[int] = 1
+
+    max_length: int = Field(1024, ge=2, description="Maximum length of a sample, prompt included, in tokens.")
+    overlong: Literal["filter", "truncate", "error"] = Field(
+        "filter", description="What to do with longer samples: leave them out, cut their end off, or stop."
+    )
+
+
+class SFTDataSettings(SampleDataSettings):
     """Conversations, or prompts with responses, for supervised fine-tuning."""
 
     messages_key: str | None = Field(
@@ -118,10 +133,6 @@ class SFTDataSettings(DataFiles):
     )
     text_key: str | None = Field(
         AUTO, description="Column of plain text, all of which is learned; null for none. auto: text."
-    )
-    max_length: int = Field(1024, ge=2, description="Maximum length of a sample, prompt included, in tokens.")
-    overlong: Literal["filter", "truncate", "error"] = Field(
-        "filter", description="What to do with longer samples: leave them out, cut their end off, or stop."
     )
 
     def problems(self) -> Iterator[tuple[str, str]]:

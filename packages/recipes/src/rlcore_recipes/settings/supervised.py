@@ -1,4 +1,4 @@
-"""The configuration of supervised fine-tuning."""
+"""Configurations of tasks that learn from a data set, without rollouts."""
 
 from __future__ import annotations
 
@@ -9,27 +9,26 @@ from pydantic import Field
 from rlcore.algorithms.objectives import SFTObjectiveSettings
 from rlcore.config import Config, ForeignKey
 from rlcore.engines import ModelSettings, OptimSettings
-from rlcore_recipes.data.settings import SFTDataSettings
+from rlcore_recipes.data.settings import SampleDataSettings, SFTDataSettings
 from rlcore_recipes.foreign.answers import foreign_keys
 from rlcore_recipes.settings.controller import ControllerSettings, unused
-from rlcore_recipes.settings.roles import ModelRole
+from rlcore_recipes.settings.roles import ModelRole, RefSettings
 from rlcore_recipes.settings.trainer import TrainerSettings
 
 
-class SFTActorSettings(ModelRole):
+class SampleActorSettings(ModelRole):
     """The model under training. One step is one optimizer step over one batch."""
 
     optim: OptimSettings = Field(default_factory=lambda: OptimSettings(lr=1e-5), description="Optimizer and schedule.")
-    objective: SFTObjectiveSettings = Field(default_factory=SFTObjectiveSettings, description="Loss.")
 
 
-class SFTConfig(Config):
-    """One run of supervised fine-tuning."""
+class SampleTaskConfig(Config):
+    """One run of a task that learns from a data set."""
 
     seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of the data order.")
     model: ModelSettings = Field(description="The model to train.")
-    data: SFTDataSettings = Field(description="Samples to learn; train_batch_size counts samples.")
-    actor: SFTActorSettings = Field(default_factory=SFTActorSettings, description="The model under training.")
+    data: SampleDataSettings = Field(description="Samples to learn; train_batch_size counts samples.")
+    actor: SampleActorSettings = Field(default_factory=SampleActorSettings, description="The model under training.")
     trainer: TrainerSettings = Field(description="Length, validation, checkpoints, tracking.")
     controller: ControllerSettings = Field(
         default_factory=ControllerSettings, description="Executor that runs the engines."
@@ -44,15 +43,20 @@ class SFTConfig(Config):
         if self.trainer.test_freq > 0 and not self.data.val_files:
             yield "trainer.test_freq", f"is {self.trainer.test_freq}, but data.val_files is empty"
         if self.trainer.log_val_generations:
-            yield "trainer.log_val_generations", "sft validates by the loss and generates nothing; set it to 0"
+            yield "trainer.log_val_generations", "this recipe generates nothing to validate; set it to 0"
         if self.trainer.log_rollouts:
-            yield "trainer.log_rollouts", "sft has no rollouts; set it to 0"
+            yield "trainer.log_rollouts", "this recipe has no rollouts; set it to 0"
         yield from unused(self.controller, self.roles)
+
+    @property
+    def ref_role(self) -> RefSettings | None:
+        """The reference model; None if the task needs none."""
+        return None
 
     @property
     def roles(self) -> list[str]:
         """The roles that take part in the run."""
-        return ["actor"]
+        return ["actor", *(["ref"] if self.ref_role is not None else [])]
 
     @property
     def arithmetic(self) -> list[tuple[str, str, str]]:
@@ -61,3 +65,16 @@ class SFTConfig(Config):
             ("samples of a step", "data.train_batch_size, one optimizer step", str(self.data.train_batch_size)),
             ("steps", *self.trainer.length),
         ]
+
+
+class SFTActorSettings(SampleActorSettings):
+    """The model under training. One step is one optimizer step over one batch."""
+
+    objective: SFTObjectiveSettings = Field(default_factory=SFTObjectiveSettings, description="Loss.")
+
+
+class SFTConfig(SampleTaskConfig):
+    """One run of supervised fine-tuning."""
+
+    data: SFTDataSettings = Field(description="Samples to learn; train_batch_size counts samples.")
+    actor: SFTActorSettings = Field(default_factory=SFTActorSettings, description="The model under training.")

@@ -1,35 +1,50 @@
-"""The session of supervised fine-tuning: everything that its steps use."""
+"""The session of training on a data set (SFT, reward models, preferences): everything that its steps use."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from rlcore.controller import Executor
 from rlcore.engines import TrainEngine
+from rlcore.engines.settings import Head
 from rlcore_recipes.data.end_tokens import missing_ends, model_tokens, save_tokenizer
 from rlcore_recipes.data.loader import BatchLoader
-from rlcore_recipes.data.sft import SFTDataset, load_sft
+from rlcore_recipes.data.sample_data import SampleDataset
 from rlcore_recipes.data.tokenizer import load_tokenizer
 from rlcore_recipes.run.banner import model_rows
+from rlcore_recipes.run.loop import train
 from rlcore_recipes.run.micro_batches import MicroBatches, Model
 from rlcore_recipes.run.preflight import check_sources
 from rlcore_recipes.run.records import Records
 from rlcore_recipes.run.roles import closed, open_executor, train_engine, with_total_steps
 from rlcore_recipes.run.timing import Timings
-from rlcore_recipes.run.trainable import Stateful
-from rlcore_recipes.settings.supervised import SFTConfig
+from rlcore_recipes.run.trainable import Run, Stateful, Validation
+from rlcore_recipes.settings.supervised import SampleTaskConfig
+
+C = TypeVar("C", bound=SampleTaskConfig)
+Step = Callable[["DatasetSession[C]", int], dict[str, float]]
+Validate = Callable[["DatasetSession[C]"], Validation]
+
+
+class LoadSamples(Protocol):
+    """Reads and tokenises the samples of a task, as `rlcore_recipes.data.sft.load_sft` does."""
+
+    def __call__(
+        self, settings: Any, files: Sequence[str], tokenizer: Any, limit: int | None, vocabulary: int | None, /
+    ) -> SampleDataset[Any]: ...
 
 
 @dataclass
-class SFTSession:
-    """The parts of one run of supervised fine-tuning; see `rlcore_recipes.run.trainable.Trainable`.
+class DatasetSession(Generic[C]):
+    """The parts of one run on a data set; see `rlcore_recipes.run.trainable.Trainable`.
 
     Attributes:
+        ref: the frozen reference model; None unless the task needs one.
         batches: endless batches of samples to learn.
         held_out: samples to validate on; None if nothing is validated.
         end_tokens: tokens that end an answer.
@@ -37,13 +52,14 @@ class SFTSession:
         notes: what was recognised in the data, and how many samples were too long.
     """
 
-    config: SFTConfig
+    config: C
     executor: Executor
     actor: TrainEngine
+    ref: TrainEngine | None
     micro_batches: MicroBatches
     tokenizer: Any
     batches: BatchLoader
-    held_out: SFTDataset | None
+    held_out: SampleDataset[Any] | None
     total_steps: int
     timed: Timings
     end_tokens: frozenset[int]
@@ -74,9 +90,29 @@ class SFTSession:
         return [*models, ("data", samples), *(("", note) for note in self.notes)]
 
 
+def train_on_dataset(
+    recipe: str, config: C, load: LoadSamples, step: Step[C], validate: Validate[C], *, head: Head = "policy"
+) -> None:
+    """Train as ``config`` says, from the beginning or from the last checkpoint, to the last step.
+
+    Args:
+        recipe: its name, for messages and checkpoints.
+        load: reads the samples.
+        step: makes the step of that number (from 1) and returns its metrics, ``perf/total_num_tokens`` among them.
+        validate: measures the model on the session's ``held_out``.
+        head: of the model under training.
+
+    Raises:
+        RlcoreError: see `open_dataset_session` and `train`.
+    """
+    with open_dataset_session(config, load, head) as session:
+        validates = session.held_out is not None
+        train(Run(recipe, session, partial(step, session), partial(validate, session) if validates else None))
+
+
 @contextmanager
-def open_sft(config: SFTConfig) -> Iterator[SFTSession]:
-    """Read the data, then build the model; close it at the end.
+def open_dataset_session(config: C, load: LoadSamples, head: Head = "policy") -> Iterator[DatasetSession[C]]:
+    """Read the data, then build the models; close them at the end.
 
     Raises:
         RlcoreError: something in the input is missing, broken or in the way. Nothing has been written then.
@@ -86,26 +122,25 @@ def open_sft(config: SFTConfig) -> Iterator[SFTSession]:
     check_sources(config, [*data.train_files, *(data.val_files if validates else ())])
     tokenizer = load_tokenizer(config.model)
     size, model_ends = model_tokens(config.model)
-    dataset = load_sft(data, data.train_files, tokenizer, vocabulary=size)
-    held_out = load_sft(data, data.val_files, tokenizer, data.val_limit, size) if validates else None
+    dataset = load(data, data.train_files, tokenizer, None, size)
+    held_out = load(data, data.val_files, tokenizer, data.val_limit, size) if validates else None
     batches = _batches(config, dataset)
     total_steps = trainer.total_steps or trainer.total_epochs * batches.steps_per_epoch
     limit = f"longer than data.max_length={data.max_length}"
     overlong = [f"{dataset.filtered:,} samples are {limit} and left out"] if dataset.filtered else []
     with ExitStack() as stack:
         executor = open_executor(config.controller, config.roles, trainer.out_dir, stack)
-        optim = with_total_steps(config.actor.optim, total_steps)
-        factory = partial(
-            train_engine, config.actor, config.model, optim=optim, seed=config.seed, max_length=data.max_length
-        )
-        actor = executor.build("actor", TrainEngine, factory)  # type: ignore[type-abstract]
-        stack.callback(closed, actor)
-        largest = -(-data.train_batch_size // actor.dp_size) * data.max_length
-        yield SFTSession(
+        actor, ref = _engines(config, executor, head, total_steps, stack)
+        models = {"actor": Model(actor, config.actor)}
+        if ref is not None and config.ref_role is not None:
+            models["ref"] = Model(ref, config.ref_role)
+        largest = -(-data.train_batch_size * data.rows_per_sample // actor.dp_size) * data.max_length
+        yield DatasetSession(
             config=config,
             executor=executor,
             actor=actor,
-            micro_batches=MicroBatches(executor, {"actor": Model(actor, config.actor)}, data.max_length, largest),
+            ref=ref,
+            micro_batches=MicroBatches(executor, models, data.max_length, largest),
             tokenizer=tokenizer,
             batches=batches,
             held_out=held_out,
@@ -117,7 +152,24 @@ def open_sft(config: SFTConfig) -> Iterator[SFTSession]:
         )
 
 
-def _batches(config: SFTConfig, dataset: SFTDataset) -> BatchLoader:
+def _engines(
+    config: SampleTaskConfig, executor: Executor, head: Head, total_steps: int, stack: ExitStack
+) -> tuple[TrainEngine, TrainEngine | None]:
+    """Build the model under training and, where the task has one, the reference model; ``stack`` closes them."""
+    engine = partial(train_engine, seed=config.seed, max_length=config.data.max_length)
+    optim = with_total_steps(config.actor.optim, total_steps)
+    factory = partial(engine, config.actor, config.model, head=head, optim=optim)
+    actor: TrainEngine = executor.build("actor", TrainEngine, factory)  # type: ignore[type-abstract]
+    stack.callback(closed, actor)
+    if config.ref_role is None:
+        return actor, None
+    factory = partial(engine, config.ref_role, config.ref_role.model or config.model, policy=config.actor)
+    ref: TrainEngine = executor.build("ref", TrainEngine, factory)  # type: ignore[type-abstract]
+    stack.callback(closed, ref)
+    return actor, ref
+
+
+def _batches(config: SampleTaskConfig, dataset: SampleDataset[Any]) -> BatchLoader:
     return BatchLoader(
         dataset,
         dataset.file_sizes,

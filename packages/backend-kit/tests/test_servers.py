@@ -282,7 +282,7 @@ class Events(BaseHTTPRequestHandler):
         self.send_response(wanted["status"])
         self.send_header("retry-after", "1.5")
         self.end_headers()
-        self.wfile.write(b'data: {"token": 1}\n\n: kept alive\n\ndata:{"token": 2}\n\n' + wanted["end"].encode())
+        self.wfile.write(b'data: {"token": 1}\n\n: kept alive\n\ndata:{"token": 2}\r\n\r\n' + wanted["end"].encode())
 
     def log_message(self, *_):
         return
@@ -308,6 +308,12 @@ def events_of(connection, status=200, end="data: [DONE]\n\n"):
 
 def test_a_stream_is_its_events(connection):
     assert events_of(connection) == [{"token": 1}, {"token": 2}]
+
+
+def test_an_event_may_hold_characters_at_which_text_has_line_ends(connection):
+    """JSON needs no escape for U+2028 and U+0085, and models write them."""
+    text = "a\u2028b\u2029c\x85d"
+    assert events_of(connection, end=f'data: {{"text": "{text}"}}')[-1] == {"text": text}
 
 
 def test_failures_of_a_stream(connection):

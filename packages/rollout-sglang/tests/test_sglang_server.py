@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -207,6 +208,13 @@ def test_the_engine_http_generates_on_the_server_and_reloads_it(server, tmp_path
             completions = engine.generate_batch(requests)
             assert largest_difference(model, requests, completions) < 1e-4
             assert {span for completion in completions for span in completion.versions} == {(version, 20)}
+        with ThreadPoolExecutor(1) as pool:  # SGLang learns after the update began that the client closed the stream
+            unfinished = pool.submit(engine.generate_batch, [request(4, 400)])
+            time.sleep(0.5)
+            engine.update_weights(weights_of(server.other), 3)
+            (interrupted,) = unfinished.result()
+        assert [version for version, _ in interrupted.versions] == [2, 3]
+        engine.update_weights(weights_of(server.model), 4)
         cool = replace(requests[0].sampling, temperature=0.7, top_k=20)
         (filtered,) = engine.generate_batch([replace(requests[0], sampling=cool)])
         assert len(filtered.logprobs) == 20

@@ -142,10 +142,13 @@ def reload(connection: Connection, settings: HTTPSettings, folder: Path, version
             connection.ask("POST", "/collective_rpc", f"read the weights in {folder}", body=body, timeout_s=limit)
             connection.ask("POST", "/reset_prefix_cache", "reset its prefix cache")
         else:
-            disk = {"model_path": str(folder), "load_format": "safetensors", "flush_cache": True}
+            # SGLang 0.5.21 ends if it is to flush within the update and still has a request whose client just left
+            disk = {"model_path": str(folder), "load_format": "safetensors", "flush_cache": False}
             connection.ask(
                 "POST", "/update_weights_from_disk", f"read the weights in {folder}", body=disk, timeout_s=limit
             )
+            flush = f"/flush_cache?timeout={limit:g}"  # waits until it has no request
+            connection.ask("POST", flush, "reset its prefix cache", timeout_s=limit + POLL_S, plain=True)
 
 
 @contextmanager

@@ -70,9 +70,10 @@ class SGLangServerAPI(ServerAPI):
         # /model_info names the folder that was read last, which may hold an update
         path = self.connection.ask("GET", "/server_info", "report its settings")["model_path"]
         self.connection.ask("POST", "/pause_generation", "pause", body={"mode": "retract"})
-        body = {"model_path": path}
+        body = {"model_path": path, "flush_cache": False}  # a flush that fails within the update ends SGLang 0.5.21
         what = f"load {path} again"
         self.connection.ask("POST", "/update_weights_from_disk", what, body=body, timeout_s=timeout_s)
+        self.connection.ask("POST", "/flush_cache", "reset its prefix cache", plain=True)
 
     async def _control(self, path: str, what: str, body: Any) -> None:
         connection = self.connection

@@ -23,7 +23,7 @@ KEEP_ALIVE_S = 2.0
 """Idle connections are closed after this time, before the server closes them (vLLM and SGLang after 5 s). If this
 process is too busy to do so in time, a request may use a connection that the server has just closed."""
 FIRST_RETRY_S = 0.2
-STREAM_END = "[DONE]"
+STREAM_END = b"[DONE]"
 """Last event of a stream of the OpenAI protocol."""
 MAXIMUM_QUOTE = 600
 """Characters of a server's error that a message quotes."""
@@ -189,11 +189,10 @@ class Connection:
                     if not response.is_success:
                         await response.aread()
                         self._decoded(response, what)
-                    lines = cast(AsyncGenerator[str], response.aiter_lines())
-                    async with contextlib.aclosing(lines):
+                    async with contextlib.aclosing(_lines(response)) as lines:
                         async for line in lines:
-                            field, _, value = line.partition(":")
-                            if field == "data" and value.strip() != STREAM_END:
+                            field, _, value = line.partition(b":")
+                            if field == b"data" and value.strip() != STREAM_END:
                                 yield self._event(value, what)
                 return
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:  # nothing was sent
@@ -207,13 +206,12 @@ class Connection:
             await asyncio.sleep(wait)
             wait *= 2
 
-    def _event(self, text: str, what: str) -> Any:
+    def _event(self, content: bytes, what: str) -> Any:
         try:
-            return json.loads(text)
+            return json.loads(content)
         except ValueError:
-            raise WorkerError(
-                f"{self.url} sent an event that is not JSON when asked to {what}: {text[:80]!r}"
-            ) from None
+            start = content[:80].decode(errors="replace")
+            raise WorkerError(f"{self.url} sent an event that is not JSON when asked to {what}: {start!r}") from None
 
     def close(self) -> None:
         """Cancel requests and end the thread; idempotent."""
@@ -279,6 +277,22 @@ class _RequestTrace:
     def stale(self) -> bool:
         """Whether the server may have closed a kept connection before it saw the request."""
         return not self._new and not self._answered
+
+
+async def _lines(response: httpx.Response) -> AsyncGenerator[bytes]:
+    """Yield the lines of a stream, without their ends.
+
+    ``httpx.Response.aiter_lines`` also ends a line at characters such as U+2028 and U+0085, which JSON may hold and
+    models write.
+    """
+    rest = b""
+    async with contextlib.aclosing(cast(AsyncGenerator[bytes], response.aiter_bytes())) as pieces:
+        async for piece in pieces:
+            *lines, rest = (rest + piece).split(b"\n")
+            for line in lines:
+                yield line.removesuffix(b"\r")
+    if rest:
+        yield rest
 
 
 def _reason(error: Exception) -> str:

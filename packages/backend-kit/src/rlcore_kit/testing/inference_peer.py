@@ -251,6 +251,8 @@ class OpenAIPeer(InferencePeer):
             case "POST", "/update_weights_from_disk":  # SGLang
                 self.model.load(body["model_path"])
                 return {"success": True, "message": "Succeeded to update model weights.", "num_paused_requests": 0}
+            case "POST", _ if path.startswith("/flush_cache?timeout="):  # SGLang
+                return {}
             case "POST", "/collective_rpc" if body["method"] == "reload_weights":  # vLLM
                 self.model.load(body["kwargs"]["weights_path"])
                 return {"results": [None]}

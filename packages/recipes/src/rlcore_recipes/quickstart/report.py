@@ -44,7 +44,7 @@ def write_report(out: Path, curves: Curves, seconds: float, seed: int) -> dict[s
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read a file of JSON lines."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_bytes().splitlines()]  # str's also ends lines at U+2028
 
 
 def draw(curves: Curves, path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Train most on prompts that are seldom answered: a recipe with its own policy loss and advantage estimator."""

@@ -1,0 +1,1 @@
+"""Ready-made configurations: `rlcore run hard_prompts --config NAME`."""

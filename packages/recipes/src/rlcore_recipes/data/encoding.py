@@ -141,7 +141,7 @@ def _turns(renderer: Renderer, messages: list[Message], where: str, given: int =
 
 def _turn(renderer: Renderer, messages: list[Message], where: str) -> tuple[str, str]:
     """Return the text before the last message, generation prompt included, and that message's text."""
-    before = renderer.chat_text(messages[:-1], where, add_generation_prompt=True)  # shift allowed: messages
+    before = renderer.chat_text(messages[:-1], where, add_generation_prompt=True)
     conversation = renderer.chat_text(messages, where, add_generation_prompt=False)
     if not conversation.startswith(before):
         raise DataError(

@@ -230,6 +230,19 @@ def test_dynamic_batch_size_takes_the_tokens_and_not_the_sequences() -> None:
     assert value(found, "ref.max_tokens_per_micro_batch") == 30000
 
 
+def test_with_adapters_keys_of_the_reference_set_nothing() -> None:
+    """In both frameworks the actor without its adapters is the reference then."""
+    keys = {"actor_rollout_ref.model.lora_rank": 8, f"{ACTOR}.use_kl_loss": True}
+    offload = {f"{REF}.fsdp_config.param_offload": True, f"{REF}.log_prob_micro_batch_size_per_gpu": 4}
+    found = translated({**GRPO, **keys, **offload})
+    assert "ref" not in found.config
+    for key in offload:
+        assert "without its adapters" in reason(found, key)
+    known = {**found.config, "trainer": {**found.config["trainer"], "trackers": ["jsonl"]}}
+    assert "ref" not in validate_config(RECIPES["grpo"], known).roles
+    assert value(translated({**GRPO, **offload}), "ref.offload") is True
+
+
 def test_eighty_does_not_divide_1024() -> None:
     found = translated({**GRPO, "data.train_batch_size": 1024, f"{ACTOR}.ppo_mini_batch_size": 80})
     [note] = [note for note in found.notes if "ppo_mini_batch_size=80" in note]

@@ -22,6 +22,8 @@ from rlcore.engines import (
     TrainEngineSpec,
     sync_weights,
 )
+from rlcore_fsdp import engine as engine_module
+from rlcore_fsdp.model_building import build_model
 from rlcore_kit.testing.tiny_model import tiny_model
 from rlcore_kit.testing.train_engine import WeightedLogprobs, make_batch
 
@@ -60,6 +62,45 @@ def test_grpo_changes_adapters_only(task: Any, model: Path, metrics_of: Metrics,
     down, up = (adapters[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
     merged = before[f"{name}.weight"] + 2 * up @ down
     torch.testing.assert_close(after[f"{name}.weight"], merged, atol=1e-6, rtol=0)
+
+
+def run_with_reference(
+    task: Any, recipe: str, out_dir: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> int:
+    """Run ``recipe`` with adapters and a KL penalty; return how many models were built."""
+    built: list[str] = []
+
+    def counted(spec: TrainEngineSpec, *args: Any, **kwargs: Any) -> Any:
+        built.append(spec.head)
+        return build_model(spec, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_module, "build_model", counted)
+        kl = {"actor.objective.kl_loss.coeff": 0.1, "actor.optim.lr": 1e-2, "algorithm.kl_in_reward": {"coeff": 0.1}}
+        result = task.run(recipe, out_dir, {**LORA, **kl, **changes})
+    assert result.exit_code == 0, result.output
+    return built.count("policy")
+
+
+def without_times(steps: list[dict[str, float]]) -> list[dict[str, float]]:
+    measured = ("time", "perf/", "timing", "system/")
+    return [{name: value for name, value in step.items() if not name.startswith(measured)} for step in steps]
+
+
+@pytest.mark.parametrize("recipe", ["grpo", "ppo", "dapo"])
+def test_the_actor_is_its_reference(
+    task: Any, model: Path, metrics_of: Metrics, tmp_path: Path, recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a second model, all metrics are those of a run with one, to the last bit."""
+    changes: dict[str, Any] = {"model.path": model, "trainer.total_steps": 3, "trainer.test_freq": -1}
+    if recipe == "dapo":
+        changes["algorithm.overlong"] = "null"
+    one = run_with_reference(task, recipe, tmp_path / "one", changes, monkeypatch)
+    two = run_with_reference(task, recipe, tmp_path / "two", {**changes, "ref.model.path": model}, monkeypatch)
+    assert (one, two) == (1, 2)
+    ours, expected = (without_times(metrics_of(tmp_path / name)) for name in ("one", "two"))
+    assert ours == expected
+    assert ours[-1]["actor/kl_loss"] > 0
 
 
 def test_vllm_generates_with_adapters_of_every_step(model: Path) -> None:

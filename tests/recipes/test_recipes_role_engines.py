@@ -9,6 +9,7 @@ import pytest
 from rlcore import plugins
 from rlcore.config import validate_config
 from rlcore.engines.settings import adapter_rank
+from rlcore.errors import ConfigError
 
 
 def configuration(recipe: str, **sections: Any) -> Any:
@@ -55,3 +56,22 @@ def test_a_section_or_an_engine_of_a_role_comes_first() -> None:
     assert adapter_rank(options) == 2
     assert not options.offload_params
     assert config.ref.engine_with(config.actor) == ("megatron", config.ref.options)
+
+
+@pytest.mark.parametrize(
+    ("ref", "key"),
+    [
+        ({"offload": True}, "offload"),
+        ({"max_tokens_per_micro_batch": 512}, "max_tokens_per_micro_batch"),
+        ({"engine": "megatron"}, "engine"),
+        ({"fsdp": {"offload_params": True}}, "fsdp"),
+    ],
+)
+def test_keys_of_a_reference_that_is_the_actor_are_refused(ref: dict[str, Any], key: str) -> None:
+    actor = {"fsdp": {"lora": {"rank": 4}}, "objective": {"kl_loss": {"coeff": 0.1}}}
+    with pytest.raises(ConfigError, match=f"ref.{key}: is for a reference engine, and there is none") as error:
+        configuration("grpo", actor=actor, ref=ref)
+    assert str(error.value).count("ref.") == 2, "the key once, and the remedy"
+    assert "ref" in configuration("grpo", actor=actor, ref={**ref, "model": {"path": "other"}}).roles
+    assert "ref" not in configuration("grpo", actor=actor).roles
+    configuration("grpo", actor={"fsdp": {"lora": {"rank": 4}}}, ref=ref)  # no reference takes part

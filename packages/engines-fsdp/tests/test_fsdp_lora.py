@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,53 @@ def test_merged_weights_compute_the_same_as_adapters(model_path: Path, tmp_path:
     assert len(targets) == 7
     plain.save_pretrained(tmp_path / "merged")
     assert not (tmp_path / "merged" / "adapter").exists(), "they do not belong to these weights"
+
+
+class WithoutAdapters(WeightedLogprobs):
+    """Requests outputs that have no gradient."""
+
+    @property
+    def request(self) -> ForwardRequest:
+        return ForwardRequest(("logprobs", "entropy"), adapters=False)
+
+
+def reference(path: Path, folder: Path | None, options: dict[str, Any]) -> None:
+    """Compare the log-probs without adapters with those of a separate frozen engine, bit for bit, over training."""
+    engine = make_engine(path, **options)
+    frozen = build(replace(make_engine(path, lora=None, **options).spec, optim=None))
+    request = ForwardRequest(("logprobs", "entropy"), temperature=0.7)
+
+    def both() -> list[Batch]:
+        without = engine.forward(BATCHES[1], replace(request, adapters=False))
+        return [without, frozen.forward(BATCHES[1], request), engine.forward(BATCHES[1], request)]
+
+    if folder is not None:
+        engine.load(folder)
+    for _ in range(3):
+        train(engine, BATCHES[0])
+        engine.offload()
+        without, separate, policy = both()
+        for name in request.outputs:
+            assert torch.equal(without.flat(name), separate.flat(name)), name
+        assert not torch.allclose(policy.flat("logprobs"), separate.flat("logprobs"), atol=1e-3)
+    assert all(p.requires_grad is (".lora_" in name) for name, p in engine.model.named_parameters())
+
+
+@pytest.mark.parametrize("options", [{}, {"param_dtype": "bfloat16"}], ids=["fp32", "bf16"])
+def test_without_adapters_the_policy_is_its_reference(
+    ranks: RankPool, model_path: Path, alone: dict[str, Any], checkpoint: Path, options: dict[str, Any]
+) -> None:
+    """On one rank and on two, after optimizer steps, offloading and a resume."""
+    reference(model_path, None if options else checkpoint, options)
+    ranks.run(reference, model_path, None if options else checkpoint, options, timeout=START_S)
+
+
+def test_adapters_cannot_be_left_out_where_they_are_needed(model_path: Path) -> None:
+    without = ForwardRequest(adapters=False)
+    with pytest.raises(EngineError, match=r"needs an engine that trains adapters; this one trains all weights"):
+        make_engine(model_path, lora=None).forward(BATCHES[0], without)
+    with pytest.raises(EngineError, match="nothing would train"):
+        make_engine(model_path).train(BATCHES[0], WithoutAdapters())
 
 
 def test_resumed_training_gives_the_same_bits(

@@ -186,7 +186,7 @@ class FSDPTrainEngine(TrainEngine):
                 "an earlier training step of this engine failed and left gradients behind; build a new engine"
             )
         request = objective.request
-        self._check(batch, request)
+        self._check(batch, request, training=True)
         self.onload("params")
         denominators = sum_over_ranks(objective.denominators(batch), torch.device("cpu"))
         divided = self._micro_batches(batch, request.together)
@@ -213,8 +213,8 @@ class FSDPTrainEngine(TrainEngine):
         self._step(metrics)
         return metrics
 
-    def _check(self, batch: Batch, request: ForwardRequest) -> None:
-        check_request(request, self.spec.head)
+    def _check(self, batch: Batch, request: ForwardRequest, training: bool = False) -> None:
+        check_request(request, self.spec.head, self.settings.lora is not None, training)
         embeddings: Any = self.model.get_input_embeddings()
         check_batch(batch, self.spec.model, self.model.config, embeddings.num_embeddings)
 
@@ -231,7 +231,8 @@ class FSDPTrainEngine(TrainEngine):
             tokens, lengths = tokens.new_zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
         packing = Packing(tuple(length for length in lengths.tolist() if length), self._kernel, self._device)
         positions = positions.to(self._device)
-        outputs = self.root(tokens.to(self._device), packing, positions, request)
+        with nullcontext() if request.adapters else lora.switched_off(self.model):
+            outputs = self.root(tokens.to(self._device), packing, positions, request)
         return {name: to_column(value, positions, total) for name, value in outputs.items()}
 
     @cached_property

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,20 @@ def trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, parameter in model.named_parameters():
         if not adapted or is_adapter(name) or name.startswith(f"{SCORE}."):
             yield name, parameter
+
+
+@contextmanager
+def switched_off(model: nn.Module) -> Iterator[None]:
+    """Have adapted layers compute W x alone while the context lasts."""
+    layers = [layer for _, layer in adapted_layers(model)]
+    for layer in layers:
+        # what PEFT's enable_adapters sets, which also changes the parameters' requires_grad
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def is_adapter(name: str) -> bool:

@@ -193,7 +193,7 @@ class MegatronEngine(TrainEngine):
         optimization = self._optimization
         if optimization is None or self.spec.optim is None:
             raise EngineError("this engine was built without an optimizer (a frozen model) and cannot train")
-        self._check(batch, objective.request)
+        self._check(batch, objective.request, training=True)
         self.onload("params")
         denominators = sum_over_ranks(objective.denominators(batch), self._device, self.parallel.dp_group)
         divided = [batch.take(members) for members in self._micro_batches(batch, objective.request.together)]
@@ -207,8 +207,8 @@ class MegatronEngine(TrainEngine):
             raise
         return metrics
 
-    def _check(self, batch: Batch, request: ForwardRequest) -> None:
-        check_request(request, self.spec.head)
+    def _check(self, batch: Batch, request: ForwardRequest, training: bool = False) -> None:
+        check_request(request, self.spec.head, adapters=False, training=training)
         check_batch(batch, self.spec.model, self.hf_config, self.modules[0].vocabulary)
 
     def _micro_batches(self, batch: Batch, together: str | None = None) -> list[list[int]]:

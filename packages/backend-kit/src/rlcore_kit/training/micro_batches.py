@@ -15,11 +15,15 @@ from rlcore.errors import EngineError
 from rlcore_kit.model_folder.length import check_sequences
 
 
-def check_request(request: ForwardRequest, head: Head) -> None:
+def check_request(request: ForwardRequest, head: Head, adapters: bool, training: bool = False) -> None:
     """Check that a model with ``head`` computes the requested outputs.
 
+    Args:
+        adapters: whether the model has adapters.
+        training: the outputs are for an optimizer step.
+
     Raises:
-        EngineError: it has no such output, or the temperature is not positive.
+        EngineError: it has no such output, the temperature is not positive, or there are no adapters to leave out.
     """
     known = {"logprobs", "entropy"} if head == "policy" else {"values"}
     for name in request.outputs:
@@ -27,6 +31,13 @@ def check_request(request: ForwardRequest, head: Head) -> None:
             raise EngineError(f"a {head} head computes {' and '.join(sorted(known))}, not {name}")
     if request.temperature <= 0:
         raise EngineError(f"temperature must be positive, not {request.temperature}")
+    if not request.adapters and not adapters:
+        raise EngineError(
+            "a forward pass without adapters (adapters=False) needs an engine that trains adapters; this one trains "
+            "all weights, and a reference policy needs a separate engine"
+        )
+    if not request.adapters and training:
+        raise EngineError("an objective cannot request outputs without adapters (adapters=False): nothing would train")
 
 
 def check_batch(batch: Batch, settings: ModelSettings, config: Any, vocabulary: int) -> None:

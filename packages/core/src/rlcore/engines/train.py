@@ -44,11 +44,14 @@ class ForwardRequest:
         together: a dense column with one integer per sample, such as ``group`` or a pair's number. Samples with the
             same number are one unit of an `Objective` (its loss compares them): they are on one rank and in one
             micro-batch of `TrainEngine.train`, be they more tokens than the budget. None: every sample is alone.
+        adapters: False computes with the frozen weights alone, as if the engine had no adapters: log-probs of the
+            reference policy. For `TrainEngine.forward` of an engine that trains adapters.
     """
 
     outputs: tuple[Output, ...] = ("logprobs",)
     temperature: float = 1.0
     together: str | None = None
+    adapters: bool = True
 
 
 class Objective(Protocol):

@@ -87,6 +87,12 @@ class VerlView:
         return not self.supervised and str(self.get("algorithm.adv_estimator")) == "gae"
 
     @property
+    def actor_is_reference(self) -> bool:
+        """Whether the reference is the actor without its adapters, and not a second model."""
+        adapted = whole(self.get("actor_rollout_ref.model.lora_rank") or 0, "actor_rollout_ref.model.lora_rank") > 0
+        return adapted and not self.given(f"{REF}.model.path")
+
+    @property
     def asynchronous(self) -> bool:
         """Whether rollout and training run on different GPUs."""
         return "async" in self.entry or "one_step_off" in self.entry or self.any_below("async_training")

@@ -44,7 +44,7 @@ class DatasetSession(Generic[C]):
     """The parts of one run on a data set; see `rlcore_recipes.run.trainable.Trainable`.
 
     Attributes:
-        ref: the frozen reference model; None unless the task needs one.
+        ref: the frozen reference model; None unless the task needs one, and if it is the actor without its adapters.
         batches: endless batches of samples to learn.
         held_out: samples to validate on; None if nothing is validated.
         end_tokens: tokens that end an answer.
@@ -161,7 +161,7 @@ def _engines(
     factory = partial(engine, config.actor, config.model, head=head, optim=optim)
     actor: TrainEngine = executor.build("actor", TrainEngine, factory)  # type: ignore[type-abstract]
     stack.callback(closed, actor)
-    if config.ref_role is None:
+    if config.ref_role is None or not config.builds_ref:
         return actor, None
     factory = partial(engine, config.ref_role, config.ref_role.model or config.model, policy=config.actor)
     ref: TrainEngine = executor.build("ref", TrainEngine, factory)  # type: ignore[type-abstract]

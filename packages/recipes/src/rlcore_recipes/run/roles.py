@@ -33,7 +33,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Roles:
-    """Worker groups, each called as if it were one engine."""
+    """Worker groups, each called as if it were one engine.
+
+    Attributes:
+        ref: None if there is no reference policy, or if it is the actor without its adapters.
+    """
 
     actor: TrainEngine
     rollout: RolloutEngine
@@ -160,7 +164,7 @@ def build_roles(
     actor = built("actor", TrainEngine, partial(engine, config.actor, config.model, optim=optim))
     following = partial(engine, policy=config.actor)
     ref = value = scorer = None
-    if config.needs_ref:
+    if config.builds_ref:
         model = config.ref.model or config.model
         ref = built("ref", TrainEngine, partial(following, config.ref, model))
     if critic is not None:

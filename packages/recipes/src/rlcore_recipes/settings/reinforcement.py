@@ -33,6 +33,7 @@ class RLConfig(RLSections):
         estimated = self.columns | {"advantages"} | ({"returns"} if self.has_critic else set())
         yield from missing_columns("actor.objective.policy_loss", self.actor.objective.policy_loss, estimated)
         yield from rollout_problems(self)
+        yield from ((f"ref.{key}", why) for key, why in self.ref.unused(self.actor) if self.needs_ref)
         yield from unused(self.controller, self.roles)
         yield from async_problems(self)
 

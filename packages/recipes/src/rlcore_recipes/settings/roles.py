@@ -11,7 +11,7 @@ from rlcore.algorithms.objectives import PolicyObjectiveSettings, ValueObjective
 from rlcore.algorithms.off_policy import MISParams
 from rlcore.config import Algorithm, Config, PluginSections, ShortForm
 from rlcore.engines import ModelSettings, OptimSettings, RewardSettings
-from rlcore.engines.settings import without_adapters
+from rlcore.engines.settings import adapter_rank, without_adapters
 
 MOST_COMPLETIONS = 2**16
 
@@ -130,9 +130,38 @@ class CriticSettings(FollowingRole):
 
 
 class RefSettings(FollowingRole):
-    """The frozen reference policy; built only if a KL loss or a KL penalty in the reward is used."""
+    """The frozen reference policy; built only if a KL loss or a KL penalty in the reward is used.
 
-    model: ModelSettings | None = Field(None, description="Reference model; null: the actor's at the start of the run.")
+    An actor that trains adapters is also the reference: without its adapters it is the model of the run's start.
+    """
+
+    model: ModelSettings | None = Field(
+        None,
+        description="Reference model; null: the actor's at the start of the run. If the actor trains adapters, null "
+        "builds no second model: the reference is the actor without its adapters.",
+    )
+
+    def is_actor(self, actor: ModelRole) -> bool:
+        """Return whether the reference is ``actor`` without its adapters."""
+        return self.model is None and adapter_rank(actor.options) is not None
+
+    def unused(self, actor: ModelRole) -> Iterator[tuple[str, str]]:
+        """Yield the keys that are set for a reference engine where the actor is the reference."""
+        if not self.is_actor(actor):
+            return
+        sections = {} if self.engine is not None else self.__pydantic_extra__ or {}  # an engine brings its section
+        found = {
+            "engine": self.engine is not None,
+            "max_tokens_per_micro_batch": self.max_tokens_per_micro_batch != AUTO,
+            "offload": self.offload,
+            **dict.fromkeys(sections, True),
+        }
+        for key in (key for key, is_set in found.items() if is_set):
+            yield (
+                key,
+                "is for a reference engine, and there is none: the actor without its adapters is the reference. Leave "
+                "it out, or build a second model with ref.model.path",
+            )
 
 
 class RewardModelSettings(FollowingRole):

@@ -77,7 +77,7 @@ class RLSections(AsyncSection):
     @property
     def roles(self) -> list[str]:
         """The roles that take part in the run."""
-        models = ["actor"] + ["critic"] * self.has_critic + ["ref"] * self.needs_ref
+        models = ["actor"] + ["critic"] * self.has_critic + ["ref"] * self.builds_ref
         models += ["reward_model"] * (self.reward_model is not None)
         return [*models, "rollout", "reward", "compute"]
 
@@ -138,6 +138,11 @@ class RLSections(AsyncSection):
             or self.actor.objective.kl_loss.coeff > 0
             or "ref_logprobs" in self.needed_columns
         )
+
+    @property
+    def builds_ref(self) -> bool:
+        """Whether the reference policy is a second model, and not the actor without its adapters."""
+        return self.needs_ref and not self.ref.is_actor(self.actor)
 
     @property
     def needs_old_logprobs(self) -> bool:

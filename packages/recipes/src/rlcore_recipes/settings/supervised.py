@@ -47,6 +47,8 @@ class SampleTaskConfig(Config):
         if self.trainer.log_rollouts:
             yield "trainer.log_rollouts", "this recipe has no rollouts; set it to 0"
         yield from unused(self.controller, self.roles)
+        if self.ref_role is not None:
+            yield from ((f"ref.{key}", why) for key, why in self.ref_role.unused(self.actor))
 
     @property
     def ref_role(self) -> RefSettings | None:
@@ -54,9 +56,14 @@ class SampleTaskConfig(Config):
         return None
 
     @property
+    def builds_ref(self) -> bool:
+        """Whether the reference is a second model, and not the model under training without its adapters."""
+        return self.ref_role is not None and not self.ref_role.is_actor(self.actor)
+
+    @property
     def roles(self) -> list[str]:
         """The roles that take part in the run."""
-        return ["actor", *(["ref"] if self.ref_role is not None else [])]
+        return ["actor", *(["ref"] if self.builds_ref else [])]
 
     @property
     def arithmetic(self) -> list[tuple[str, str, str]]:

@@ -9,6 +9,7 @@ from rlcore.engines import ForwardRequest, TrainEngine
 from rlcore.engines.train import Output
 from rlcore_recipes.run.session import Session
 from rlcore_recipes.settings import RLConfig
+from rlcore_recipes.step.reference import reference_logprobs
 
 
 def add_logprobs(session: Session[Any], batch: Batch) -> Batch:
@@ -20,9 +21,12 @@ def add_logprobs(session: Session[Any], batch: Batch) -> Batch:
     if config.needs_old_logprobs or config.needs_entropy:
         with timed("old_log_prob"):
             batch = with_old_logprobs(roles.actor, batch, config)
-    if roles.ref is not None:
+    if config.needs_ref:
         with timed("ref"):
-            batch = with_ref_logprobs(roles.ref, batch, config)
+            found = reference_logprobs(
+                roles.actor, roles.ref, batch, temperature=config.rollout.temperature, offload=config.ref.offload
+            )
+            batch = batch.with_columns(ref_logprobs=found)
     return batch
 
 
@@ -47,14 +51,6 @@ def with_old_logprobs(actor: TrainEngine, batch: Batch, config: RLConfig) -> Bat
     if config.needs_entropy:
         outputs += ("entropy",)
     return _with_outputs(actor, batch, config, outputs, logprobs="old_logprobs") if outputs else batch
-
-
-def with_ref_logprobs(ref: TrainEngine, batch: Batch, config: RLConfig) -> Batch:
-    """Add per-token ``ref_logprobs``: those of the reference policy."""
-    batch = _with_outputs(ref, batch, config, ("logprobs",), logprobs="ref_logprobs")
-    if config.ref.offload:
-        ref.offload()
-    return batch
 
 
 def _with_outputs(

@@ -76,6 +76,10 @@ class ForwardTests(TrainEngineTests):
         with pytest.raises(EngineError, match="logprobs"):
             self.engine(model_path, head="value").forward(make_batch(), ForwardRequest(("logprobs",)))
 
+    def test_an_engine_without_adapters_cannot_leave_them_out(self, model_path: Path) -> None:
+        with pytest.raises(EngineError, match="adapters"):
+            self.engine(model_path).forward(make_batch(), ForwardRequest(adapters=False))
+
     def test_tokens_outside_the_vocabulary_are_refused(self, model_path: Path) -> None:
         batch = Batch({"tokens": Jagged.from_list([torch.tensor([5, 9999])])})
         with pytest.raises(EngineError, match="vocabulary"):

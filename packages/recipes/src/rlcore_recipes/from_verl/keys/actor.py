@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from rlcore_recipes.from_verl.keys import losses
@@ -14,7 +15,16 @@ from rlcore_recipes.from_verl.keys.engines import (
     quantisation_aware,
     router_replay,
 )
-from rlcore_recipes.from_verl.keys.entries import Key, NoEquivalent, NothingToSet, already, already_if, key, without
+from rlcore_recipes.from_verl.keys.entries import (
+    Convert,
+    Key,
+    NoEquivalent,
+    NothingToSet,
+    already,
+    already_if,
+    key,
+    without,
+)
 from rlcore_recipes.from_verl.keys.optim import optim_keys
 from rlcore_recipes.from_verl.keys.trainer import saved
 from rlcore_recipes.from_verl.values import whole
@@ -104,7 +114,21 @@ def ref_strategy(value: Any, verl: VerlView) -> str:
 
 def for_reference(keys: tuple[Key, ...]) -> tuple[Key, ...]:
     """Return ``keys`` without defaults: what is not said of the reference follows from the actor."""
-    return tuple(Key(k.name, k.ours, k.convert, old=k.old, meaning=k.meaning) for k in keys)
+    return of_second_model(tuple(Key(k.name, k.ours, k.convert, old=k.old, meaning=k.meaning) for k in keys))
+
+
+def of_second_model(keys: tuple[Key, ...]) -> tuple[Key, ...]:
+    """Return ``keys`` of the reference's engine, which set nothing where the actor is the reference."""
+
+    def unless_actor(convert: Convert) -> Convert:
+        def checked(value: Any, verl: VerlView) -> Any:
+            if verl.actor_is_reference:
+                raise NothingToSet("with lora_rank the reference is the actor without its adapters, as in verl")
+            return convert(value, verl)
+
+        return checked
+
+    return tuple(replace(one, convert=unless_actor(one.convert)) for one in keys)
 
 
 def compute_keys(section: str) -> tuple[Key, ...]:
@@ -216,16 +240,18 @@ KEYS: tuple[Key, ...] = (
     quantisation_aware(ACTOR),
     without(f"{ACTOR}.use_rollout_log_probs", "set actor.old_logprobs=rollout", off=(False,)),
     # --- the reference -----------------------------------------------------------------------------------------------
-    key(f"{REF}.strategy", "ref.engine", ref_strategy),
+    *of_second_model((key(f"{REF}.strategy", "ref.engine", ref_strategy),)),
     key(f"{REF}.model.path", "ref.model.path"),
-    *micro_batch_keys(
-        REF,
-        "log_prob_",
-        "ref",
-        dynamic="log_prob_use_dynamic_bsz",
-        tokens="log_prob_max_token_len_per_gpu",
-        default_tokens="${actor_rollout_ref.actor.ppo_max_token_len_per_gpu}",
-        switch_default="${actor_rollout_ref.actor.use_dynamic_bsz}",
+    *of_second_model(
+        micro_batch_keys(
+            REF,
+            "log_prob_",
+            "ref",
+            dynamic="log_prob_use_dynamic_bsz",
+            tokens="log_prob_max_token_len_per_gpu",
+            default_tokens="${actor_rollout_ref.actor.ppo_max_token_len_per_gpu}",
+            switch_default="${actor_rollout_ref.actor.use_dynamic_bsz}",
+        )
     ),
     *for_reference(fsdp_keys(f"{REF}.fsdp_config", "ref")),
     *for_reference(megatron_keys(f"{REF}.megatron", "ref")),

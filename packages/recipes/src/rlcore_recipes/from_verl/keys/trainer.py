@@ -52,7 +52,7 @@ def _apart(verl: VerlView) -> Several:
     }
     models = ["actor", *["critic"] * verl.has_critic]
     reference = verl.flag("actor_rollout_ref.actor.use_kl_loss") or verl.flag("algorithm.use_kl_in_reward")
-    models += ["ref"] * reference
+    models += ["ref"] * (reference and not verl.actor_is_reference)
     placed = {**dict.fromkeys(models, "train"), "rollout": "generate"}
     found = Several({"controller.kind": "ray", "controller.pools": pools, "controller.placement": placed})
     if verl.whole("trainer.nnodes") + whole(nodes or 1, "rollout.nnodes") > 2:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -80,6 +81,18 @@ def column(row: Row, key: str) -> Any:
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     return value
+
+
+def number(row: Row, key: str, where: str) -> float:
+    """Return the number in column ``key``.
+
+    Raises:
+        DataError: it holds something else; ``where`` names file and row.
+    """
+    value = column(row, key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise DataError(f"{where}: column {key!r} must hold a finite number, not {value!r:.100}")
+    return float(value)
 
 
 def data_source(row: Row, key: str | None, file: str, default: str) -> str:

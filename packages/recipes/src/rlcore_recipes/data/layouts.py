@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from rlcore.errors import DataError
 from rlcore_recipes.data.columns import Columns
-from rlcore_recipes.data.settings import AUTO, DataSettings, SFTDataSettings
+from rlcore_recipes.data.settings import AUTO, DataFiles, DataSettings, PairDataSettings, SFTDataSettings
 
 Choose = Callable[[Sequence[str], str], Columns]
 """Returns the columns that are read of a file. Arguments: the names of its columns and of fields of structs; the file.
@@ -22,6 +22,8 @@ Raises:
 
 PROMPT, TRUTH, SOURCE = "data.prompt_key", "data.ground_truth_key", "data.data_source_key"
 MESSAGES, RESPONSE, TEXT = "data.messages_key", "data.response_key", "data.text_key"
+
+CHOSEN, REJECTED, MARGIN = "data.chosen_key", "data.rejected_key", "data.margin_key"
 
 TRUTHS = ("ground_truth", "reward_model.ground_truth")
 """Columns that hold the reference answer, ours and verl's. Where a file has both, they must agree."""
@@ -99,15 +101,39 @@ def sft_columns(settings: SFTDataSettings) -> Choose:
     """Return what chooses the columns of samples to learn."""
 
     def choose(names: Sequence[str], file: str) -> Columns:
-        source, notes = _source(settings.data_source_key, names)
-        columns = Columns({**_samples(settings, names, file), SOURCE: source}, others=False)
-        columns.require(names, file)
-        whole = [name for name in names if "." not in name]
-        if unread := sorted({*whole} - {*columns.chosen(whole)}):
-            notes.append(f"not read: {', '.join(unread)}")
-        return replace(columns, notes=tuple(notes))
+        return _only(_samples(settings, names, file), settings, names, file)
 
     return choose
+
+
+def pair_columns(settings: PairDataSettings) -> Choose:
+    """Return what chooses the columns of preference pairs."""
+
+    def choose(names: Sequence[str], file: str) -> Columns:
+        with_prompt = (
+            settings.prompt_key in names or settings.prompt_key != PairDataSettings.model_fields["prompt_key"].default
+        )
+        margin = settings.margin_key
+        keys = {
+            PROMPT: settings.prompt_key if with_prompt else None,
+            CHOSEN: settings.chosen_key,
+            REJECTED: settings.rejected_key,
+            MARGIN: ("margin" if "margin" in names else None) if margin == AUTO else margin,
+        }
+        return _only(keys, settings, names, file)
+
+    return choose
+
+
+def _only(keys: dict[str, str | None], settings: DataFiles, names: Sequence[str], file: str) -> Columns:
+    """Return the columns ``keys`` and that of the data source, no others; notes say which are not read."""
+    source, notes = _source(settings.data_source_key, names)
+    columns = Columns({**keys, SOURCE: source}, others=False)
+    columns.require(names, file)
+    whole = [name for name in names if "." not in name]
+    if unread := sorted({*whole} - {*columns.chosen(whole)}):
+        notes.append(f"not read: {', '.join(unread)}")
+    return replace(columns, notes=tuple(notes))
 
 
 def _samples(settings: SFTDataSettings, names: Sequence[str], file: str) -> dict[str, str | None]:

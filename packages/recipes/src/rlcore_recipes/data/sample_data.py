@@ -12,6 +12,7 @@ from rlcore.errors import DataError
 from rlcore_recipes.data.columns import Row
 from rlcore_recipes.data.files import DataFile, Fingerprint, open_files
 from rlcore_recipes.data.layouts import Choose
+from rlcore_recipes.data.left_out import LeftOut
 from rlcore_recipes.data.sample_store import SampleStore
 
 T = TypeVar("T")
@@ -64,13 +65,19 @@ class ReadSamples(Generic[T]):
 
 
 def read_samples(
-    files: Sequence[str], columns: Choose, limit: int | None, max_length: int, make: MakeSamples[T]
+    files: Sequence[str],
+    columns: Choose,
+    limit: int | None,
+    max_length: int,
+    make: MakeSamples[T],
+    without: LeftOut | None = None,
 ) -> ReadSamples[T]:
     """Read ``files`` and ``make`` samples of their rows.
 
     Args:
         limit: read only the first rows of all files together.
         max_length: the limit of samples in tokens, for the message if none of a file is left.
+        without: where ``make`` counts rows that it leaves out for other reasons than their length.
 
     Raises:
         DataError: a file cannot be read, lacks a column, or has no sample.
@@ -87,6 +94,8 @@ def read_samples(
             rows_read += len(rows)
         used = len(read.samples) - before
         if not used:
+            if without is not None and (notes := without.notes("rows")):
+                raise DataError(f"none of the {rows_read} samples of {file.name} can be used: {'; '.join(notes)}")
             raise DataError(
                 f"none of the {rows_read} samples of {file.name} fits data.max_length={max_length}; raise it"
             )

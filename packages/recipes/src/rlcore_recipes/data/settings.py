@@ -140,3 +140,33 @@ class SFTDataSettings(SampleDataSettings):
         named = [key for key in ("messages_key", "response_key", "text_key") if getattr(self, key) not in (AUTO, None)]
         if len(named) > 1:
             yield named[1], f"cannot be set together with {named[0]}: a sample is read from one of them"
+
+
+class PairDataSettings(SampleDataSettings):
+    """Preference pairs: two answers to a prompt, of which one is preferred."""
+
+    rows_per_sample: ClassVar[int] = 2
+
+    max_length: int = Field(1024, ge=2, description="Maximum length of either side, prompt included, in tokens.")
+    overlong: Literal["filter", "truncate", "error"] = Field(
+        "filter",
+        description="What to do with pairs of which a side is longer: leave them out, cut the end of that side off, or "
+        "stop.",
+    )
+    prompt_key: str = Field(
+        "prompt",
+        description="Column of the prompt: chat messages or text. Without such a column, the prompt is what both sides "
+        "begin with.",
+    )
+    chosen_key: str = Field("chosen", description="Column of the preferred answer: text, or chat messages.")
+    rejected_key: str = Field("rejected", description="Column of the other answer, in the same form.")
+    margin_key: str | None = Field(
+        AUTO,
+        description="Column of a number: by how much the chosen answer is better; null for none. auto: margin, where "
+        "a file has it.",
+    )
+    unusable: Literal["filter", "error"] = Field(
+        "filter",
+        description="What to do with pairs that have an empty side, equal sides, or prompts that differ: count them "
+        "and leave them out, or stop.",
+    )

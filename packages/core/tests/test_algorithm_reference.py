@@ -27,6 +27,7 @@ SECTIONS = {
     "value_losses": "Value losses",
     "corrections": "Off-policy corrections",
     "sampling_filters": "Sampling filters",
+    "preference_losses": "Preference losses",
 }
 
 

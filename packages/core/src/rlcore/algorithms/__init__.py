@@ -12,8 +12,11 @@ from rlcore.algorithms import (
     group_relative,
     kl,
     off_policy,
+    pair_losses,
+    reference_free_losses,
     sequence_losses,
     token_losses,
+    unpaired_losses,
     value_loss,
 )
 from rlcore.algorithms.registries import (
@@ -24,6 +27,7 @@ from rlcore.algorithms.registries import (
     corrections,
     kl_estimators,
     policy_losses,
+    preference_losses,
     sampling_filters,
     value_losses,
 )
@@ -41,10 +45,14 @@ __all__ = [
     "kl",
     "kl_estimators",
     "off_policy",
+    "pair_losses",
     "policy_losses",
+    "preference_losses",
+    "reference_free_losses",
     "sampling_filters",
     "sequence_losses",
     "token_losses",
+    "unpaired_losses",
     "value_loss",
     "value_losses",
 ]

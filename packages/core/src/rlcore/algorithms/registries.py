@@ -129,6 +129,78 @@ class SamplingFilter(Protocol):
     def __call__(self, scores: torch.Tensor, group: torch.Tensor, params: Any, /) -> torch.Tensor: ...
 
 
+@dataclass(frozen=True)
+class Answers:
+    """Log-probs of answers, each summed over its trained tokens: all ``[N]`` fp64.
+
+    Attributes:
+        logprobs: under the policy, with gradient.
+        ref_logprobs: under the reference; 0 for losses that do not declare "ref_answer_logprob".
+        tokens: trained tokens, at least 1.
+    """
+
+    logprobs: torch.Tensor
+    ref_logprobs: torch.Tensor
+    tokens: torch.Tensor
+
+    @property
+    def log_ratio(self) -> torch.Tensor:
+        """Return log(π / π_ref) of each answer."""
+        return self.logprobs - self.ref_logprobs
+
+    @property
+    def mean_log_ratio(self) -> torch.Tensor:
+        """Return log(π / π_ref) per token."""
+        return self.log_ratio / self.tokens
+
+    @property
+    def mean_logprobs(self) -> torch.Tensor:
+        """Return log π per token."""
+        return self.logprobs / self.tokens
+
+
+@dataclass(frozen=True)
+class PreferenceInputs:
+    """What a preference loss reads.
+
+    Attributes:
+        chosen: preferred answers. Of a loss with ``together="pair"``, entry *i* of both sides is one pair; of a loss
+            without, the sides are answers that have nothing to do with each other, and any number of them.
+        rejected: the other answers.
+        kl: estimate of KL(π ‖ π_ref) over the mini-batch, at least 0, for losses that declare "kl_log_ratio"; else 0.
+    """
+
+    chosen: Answers
+    rejected: Answers
+    kl: float = 0.0
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """The result of a preference loss, all fp64.
+
+    Attributes:
+        losses: one per pair, or one per answer where there are no pairs.
+        chosen_rewards: what the loss takes for the reward of each chosen answer, which it wants to be higher than that
+            of the rejected one.
+        rejected_rewards: the same of each rejected answer.
+    """
+
+    losses: torch.Tensor
+    chosen_rewards: torch.Tensor
+    rejected_rewards: torch.Tensor
+
+
+class PreferenceLoss(Protocol):
+    """Losses and rewards of answers; the caller averages over the mini-batch.
+
+    A loss of pairs declares ``together="pair"``. One that compares with a reference declares the column
+    "ref_answer_logprob", and one that needs the policy's distance from it "kl_log_ratio".
+    """
+
+    def __call__(self, inputs: PreferenceInputs, params: Any, /) -> Preferences: ...
+
+
 advantages: Registry[AdvantageEstimator] = Registry("advantage estimator", columns=True)
 policy_losses: Registry[PolicyLoss] = Registry("policy loss", columns=True, units=True)
 value_losses: Registry[ValueLoss] = Registry("value loss")
@@ -136,3 +208,4 @@ kl_estimators: Registry[KLEstimator] = Registry("KL estimator")
 aggregations: Registry[Aggregation] = Registry("loss aggregation")
 corrections: Registry[Correction] = Registry("off-policy correction")
 sampling_filters: Registry[SamplingFilter] = Registry("sampling filter")
+preference_losses: Registry[PreferenceLoss] = Registry("preference loss", columns=True, units=True)

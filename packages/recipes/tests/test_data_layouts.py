@@ -126,9 +126,7 @@ def test_reinforcement_learning_says_what_it_leaves_unused(tmp_path: Path) -> No
 
 def test_supervised_fine_tuning_says_what_it_does_not_read(tmp_path: Path) -> None:
     row = {"prompt": "q", "completion": "a", "tools": "[]", "extra_info": {"index": 1}}
-    assert [note.partition(": ")[2] for note in samples(write(tmp_path / "a.jsonl", row)).notes] == [
-        "not read: extra_info, tools"
-    ]
+    assert samples(write(tmp_path / "a.jsonl", row)).notes[0].endswith("a.jsonl: not read: extra_info")
 
 
 ANSWER = {"role": "assistant", "content": "a"}

@@ -168,3 +168,146 @@ def test_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path) -> None
     turns = [message("user", "a"), message("assistant", "b"), message("user", "c"), message("assistant", "d")]
     with pytest.raises(DataError, match="one row per assistant turn"):
         load(tmp_path / "a.jsonl", [{"messages": turns}], tokenizer, messages_key="messages")
+
+
+GLM = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_a_turn_that_the_next_message_ends_is_learned_with_the_token_that_ends_it(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = GLM
+    turns = [message("user", "a"), message("assistant", "b"), message("user", "c"), message("assistant", "d")]
+    data = load(tmp_path / "a.jsonl", [{"messages": turns}, {"messages": turns[:2]}], tokenizer)
+    assert texts(data, tokenizer) == [
+        ("<|user|>a<|assistant|>b<|user|>c<|assistant|>d<|user|>", "b<|user|>d<|user|>"),
+        ("<|user|>a<|assistant|>b<|user|>", "b<|user|>"),
+    ]
+    assert data.ends == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|user|>")}
+
+
+def test_a_template_without_any_end_gets_the_tokenizers_end_token_after_the_last_answer(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}" + (
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    [(_, learned)] = texts(load(tmp_path / "a.jsonl", [{"prompt": [message("user", "a")], "response": "b"}], tokenizer))
+    assert learned == "b\n<|end|>"
+
+
+@pytest.mark.parametrize(
+    ("learn", "learned"),
+    [
+        ("answers", ["b<|end|>d<|end|>", "b<|end|>", "2<|end|>"]),
+        ("last_answer", ["d<|end|>", "b<|end|>", "2<|end|>"]),
+        ("everything", ["a<|end|><|assistant|>b<|end|><|user|>c<|end|><|assistant|>d<|end|>"]),
+    ],
+)
+def test_what_is_learned_of_conversations_and_prompts(tmp_path: Path, learn: str, learned: list[str]) -> None:
+    turns = [message("user", "a"), message("assistant", "b"), message("user", "c"), message("assistant", "d")]
+    chat = load(tmp_path / "a.jsonl", [{"messages": turns}, {"messages": turns[:2]}], learn=learn)
+    plain = load(tmp_path / "b.jsonl", [{"prompt": "1+1=", "response": "2"}], learn=learn)
+    found = [part for _, part in texts(chat) + texts(plain)]
+    assert found[: len(learned)] == learned
+    assert found[-1] == ("+1=2<|end|>" if learn == "everything" else "2<|end|>")
+
+
+def test_the_last_answer_can_be_learned_under_a_template_that_rewrites_earlier_ones(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>{% if loop.last and m['role'] == 'assistant' %}(thought){% endif %}"
+        "{{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    turns = [message("user", "a"), message("assistant", "b"), message("user", "c"), message("assistant", "d")]
+    [(whole, learned)] = texts(
+        load(tmp_path / "a.jsonl", [{"messages": turns}], tokenizer, learn="last_answer"), tokenizer
+    )
+    assert learned == "(thought)d<|end|>"
+    assert whole == tokenizer.apply_chat_template(turns, tokenize=False)
+
+
+def test_a_template_that_writes_more_in_one_rendering_is_refused(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (  # an empty thought in the generation prompt alone
+        "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>(){% endif %}"
+    )
+    with pytest.raises(DataError, match="does not begin with the generation prompt"):
+        load(tmp_path / "a.jsonl", [{"prompt": [message("user", "a")], "response": "b"}], tokenizer)
+
+
+TOOL = {
+    "type": "function",
+    "function": {"name": "add", "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}}},
+}
+WITH_TOOLS = (
+    "{% if tools %}<|system|>{% for t in tools %}{{ t.function.name }};{% endfor %}{{ hint }}<|end|>{% endif %}"
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
+    "{% for c in m.tool_calls or [] %}[{{ c.function.name }}]{% endfor %}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_tools_and_calls_are_written_by_the_template(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = WITH_TOOLS
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {"x": 1}}}]}
+    turns = [message("user", "a"), call, message("user", "2"), message("assistant", "b")]
+    row = {"messages": turns, "tools": json.dumps([TOOL]), "chat_template_kwargs": {"hint": "!"}}
+    data = load(tmp_path / "a.jsonl", [row, {"messages": turns, "tools": [TOOL]}], tokenizer)
+    expected = "<|user|>a<|end|><|assistant|>[add]<|end|><|user|>2<|end|><|assistant|>b<|end|>"
+    assert texts(data, tokenizer) == [
+        (f"<|system|>add;!<|end|>{expected}", "[add]<|end|>b<|end|>"),
+        (f"<|system|>add;<|end|>{expected}", "[add]<|end|>b<|end|>"),
+    ]
+    table = pa.Table.from_pylist([{"messages": turns, "tools": [TOOL]}, {"messages": turns[:2], "tools": []}])
+    pq.write_table(table, tmp_path / "a.parquet")
+    settings = SFTDataSettings(train_files=[str(tmp_path / "a.parquet")])
+    wholes = [whole for whole, _ in texts(load_sft(settings, settings.train_files, tokenizer), tokenizer)]
+    assert wholes == [f"<|system|>add;<|end|>{expected}", "<|user|>a<|end|><|assistant|>[add]<|end|>"]
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"tools": [TOOL]}, "row 0: the tokenizer's chat template does not write the tool 'add'"),
+        ({"tools": "[{]"}, "row 0: column 'tools' is not JSON"),
+        ({"tools": {"a": 1}}, "row 0: column 'tools' must hold a list of tools"),
+        ({"tools": [{"a": 1}]}, "row 0: a tool needs a function with a name"),
+        ({"chat_template_kwargs": [1]}, "row 0: column 'chat_template_kwargs' must hold variables by name"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "row 0: .* has 'tokenize', which rlcore sets"),
+        (
+            {"messages": [message("user", "a"), {**message("assistant", "b"), "tool_calls": [TOOL]}]},
+            "row 0: the tokenizer's chat template does not write the tool call 'add'",
+        ),
+        ({"messages": None, "prompt": "a", "response": "b", "tools": [TOOL]}, "row 0: tools are for a chat template"),
+    ],
+)
+def test_tools_that_the_template_cannot_write_are_refused(tmp_path: Path, row: dict, problem: str) -> None:
+    row = {"messages": [message("user", "a"), message("assistant", "b")], **row}
+    with pytest.raises(DataError, match=problem):
+        load(tmp_path / "a.jsonl", [{name: value for name, value in row.items() if value is not None}])
+
+
+def test_a_sample_of_which_nothing_would_be_learned_is_refused(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    )
+    turns = [message("user", "a"), message("assistant", "b")]
+    with pytest.raises(DataError, match="row 0: no token of this sample would be learned"):
+        load(tmp_path / "a.jsonl", [{"messages": turns}], tokenizer)
+
+
+def test_the_learned_share_and_the_samples_left_out_are_noted(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "abc", "response": "d"},
+        {"prompt": "a" * 9, "response": "c"},
+        {"prompt": "a", "response": "bcdefg"},
+    ]
+    data = load(tmp_path / "a.jsonl", rows, max_length=6, overlong="truncate")
+    assert data.notes[-2:] == ["1 samples are cut to data.max_length=6", "63.6% of 11 tokens are learned"]
+    assert (data.filtered, data.first_filtered) == (1, f"{tmp_path / 'a.jsonl'}, row 1")

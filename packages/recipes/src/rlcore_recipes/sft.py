@@ -29,8 +29,10 @@ def step(session: DatasetSession[SFTConfig], number: int) -> dict[str, float]:
 def learn(actor: TrainEngine, batch: Batch, objective: SFTObjectiveSettings) -> dict[str, float]:
     """Make one optimizer step over ``batch``; return its metrics."""
     metrics = actor.train(batch.select("tokens", "loss_mask"), SFTObjective(objective)).prefixed("train/").to_dict()
+    learned = float(batch.flat("loss_mask").sum())
     return metrics | {
-        "train/learned_tokens": float(batch.flat("loss_mask").sum()),
+        "train/learned_tokens": learned,
+        "train/learned_ratio": learned / batch.total_tokens,
         "perf/total_num_tokens": float(batch.total_tokens),
     }
 

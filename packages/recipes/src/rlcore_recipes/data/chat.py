@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlcore.boundary import boundary
@@ -55,17 +55,20 @@ def as_prompt(value: Any, where: str, padded: bool = False) -> str | list[Messag
         raise DataError(f"{where}: a prompt is text or a list of messages, not {_shown(value)}")
     if not value:
         raise DataError(f"{where}: the list of messages is empty")
-    messages = _without_nulls(value) if padded else value
+    messages = without_nulls(value) if padded else value
     return [_message(message, f"{where}, message {number}") for number, message in enumerate(messages)]
 
 
-def _without_nulls(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
+    """``value`` without the null fields of the structs in it."""
     if isinstance(value, dict):
-        return {key: _without_nulls(field) for key, field in value.items() if field is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+        return {key: without_nulls(field) for key, field in value.items() if field is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _message(message: Message, where: str) -> Message:
+    if message.get("content") is None and message.get("tool_calls"):
+        message = {**message, "content": ""}
     if not isinstance(message.get("role"), str) or message.get("content") is None:
         hint = "; rename ShareGPT's 'from' and 'value'" if {"from", "value"} <= message.keys() else ""
         raise DataError(f"{where}: a message needs 'role' and 'content', this one has {_shown(message)}{hint}")
@@ -120,8 +123,18 @@ class Renderer:
             return self.chat_text(messages, where, add_generation_prompt=True)
         return "\n\n".join(message["content"] for message in messages)
 
-    def chat_text(self, messages: list[Message], where: str, *, add_generation_prompt: bool) -> str:
+    def chat_text(
+        self,
+        messages: list[Message],
+        where: str,
+        *,
+        add_generation_prompt: bool,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
         """Return the conversation under the tokenizer's chat template.
+
+        Args:
+            variables: for the template, those of the row; they have precedence over ``data.chat_template_kwargs``.
 
         Raises:
             DataError: the template is missing or broken, refuses the conversation, or takes too long over it.
@@ -139,7 +152,7 @@ class Renderer:
                     messages,
                     tokenize=False,
                     add_generation_prompt=add_generation_prompt,
-                    **self.settings.chat_template_kwargs,
+                    **{**self.settings.chat_template_kwargs, **(variables or {})},
                 )
             except TemplateSyntaxError as error:  # its last line is a line number
                 raise DataError(

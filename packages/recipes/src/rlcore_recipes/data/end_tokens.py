@@ -11,7 +11,7 @@ from warnings import warn
 from rlcore.boundary import boundary
 from rlcore.engines.settings import ModelSettings
 from rlcore.errors import DataError, RlcoreWarning
-from rlcore_recipes.data.chat import Renderer
+from rlcore_recipes.data.chat import Message, Renderer
 from rlcore_recipes.ranks import launched_as_main
 
 _ANSWER = "answer"
@@ -40,15 +40,24 @@ def written_ends(renderer: Renderer, chat: bool) -> frozenset[int]:
 
 
 def end_of_turn(renderer: Renderer) -> int | None:
-    """Return the special token that the chat template writes after an assistant's answer; None if it writes none."""
-    probe = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _ANSWER}]
-    where = "a conversation of two messages"
+    """Return the special token that the chat template writes after an assistant's answer; None if it writes none.
+
+    Under templates such as GLM's it is the one with which the user's next message begins.
+    """
+    ask = {"role": "user", "content": "question"}
+    probe = [ask, {"role": "assistant", "content": _ANSWER}]
+    token = _token_after_answer(renderer, probe)
+    return _token_after_answer(renderer, [*probe, ask]) if token is None else token
+
+
+def _token_after_answer(renderer: Renderer, probe: list[Message]) -> int | None:
+    where = f"a conversation of {len(probe)} messages"
     try:
         after = renderer.chat_text(probe, where, add_generation_prompt=False).rpartition(_ANSWER)[2]
         ids = renderer.encode([after.lstrip()], [where])[0]
     except DataError:  # the template wants another conversation, and is tried on those of the data next
         return None
-    return ids[0] if ids and ids[0] in _special(renderer.tokenizer) else None
+    return ids[0] if ids and ids[0] in special_tokens(renderer.tokenizer) else None
 
 
 def missing_ends(model: ModelSettings, tokenizer: Any, written: frozenset[int]) -> tuple[int, ...]:
@@ -117,7 +126,8 @@ def _add_ends(folder: Path, tokens: tuple[int, ...]) -> None:
         file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def _special(tokenizer: Any) -> set[int]:
+def special_tokens(tokenizer: Any) -> set[int]:
+    """Return the ids of the tokenizer's special tokens."""
     added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return added | set(tokenizer.all_special_ids)
 

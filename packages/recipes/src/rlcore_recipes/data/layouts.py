@@ -12,6 +12,7 @@ from dataclasses import replace
 from rlcore.errors import DataError
 from rlcore_recipes.data.columns import Columns
 from rlcore_recipes.data.settings import AUTO, DataFiles, DataSettings, PairDataSettings, SFTDataSettings
+from rlcore_recipes.data.template_variables import RENDERED
 
 Choose = Callable[[Sequence[str], str], Columns]
 """Returns the columns that are read of a file. Arguments: the names of its columns and of fields of structs; the file.
@@ -30,9 +31,6 @@ TRUTHS = ("ground_truth", "reward_model.ground_truth")
 
 ANSWERS = ("answer", "solution", "label")
 """Columns that may hold the reference answer, in data sets made for TRL, verifiers and OpenRLHF."""
-
-RENDERED = ("tools", "chat_template_kwargs")
-"""Columns that TRL gives to the chat template, row by row."""
 
 FORMATS = {
     "completion": "TRL's prompt-completion format",
@@ -101,7 +99,9 @@ def sft_columns(settings: SFTDataSettings) -> Choose:
     """Return what chooses the columns of samples to learn."""
 
     def choose(names: Sequence[str], file: str) -> Columns:
-        return _only(_samples(settings, names, file), settings, names, file)
+        samples = _samples(settings, names, file)
+        rendered = {name: name for name in RENDERED if name in names and TEXT not in samples}
+        return _only({**samples, **rendered}, settings, names, file)
 
     return choose
 

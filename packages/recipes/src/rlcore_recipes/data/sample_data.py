@@ -32,6 +32,7 @@ class SampleDataset(ABC, Generic[T]):
         fingerprints: of what each file holds, in the columns that are read.
         ends: tokens that end an answer (see `written_ends`).
         notes: what was recognised in the files, and what was left out for other reasons, for the user.
+        first_filtered: file and row of the first sample that was left out as over-long; empty if unknown.
     """
 
     samples: Sequence[T]
@@ -40,6 +41,7 @@ class SampleDataset(ABC, Generic[T]):
     fingerprints: Sequence[str] = ()
     ends: frozenset[int] = frozenset()
     notes: Sequence[str] = ()
+    first_filtered: str = ""
 
     def __len__(self) -> int:
         return len(self.samples)

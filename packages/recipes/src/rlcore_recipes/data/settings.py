@@ -134,6 +134,11 @@ class SFTDataSettings(SampleDataSettings):
     text_key: str | None = Field(
         AUTO, description="Column of plain text, all of which is learned; null for none. auto: text."
     )
+    learn: Literal["answers", "last_answer", "everything"] = Field(
+        "answers",
+        description="What is learned of conversations and of prompts with responses: every assistant turn (or the "
+        "response), the last assistant turn alone, or the prompts too.",
+    )
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from super().problems()

@@ -28,6 +28,7 @@ from rlcore_recipes.data.files import DataFile
 from rlcore_recipes.data.layouts import MESSAGES, PROMPT, RESPONSE, SOURCE, TEXT, sft_columns
 from rlcore_recipes.data.sample_data import SampleDataset, read_samples
 from rlcore_recipes.data.settings import SFTDataSettings
+from rlcore_recipes.data.template_variables import template_variables
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,15 @@ def load_sft(
     """
     reader = _Reader(settings, Renderer(settings, tokenizer), vocabulary)
     read = read_samples(files, sft_columns(settings), limit, settings.max_length, reader.samples)
-    ends = written_ends(reader.renderer, reader.chat)
-    return SFTDataset(read.samples, read.file_sizes, read.left_out, read.fingerprints, ends, read.notes)
+    return SFTDataset(
+        read.samples,
+        read.file_sizes,
+        filtered=read.left_out,
+        fingerprints=read.fingerprints,
+        ends=written_ends(reader.renderer, reader.chat),
+        notes=[*read.notes, *reader.notes()],
+        first_filtered=reader.first_left_out,
+    )
 
 
 @dataclass
@@ -89,18 +97,35 @@ class _Reader:
 
     Attributes:
         chat: whether the chat template was used.
+        tokens: those of all samples so far.
+        learned: those of them that are learned.
+        cut: samples of which the end was cut off.
+        first_left_out: file and row of the first sample that was left out.
     """
 
     settings: SFTDataSettings
     renderer: Renderer
     vocabulary: int | None
     chat: bool = False
+    tokens: int = 0
+    learned: int = 0
+    cut: int = 0
+    first_left_out: str = ""
+
+    def notes(self) -> list[str]:
+        """Return what happened to the samples, for the user."""
+        cut = [f"{self.cut:,} samples are cut to data.max_length={self.settings.max_length}"] if self.cut else []
+        return [*cut, f"{self.learned / max(self.tokens, 1):.1%} of {self.tokens:,} tokens are learned"]
 
     def samples(self, file: DataFile, rows: list[Row], places: list[str]) -> Iterator[SFTSample]:
         """Yield the samples of rows, without those that are too long."""
         settings, source = self.settings, file.columns.keys[SOURCE]
         for row, where, (ids, mask) in zip(rows, places, self._encoded(file, rows, places)):
             check_tokens(ids, self.vocabulary, self.renderer.tokenizer, where)
+            if not any(mask):
+                raise DataError(
+                    f"{where}: no token of this sample would be learned: its answers are empty under the chat template"
+                )
             if len(ids) > settings.max_length:
                 if settings.overlong == "error":
                     raise DataError(
@@ -109,7 +134,11 @@ class _Reader:
                     )
                 ids, mask = ids[: settings.max_length], mask[: settings.max_length]
                 if settings.overlong == "filter" or not any(mask):
+                    self.first_left_out = self.first_left_out or where
                     continue
+                self.cut += 1
+            self.tokens += len(ids)
+            self.learned += int(sum(mask))
             name = data_source(row, source, where, Path(file.name).stem)
             yield SFTSample(array("i", ids), bytes(map(int, mask)), name)
 
@@ -121,11 +150,12 @@ class _Reader:
         key = keys.get(MESSAGES) or keys[PROMPT]
         assert key is not None
         prompts = [as_prompt(column(row, key), where, file.padded) for row, where in zip(rows, places)]
+        variables = [template_variables(row, where, file.padded) for row, where in zip(rows, places)]
         if key == keys.get(MESSAGES):
             self.chat = True
-            return encode_conversations(self.renderer, prompts, places, key)
+            return encode_conversations(self.renderer, prompts, places, key, self.settings.learn, variables)
         response = keys[RESPONSE]
         assert response is not None
         answers = [as_answer(column(row, response), where, file.padded) for row, where in zip(rows, places)]
         self.chat = self.chat or any(map(partial(is_chat, self.renderer), prompts, answers))
-        return encode_answers(self.renderer, prompts, answers, places)
+        return encode_answers(self.renderer, prompts, answers, places, self.settings.learn, variables)

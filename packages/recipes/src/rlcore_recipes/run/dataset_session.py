@@ -127,7 +127,8 @@ def open_dataset_session(config: C, load: LoadSamples, head: Head = "policy") ->
     batches = _batches(config, dataset)
     total_steps = trainer.total_steps or trainer.total_epochs * batches.steps_per_epoch
     limit = f"longer than data.max_length={data.max_length}"
-    overlong = [f"{dataset.filtered:,} samples are {limit} and left out"] if dataset.filtered else []
+    first = f" (the first: {dataset.first_filtered})" if dataset.first_filtered else ""
+    overlong = [f"{dataset.filtered:,} samples are {limit} and left out{first}"] if dataset.filtered else []
     with ExitStack() as stack:
         executor = open_executor(config.controller, config.roles, trainer.out_dir, stack)
         actor, ref = _engines(config, executor, head, total_steps, stack)

@@ -25,6 +25,7 @@ SECTIONS = {
     "aggregations": "Loss aggregation",
     "kl_estimators": "KL estimators",
     "value_losses": "Value losses",
+    "reward_losses": "Losses of reward models",
     "corrections": "Off-policy corrections",
     "sampling_filters": "Sampling filters",
     "preference_losses": "Preference losses",

@@ -78,12 +78,12 @@ def _model(spec: ExportSpec, manifest: Manifest) -> PreTrainedModel:
         CheckpointError: the frozen weights are not those of the run.
     """
     engine, options = spec.engine, spec.engine.options
-    config = read_config(engine.model, engine.head)
+    config = read_config(engine.model, engine.head, engine.new_head)
     assert isinstance(options, FSDPSettings)
     if options.lora is None or manifest.frozen is None:
         return empty_model(engine.model, config, engine.head, torch.float32, IMPLEMENTATION)
     dtype = getattr(torch, manifest.frozen.dtype.removeprefix("torch."))
-    model = load_model(engine.model, config, engine.head, dtype, engine.seed, IMPLEMENTATION)
+    model = load_model(engine.model, config, engine.head, dtype, engine.seed, IMPLEMENTATION, engine.new_head)
     lora.add_adapters(model, options.lora, engine.head, torch.float32, engine.seed)
     frozen = Frozen(dtype=manifest.frozen.dtype, number=base_model_fingerprint(model))
     check_base_model(spec.checkpoint, manifest, manifest.lora, frozen)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -49,16 +49,19 @@ def build_model(
             lora.add_adapters(model, lora_settings, spec.head, master_dtype, spec.seed)
         return model
 
+    def loaded(dtype: torch.dtype | Literal["auto"]) -> PreTrainedModel:
+        return load_model(spec.model, config, spec.head, dtype, spec.seed, IMPLEMENTATION, spec.new_head)
+
     if not needs_sharding(settings, device, world, master_dtype != param_dtype):
         if settings.replicate > 1:
             raise EngineError(f"replicate {settings.replicate} needs that many processes; this is the only one")
-        model = with_adapters(load_model(spec.model, config, spec.head, param_dtype, spec.seed, IMPLEMENTATION))
+        model = with_adapters(loaded(param_dtype))
         return PackedModel(model.to(device), spec.head, settings.logits_chunk)  # type: ignore[arg-type]
     mesh = sharding.make_mesh(device, settings.replicate)
     source, error = None, None
     if own_rank() == 0:
         try:
-            source = with_adapters(load_model(spec.model, config, spec.head, "auto", spec.seed, IMPLEMENTATION))
+            source = with_adapters(loaded("auto"))
         except EngineError as problem:
             error = str(problem)
     if error := gather_objects(error)[0]:

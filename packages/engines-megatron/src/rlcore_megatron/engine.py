@@ -83,7 +83,7 @@ class MegatronEngine(TrainEngine):
         self.spec = spec
         self.settings = settings
         self._device = device
-        self.folder, self.hf_config = find_model(spec.model, spec.head)
+        self.folder, self.hf_config = find_model(spec.model, spec.head, spec.new_head)
         self._origin = files.Origin.of(spec.model, spec.head)
         with boundary(f"the configuration of the model {spec.model.path!r} cannot be used", EngineError):
             self.family = family_of(self.hf_config)
@@ -118,7 +118,7 @@ class MegatronEngine(TrainEngine):
         )
         ignored = self.spec.model.ignored_weights
         weights.load_pretrained(modules, self.family, self.hf_config, self.folder, self.parallel, ignored)
-        if head == "value" and "score.weight" not in tensors and self.parallel.rank == 0:
+        if head != "policy" and "score.weight" not in tensors and self.parallel.rank == 0:
             checks.warn_of_new_head(self.spec.model)
         return modules
 

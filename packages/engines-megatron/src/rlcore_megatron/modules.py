@@ -38,7 +38,7 @@ from rlcore_megatron.spec import block_spec
 
 
 class ScalarHead(nn.Module):
-    """A head with one number per token. New weights are small, so that a new critic starts near zero everywhere."""
+    """A head with one number per token. New weights are small, so that values start near zero."""
 
     def __init__(self, hidden: int, bias: bool, dtype: torch.dtype, seed: int) -> None:
         super().__init__()

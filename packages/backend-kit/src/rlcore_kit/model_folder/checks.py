@@ -35,12 +35,13 @@ def check_config_file(folder: Path) -> None:
         raise EngineError(f"{folder / CONFIG}: num_labels is {labels!r:.100}, more than the maximum of {MAX_LABELS}")
 
 
-def check_files(settings: ModelSettings, config: Any, head: Head, folder: Path | None) -> None:
+def check_files(settings: ModelSettings, config: Any, head: Head, folder: Path | None, new_head: bool = False) -> None:
     """Compare the model's files with its configuration and with ``head``.
 
     Args:
         config: configuration of transformers.
         folder: folder of the files; None if they have not been fetched yet.
+        new_head: whether the files may lack a score head.
 
     Raises:
         EngineError: two of them contradict each other; the message names both.
@@ -49,7 +50,7 @@ def check_files(settings: ModelSettings, config: Any, head: Head, folder: Path |
     found = tensors(folder) if folder else {}
     check_sizes(settings, config, found)
     if folder:
-        check_tensors(settings, found, head)
+        check_tensors(settings, found, head, new_head)
     if head == "policy":
         end_tokens(settings, int(config.get_text_config().vocab_size))
 
@@ -90,11 +91,12 @@ def check_sizes(settings: ModelSettings, config: Any, found: dict[str, Tensor]) 
             )
 
 
-def check_tensors(settings: ModelSettings, found: dict[str, Tensor], head: Head) -> None:
+def check_tensors(settings: ModelSettings, found: dict[str, Tensor], head: Head, new_head: bool = False) -> None:
     """Raise `EngineError` if the files hold integers as weights, or a head that does not suit ``head``.
 
     Args:
-        head: "policy", "value" or "score". A score head must be in the files; a value head may start with new weights.
+        head: "policy", "value" or "score". A score head must be in the files unless ``new_head`` says that it may start
+            with new weights, as a value head always may.
     """
     where = f"weights of {settings.path!r}"
     floats = (".weight", ".bias")  # buffers may hold integers
@@ -107,7 +109,7 @@ def check_tensors(settings: ModelSettings, found: dict[str, Tensor], head: Head)
     if head == "policy":
         return
     score = found.get("score.weight")
-    if score is None and head == "score":
+    if score is None and head == "score" and not new_head:
         raise EngineError(
             f"{where} have no scalar head (score.weight): a reward model needs trained weights for it, under the name "
             "that transformers' sequence classification gives them"
@@ -120,9 +122,9 @@ def check_tensors(settings: ModelSettings, found: dict[str, Tensor], head: Head)
 
 
 def warn_of_new_head(settings: ModelSettings) -> None:
-    """Warn that the head of a critic is new, because its files have none."""
+    """Warn that the head of a critic or a reward model is new, because its files have none."""
     warn(
-        f"the critic's head is new: the weights of {settings.path!r} have none (score.weight)",
+        f"the scalar head is new: the weights of {settings.path!r} have none (score.weight)",
         RlcoreWarning,
         stacklevel=2,
     )

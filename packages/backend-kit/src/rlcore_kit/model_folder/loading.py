@@ -25,8 +25,11 @@ _SCORE = "score"
 """The scalar head's module in transformers' classes."""
 
 
-def read_config(settings: ModelSettings, head: Head = "policy") -> Any:
+def read_config(settings: ModelSettings, head: Head = "policy", new_head: bool = False) -> Any:
     """Read the model's configuration and check the files that belong to it.
+
+    Args:
+        new_head: whether the files may lack a score head; see `rlcore.engines.TrainEngineSpec`.
 
     Raises:
         EngineError: the folder is missing or incomplete, a file is damaged, or the architecture is unsupported.
@@ -38,7 +41,7 @@ def read_config(settings: ModelSettings, head: Head = "policy") -> Any:
     with boundary(f"model {settings.path!r} {where}", EngineError), quiet():
         config = AutoConfig.from_pretrained(**_source(settings))
         layers = set(getattr(config.get_text_config(), "layer_types", None) or ())
-        checks.check_files(settings, config, head, folder)
+        checks.check_files(settings, config, head, folder, new_head)
     if strange := sorted(layers - _LAYER_TYPES):
         raise EngineError(
             f"model {settings.path!r} ({config.model_type}) has {strange[0]} layers, which mix the sequences of a "
@@ -54,6 +57,7 @@ def load_model(
     dtype: torch.dtype | Literal["auto"],
     seed: int,
     attention: str,
+    new_head: bool = False,
 ) -> PreTrainedModel:
     """Load the model with its weights, on the CPU, in evaluation mode.
 
@@ -62,6 +66,7 @@ def load_model(
         dtype: precision of the parameters; "auto" takes that of the files.
         seed: initialises a new head.
         attention: name of the attention implementation in transformers' attention interface.
+        new_head: whether the files may lack a score head, as they may always lack a value head.
 
     Raises:
         EngineError: the weights cannot be loaded, or do not agree with the configuration.
@@ -78,10 +83,10 @@ def load_model(
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # _check_loaded reports them
             )
-    _check_loaded(settings, model, info, head)
+    _check_loaded(settings, model, info, head, new_head or head == "value")
     new = {name for name in info["missing_keys"] if name.startswith(f"{_SCORE}.")}
     if f"{_SCORE}.weight" in new:
-        # small, so that a new critic's values start near zero
+        # small, so that new values and scores start near zero
         generator = torch.Generator().manual_seed(seed)
         weight = torch.randn(model.score.weight.shape, generator=generator) / (model.score.in_features + 1)
         model.score.weight.data.copy_(weight)
@@ -91,8 +96,10 @@ def load_model(
     return _prepared(model)
 
 
-def _check_loaded(settings: ModelSettings, model: PreTrainedModel, info: dict[str, Any], head: Head) -> None:
-    """Raise `EngineError` if files and model differ in any tensor; a value head may be new."""
+def _check_loaded(
+    settings: ModelSettings, model: PreTrainedModel, info: dict[str, Any], head: Head, new_head: bool
+) -> None:
+    """Raise `EngineError` if files and model differ in any tensor."""
     where, cls = f"weights of {settings.path!r}", type(model).__name__
     if getattr(model, "_hf_peft_config_loaded", False):  # of the Hub; a folder with an adapter is refused earlier
         raise EngineError(f"model {settings.path!r} comes with an adapter, which was loaded on top of its weights")
@@ -102,7 +109,7 @@ def _check_loaded(settings: ModelSettings, model: PreTrainedModel, info: dict[st
             f"{where} do not fit {cls} of its {files.CONFIG}: {len(misshapen)} tensors have other shapes, first "
             f"{name}, which has {list(in_file)} instead of {list(in_model)}"
         )
-    missing = {name for name in info["missing_keys"] if head != "value" or not name.startswith(f"{_SCORE}.")}
+    missing = {name for name in info["missing_keys"] if not new_head or not name.startswith(f"{_SCORE}.")}
     if missing:
         raise EngineError(f"{where} lack {len(missing)} tensors of {cls}, first {min(missing)}")
     outputs = set() if head == "policy" else _output_names(model)

@@ -201,6 +201,31 @@ class PreferenceLoss(Protocol):
     def __call__(self, inputs: PreferenceInputs, params: Any, /) -> Preferences: ...
 
 
+@dataclass(frozen=True)
+class RewardLossInputs:
+    """What a loss of reward models reads, at the N tokens whose scores are trained.
+
+    Attributes:
+        scores: ``[N, K]`` fp32 with gradient: those of the K outputs of the model.
+        columns: the ``required_columns`` of the loss at these tokens, ``[N, ...]``: per-token columns, and dense ones
+            as their sequences have them.
+    """
+
+    scores: torch.Tensor
+    columns: Mapping[str, torch.Tensor]
+
+
+class RewardLoss(Protocol):
+    """Loss of each unit ``[U]`` fp64 and metrics; the caller averages over the mini-batch.
+
+    A unit is a pair, if the loss declares ``together="pair"``, or one token. Columns that a recipe makes: "pair",
+    "side" (dense int64: 0 chosen, 1 rejected), "margin" (dense fp32), or "labels" (jagged fp32, ``[T, K]``; NaN where
+    there is no label).
+    """
+
+    def __call__(self, inputs: RewardLossInputs, params: Any, /) -> tuple[torch.Tensor, Metrics]: ...
+
+
 advantages: Registry[AdvantageEstimator] = Registry("advantage estimator", columns=True)
 policy_losses: Registry[PolicyLoss] = Registry("policy loss", columns=True, units=True)
 value_losses: Registry[ValueLoss] = Registry("value loss")
@@ -209,3 +234,4 @@ aggregations: Registry[Aggregation] = Registry("loss aggregation")
 corrections: Registry[Correction] = Registry("off-policy correction")
 sampling_filters: Registry[SamplingFilter] = Registry("sampling filter")
 preference_losses: Registry[PreferenceLoss] = Registry("preference loss", columns=True, units=True)
+reward_losses: Registry[RewardLoss] = Registry("reward-model loss", columns=True, units=True)

@@ -182,6 +182,8 @@ class TrainEngineSpec:
         seed: initialises new heads; the same on every rank.
         max_length: longest sequence that the run may make, in tokens; None if unknown.
         options: the backend's own section, already validated.
+        new_head: a score head that the model's files lack may start with new weights, of which the engine warns; a
+            value head always may.
     """
 
     model: ModelSettings
@@ -191,6 +193,7 @@ class TrainEngineSpec:
     max_tokens: int = 16384
     seed: int = 0
     max_length: int | None = None
+    new_head: bool = False
 
 
 @dataclass(frozen=True)

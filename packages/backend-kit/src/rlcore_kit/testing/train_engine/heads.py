@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from rlcore.batch import Batch, Jagged
+from rlcore.batch.alignment import last_entries
 from rlcore.engines import ForwardRequest
+from rlcore.errors import RlcoreWarning
 from rlcore_kit.testing.train_engine.base import TrainEngineTests
 from rlcore_kit.testing.train_engine.batches import make_batch
 from rlcore_kit.testing.train_engine.objectives import SquaredError
@@ -54,3 +58,19 @@ class HeadTests(TrainEngineTests):
         again = self.engine(tmp_path / "out", head=head, optim=None)
         first, second = (e.forward(batch, request).flat("values") for e in (engine, again))
         torch.testing.assert_close(second, first, atol=self.logprob_atol, rtol=0)
+
+    def test_a_new_score_head_is_trained_and_loads_in_transformers(self, model_path: Path, tmp_path: Path) -> None:
+        """A language model becomes a reward model, whose score of a sequence is that of sequence classification."""
+        with pytest.warns(RlcoreWarning, match="scalar head is new"):
+            engine = self.engine(model_path, head="score", new_head=True)
+        batch = make_batch((5, 30, 17))
+        engine.train(batch, SquaredError())
+        scores = last_entries(engine.forward(batch, ForwardRequest(("values",))).flat("values"), batch.lengths)
+        engine.save_pretrained(tmp_path / "out")
+        transformers: Any = import_module("transformers")
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", dtype=torch.float32)
+        model.config.pad_token_id = None  # random tokens may include it, and the score would not be the last token's
+        with torch.no_grad():
+            expected = [float(model.eval()(tokens[None]).logits) for tokens in batch["tokens"].to_list()]
+        torch.testing.assert_close(scores, torch.tensor(expected), atol=max(1e-5, self.logprob_atol), rtol=0)
+        self.engine(tmp_path / "out", head="score", optim=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 
 from rlcore.algorithms.objectives import SFTObjective, SFTObjectiveSettings
 from rlcore.batch import Batch
@@ -23,7 +24,9 @@ def run(config: SFTConfig) -> None:
 
 def step(session: DatasetSession[SFTConfig], number: int) -> dict[str, float]:
     """Make one optimizer step over the next batch."""
-    return learn(session.actor, next(session.batches), session.config.actor.objective)
+    with session.timed("data"):
+        batch = next(session.batches)
+    return learn(session.actor, batch, session.config.actor.objective)
 
 
 def learn(actor: TrainEngine, batch: Batch, objective: SFTObjectiveSettings) -> dict[str, float]:
@@ -38,17 +41,22 @@ def learn(actor: TrainEngine, batch: Batch, objective: SFTObjectiveSettings) -> 
 
 
 def validate(session: DatasetSession[SFTConfig]) -> Validation:
-    """Measure the mean negative log-likelihood per learned token, over all held-out samples."""
+    """Measure the mean negative log-likelihood per learned token, over the held-out samples, also by source."""
     held_out, size = session.held_out, session.config.data.val_batch_size
     assert held_out is not None
-    total = learned = 0.0
+    nll: defaultdict[str, float] = defaultdict(float)
+    learned: defaultdict[str, float] = defaultdict(float)
     size = size or len(held_out)
     for start in range(0, len(held_out), size):
-        batch = held_out.take(range(start, min(start + size, len(held_out)))).select("tokens", "loss_mask")
-        total -= float(session.actor.forward(batch, ForwardRequest(("logprobs",))).flat("logprobs").double().sum())
-        learned += float(batch.flat("loss_mask").sum())
-    loss = total / max(learned, 1.0)
-    return Validation({"val/loss": loss, "val/perplexity": math.exp(min(loss, 700.0))})
+        batch = held_out.take(range(start, min(start + size, len(held_out))))
+        outputs = session.actor.forward(batch.select("tokens", "loss_mask"), ForwardRequest(("logprobs",)))
+        rows = zip(batch["data_source"], outputs["logprobs"].to_list(), batch["loss_mask"].to_list())
+        for source, logprobs, mask in rows:
+            nll[source] -= float(logprobs.double().sum())
+            learned[source] += float(mask.sum())
+    loss = sum(nll.values()) / max(sum(learned.values()), 1.0)
+    by_source = {f"val/loss/{source}": nll[source] / max(learned[source], 1.0) for source in sorted(nll)}
+    return Validation({"val/loss": loss, "val/perplexity": math.exp(min(loss, 700.0)), **by_source})
 
 
 if __name__ == "__main__":

@@ -14,6 +14,15 @@ from rlcore_recipes.data.hub import go_offline_without_network
 CHUNK_ROWS = 1000
 
 
+TOKENIZED = "tokenized.json"
+"""The description in a folder of tokenised samples (`rlcore_recipes.data.tokenized`)."""
+
+
+def is_tokenized(path: Path) -> bool:
+    """Return whether ``path`` is a folder of tokenised samples."""
+    return (path / TOKENIZED).is_file()
+
+
 def is_saved(path: Path) -> bool:
     """Return whether ``path`` is a folder that ``Dataset.save_to_disk`` or ``DatasetDict.save_to_disk`` wrote."""
     return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()

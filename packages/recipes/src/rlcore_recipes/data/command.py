@@ -14,6 +14,7 @@ from rlcore.config import Config
 from rlcore.errors import DataError, PluginError
 from rlcore_recipes.data.prepare.convert import convert
 from rlcore_recipes.data.prepare.rows import Splits
+from rlcore_recipes.data.prepare.tokenize import tokenize
 from rlcore_recipes.data.user_functions import function_in
 
 GROUP = "rlcore.data_sets"
@@ -21,15 +22,18 @@ GROUP = "rlcore.data_sets"
 Preparation = Callable[[Any], Splits]
 
 
+_OTHER = {"convert": convert, "tokenize": tokenize}
+
+
 class DataSets(click.Group):
-    """One command per installed data set, `convert`, and any function as ``path/to/file.py:function``."""
+    """One command per installed data set, `convert`, `tokenize`, and any function as ``path/to/file.py:function``."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted([*_installed(), "convert"])
+        return sorted([*_installed(), *_OTHER])
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name == "convert":
-            return convert
+        if name in _OTHER:
+            return _OTHER[name]
         if name in _installed():
             return _command(name, _load(_installed()[name]))
         path, _, function = name.rpartition(":")
@@ -46,7 +50,7 @@ class DataSets(click.Group):
         with formatter.section("Data sets"):
             formatter.write_dl(rows)
         with formatter.section("Other data"):
-            formatter.write_dl([("convert", convert.get_short_help_str(limit=100))])
+            formatter.write_dl([(name, command.get_short_help_str(limit=100)) for name, command in _OTHER.items()])
 
 
 @click.group(cls=DataSets, subcommand_metavar="DATA_SET [OPTIONS]")

@@ -17,7 +17,7 @@ from rlcore.boundary import boundary
 from rlcore.config.values import is_url
 from rlcore.errors import DataError
 from rlcore.suggestions import similar_paths
-from rlcore_recipes.data.arrow_data import dataset_rows, is_saved, open_hub, open_saved
+from rlcore_recipes.data.arrow_data import dataset_rows, is_saved, is_tokenized, open_hub, open_saved
 from rlcore_recipes.data.columns import Columns, Row, names_in
 from rlcore_recipes.data.layouts import Choose, every_column
 from rlcore_recipes.data.media import refuse_media
@@ -122,6 +122,8 @@ def _other(file: str, hub: re.Match[str] | None, default_split: str) -> Iterator
     if hub is not None:
         return dataset_rows(open_hub(hub["name"], hub["config"], hub["split"] or default_split), file)
     path = existing_file(file)
+    if is_tokenized(path):
+        raise DataError(f"{path} holds tokenised samples, which the recipe sft reads; name the data file itself")
     if path.suffix == ".arrow" or path.is_dir():
         return dataset_rows(open_saved(path), file)
     if text_format(path) is None:
@@ -165,7 +167,7 @@ def existing_file(file: str) -> Path:
                 f"data file {file} is a URL; copy it to this machine, or name a data set of the Hub as hub:name"
             )
         if path.is_dir():
-            if is_saved(path):
+            if is_saved(path) or is_tokenized(path):
                 return path
             inside = [str(file) for file in sorted(path.iterdir()) if file.suffix == ".parquet" or text_format(file)]
             found = f": {', '.join(inside[:3])}{' …' * (len(inside) > 3)}" if inside else ""

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from rlcore.errors import DataError
 from rlcore_recipes.data.columns import Columns
+from rlcore_recipes.data.pretokenized import ATTENTION, POSITIONS, mask_column
 from rlcore_recipes.data.settings import AUTO, DataFiles, DataSettings, PairDataSettings, SFTDataSettings
 from rlcore_recipes.data.template_variables import RENDERED
 
@@ -23,6 +24,7 @@ Raises:
 
 PROMPT, TRUTH, SOURCE = "data.prompt_key", "data.ground_truth_key", "data.data_source_key"
 MESSAGES, RESPONSE, TEXT = "data.messages_key", "data.response_key", "data.text_key"
+INPUT_IDS, LOSS_MASK = "data.input_ids_key", "column of what is learned"
 
 CHOSEN, REJECTED, MARGIN = "data.chosen_key", "data.rejected_key", "data.margin_key"
 
@@ -100,8 +102,14 @@ def sft_columns(settings: SFTDataSettings) -> Choose:
 
     def choose(names: Sequence[str], file: str) -> Columns:
         samples = _samples(settings, names, file)
-        rendered = {name: name for name in RENDERED if name in names and TEXT not in samples}
-        return _only({**samples, **rendered}, settings, names, file)
+        if INPUT_IDS in samples:
+            more = {
+                LOSS_MASK: mask_column(names, file),
+                **{name: name for name in (ATTENTION, POSITIONS) if name in names},
+            }
+        else:
+            more = {name: name for name in RENDERED if name in names and TEXT not in samples}
+        return _only({**samples, **more}, settings, names, file)
 
     return choose
 
@@ -138,10 +146,16 @@ def _only(keys: dict[str, str | None], settings: DataFiles, names: Sequence[str]
 
 def _samples(settings: SFTDataSettings, names: Sequence[str], file: str) -> dict[str, str | None]:
     """Return the columns of samples by the keys that name them: whole conversations, text, or prompt and response."""
-    named = {MESSAGES: settings.messages_key, RESPONSE: settings.response_key, TEXT: settings.text_key}
+    named = {
+        MESSAGES: settings.messages_key,
+        RESPONSE: settings.response_key,
+        TEXT: settings.text_key,
+        INPUT_IDS: settings.input_ids_key,
+    }
     chosen = [(key, name) for key, name in named.items() if name not in (AUTO, None)]
     if not chosen:
         found = [
+            *([(INPUT_IDS, "input_ids")] if settings.input_ids_key == AUTO and "input_ids" in names else []),
             *([(MESSAGES, "messages")] if settings.messages_key == AUTO and "messages" in names else []),
             *((RESPONSE, name) for name in ("response", "completion") if name in names),
         ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import accumulate, zip_longest
 from typing import Any, Generic, Protocol, TypeVar
@@ -94,13 +95,17 @@ class Loader(ABC, Generic[T]):
         return self
 
     def __next__(self) -> T:
-        epoch, step = divmod(self._drawn, self.steps_per_epoch)
+        batch = self._batch(self._drawn)
+        self._drawn += 1
+        return batch
+
+    def _batch(self, number: int) -> T:
+        """Return batch ``number`` of the run, which depends on nothing else."""
+        epoch, step = divmod(number, self.steps_per_epoch)
         if self._order is None or self._order[0] != epoch:
             self._order = epoch, self._epoch_order(epoch)
         start = step * self.batch_size
-        batch = self._take(self._order[1][start : start + self.batch_size], self._drawn * self.batch_size)
-        self._drawn += 1
-        return batch
+        return self._take(self._order[1][start : start + self.batch_size], number * self.batch_size)
 
     @abstractmethod
     def _take(self, indices: list[int], position: int) -> T:
@@ -195,7 +200,13 @@ class Samples(Protocol):
 
 
 class BatchLoader(Loader[Batch]):
-    """Batches of samples."""
+    """Batches of samples, of which a thread reads those of the next steps ahead.
+
+    What was read ahead is no part of the state: a restored loader reads it again.
+    """
+
+    ahead = 2
+    """Batches that are read before they are asked for."""
 
     def __init__(
         self,
@@ -210,6 +221,22 @@ class BatchLoader(Loader[Batch]):
     ) -> None:
         super().__init__(file_sizes, batch_size, seed=seed, shuffle=shuffle, weights=weights, fingerprints=fingerprints)
         self._data = data
+        self._thread = ThreadPoolExecutor(1, "read-ahead")  # one: batches are made one after another
+        self._pending: dict[int, Future[Batch]] = {}
+
+    def __next__(self) -> Batch:
+        wanted = range(self._drawn, self._drawn + 1 + self.ahead)
+        self._pending = {number: future for number, future in self._pending.items() if number in wanted}
+        for number in wanted:
+            if number not in self._pending:
+                self._pending[number] = self._thread.submit(self._batch, number)
+        batch = self._pending.pop(self._drawn).result()
+        self._drawn += 1
+        return batch
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(cancel_futures=True)
 
     def _take(self, indices: list[int], position: int) -> Batch:
         return self._data.take(indices)

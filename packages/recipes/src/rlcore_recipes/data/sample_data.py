@@ -46,6 +46,10 @@ class SampleDataset(ABC, Generic[T]):
     def __len__(self) -> int:
         return len(self.samples)
 
+    def sources(self) -> list[str]:
+        """Return the data source of each sample, which is its attribute ``source``."""
+        return [sample.source for sample in self.samples]  # type: ignore[attr-defined]
+
     @abstractmethod
     def take(self, indices: Iterable[int]) -> Batch:
         """Return samples as a batch, each as one row or as several, with ``tokens`` and ``loss_mask``."""

@@ -115,9 +115,17 @@ class SampleDataSettings(DataFiles):
     rows_per_sample: ClassVar[int] = 1
 
     max_length: int = Field(1024, ge=2, description="Maximum length of a sample, prompt included, in tokens.")
+    mix: dict[str, Annotated[float, Field(gt=0)]] | None = Field(
+        None, description="Share of each data source in an epoch, by its name; null goes by rows, or by weights."
+    )
     overlong: Literal["filter", "truncate", "error"] = Field(
         "filter", description="What to do with longer samples: leave them out, cut their end off, or stop."
     )
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from super().problems()
+        if self.mix is not None and self.weights is not None:
+            yield "mix", "cannot be set together with weights: shares are those of sources or of files"
 
 
 class SFTDataSettings(SampleDataSettings):
@@ -134,6 +142,16 @@ class SFTDataSettings(SampleDataSettings):
     text_key: str | None = Field(
         AUTO, description="Column of plain text, all of which is learned; null for none. auto: text."
     )
+    input_ids_key: str | None = Field(
+        AUTO,
+        description="Column of token ids, with labels or loss_mask of the same length next to it; null for none. auto: "
+        "input_ids.",
+    )
+    cache_dir: FileName | None = Field(
+        AUTO,
+        description="Folder that keeps tokenised samples for the next start; null keeps none. auto: "
+        "~/.cache/rlcore/tokenized, for files of 32 MiB or more.",
+    )
     learn: Literal["answers", "last_answer", "everything"] = Field(
         "answers",
         description="What is learned of conversations and of prompts with responses: every assistant turn (or the "
@@ -142,7 +160,11 @@ class SFTDataSettings(SampleDataSettings):
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from super().problems()
-        named = [key for key in ("messages_key", "response_key", "text_key") if getattr(self, key) not in (AUTO, None)]
+        named = [
+            key
+            for key in ("messages_key", "response_key", "text_key", "input_ids_key")
+            if getattr(self, key) not in (AUTO, None)
+        ]
         if len(named) > 1:
             yield named[1], f"cannot be set together with {named[0]}: a sample is read from one of them"
 

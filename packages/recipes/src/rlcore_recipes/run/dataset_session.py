@@ -14,6 +14,7 @@ from rlcore.engines import TrainEngine
 from rlcore.engines.settings import Head
 from rlcore_recipes.data.end_tokens import missing_ends, model_tokens, save_tokenizer
 from rlcore_recipes.data.loader import BatchLoader
+from rlcore_recipes.data.mixture import by_source
 from rlcore_recipes.data.sample_data import SampleDataset
 from rlcore_recipes.data.tokenizer import load_tokenizer
 from rlcore_recipes.run.banner import model_rows
@@ -130,6 +131,7 @@ def open_dataset_session(config: C, load: LoadSamples, head: Head = "policy") ->
     first = f" (the first: {dataset.first_filtered})" if dataset.first_filtered else ""
     overlong = [f"{dataset.filtered:,} samples are {limit} and left out{first}"] if dataset.filtered else []
     with ExitStack() as stack:
+        stack.callback(batches.close)
         executor = open_executor(config.controller, config.roles, trainer.out_dir, stack)
         actor, ref = _engines(config, executor, head, total_steps, stack)
         models = {"actor": Model(actor, config.actor)}
@@ -171,12 +173,15 @@ def _engines(
 
 
 def _batches(config: SampleTaskConfig, dataset: SampleDataset[Any]) -> BatchLoader:
+    weights = config.data.weights
+    if config.data.mix is not None:
+        dataset, weights = by_source(dataset, config.data.mix)
     return BatchLoader(
         dataset,
         dataset.file_sizes,
         config.data.train_batch_size,
         seed=config.seed,
         shuffle=config.data.shuffle,
-        weights=config.data.weights,
+        weights=weights,
         fingerprints=dataset.fingerprints,
     )

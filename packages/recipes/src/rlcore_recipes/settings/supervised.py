@@ -85,3 +85,10 @@ class SFTConfig(SampleTaskConfig):
 
     data: SFTDataSettings = Field(description="Samples to learn; train_batch_size counts samples.")
     actor: SFTActorSettings = Field(default_factory=SFTActorSettings, description="The model under training.")
+
+
+class TokenizeConfig(Config):
+    """What `rlcore data tokenize` reads."""
+
+    model: ModelSettings = Field(description="The model whose tokenizer is used.")
+    data: SFTDataSettings = Field(description="Samples to tokenise.")

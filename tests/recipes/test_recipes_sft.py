@@ -1,0 +1,71 @@
+"""Supervised fine-tuning from end to end."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from rlcore.cli.command_tree import cli
+
+
+@pytest.fixture(scope="module")
+def keys(task: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Two sources in one file, one of which is easy to learn."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = [
+        {"prompt": [{"role": "user", "content": f"say {n}"}], "response": "abcd" if n % 3 else f"{n * 7919 % 1000}",
+         "data_source": "letters" if n % 3 else "digits"}
+        for n in range(48)
+    ]  # fmt: skip
+    for name, part in (("train", rows), ("val", rows[:12])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    return {
+        **dict.fromkeys(task.keys),
+        "model.path": task.model,
+        "data.train_files": folder / "train.jsonl",
+        "data.val_files": folder / "val.jsonl",
+        "data.train_batch_size": 8,
+        "trainer.trackers": "[jsonl]",
+        "trainer.total_steps": 8,
+        "trainer.test_freq": 4,
+        "actor.optim.lr": 1e-2,
+    }
+
+
+def test_loss_is_measured_by_source_and_data_tokenised_before_gives_the_same_run(
+    task: Any, tmp_path: Path, keys: dict[str, Any], metrics_of: Any
+) -> None:
+    assert task.run("sft", tmp_path / "raw", keys).exit_code == 0
+    raw = metrics_of(tmp_path / "raw")
+    losses = [row["val/loss"] for row in raw if "val/loss" in row]
+    assert len(losses) > 1
+    assert losses == sorted(losses, reverse=True)
+    assert {"val/loss/letters", "val/loss/digits", "timing_s/data", "train/learned_ratio"} <= {*raw[-1]}
+    assert raw[-1]["val/loss/letters"] < raw[-1]["val/loss"] < raw[-1]["val/loss/digits"]
+
+    files = [f"{key}={keys[key]}" for key in ("model.path", "data.train_files", "data.val_files")]
+    result = CliRunner().invoke(cli, ["data", "tokenize", "--out", str(tmp_path / "data"), *files])
+    assert result.exit_code == 0, result.output
+    tokenised = {**keys, "data.train_files": tmp_path / "data" / "train", "data.val_files": tmp_path / "data" / "val"}
+    for steps in (5, 8):  # the second continues after a checkpoint
+        changes = {**tokenised, "trainer.total_steps": steps, "trainer.save_freq": 5}
+        assert task.run("sft", tmp_path / "tokenised", changes).exit_code == 0
+    found = {row["step"]: row for row in metrics_of(tmp_path / "tokenised")}
+    for row in raw:
+        for name in {"train/loss", "train/learned_tokens", "val/loss/letters"} & {*row}:
+            assert found[row["step"]][name] == row[name], name
+
+
+def test_sources_of_one_file_are_mixed_by_shares(
+    task: Any, tmp_path: Path, keys: dict[str, Any], metrics_of: Any
+) -> None:
+    changes = {**keys, "data.mix": "{letters: 1, digits: 0.001}", "trainer.test_freq": -1, "trainer.total_steps": 6}
+    assert task.run("sft", tmp_path / "letters", changes).exit_code == 0
+    counts = {row["train/learned_tokens"] for row in metrics_of(tmp_path / "letters")}
+    assert counts == {8 * 5.0}, "letters alone: four characters and the end token"
+    result = task.run("sft", tmp_path / "wrong", {**changes, "data.mix": "{letters: 1, odd: 2}"})
+    assert "data.mix has no share for the data source digits" in result.output
+    result = task.run("sft", tmp_path / "wrong", {**changes, "data.mix": "{letters: 1, digits: 1, odd: 2}"})
+    assert "data.mix names odd, and the train files have only digits, letters" in result.output

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import settings
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from rlcore_kit.testing.processes import RankPool
 
@@ -18,3 +22,22 @@ def ranks() -> Iterator[RankPool]:
     pool = RankPool(3)
     yield pool
     pool.close()
+
+
+class Largest(TorchDispatchMode):
+    """Records the largest number of elements of any tensor that an operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.elements = max(self.elements, leaf.numel())
+        return result
+
+
+@pytest.fixture
+def largest() -> Largest:
+    """The largest tensor that is made in the fixture's context."""
+    return Largest()

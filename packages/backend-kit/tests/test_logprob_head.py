@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from rlcore_kit.testing.processes import RankPool
 from rlcore_kit.training.logprob_head import LogitsRule, VocabularyShard, logprobs_and_entropy
@@ -111,26 +109,13 @@ def test_bf16_inputs_are_summed_in_fp32() -> None:
     torch.testing.assert_close(weight.grad.double(), exact[1].grad, atol=5e-2, rtol=2e-2)
 
 
-class Largest(TorchDispatchMode):
-    """Records the largest number of elements of any tensor that an operation returns."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self.elements = max(self.elements, leaf.numel())
-        return result
-
-
-def test_logits_of_all_tokens_never_exist() -> None:
+def test_logits_of_all_tokens_never_exist(largest: Any) -> None:
     tokens, hidden_size, vocabulary, chunk = 400, 4, 300, 10
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(tokens, hidden_size, generator=generator).requires_grad_()
     weight = torch.randn(vocabulary, hidden_size, generator=generator).requires_grad_()
     targets = torch.randint(vocabulary, (tokens,), generator=generator)
-    with Largest() as largest:
+    with largest:
         logprobs, entropy = logprobs_and_entropy(hidden, weight, None, targets, chunk=chunk)
         (logprobs + entropy).sum().backward()
     assert largest.elements == chunk * vocabulary, "the logits of one chunk are the largest tensor there is"

@@ -61,8 +61,8 @@ def test_every_entry_is_computed_from_the_state_before_its_token(lengths: list[i
         mask = torch.ones(len(own))
         positions = token_positions(torch.tensor(lengths, dtype=torch.int64), mask, head=head)  # type: ignore[arg-type]
         chosen = states.index_select(0, state_positions(positions, head=head))  # type: ignore[arg-type]
-        column = to_column(torch.stack([chosen, -chosen]), positions, len(own))
-        assert column.tolist() == [[float(t + seen) for t in own], [-float(t + seen) for t in own]]
+        column = to_column(torch.stack([chosen, -chosen], -1), positions, len(own))
+        assert column.tolist() == [[float(t + seen), -float(t + seen)] for t in own]
 
 
 def test_gradients_reach_the_states_that_predict() -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 
 from rlcore.batch import Batch, to_column, token_positions
 from rlcore.boundary import boundary
-from rlcore.engines import ForwardRequest, Objective, TrainEngine, TrainEngineSpec, WeightBucket
+from rlcore.engines import ForwardRequest, Objective, OutputLayer, TrainEngine, TrainEngineSpec, WeightBucket
 from rlcore.engines.step_memory import StepMemory
 from rlcore.engines.train import FileRecord, Part
 from rlcore.errors import EngineError
@@ -42,7 +43,8 @@ from rlcore_kit.model_folder.tensor_names import to_model_files
 from rlcore_kit.model_folder.writing import ADAPTERS, write_on_first_rank
 from rlcore_kit.training.device import choose_device
 from rlcore_kit.training.lr_schedule import learning_rate
-from rlcore_kit.training.micro_batches import check_batch, check_request, in_order, micro_batches
+from rlcore_kit.training.micro_batches import check_batch, check_request, columns_at, in_order, inputs_of, micro_batches
+from rlcore_kit.training.policy_outputs import shard_of
 from rlcore_kit.training.process_group import gather_objects, join_processes, max_over_ranks, own_rank, sum_over_ranks
 
 
@@ -163,20 +165,38 @@ class FSDPTrainEngine(TrainEngine):
     def forward(self, batch: Batch, request: ForwardRequest) -> Batch:
         self._check(batch, request)
         self.onload("params")
-        batch = batch.select(*(name for name in ("tokens", "loss_mask") if name in batch))
+        batch = inputs_of(batch, request)
         order: list[int] = []
         parts: list[dict[str, torch.Tensor]] = []
         divided = self._micro_batches(batch)
         for index, members in enumerate(divided):
             outputs = self._outputs(batch.take(members), request)
             order += members
-            parts.append({name: value.float().cpu() for name, value in outputs.items()})
+            parts.append({name: value.cpu() for name, value in outputs.items()})
             report(f"micro-batches computed ({', '.join(request.outputs)})", index + 1, len(divided))
         if self._sharded and not self._in_use_for_generation:
             sharding.reshard(self.root)
         lengths = batch.lengths[order]
-        columns = {name: torch.cat([part[name] for part in parts]) for name in request.outputs}
+        columns = {str(name): torch.cat([part[name] for part in parts]) for name in request.outputs}
         return in_order(columns, lengths, order)
+
+    @torch.no_grad()
+    def output_layer(self) -> OutputLayer:
+        """See `TrainEngine`; under FSDP all ranks take part."""
+        if self.spec.head != "policy":
+            super().output_layer()
+        self.onload("params")
+        with self._as_shards():
+            layer: Any = self.model.get_output_embeddings()
+            rule = self.root.rule
+            weight = sharding.full(layer.weight).to("cpu", self.param_dtype, copy=True)
+            bias = None if layer.bias is None else sharding.full(layer.bias).to("cpu", self.param_dtype, copy=True)
+        return OutputLayer(weight, bias, rule.scale, rule.cap)
+
+    def hold_output_layer(self, name: str, layer: OutputLayer | None) -> None:
+        self.root.others.pop(name, None)
+        if layer is not None:
+            self.root.others[name] = shard_of(layer, None, self._device)
 
     def train(self, batch: Batch, objective: Objective) -> Metrics:
         if self._optimizer is None or self.spec.optim is None:
@@ -216,7 +236,7 @@ class FSDPTrainEngine(TrainEngine):
     def _check(self, batch: Batch, request: ForwardRequest, training: bool = False) -> None:
         check_request(request, self.spec.head, self.settings.lora is not None, training)
         embeddings: Any = self.model.get_input_embeddings()
-        check_batch(batch, self.spec.model, self.model.config, embeddings.num_embeddings)
+        check_batch(batch, self.spec.model, self.model.config, embeddings.num_embeddings, request)
 
     def _micro_batches(self, batch: Batch, together: str | None = None) -> list[list[int]]:
         return micro_batches(batch, self.spec.max_tokens, together, partial(max_over_ranks, device=torch.device("cpu")))
@@ -230,9 +250,12 @@ class FSDPTrainEngine(TrainEngine):
         if total == 0:
             tokens, lengths = tokens.new_zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
         packing = Packing(tuple(length for length in lengths.tolist() if length), self._kernel, self._device)
+        columns = columns_at(micro, positions, request)
         positions = positions.to(self._device)
+        # a proxy, because FSDP would round what it finds in a dict to the precision of the model
+        inputs = MappingProxyType({name: values.to(self._device) for name, values in columns.items()})
         with nullcontext() if request.adapters else lora.switched_off(self.model):
-            outputs = self.root(tokens.to(self._device), packing, positions, request)
+            outputs = self.root(tokens.to(self._device), packing, positions, request, inputs)
         return {name: to_column(value, positions, total) for name, value in outputs.items()}
 
     @cached_property

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,10 +12,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rlcore.batch import state_positions
+from rlcore.engines import ForwardRequest, OutputLayer
 from rlcore.engines.settings import Head
-from rlcore.engines.train import ForwardRequest
 from rlcore_fsdp.attention import Packing
-from rlcore_kit.training.logprob_head import LogitsRule, logprobs_and_entropy
+from rlcore_kit.training.logprob_head import LogitsRule
+from rlcore_kit.training.policy_outputs import PolicyHead, policy_outputs
 
 
 class PackedModel(nn.Module):
@@ -23,6 +25,9 @@ class PackedModel(nn.Module):
     It is the FSDP root: parameters outside the decoder layers (embeddings, final norm, head) are gathered during
     `forward`. The model is always in evaluation mode: with dropout the trained policy would not be the one that
     generated, and importance ratios would be noise.
+
+    Attributes:
+        others: output layers of other models (`rlcore.engines.TrainEngine.hold_output_layer`), on the device.
     """
 
     def __init__(self, model: PreTrainedModel, head: Head, logits_chunk: int | None) -> None:
@@ -31,38 +36,34 @@ class PackedModel(nn.Module):
         self.head = head
         self.logits_chunk = logits_chunk
         self.rule = logits_rule(model.config.get_text_config())
+        self.others: dict[str, OutputLayer] = {}
 
     def forward(
-        self, tokens: torch.Tensor, packing: Packing, positions: torch.Tensor, request: ForwardRequest
+        self,
+        tokens: torch.Tensor,
+        packing: Packing,
+        positions: torch.Tensor,
+        request: ForwardRequest,
+        columns: Mapping[str, torch.Tensor] = MappingProxyType({}),
     ) -> dict[str, torch.Tensor]:
-        """Compute the requested outputs at ``positions``, each ``[P]`` fp32.
+        """Compute the requested outputs at ``positions``, each ``[P]`` or ``[P, ...]``.
 
         Args:
             tokens: ``[T]`` int64.
             positions: ``[P]`` int64, positions of the tokens that the outputs describe (`rlcore.batch.alignment`).
+            columns: ``[P, ...]``, entries of ``request.columns`` at ``positions``.
         """
         hidden = self.model.base_model(
             input_ids=tokens[None], position_ids=packing.position_ids, use_cache=False, packing=packing
         ).last_hidden_state[0]
         states = hidden.index_select(0, state_positions(positions, head=self.head))
         if self.head == "policy":
-            head = self.model.get_output_embeddings()
-            logprobs, entropy = logprobs_and_entropy(
-                states,
-                head.weight,
-                head.bias,
-                tokens[positions],
-                temperature=request.temperature,
-                rule=self.rule,
-                chunk=self.logits_chunk,
-                with_entropy="entropy" in request.outputs,
-            )
-            outputs: dict[str, Any] = {"logprobs": logprobs, "entropy": entropy}
-        else:
-            score: Any = self.model.score
-            values = states.float() @ score.weight[0].float()
-            outputs = {"values": values if score.bias is None else values + score.bias.float()}
-        return {name: outputs[name] for name in request.outputs}
+            layer = self.model.get_output_embeddings()
+            head = PolicyHead(layer.weight, layer.bias, self.rule, self.logits_chunk, others=self.others)
+            return policy_outputs(states, head, tokens[positions], columns, request)
+        score: Any = self.model.score
+        values = states.float() @ score.weight[0].float()
+        return {"values": values if score.bias is None else values + score.bias.float()}
 
 
 def logits_rule(config: Any) -> LogitsRule:

@@ -20,7 +20,7 @@ from torch import nn
 
 from rlcore.batch import Batch
 from rlcore.boundary import boundary
-from rlcore.engines import ForwardRequest, Objective, TrainEngine, TrainEngineSpec, WeightBucket
+from rlcore.engines import ForwardRequest, Objective, OutputLayer, TrainEngine, TrainEngineSpec, WeightBucket
 from rlcore.engines.step_memory import StepMemory
 from rlcore.engines.train import FileRecord, Part
 from rlcore.errors import EngineError
@@ -28,7 +28,8 @@ from rlcore.metrics import Metrics
 from rlcore_kit.model_folder import checks, files
 from rlcore_kit.training.device import choose_device
 from rlcore_kit.training.lr_schedule import learning_rate
-from rlcore_kit.training.micro_batches import check_batch, check_request, in_order, micro_batches
+from rlcore_kit.training.micro_batches import check_batch, check_request, in_order, inputs_of, micro_batches
+from rlcore_kit.training.policy_outputs import shard_of
 from rlcore_kit.training.process_group import max_over_ranks, sum_over_ranks
 from rlcore_megatron import parallel as layouts
 from rlcore_megatron import weights
@@ -36,6 +37,7 @@ from rlcore_megatron.families import family_of
 from rlcore_megatron.layout import check_layout
 from rlcore_megatron.memory import Offloaded
 from rlcore_megatron.model_folder import find_model
+from rlcore_megatron.output_columns import output_widths, separated, total_width
 from rlcore_megatron.settings import MegatronSettings
 from rlcore_megatron.step_memory import step_memory
 from rlcore_megatron.writing import write_model
@@ -136,7 +138,10 @@ class MegatronEngine(TrainEngine):
         if self._optimization is None:
             for chunk in chunks:
                 chunk.requires_grad_(False)
-        self._pipeline = Pipeline(chunks, spec.head, self.parallel, settings.sequence_parallel, self._device)
+        hidden_size = self.modules[0].config.hidden_size
+        self._pipeline = Pipeline(
+            chunks, spec.head, self.parallel, settings.sequence_parallel, self._device, hidden_size
+        )
         self._saving = Saving(self.modules, self._optimization, self.parallel, settings.checkpoint_format)
 
     @property
@@ -174,20 +179,45 @@ class MegatronEngine(TrainEngine):
     def forward(self, batch: Batch, request: ForwardRequest) -> Batch:
         self._check(batch, request)
         self.onload("params")
-        batch = batch.select(*(name for name in ("tokens", "loss_mask") if name in batch))
+        batch = inputs_of(batch, request)
         divided = self._micro_batches(batch)
         results = self._pipeline.outputs([batch.take(members) for members in divided], request)
         order = [index for members in divided for index in members]
         lengths = batch.lengths[order]
-        names = request.outputs
+        given = {name: batch.flat(name) for name in request.columns}
+        widths = output_widths(request, given, self.modules[0].config.hidden_size)
         if self.parallel.last_stage:
-            together = torch.stack([torch.cat([columns[name] for columns in results]) for name in names]).float()
+            together = torch.cat(results)
         else:
-            together = torch.empty(len(names), int(lengths.sum()), device=self._device)
+            together = torch.empty(int(lengths.sum()), total_width(widths), device=self._device)
         if self.parallel.pp > 1:
             dist.broadcast(together, self.parallel.last_stage_rank, group=self.parallel.pp_group)
-        values = together.cpu().unbind(0)
-        return in_order(dict(zip(names, values)), lengths, order)
+        columns = separated(together.cpu(), widths)
+        if "top_ids" in columns:
+            columns["top_ids"] = columns["top_ids"].long()
+        return in_order(columns, lengths, order)
+
+    @torch.no_grad()
+    def output_layer(self) -> OutputLayer:
+        """See `TrainEngine`; all ranks take part, and all return it."""
+        if self.spec.head != "policy":
+            super().output_layer()
+        self.onload("params")
+        last, parallel = self.modules[-1], self.parallel
+        rows = -(-last.vocabulary // parallel.tp)
+        weight = torch.empty(rows * parallel.tp, last.config.hidden_size, dtype=self.dtype, device=self._device)
+        if parallel.last_stage:
+            dist.all_gather(list(weight.split(rows)), last.output_weight.contiguous(), group=parallel.tp_group)
+        if parallel.pp > 1:
+            dist.broadcast(weight, parallel.last_stage_rank, group=parallel.pp_group)
+        return OutputLayer(weight[: last.vocabulary].cpu())
+
+    def hold_output_layer(self, name: str, layer: OutputLayer | None) -> None:
+        last = self.modules[-1]
+        others = {key: held for key, held in last.others.items() if key != name}
+        if layer is not None and self.parallel.last_stage:
+            others[name] = shard_of(layer, last.shard, self._device)
+        last.others = others
 
     def train(self, batch: Batch, objective: Objective) -> Metrics:
         optimization = self._optimization
@@ -209,7 +239,7 @@ class MegatronEngine(TrainEngine):
 
     def _check(self, batch: Batch, request: ForwardRequest, training: bool = False) -> None:
         check_request(request, self.spec.head, adapters=False, training=training)
-        check_batch(batch, self.spec.model, self.hf_config, self.modules[0].vocabulary)
+        check_batch(batch, self.spec.model, self.hf_config, self.modules[0].vocabulary, request)
 
     def _micro_batches(self, batch: Batch, together: str | None = None) -> list[list[int]]:
         return micro_batches(batch, self.spec.max_tokens, together, self._number_of_micro_batches)

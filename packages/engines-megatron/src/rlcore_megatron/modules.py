@@ -11,6 +11,7 @@ Importing this module imports megatron-core: on the CPU `rlcore_megatron.cpu_emu
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,10 +28,11 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
-from rlcore.engines import ForwardRequest
+from rlcore.engines import ForwardRequest, OutputLayer
 from rlcore.engines.settings import Head
 from rlcore.errors import EngineError
-from rlcore_kit.training.logprob_head import VocabularyShard, logprobs_and_entropy
+from rlcore_kit.training.logprob_head import LogitsRule, VocabularyShard
+from rlcore_kit.training.policy_outputs import PolicyHead, policy_outputs
 from rlcore_megatron.packing import PackedRow
 from rlcore_megatron.parallel import Parallel
 from rlcore_megatron.settings import MegatronSettings
@@ -59,14 +61,16 @@ class PackedGPT(GPTModel):  # type: ignore[misc]
         head: "policy", "value" or "score".
         vocabulary: number of tokens, without padding.
         logits_chunk: see `MegatronSettings`.
+        others: this rank's rows of output layers of other models (`rlcore.engines.TrainEngine.hold_output_layer`).
     """
 
     head: Head
     vocabulary: int
     logits_chunk: int | None
+    others: Mapping[str, OutputLayer]
 
     def forward(self, row: PackedRow, request: ForwardRequest) -> torch.Tensor:
-        """Return hidden states ``[T', 1, hidden]``, on the last stage the requested outputs ``[outputs, P]`` fp32."""
+        """Return hidden states ``[T', 1, hidden]``, on the last stage the requested outputs ``[P, width]`` fp32."""
         hidden = super().forward(row.tokens, None, None, packed_seq_params=row.attention)
         return self._outputs(hidden, row, request) if self.post_process else hidden
 
@@ -83,23 +87,29 @@ class PackedGPT(GPTModel):  # type: ignore[misc]
             hidden = copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
         states = hidden[:, 0].index_select(0, row.rows)
         if not policy:
-            return self.output_layer(states)[None]  # type: ignore[no-any-return]
+            return self.output_layer(states)[:, None]  # type: ignore[no-any-return]
+        outputs = policy_outputs(states, self.policy_head(), row.targets, row.inputs, request)
+        return torch.cat([value.float() if value.dim() > 1 else value[:, None] for value in outputs.values()], -1)
+
+    @property
+    def output_weight(self) -> torch.Tensor:
+        """This rank's rows of the output layer, with padding; on the last stage."""
         tied = self.share_embeddings_and_output_weights
-        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
-        shard = VocabularyShard(self.tp_group.rank() * len(weight), len(weight), self.tp_group)
-        rows = min(max(self.vocabulary - shard.first, 0), len(weight))
-        logprobs, entropy = logprobs_and_entropy(
-            states,
-            weight if rows == len(weight) else weight[:rows],
-            None,
-            row.targets,
-            temperature=request.temperature,
-            chunk=self.logits_chunk,
-            with_entropy="entropy" in request.outputs,
-            shard=shard if self.tp_group.size() > 1 else None,
-        )
-        outputs: dict[str, Any] = {"logprobs": logprobs, "entropy": entropy}
-        return torch.stack([outputs[name] for name in request.outputs])
+        return self.shared_embedding_or_output_weight() if tied else self.output_layer.weight  # type: ignore[no-any-return]
+
+    @property
+    def shard(self) -> VocabularyShard | None:
+        """This rank's part of the vocabulary; None if it has all."""
+        if self.tp_group.size() == 1:
+            return None
+        size = -(-self.vocabulary // self.tp_group.size())
+        return VocabularyShard(self.tp_group.rank() * size, size, self.tp_group)
+
+    def policy_head(self) -> PolicyHead:
+        """Return this rank's rows of the output layer, without padding; on the last stage."""
+        head = PolicyHead(self.output_weight, None, LogitsRule(), self.logits_chunk, self.shard, self.others)
+        padded = head.rows_within(self.vocabulary) < len(head.weight)
+        return head.within(self.vocabulary) if padded else head
 
 
 def transformer_config(
@@ -192,7 +202,7 @@ def build_modules(
             vp_stage=stage,
             **arguments,
         )
-        model.head, model.vocabulary, model.logits_chunk = head, vocabulary, settings.logits_chunk
+        model.head, model.vocabulary, model.logits_chunk, model.others = head, vocabulary, settings.logits_chunk, {}
         if last and head != "policy":
             model.output_layer = ScalarHead(config.hidden_size, head_bias, dtype, seed)
         _mark_divided(model)

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from rlcore.batch import Batch, state_positions, token_positions
+from rlcore.engines import ForwardRequest
 from rlcore.engines.settings import Head
+from rlcore_kit.training.micro_batches import columns_at
 from rlcore_megatron.parallel import Parallel
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ class PackedRow:
         columns: ``[P]`` int64, positions of these outputs among the ``total`` tokens of the micro-batch.
         targets: ``[P]`` int64, the tokens at ``columns``.
         total: tokens of the micro-batch, without padding.
+        inputs: ``[P, ...]`` entries at ``columns`` of the batch's columns that outputs are computed from.
     """
 
     tokens: torch.Tensor
@@ -41,9 +44,17 @@ class PackedRow:
     columns: torch.Tensor
     targets: torch.Tensor
     total: int
+    inputs: dict[str, torch.Tensor]
 
 
-def pack(micro: Batch, head: Head, parallel: Parallel, sequence_parallel: bool, device: torch.device) -> PackedRow:
+def pack(
+    micro: Batch,
+    head: Head,
+    parallel: Parallel,
+    sequence_parallel: bool,
+    device: torch.device,
+    request: ForwardRequest,
+) -> PackedRow:
     """Pack a micro-batch that is on the CPU; an empty one becomes a row of padding without outputs."""
     from megatron.core.packed_seq_params import PackedSeqParams
 
@@ -76,8 +87,15 @@ def pack(micro: Batch, head: Head, parallel: Parallel, sequence_parallel: bool, 
         max_seqlen_q=max(padded),
         max_seqlen_kv=max(padded),
     )
+    inputs = {name: values.to(device) for name, values in columns_at(micro, columns, request).items()}
     return PackedRow(
-        row[None].to(device), attention, states.to(device), columns.to(device), tokens[columns].to(device), total
+        row[None].to(device),
+        attention,
+        states.to(device),
+        columns.to(device),
+        tokens[columns].to(device),
+        total,
+        inputs,
     )
 
 

@@ -14,10 +14,9 @@ from rlcore.batch import Batch, to_column
 from rlcore.engines import ForwardRequest, Objective
 from rlcore.engines.settings import Head
 from rlcore.metrics import Metrics
+from rlcore_megatron.output_columns import output_widths, separated
 from rlcore_megatron.packing import PackedRow, pack
 from rlcore_megatron.parallel import Parallel
-
-Columns = dict[str, torch.Tensor]
 
 
 class Pipeline:
@@ -25,26 +24,36 @@ class Pipeline:
 
     Args:
         chunks: instances of `PackedGPT`, or these wrapped for data parallelism.
+        hidden_size: of the model.
     """
 
     def __init__(
-        self, chunks: Sequence[Any], head: Head, parallel: Parallel, sequence_parallel: bool, device: torch.device
+        self,
+        chunks: Sequence[Any],
+        head: Head,
+        parallel: Parallel,
+        sequence_parallel: bool,
+        device: torch.device,
+        hidden_size: int,
     ) -> None:
         self._chunks = list(chunks)
         self._head = head
         self._parallel = parallel
         self._sequence_parallel = sequence_parallel
         self._device = device
+        self._hidden_size = hidden_size
 
-    def outputs(self, micro_batches: Sequence[Batch], request: ForwardRequest) -> list[Columns]:
-        """Compute the requested columns ``[T]`` of every micro-batch: on the last stage's device, none on other stages.
+    def outputs(self, micro_batches: Sequence[Batch], request: ForwardRequest) -> list[torch.Tensor]:
+        """Compute the outputs ``[T, width]`` of every micro-batch: on the last stage's device, none on other stages.
+
+        `rlcore_megatron.output_columns` separates them.
 
         Args:
             micro_batches: on the CPU; the same number on all ranks, some may be empty.
         """
 
-        def collect(row: PackedRow, outputs: torch.Tensor, non_loss_data: bool) -> Columns:
-            return self._columns(row, outputs, request)
+        def collect(row: PackedRow, outputs: torch.Tensor, non_loss_data: bool) -> torch.Tensor:
+            return self._column(row, outputs)
 
         return self._run(micro_batches, request, lambda micro, row: partial(collect, row), forward_only=True)
 
@@ -65,7 +74,8 @@ class Pipeline:
         def loss(micro: Batch, row: PackedRow, outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
             if len(micro) and not errors:
                 try:
-                    columns = self._columns(row, outputs, request)
+                    widths = output_widths(request, row.inputs, self._hidden_size)
+                    columns = separated(self._column(row, outputs), widths)
                     value, measured = objective.loss(columns, micro.to(self._device), denominators)
                     metrics.append(measured)
                     return value, nothing, None
@@ -86,7 +96,7 @@ class Pipeline:
     ) -> list[Any]:
         def step(iterator: Any, model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
             micro = next(iterator)
-            row = pack(micro, self._head, self._parallel, self._sequence_parallel, self._device)
+            row = pack(micro, self._head, self._parallel, self._sequence_parallel, self._device, request)
             return model(row, request), loss(micro, row)
 
         several = len(self._chunks) > 1
@@ -103,9 +113,9 @@ class Pipeline:
         )
         return results
 
-    def _columns(self, row: PackedRow, outputs: torch.Tensor, request: ForwardRequest) -> Columns:
-        """Return outputs ``[outputs, P]`` of the row as one column ``[T]`` per output."""
+    def _column(self, row: PackedRow, outputs: torch.Tensor) -> torch.Tensor:
+        """Return outputs ``[P, width]`` of the row as a column ``[T, width]``."""
         full = to_column(outputs, row.columns, row.total)
         if self._parallel.cp > 1:  # every rank has the outputs of its tokens
             full = reduce_from_tensor_model_parallel_region(full, group=self._parallel.cp_group)
-        return dict(zip(request.outputs, full.unbind(0)))
+        return full

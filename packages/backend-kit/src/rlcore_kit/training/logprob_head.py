@@ -1,5 +1,7 @@
 """Log-probs and entropies of a language-model head, without ever holding the logits of all tokens.
 
+`rlcore_kit.training.divergence_head` compares two heads in the same way.
+
 The vocabulary projection runs over chunks of tokens, forward and backward. Between the two passes only the
 log-normaliser and the entropy of each token are kept; the backward pass computes the logits a second time. With ``z``
 the processed logits, ``p = softmax(z)``, ``lse = log Σ exp z`` and ``H = lse − Σ p z``:
@@ -13,6 +15,7 @@ logits over the full vocabulary, and four numbers per token are reduced over the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,9 +59,10 @@ def logprobs_and_entropy(
     rule: LogitsRule = LogitsRule(),
     chunk: int | None = None,
     with_entropy: bool = True,
+    unrounded: bool = False,
     shard: VocabularyShard | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Compute the log-prob of each target and the entropy of each distribution, both ``[P]`` fp32 with gradient.
+    """Compute the log-probs of the targets, shaped as these, and entropies ``[P]``, both fp32 with gradient.
 
     With a ``shard`` the call is collective and the results are the same on all ranks. The gradient of ``weight`` is
     then that of this rank's rows, and the gradient of ``hidden`` this rank's term of a sum over the ranks.
@@ -67,16 +71,19 @@ def logprobs_and_entropy(
         hidden: ``[P, hidden]``; under tensor parallelism the same on all ranks.
         weight: ``[vocabulary, hidden]``, or this rank's rows without padding (which may be none).
         bias: ``[vocabulary]`` or None.
-        targets: ``[P]`` int64, token ids of the full vocabulary.
+        targets: ``[P]`` or ``[P, K]`` int64, token ids of the full vocabulary.
         temperature: divides the logits; positive.
         chunk: tokens per chunk, the same on all ranks; None bounds the memory of a chunk.
         with_entropy: False saves two passes over the logits and returns None for the entropy.
+        unrounded: see `logits`.
         shard: this rank's part of the vocabulary; None if ``weight`` has the full vocabulary.
     """
     size = chunk_size(chunk, hidden.device, shard.size if shard else len(weight))
-    return _LogprobHead.apply(  # type: ignore[no-any-return, no-untyped-call]
-        hidden, weight, bias, targets, temperature, rule, size, with_entropy, shard
+    columns = targets if targets.dim() == 2 else targets[:, None]
+    logprobs, entropy = _LogprobHead.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, columns, temperature, rule, size, with_entropy, unrounded, shard
     )
+    return logprobs.reshape(targets.shape), entropy
 
 
 def chunk_size(configured: int | None, device: torch.device, vocabulary: int) -> int:
@@ -96,22 +103,24 @@ class _LogprobHead(torch.autograd.Function):
         rule: LogitsRule,
         size: int,
         with_entropy: bool,
+        unrounded: bool,
         shard: VocabularyShard | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         ctx.set_materialize_grads(False)
         count = len(hidden)
         largest = hidden.new_full((count,), -torch.inf, dtype=torch.float32)
-        # per token: Σ exp(z − largest), Σ exp(z − largest) · z, z of the target
-        sums = hidden.new_zeros(3, count, dtype=torch.float32)
+        # per token: Σ exp(z − largest), Σ exp(z − largest) · z, and z of each target
+        sums = hidden.new_zeros(2 + targets.shape[1], count, dtype=torch.float32)
         for start in range(0, count, size):
             rows = slice(start, start + size)
-            z, _ = _logits(hidden[rows], weight, bias, temperature, rule)
+            z, _ = logits(hidden[rows], weight, bias, temperature, rule, unrounded)
             if len(weight):
                 largest[rows] = z.amax(-1)
             if shard is not None:
                 dist.all_reduce(largest[rows], op=dist.ReduceOp.MAX, group=shard.process_group)
-            index, held = _columns_of(targets[rows], len(weight), shard)
-            sums[2, rows] = _where(held, z.gather(-1, index)).sum(-1)
+            if len(weight):
+                index, held = _columns_of(targets[rows], len(weight), shard)
+                sums[2:, rows] = _where(held, z.gather(-1, index)).T
             if with_entropy:
                 weights = (z - largest[rows, None]).exp_()
                 sums[1, rows] = torch.linalg.vecdot(weights, z)
@@ -123,53 +132,108 @@ class _LogprobHead(torch.autograd.Function):
         normaliser = sums[0].log().add_(largest)
         entropy = normaliser - sums[1] / sums[0] if with_entropy else None
         ctx.save_for_backward(hidden, weight, bias, targets, normaliser, entropy)
-        ctx.settings = temperature, rule, size, shard
-        return sums[2] - normaliser, entropy
+        ctx.settings = temperature, rule, size, unrounded, shard
+        return (sums[2:] - normaliser).T.contiguous(), entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
         hidden, weight, bias, targets, normaliser, entropy = ctx.saved_tensors
-        temperature, rule, size, shard = ctx.settings
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
+        temperature, rule, size, unrounded, shard = ctx.settings
+        gradients = HeadGradients(hidden, weight, bias, ctx.needs_input_grad[:3])
         for start in range(0, len(hidden), size):
             rows = slice(start, start + size)
-            z, squashed = _logits(hidden[rows], weight, bias, temperature, rule)
+            z, squashed = logits(hidden[rows], weight, bias, temperature, rule, unrounded)
             logp = z.sub_(normaliser[rows, None])
-            grad_logprobs, grad_entropy = (None if grad is None else grad[rows, None] for grad in grads)
-            grad = _logits_gradient(logp, grad_logprobs, grad_entropy, None if entropy is None else entropy[rows, None])
-            if grad_logprobs is not None:
+            grad_logprobs = None if grads[0] is None else grads[0][rows]
+            grad_entropy = None if grads[1] is None else grads[1][rows, None]
+            of_all = None if grad_logprobs is None else grad_logprobs.sum(-1, keepdim=True)
+            grad = _logits_gradient(logp, of_all, grad_entropy, None if entropy is None else entropy[rows, None])
+            if grad_logprobs is not None and len(weight):
                 index, held = _columns_of(targets[rows], len(weight), shard)
                 grad.scatter_add_(-1, index, _where(held, grad_logprobs))
-            if squashed is not None:
-                grad.mul_(1 - squashed.square_())
-            grad = grad.mul_(rule.scale / temperature).to(weight.dtype)
-            if grad_hidden is not None:
-                torch.mm(grad, weight, out=grad_hidden[rows])
-            if grad_weight is not None:
-                if grad.dtype == torch.float32:
-                    grad_weight.addmm_(grad.T, hidden[rows])
-                else:
-                    grad_weight += grad.T @ hidden[rows]
-            if grad_bias is not None:
-                grad_bias += grad.sum(0, dtype=torch.float32)
-        weight_grad = None if grad_weight is None else grad_weight.to(weight.dtype)
-        bias_grad = None if grad_bias is None else grad_bias.to(bias.dtype)
-        return grad_hidden, weight_grad, bias_grad, *[None] * 6
+            gradients.add(rows, through_rule(grad, squashed, rule, temperature))
+        return *gradients.results(), *[None] * 7
 
 
-def _logits(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, temperature: float, rule: LogitsRule
+class HeadGradients:
+    """Gradients of hidden states, output matrix and bias, added up over chunks of tokens.
+
+    Args:
+        needed: which of the three are needed.
+    """
+
+    def __init__(
+        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, needed: Sequence[bool]
+    ) -> None:
+        self._inputs = hidden, weight, bias
+        self._hidden = torch.empty_like(hidden) if needed[0] else None
+        self._weight = torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None
+        self._bias = torch.zeros_like(bias, dtype=torch.float32) if needed[2] and bias is not None else None
+
+    def add(self, rows: slice, grad: torch.Tensor) -> None:
+        """Add what the gradient ``[C, vocabulary]`` fp32 of the projections of ``rows`` gives."""
+        hidden, weight, _ = self._inputs
+        grad = grad.to(weight.dtype)
+        if self._hidden is not None:
+            torch.mm(grad, weight, out=self._hidden[rows])
+        if self._weight is not None:
+            if grad.dtype == torch.float32:
+                self._weight.addmm_(grad.T, hidden[rows])
+            else:
+                self._weight += grad.T @ hidden[rows]
+        if self._bias is not None:
+            self._bias += grad.sum(0, dtype=torch.float32)
+
+    def results(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Return the gradients in the precision of their inputs; None where none was needed."""
+        _, weight, bias = self._inputs
+        return (
+            self._hidden,
+            None if self._weight is None else self._weight.to(weight.dtype),
+            None if self._bias is None or bias is None else self._bias.to(bias.dtype),
+        )
+
+
+def logits(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    temperature: float,
+    rule: LogitsRule,
+    unrounded: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return fp32 logits over temperature ``[C, vocabulary]``, and ``tanh`` of the soft cap if there is one."""
-    logits = torch.nn.functional.linear(hidden, weight, bias).float()
+    """Return fp32 logits over temperature ``[C, vocabulary]``, and ``tanh`` of the soft cap if there is one.
+
+    Args:
+        unrounded: do not round logits to the precision of ``weight``, as the model itself does. Two models that nearly
+            agree have logits whose difference is mostly this rounding in bf16.
+    """
+    project = _project_unrounded if unrounded else torch.nn.functional.linear
+    projected = project(hidden, weight, bias).float()
     if rule.cap is None:
         factor = rule.scale / temperature
-        return (logits.mul_(factor) if factor != 1 else logits), None
-    squashed = logits.mul_(rule.scale / rule.cap).tanh_()
+        return (projected.mul_(factor) if factor != 1 else projected), None
+    squashed = projected.mul_(rule.scale / rule.cap).tanh_()
     return squashed * (rule.cap / temperature), squashed
+
+
+def _project_unrounded(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    if weight.dtype == torch.float32:
+        return torch.nn.functional.linear(hidden, weight, bias)
+    if weight.device.type == "cuda":
+        projected = torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    else:  # has no product of two precisions
+        projected = torch.mm(hidden.float(), weight.T.float())
+    return projected if bias is None else projected.add_(bias)
+
+
+def through_rule(
+    grad: torch.Tensor, squashed: torch.Tensor | None, rule: LogitsRule, temperature: float
+) -> torch.Tensor:
+    """Return the gradient of the projection ``W h + b`` from that of `logits`; overwrites both arguments."""
+    if squashed is not None:
+        grad.mul_(1 - squashed.square_())
+    return grad.mul_(rule.scale / temperature)
 
 
 def _logits_gradient(
@@ -195,15 +259,12 @@ def _columns_of(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the column of each target and whether it is one of this rank's ``width`` columns (None: all are).
 
-    Both are ``[C, 1]``, or ``[C, 0]`` if the rank holds no column.
+    Both are ``[C, K]``. A rank without columns does not call this.
     """
     if shard is None:
-        return targets[:, None], None
-    index = targets[:, None] - shard.first
-    held = (index >= 0) & (index < width)
-    if width == 0:
-        return index[:, :0], held[:, :0]
-    return index.clamp(0, width - 1), held
+        return targets, None
+    index = targets - shard.first
+    return index.clamp(0, width - 1), (index >= 0) & (index < width)
 
 
 def _where(held: torch.Tensor | None, values: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -13,6 +13,15 @@ from rlcore.engines.settings import Head
 from rlcore.engines.train import Output
 from rlcore.errors import EngineError
 from rlcore_kit.model_folder.length import check_sequences
+
+POLICY_OUTPUTS = frozenset(get_args(Output)) - {"values"}
+_FIELDS = {
+    "candidate_logprobs": "candidates",
+    "top_ids": "top_k",
+    "top_logprobs": "top_k",
+    "divergence": "comparison",
+}
+"""What an output is made of, in the request."""
 
 
 def check_request(request: ForwardRequest, head: Head, adapters: bool, training: bool = False) -> None:
@@ -25,10 +34,13 @@ def check_request(request: ForwardRequest, head: Head, adapters: bool, training:
     Raises:
         EngineError: it has no such output, the temperature is not positive, or there are no adapters to leave out.
     """
-    known = {"logprobs", "entropy"} if head == "policy" else {"values"}
+    known = POLICY_OUTPUTS if head == "policy" else {"values"}
     for name in request.outputs:
         if name not in known:
-            raise EngineError(f"a {head} head computes {' and '.join(sorted(known))}, not {name}")
+            raise EngineError(f"a {head} head computes {', '.join(sorted(known))}, not {name}")
+        field = _FIELDS.get(name)
+        if field is not None and not getattr(request, field):
+            raise EngineError(f"the output {name} needs ForwardRequest.{field}")
     if request.temperature <= 0:
         raise EngineError(f"temperature must be positive, not {request.temperature}")
     if not request.adapters and not adapters:
@@ -40,8 +52,8 @@ def check_request(request: ForwardRequest, head: Head, adapters: bool, training:
         raise EngineError("an objective cannot request outputs without adapters (adapters=False): nothing would train")
 
 
-def check_batch(batch: Batch, settings: ModelSettings, config: Any, vocabulary: int) -> None:
-    """Check that the model has a position for every token of ``batch`` and an embedding for each.
+def check_batch(batch: Batch, settings: ModelSettings, config: Any, vocabulary: int, request: ForwardRequest) -> None:
+    """Check that the model has a position for every token of ``batch``, and knows all token ids.
 
     Args:
         config: configuration of transformers.
@@ -51,12 +63,28 @@ def check_batch(batch: Batch, settings: ModelSettings, config: Any, vocabulary: 
         EngineError: a sequence is too long for the rotary scaling, or a token is outside of the vocabulary.
     """
     check_sequences(settings, config, batch.lengths)
-    tokens = batch.flat("tokens")
-    if len(tokens) and (int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary):
-        raise EngineError(
-            f"tokens from {int(tokens.min())} to {int(tokens.max())} do not fit the vocabulary of {vocabulary} of "
-            f"{settings.path!r}; does the tokenizer belong to the model?"
-        )
+    vocabulary = min(vocabulary, request.vocabulary or vocabulary)
+    for name in ("tokens", *([request.candidates] if request.candidates is not None else [])):
+        ids = batch.flat(name)
+        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= vocabulary):
+            raise EngineError(
+                f"{name} from {int(ids.min())} to {int(ids.max())} do not fit the vocabulary of {vocabulary} of "
+                f"{settings.path!r}; does the tokenizer belong to the model?"
+            )
+
+
+def inputs_of(batch: Batch, request: ForwardRequest) -> Batch:
+    """Return the columns from which a forward pass computes the outputs of ``request``."""
+    return batch.select(*(name for name in ("tokens", "loss_mask", *request.columns) if name in batch))
+
+
+def columns_at(batch: Batch, positions: torch.Tensor, request: ForwardRequest) -> dict[str, torch.Tensor]:
+    """Return the entries ``[P, ...]`` of ``request.columns`` at ``positions``.
+
+    Raises:
+        BatchError: ``batch`` lacks one.
+    """
+    return {name: batch.flat(name)[positions] for name in request.columns}
 
 
 def micro_batches(batch: Batch, max_tokens: int, together: str | None, count: Callable[[int], int]) -> list[list[int]]:
@@ -72,7 +100,7 @@ def micro_batches(batch: Batch, max_tokens: int, together: str | None, count: Ca
     return divided + [[] for _ in range(count(max(1, len(divided))) - len(divided))]
 
 
-def in_order(columns: Mapping[Output, torch.Tensor], lengths: torch.Tensor, order: Sequence[int]) -> Batch:
+def in_order(columns: Mapping[str, torch.Tensor], lengths: torch.Tensor, order: Sequence[int]) -> Batch:
     """Return ``columns``, whose sequences have the given ``order``, as a batch in the order of samples.
 
     Args:
@@ -80,5 +108,5 @@ def in_order(columns: Mapping[Output, torch.Tensor], lengths: torch.Tensor, orde
         lengths: ``[B]`` lengths of the sequences in these columns.
         order: sample of each of these sequences.
     """
-    jagged = Batch({str(name): Jagged(values, lengths) for name, values in columns.items()})
+    jagged = Batch({name: Jagged(values, lengths) for name, values in columns.items()})
     return jagged.take(torch.tensor(order, dtype=torch.int64).argsort())

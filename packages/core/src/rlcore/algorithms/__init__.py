@@ -8,6 +8,7 @@ ones; further ones come from ``rlcore.algorithms`` entry points.
 from rlcore.algorithms import (
     aggregation,
     discounted,
+    divergences,
     filters,
     group_relative,
     kl,
@@ -42,6 +43,7 @@ __all__ = [
     "aggregations",
     "corrections",
     "discounted",
+    "divergences",
     "filters",
     "group_relative",
     "kl",

@@ -92,7 +92,7 @@ class PolicyObjective:
         self, outputs: Mapping[str, torch.Tensor], batch: Batch, denominators: Mapping[str, float]
     ) -> tuple[torch.Tensor, Metrics]:
         settings = self.settings
-        terms = _Terms(batch, denominators, settings.aggregation)
+        terms = LossTerms(batch, denominators, settings.aggregation)
         logprobs = terms.trained(outputs["logprobs"])
         old_logprobs = terms.column("old_logprobs") if "old_logprobs" in batch else logprobs.detach()
         token_losses, metrics = settings.policy_loss(
@@ -158,7 +158,7 @@ class ValueObjective:
     def loss(
         self, outputs: Mapping[str, torch.Tensor], batch: Batch, denominators: Mapping[str, float]
     ) -> tuple[torch.Tensor, Metrics]:
-        terms = _Terms(batch, denominators, self.settings.aggregation)
+        terms = LossTerms(batch, denominators, self.settings.aggregation)
         token_losses, metrics = self.settings.value_loss(
             terms.trained(outputs["values"]), terms.column("values"), terms.column("returns"), terms.mask
         )
@@ -191,12 +191,12 @@ class SFTObjective:
     def loss(
         self, outputs: Mapping[str, torch.Tensor], batch: Batch, denominators: Mapping[str, float]
     ) -> tuple[torch.Tensor, Metrics]:
-        terms = _Terms(batch, denominators, self.settings.aggregation)
+        terms = LossTerms(batch, denominators, self.settings.aggregation)
         metrics = Metrics()
         return terms.add("loss", -terms.trained(outputs["logprobs"]), metrics), metrics
 
 
-class _Terms:
+class LossTerms:
     """One micro-batch's tokens, and how its per-token losses become shares of the mini-batch's."""
 
     def __init__(self, batch: Batch, denominators: Mapping[str, float], aggregation: Algorithm) -> None:
@@ -211,6 +211,7 @@ class _Terms:
         return torch.where(self._trained, values, 0)
 
     def column(self, name: str) -> torch.Tensor:
+        """``name`` of the batch ``[T]``, and 0 where it is not trained on."""
         return self.trained(self.batch.flat(name))
 
     def declared(self, entry: Entry[Any], outputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -229,6 +230,7 @@ class _Terms:
         return found
 
     def aggregate(self, losses: torch.Tensor) -> torch.Tensor:
+        """Return the share of ``losses`` ``[T]`` in the mini-batch's."""
         share: torch.Tensor = self.aggregation(losses, self.mask, self.batch.lengths, self.denominators)
         return share
 

@@ -123,6 +123,14 @@ class Correction(Protocol):
     ) -> tuple[torch.Tensor, Metrics]: ...
 
 
+class Divergence(Protocol):
+    """The summands ``[..., K]`` of a divergence between two distributions over K buckets, given as log-probs
+    ``[..., K]`` fp32. Their sum over the buckets is at least 0, and 0 where the distributions are equal. Only
+    ``student`` has a gradient."""
+
+    def __call__(self, student: torch.Tensor, teacher: torch.Tensor, params: Any, /) -> torch.Tensor: ...
+
+
 class SamplingFilter(Protocol):
     """Which samples to keep, ``[B]`` bool, from ``scores`` ``[B]`` and ``group`` ``[B]``; whole groups at a time."""
 
@@ -232,6 +240,7 @@ value_losses: Registry[ValueLoss] = Registry("value loss")
 kl_estimators: Registry[KLEstimator] = Registry("KL estimator")
 aggregations: Registry[Aggregation] = Registry("loss aggregation")
 corrections: Registry[Correction] = Registry("off-policy correction")
+divergences: Registry[Divergence] = Registry("divergence")
 sampling_filters: Registry[SamplingFilter] = Registry("sampling filter")
 preference_losses: Registry[PreferenceLoss] = Registry("preference loss", columns=True, units=True)
 reward_losses: Registry[RewardLoss] = Registry("reward-model loss", columns=True, units=True)

@@ -77,8 +77,8 @@ def state_positions(positions: torch.Tensor, *, head: Literal["policy", "value",
 
 
 def to_column(entries: torch.Tensor, positions: torch.Tensor, total: int) -> torch.Tensor:
-    """Put ``entries`` ``[..., P]`` into columns ``[..., total]`` that are 0 but at ``positions``; differentiable."""
-    return entries.new_zeros(*entries.shape[:-1], total).index_copy(-1, positions, entries)
+    """Put ``entries`` ``[P, ...]`` into a column ``[total, ...]`` that is 0 but at ``positions``; differentiable."""
+    return entries.new_zeros(total, *entries.shape[1:]).index_copy(0, positions, entries)
 
 
 def predicted_mask(mask: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

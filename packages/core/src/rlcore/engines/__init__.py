@@ -19,12 +19,13 @@ if TYPE_CHECKING:
         TrainEngineSpec,
         WeightSyncSettings,
     )
-    from rlcore.engines.train import ForwardRequest, Objective, TrainEngine
+    from rlcore.engines.train import Comparison, ForwardRequest, Objective, OutputLayer, TrainEngine
     from rlcore.engines.weight_bucket import WeightBucket
     from rlcore.engines.weight_lender import WeightLender
     from rlcore.engines.weight_sync import sync_weights
 
 _HOMES = {
+    "Comparison": "train",
     "Completion": "rollout",
     "ExportSpec": "settings",
     "ForwardRequest": "train",
@@ -33,6 +34,7 @@ _HOMES = {
     "ModelSettings": "settings",
     "Objective": "train",
     "OptimSettings": "settings",
+    "OutputLayer": "train",
     "Reward": "reward",
     "RewardResult": "reward",
     "RewardSample": "reward",
@@ -49,6 +51,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Comparison",
     "Completion",
     "ExportSpec",
     "ForwardRequest",
@@ -57,6 +60,7 @@ __all__ = [
     "ModelSettings",
     "Objective",
     "OptimSettings",
+    "OutputLayer",
     "Reward",
     "RewardResult",
     "RewardSample",

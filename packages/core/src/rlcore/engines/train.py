@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Protocol
@@ -21,7 +21,9 @@ from rlcore.metrics import Metrics
 
 TRAIN_ENGINE_INTERFACE = 1
 
-Output = Literal["logprobs", "entropy", "values"]
+Output = Literal[
+    "logprobs", "entropy", "values", "candidate_logprobs", "top_ids", "top_logprobs", "states", "divergence"
+]
 Part = Literal["params", "optimizer"]
 
 
@@ -33,8 +35,52 @@ class FileRecord(TypedDict):
 
 
 @dataclass(frozen=True)
+class OutputLayer:
+    """What makes logits of the hidden states of another model: ``cap · tanh(scale · (W h + b) / cap)``.
+
+    Attributes:
+        weight: ``[vocabulary, hidden]``, in the precision of the model's forward pass.
+        bias: ``[vocabulary]`` or None.
+        cap: bound on the logits; None has none.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    scale: float = 1.0
+    cap: float | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The output "divergence": a divergence from the distribution of another model, over the whole vocabulary.
+
+    The other model's logits are computed from its hidden states, chunk by chunk next to the model's own: hidden states
+    are some thirty times smaller than logits, and no process holds ``[T, vocabulary]``.
+
+    Attributes:
+        terms: makes summands ``[C, K]`` of the log-probs ``[C, K]`` of the model and of the other model; picklable.
+            Their sum over the vocabulary is the divergence. Only the first argument has a gradient.
+        states: jagged column ``[T, hidden]``: the output "states" of the other model.
+        layer: the name under which the engine holds the other model's output layer (`TrainEngine.hold_output_layer`).
+        vocabulary: both distributions are over the first so many token ids.
+    """
+
+    terms: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    states: str
+    layer: str
+    vocabulary: int
+
+
+@dataclass(frozen=True)
 class ForwardRequest:
     """What a forward pass computes, and which samples it must not divide.
+
+    Outputs of a policy head that compare models, all describing the distribution that predicts ``tokens[t]``:
+
+    - "candidate_logprobs" ``[T, k]``: log-probs of the token ids in the column ``candidates``;
+    - "top_ids" (int64) and "top_logprobs" ``[T, k]``: the ``top_k`` most likely tokens, the best first; no gradient;
+    - "states" ``[T, hidden]``: the hidden states before the output layer, in the model's precision; no gradient;
+    - "divergence" ``[T]``: see `Comparison`.
 
     Attributes:
         outputs: per-token columns. "logprobs" and "entropy" need a policy head, "values" a value or score head.
@@ -46,12 +92,28 @@ class ForwardRequest:
             micro-batch of `TrainEngine.train`, be they more tokens than the budget. None: every sample is alone.
         adapters: False computes with the frozen weights alone, as if the engine had no adapters: log-probs of the
             reference policy. For `TrainEngine.forward` of an engine that trains adapters.
+        candidates: jagged column ``[T, k]`` int64 of token ids for "candidate_logprobs".
+        top_k: how many tokens "top_ids" and "top_logprobs" name.
+        vocabulary: "logprobs", "top_ids" and "top_logprobs" are those of the distribution over the first so many token
+            ids, renormalised (a padded vocabulary has ids that are no tokens); None: over all. For forward passes
+            without gradient.
+        comparison: what "divergence" is.
     """
 
     outputs: tuple[Output, ...] = ("logprobs",)
     temperature: float = 1.0
     together: str | None = None
     adapters: bool = True
+    candidates: str | None = None
+    top_k: int = 0
+    vocabulary: int | None = None
+    comparison: Comparison | None = None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of a batch that the outputs are computed from, next to ``tokens`` and ``loss_mask``."""
+        named = (self.candidates, self.comparison.states if self.comparison is not None else None)
+        return tuple(name for name in named if name is not None)
 
 
 class Objective(Protocol):
@@ -77,8 +139,8 @@ class Objective(Protocol):
         """Return the micro-batch's share of the loss.
 
         Args:
-            outputs: the requested columns, each ``[T]`` fp32 with gradient, aligned with ``batch.flat("tokens")``
-                and 0 where ``loss_mask`` is 0.
+            outputs: the requested columns, each ``[T, ...]`` with gradient (fp32), aligned with
+                ``batch.flat("tokens")`` and 0 where ``loss_mask`` is 0.
             batch: the micro-batch, on the engine's device. Sequences are whole, and so are the units of the
                 request's ``together``.
 
@@ -122,8 +184,33 @@ class TrainEngine(ABC):
         elsewhere. The model is in evaluation mode; micro-batches keep to the token budget.
 
         Returns:
-            a batch of the requested columns only (jagged fp32, on the CPU), samples in the order given.
+            a batch of the requested columns only (jagged, on the CPU; fp32 but for "top_ids" and "states"), samples in
+            the order given.
+
+        Raises:
+            EngineError: this engine or this head does not compute an output.
         """
+
+    @dispatch(Dispatch.BROADCAST)
+    def output_layer(self) -> OutputLayer:
+        """Return a copy, on the CPU, of the layer that makes logits of the output "states"; all ranks take part.
+
+        Raises:
+            EngineError: this engine cannot, or the model has no policy head.
+        """
+        raise EngineError(f"{type(self).__name__} does not give its output layer: compare the k best tokens (top_k)")
+
+    @dispatch(Dispatch.BROADCAST)
+    def hold_output_layer(self, name: str, layer: OutputLayer | None) -> None:
+        """Keep ``layer`` of another model, frozen, for `Comparison`, in the place of the one called ``name``.
+
+        Args:
+            layer: None forgets it.
+
+        Raises:
+            EngineError: this engine cannot.
+        """
+        raise EngineError(f"{type(self).__name__} holds no other output layers: compare the k best tokens (top_k)")
 
     @abstractmethod
     @dispatch(Dispatch.SHARD, together=lambda batch, objective: objective.request.together)

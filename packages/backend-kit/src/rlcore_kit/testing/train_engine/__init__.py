@@ -12,6 +12,7 @@ plain torch. Engines must compute in fp32 here (or the suite's tolerances be rai
 
 from rlcore_kit.testing.train_engine.batches import LENGTHS, exported, make_batch, make_pairs, reference_outputs
 from rlcore_kit.testing.train_engine.checkpoints import CheckpointTests
+from rlcore_kit.testing.train_engine.comparisons import ComparisonTests, SumOf
 from rlcore_kit.testing.train_engine.forward import ForwardTests
 from rlcore_kit.testing.train_engine.heads import HeadTests
 from rlcore_kit.testing.train_engine.model_folders import ModelFolderTests
@@ -20,7 +21,9 @@ from rlcore_kit.testing.train_engine.steps import StepTests
 from rlcore_kit.testing.train_engine.weights import WeightTests
 
 
-class TrainEngineConformance(ForwardTests, StepTests, HeadTests, WeightTests, ModelFolderTests, CheckpointTests):
+class TrainEngineConformance(
+    ForwardTests, ComparisonTests, StepTests, HeadTests, WeightTests, ModelFolderTests, CheckpointTests
+):
     """Subclass it, name the subclass ``Test…`` and implement `make_engine`."""
 
 
@@ -29,6 +32,7 @@ __all__ = [
     "BreaksOff",
     "PairMargin",
     "SquaredError",
+    "SumOf",
     "TrainEngineConformance",
     "WeightedLogprobs",
     "exported",

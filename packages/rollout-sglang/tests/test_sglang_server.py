@@ -17,16 +17,25 @@ import httpx
 import psutil
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlcore import plugins
-from rlcore.engines import Completion, GenerationRequest, ModelSettings, RolloutSpec, SamplingParams
+from rlcore.engines import (
+    Completion,
+    GenerationRequest,
+    ModelSettings,
+    RolloutSpec,
+    SamplingParams,
+    ScoringRequest,
+    ScoringSpec,
+)
 from rlcore.engines.weight_bucket import WeightBucket
 from rlcore.errors import EngineError
 from rlcore_kit.serving.ports import unused_port
 from rlcore_kit.serving.replicas import Replicas
 from rlcore_kit.serving.weight_labels import FRESH, UNKNOWN, WeightLabels
 from rlcore_kit.testing.rollout_engine import PROMPT, RolloutEngineConformance
+from rlcore_kit.testing.scoring_engine import MOST, ScoringEngineConformance
 from rlcore_kit.testing.tiny_model import tiny_model
 from rlcore_sglang.engine import build
 from rlcore_sglang.rollout import SGLangServerRollout, connect
@@ -220,6 +229,42 @@ def test_the_engine_http_generates_on_the_server_and_reloads_it(server, tmp_path
         assert len(filtered.logprobs) == 20
     finally:
         engine.close()
+
+
+class TestScoring(ScoringEngineConformance):
+    """The engine ``http`` scores on the server, whose own tokens it compares first."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def model(cls, server):
+        return server.model
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def engine(cls, server):
+        engine = scoring(server)
+        yield engine
+        engine.close()
+
+
+def scoring(server, max_length=ScoringEngineConformance.max_length, top_k=MOST):
+    server.spec()  # exports the key
+    plugin = plugins.get("rlcore.scoring_engines", "http")
+    options = plugin.config_class()(urls=(f"{server.url}/v1",), api_key_env=KEY_VARIABLE)
+    return plugin.build(ScoringSpec(options, AutoTokenizer.from_pretrained(server.model), max_length, top_k))
+
+
+def test_the_server_bounds_what_it_scores(server):
+    """More candidates than tokens would end it, so they are refused here."""
+    longest = MAX_MODEL_LEN + 1  # rlcore started it with some more than MAX_MODEL_LEN
+    engine = scoring(server, longest, 200)
+    scores = engine.score_batch([ScoringRequest([7] * longest, longest - 2, 200)])
+    assert scores[0].top_ids.shape == (2, 200)
+    engine.close()
+    with pytest.raises(EngineError, match=f"accepts sequences of {longest} tokens, but .* --context-length"):
+        scoring(server, longest + 1)
+    with pytest.raises(EngineError, match="top_k is 1000, but there are 262 tokens"):
+        scoring(server, top_k=1000)
 
 
 def test_requests_fail_while_the_weights_are_dropped(server, clients):

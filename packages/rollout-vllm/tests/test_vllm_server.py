@@ -13,16 +13,25 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlcore import plugins
-from rlcore.engines import GenerationRequest, ModelSettings, RolloutEngine, RolloutSpec, SamplingParams
+from rlcore.engines import (
+    GenerationRequest,
+    ModelSettings,
+    RolloutEngine,
+    RolloutSpec,
+    SamplingParams,
+    ScoringRequest,
+    ScoringSpec,
+)
 from rlcore.engines.weight_bucket import WeightBucket
 from rlcore.errors import EngineError
 from rlcore_kit.serving.ports import unused_port
 from rlcore_kit.serving.replicas import Replicas
 from rlcore_kit.serving.weight_labels import UNKNOWN, WeightLabels
 from rlcore_kit.testing.rollout_engine import PROMPT, RolloutEngineConformance
+from rlcore_kit.testing.scoring_engine import MOST, ScoringEngineConformance
 from rlcore_kit.testing.tiny_model import tiny_model
 from rlcore_vllm.server import build
 from rlcore_vllm.server.rollout import connect
@@ -384,6 +393,38 @@ def test_the_engine_http_generates_on_the_server(server, tmp_path):
     reloading = plugin.config_class()(**options, reload="vllm", weights_dir=tmp_path)
     with pytest.raises(EngineError, match="is vLLM on the CPU, whose reload leaves the old weights"):
         plugin.build(replace(spec, options=reloading))
+
+
+class TestScoring(ScoringEngineConformance):
+    """The engine ``http`` scores on the server, whose own tokens it compares first."""
+
+    model = TestConformance.model
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def engine(cls, server):
+        engine = scoring(server)
+        yield engine
+        engine.close()
+
+
+def scoring(server, max_length=ScoringEngineConformance.max_length, top_k=MOST, tokenizer=None):
+    plugin = plugins.get("rlcore.scoring_engines", "http")
+    options = plugin.config_class()(urls=(f"{server.url}/v1",), api_key_env=KEY_VARIABLE)
+    tokenizer = tokenizer or AutoTokenizer.from_pretrained(server.model)
+    return plugin.build(ScoringSpec(options, tokenizer, max_length, top_k))
+
+
+def test_the_server_bounds_what_it_scores(server):
+    """One token less than its context, because it must sample one; and 20 candidates by default."""
+    engine = scoring(server, MAX_MODEL_LEN - 1, 20)
+    scores = engine.score_batch([ScoringRequest([7] * (MAX_MODEL_LEN - 1), start=MAX_MODEL_LEN - 3)])
+    assert len(scores[0].logprobs) == 2
+    engine.close()
+    with pytest.raises(EngineError, match=r"accepts sequences of 16383 tokens, but .* --max-model-len 16385"):
+        scoring(server, MAX_MODEL_LEN)
+    with pytest.raises(EngineError, match=r"does not give the 21 likeliest tokens; start it with --max-logprobs 21"):
+        scoring(server, top_k=21)
 
 
 # --- users' mistakes -------------------------------------------------------------------------------------------------

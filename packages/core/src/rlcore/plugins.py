@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 GROUPS: dict[str, tuple[str, int]] = {
     "rlcore.train_engines": ("training engine", 1),
     "rlcore.rollout_engines": ("rollout engine", 1),
+    "rlcore.scoring_engines": ("scoring engine", 1),
     "rlcore.executors": ("executor", 1),
     "rlcore.rewards": ("reward", 1),
     "rlcore.recipes": ("recipe", 1),
@@ -46,6 +47,7 @@ OURS: dict[tuple[str, str], str] = {
     ("rlcore.rollout_engines", "vllm"): "rlcore[vllm]",
     ("rlcore.rollout_engines", "sglang"): "rlcore[sglang]",
     ("rlcore.rollout_engines", "http"): "rlcore[http]",
+    ("rlcore.scoring_engines", "http"): "rlcore[http]",
     ("rlcore.executors", "local"): "rlcore",
     ("rlcore.executors", "ray"): "rlcore[ray]",
     **{("rlcore.rewards", name): "rlcore-rewards" for name in ("gsm8k", "math", "function", "combine")},

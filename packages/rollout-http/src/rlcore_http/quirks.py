@@ -22,3 +22,11 @@ def check_vllm_reload(connection: Connection, model: ModelSettings) -> None:
             f"{connection.url} is vLLM on the CPU, whose reload leaves the old weights in the output layer of models "
             "with tied embeddings; take rollout.engine=vllm with rollout.vllm.mode=server"
         )
+
+
+def named_by_sglang(name: int, token: int) -> bool:
+    """Return whether SGLang (0.5.21) means ``token`` with ``name`` among the log-probs of a prompt.
+
+    It names the last token of the model's vocabulary 0, though its log-prob is right.
+    """
+    return name in (token, 0)

@@ -19,7 +19,7 @@ from rlcore_kit.serving.handshake import Handshake
 from rlcore_kit.serving.pause_clock import PauseClock
 from rlcore_kit.serving.prompts import check_prompt
 from rlcore_kit.serving.server_api import ServerAPI
-from rlcore_kit.serving.settings import ServerClientSettings
+from rlcore_kit.serving.settings import ServerAccessSettings, ServerClientSettings
 from rlcore_kit.serving.weight_labels import WeightLabels
 
 _CONTROL_CONNECTIONS = 8
@@ -27,7 +27,7 @@ _CONTROL_CONNECTIONS = 8
 
 
 def open_connection(
-    url: str, settings: ServerClientSettings, api_key: str | None, headers: Mapping[str, str] | None = None
+    url: str, settings: ServerAccessSettings, api_key: str | None, headers: Mapping[str, str] | None = None
 ) -> Connection:
     """Open a connection to the server at ``url`` with the limits of ``settings``."""
     return Connection(

@@ -13,14 +13,15 @@ from rlcore.config import Config, Seconds
 from rlcore.errors import EngineError
 
 
-class ServerClientSettings(Config):
+class ServerAccessSettings(Config):
     """Connection and timeouts of a client of inference servers."""
 
     api_key_env: str | None = Field(
         None, description="Environment variable that holds the servers' API key; null sends none."
     )
     allow_remote: bool = Field(
-        False, description="Allow servers on other machines; prompts, completions and weights then leave this machine."
+        False,
+        description="Allow servers on other machines; prompts, completions and weights then leave this machine.",
     )
     max_connections: int = Field(
         256, ge=1, description="Maximum number of concurrent requests per server; further ones wait."
@@ -28,15 +29,13 @@ class ServerClientSettings(Config):
     timeout_s: Seconds = Field(
         600.0,
         gt=0,
-        description="Timeout of one completion in seconds, pauses excluded; its server then counts as hung.",
+        description="Timeout of one completion or score in seconds, pauses excluded; its server then counts as hung.",
     )
     control_timeout_s: Seconds = Field(60.0, gt=0, description="Timeout of every other request in seconds.")
     connect_timeout_s: Seconds = Field(10.0, gt=0, description="Timeout of a connection attempt in seconds.")
     retries: int = Field(
         3, ge=0, description="Further attempts of a request that did not reach the server, or that only reads."
     )
-    bucket_mb: int = Field(512, gt=0, description="Size of a weight bucket in MiB; at most two exist at a time.")
-    weights_timeout_s: Seconds = Field(300.0, gt=0, description="Timeout of each step of a weight update in seconds.")
     rejoin_timeout_s: Seconds = Field(
         300.0, gt=0, description="Timeout of requests while no server is available, in seconds."
     )
@@ -53,6 +52,13 @@ class ServerClientSettings(Config):
         if not key:
             raise EngineError(f"the environment variable {self.api_key_env} (api_key_env) holds no API key; export it")
         return key
+
+
+class ServerClientSettings(ServerAccessSettings):
+    """Connection and timeouts of a client that gives servers weights, too."""
+
+    bucket_mb: int = Field(512, gt=0, description="Size of a weight bucket in MiB; at most two exist at a time.")
+    weights_timeout_s: Seconds = Field(300.0, gt=0, description="Timeout of each step of a weight update in seconds.")
 
 
 def url_problems(urls: Sequence[str], allow_remote: bool) -> Iterator[str]:

@@ -39,6 +39,7 @@ class InferencePeer(ThreadingHTTPServer):
         model: model folder, or a model that peers share.
         api_key: expected as a bearer token, if given.
         token_s: seconds that each token takes at least.
+        port: 0 chooses a free one.
 
     Attributes:
         asked: path and body of every POST request, in the order of their arrival.
@@ -53,7 +54,9 @@ class InferencePeer(ThreadingHTTPServer):
     request_queue_size = 512
     generate_paths: tuple[str, ...] = ()
 
-    def __init__(self, model: Path | PeerModel, *, api_key: str | None = None, token_s: float = 0.0) -> None:
+    def __init__(
+        self, model: Path | PeerModel, *, api_key: str | None = None, token_s: float = 0.0, port: int = 0
+    ) -> None:
         self.model = model if isinstance(model, PeerModel) else PeerModel(model)
         self.api_key, self.token_s = api_key, token_s
         self.asked: list[tuple[str, dict[str, Any]]] = []
@@ -61,7 +64,7 @@ class InferencePeer(ThreadingHTTPServer):
         self.faults: list[int | str] = []
         self.retry_after_s: float | None = None
         self.restarted: list[str] = []
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(("127.0.0.1", port), _Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
@@ -216,7 +219,7 @@ class TGIPeer(InferencePeer):
 
 
 class OpenAIPeer(InferencePeer):
-    """A peer of vLLM's and SGLang's ``/v1/completions``, and of their endpoints that load weights.
+    """A peer of vLLM's and SGLang's ``/v1/completions``, of their endpoints that load weights, and of vLLM's scores.
 
     Attributes:
         name: of the model.
@@ -227,6 +230,8 @@ class OpenAIPeer(InferencePeer):
         device: on which it says that it computes.
         defaults: fields for requests that do not have them, as of the model's generation settings.
         hides_ends: it leaves out the token that ends a completion.
+        max_logprobs: number of candidates that it gives at a prompt's tokens.
+        score_shift: added to the scores, which then are no log-probs.
     """
 
     generate_paths = ("/v1/completions",)
@@ -237,6 +242,8 @@ class OpenAIPeer(InferencePeer):
     device = "cuda"
     defaults: Mapping[str, Any] = MappingProxyType({})
     hides_ends = False
+    max_logprobs = 20
+    score_shift = 0.0
 
     def answer(self, method: str, path: str, body: dict[str, Any]) -> Answer:
         match method, path:
@@ -245,7 +252,11 @@ class OpenAIPeer(InferencePeer):
                 card = {"id": self.name, "object": "model", "root": str(self.model.folder), "max_model_len": longest}
                 return {"object": "list", "data": [card]}
             case "POST", "/v1/completions":
-                return self._complete(body)
+                return self._complete(body) if body.get("prompt_logprobs") is None else self._score(body)
+            case "GET", "/version":
+                return {"version": "0.32.0"}
+            case "POST", "/detokenize":
+                return {"prompt": self.model.tokenizer.decode(body["tokens"])}
             case "GET", "/server_info?config_format=json":  # vLLM
                 return {"vllm_config": {"device_config": {"device": self.device}}}
             case "POST", "/update_weights_from_disk":  # SGLang
@@ -271,6 +282,20 @@ class OpenAIPeer(InferencePeer):
         draw = Draw(**{name: body[name] for name in names if name in body}, seed=_seed(body))
         draw = replace(draw, top_k=max(draw.top_k, 0))
         return self._events(body, prompt, draw)
+
+    def _score(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the answer of vLLM to a request for the log-probs of its prompt."""
+        prompt, count = list(body["prompt"]), body["prompt_logprobs"]
+        if count > self.max_logprobs:
+            message = f"Requested prompt logprobs of {count}, which is greater than max allowed: {self.max_logprobs}"
+            raise Refusal(400, {"error": {"message": message}})
+        rows: list[dict[str, Any] | None] = [None]
+        # shift allowed: as the server does it
+        for token, logprobs in zip(prompt[1:], self.model.logprobs(prompt)):
+            best = {int(other) for other in logprobs.topk(count).indices}
+            ranked = sorted({token, *best}, key=lambda other: other != token)  # the given token first, as vLLM does
+            rows.append({str(other): {"logprob": float(logprobs[other]) + self.score_shift} for other in ranked})
+        return {"choices": [{"index": 0, "text": "", "finish_reason": "length", "prompt_logprobs": rows}]}
 
     def _events(self, body: Mapping[str, Any], prompt: list[int], draw: Draw) -> Iterator[dict[str, Any]]:
         ends = set(body.get("stop_token_ids") or ())

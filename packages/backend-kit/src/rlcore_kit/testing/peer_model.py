@@ -94,6 +94,12 @@ class PeerModel:
             tokens.append(drawn.token)
             yield drawn
 
+    def logprobs(self, tokens: list[int]) -> torch.Tensor:
+        """Return the log-probs of the token after each of ``tokens``, ``[tokens, V]`` float32."""
+        with self._turn, torch.inference_mode():
+            logits: torch.Tensor = self._model(input_ids=torch.tensor([tokens])).logits
+        return logits[0].float().log_softmax(-1)
+
     def _remember(self, prompt: tuple[int, ...], logits: torch.Tensor) -> None:
         self._first[prompt] = logits
         if len(self._first) > CACHED_PROMPTS:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rlcore.engines.reward import Reward, RewardResult, RewardSample
     from rlcore.engines.rollout import Completion, GenerationRequest, RolloutEngine, SamplingParams
+    from rlcore.engines.scoring import ScoringEngine, ScoringRequest, ScoringSpec, TokenScores
     from rlcore.engines.settings import (
         ExportSpec,
         LoRASettings,
@@ -42,6 +43,10 @@ _HOMES = {
     "RolloutEngine": "rollout",
     "RolloutSpec": "settings",
     "SamplingParams": "rollout",
+    "ScoringEngine": "scoring",
+    "ScoringRequest": "scoring",
+    "ScoringSpec": "scoring",
+    "TokenScores": "scoring",
     "TrainEngine": "train",
     "TrainEngineSpec": "settings",
     "WeightBucket": "weight_bucket",
@@ -68,6 +73,10 @@ __all__ = [
     "RolloutEngine",
     "RolloutSpec",
     "SamplingParams",
+    "ScoringEngine",
+    "ScoringRequest",
+    "ScoringSpec",
+    "TokenScores",
     "TrainEngine",
     "TrainEngineSpec",
     "WeightBucket",

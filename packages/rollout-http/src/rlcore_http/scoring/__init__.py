@@ -1,0 +1,1 @@
+"""Log-probs of given tokens from running servers: the scoring engine ``http``."""

@@ -69,7 +69,7 @@ def test_floats_are_finite_unless_infinity_switches_a_limit_off() -> None:
             if refusal(model, name, value) is None:
                 assert not math.isnan(value), f"{model.__name__}.{name} takes {value}"
                 unlimited.add(name)
-    assert unlimited == {"cap", "high", "low", "clip_low", "clip_high"}
+    assert unlimited == {"cap", "high", "low", "clip_low", "clip_high", "max_weight", "min_score"}
     assert TypeAdapter(Unlimited).validate_python(math.inf) == math.inf
 
 
@@ -228,6 +228,8 @@ def test_the_schema_accepts_every_sample_of_the_documentation() -> None:
                 continue
             if "dynamic_sampling" in block:
                 recipe = "dapo"
+            if "rationalization" in block:
+                recipe = "raft"
             assert complaints(recipe, values) == [], f"{page.name}:\n{block}"
             seen += 1
     assert seen > 5

@@ -26,6 +26,14 @@ RECIPES = {
         "algorithm.kl_in_reward.target": 0.01,
         "algorithm.kl_in_reward.horizon": 100,
     },
+    "raft": {
+        "actor.optim.lr": 1e-2,
+        "actor.mini_batch_size": 4,
+        "algorithm.restart": True,
+        "algorithm.rationalization.hint": "' ({ground_truth})'",
+        "algorithm.selection.keep_truncated": True,
+        "algorithm.selection.selector": "{name: threshold, min_score: 0.3}",
+    },
     "dapo": {"actor.optim.lr": 1e-2, "algorithm.overlong.buffer": 4, "data.train_batch_size": 12},
 }
 

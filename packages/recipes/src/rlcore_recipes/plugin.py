@@ -30,6 +30,13 @@ dapo = Plugin(
     configs="rlcore_recipes.configs.dapo",
     summary="GRPO with clip-higher, dynamic sampling and overlong shaping (Yu et al., 2025).",
 )
+raft = Plugin(
+    interface=1,
+    config="rlcore_recipes.raft:RaftConfig",
+    factory="rlcore_recipes.raft:run",
+    configs="rlcore_recipes.configs.raft",
+    summary="Rejection sampling (best-of-n, RAFT, expert iteration, STaR, reward-weighted SFT; Dong et al., 2023).",
+)
 
 console_tracker = Plugin(
     interface=1,

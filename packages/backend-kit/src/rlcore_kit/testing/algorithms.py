@@ -62,6 +62,7 @@ def algorithm_batch(seed: int, lengths: Sequence[int] = LENGTHS, groups: Sequenc
         group=torch.tensor(groups, dtype=torch.int64),
         score=scores,
         baseline_score=torch.rand(samples, generator=generator),
+        sample_weight=torch.rand(samples, generator=generator),
         reward_result=[RewardResult(score, {"part/score": 1 - score}) for score in scores.tolist()],
         extra=[{"row": row} for row in range(samples)],
     )

@@ -234,6 +234,15 @@ class RewardLoss(Protocol):
     def __call__(self, inputs: RewardLossInputs, params: Any, /) -> tuple[torch.Tensor, Metrics]: ...
 
 
+class SampleSelector(Protocol):
+    """The weight of each sample in training, ``[B]`` fp32, from ``scores`` ``[B]`` fp32 and ``group`` ``[B]`` int64.
+
+    0 leaves a sample out. Groups may have different sizes: samples that cannot be trained on are not among them.
+    """
+
+    def __call__(self, scores: torch.Tensor, group: torch.Tensor, params: Any, /) -> torch.Tensor: ...
+
+
 advantages: Registry[AdvantageEstimator] = Registry("advantage estimator", columns=True)
 policy_losses: Registry[PolicyLoss] = Registry("policy loss", columns=True, units=True)
 value_losses: Registry[ValueLoss] = Registry("value loss")
@@ -244,3 +253,4 @@ divergences: Registry[Divergence] = Registry("divergence")
 sampling_filters: Registry[SamplingFilter] = Registry("sampling filter")
 preference_losses: Registry[PreferenceLoss] = Registry("preference loss", columns=True, units=True)
 reward_losses: Registry[RewardLoss] = Registry("reward-model loss", columns=True, units=True)
+sample_selectors: Registry[SampleSelector] = Registry("sample selector")

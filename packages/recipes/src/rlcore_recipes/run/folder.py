@@ -27,9 +27,13 @@ PLAN = "plan.json"
 CHECKPOINTS = "checkpoints"
 MODEL = "model"
 LOGS = "logs"
+SELECTED = "selected"
+FIRST_WEIGHTS = "first-weights"
 TIMELINE = "trace.json"
 RUN_FILES = (CONFIG, CHECKPOINTS, METRICS)
 """Files by which the folder of a run is recognised."""
+RESULTS = (METRICS, TABLES, SELECTED)
+"""Files and folders that a run which starts from its beginning again does not add to."""
 _LARGEST_CONFIG = 16 << 20
 """Bytes of the configuration in a run's folder."""
 
@@ -84,7 +88,7 @@ def check_free(trainer: TrainerSettings, config: Config) -> None:
 def _check_inputs(trainer: TrainerSettings, config: Config) -> None:
     """Refuse to write over what the run reads."""
     folder = trainer.out_dir.resolve()
-    written = dict.fromkeys((CONFIG, METRICS, TABLES), "")
+    written = dict.fromkeys((CONFIG, *RESULTS), "")
     if trainer.save_hf:
         written[MODEL] = " with trainer.save_hf"
     for key, path in _paths(config):
@@ -145,9 +149,9 @@ def write_config(folder: Path, config: Config, step: int) -> Replaced:
         folder.mkdir(parents=True, exist_ok=True)
         temporary.write_text(dump_config(config), encoding="utf-8")
         changed = changed_keys(path, config)
-        if changed and not step and any(os.path.lexists(folder / name) for name in (METRICS, TABLES)):
+        if changed and not step and any(os.path.lexists(folder / name) for name in RESULTS):
             kept = _new_attempt(folder)
-            for name in (CONFIG, METRICS, TABLES):
+            for name in (CONFIG, *RESULTS):
                 if os.path.lexists(folder / name):
                     os.rename(folder / name, kept / name)
         elif changed:

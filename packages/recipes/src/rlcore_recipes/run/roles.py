@@ -158,7 +158,7 @@ def build_roles(
 
     critic = config.critic_role
     reward = built("reward", Scorer, partial(build_scorer, config.reward, config.model, ends))
-    updates = (total_steps - skipped_by_warmup(critic)) * config.updates_per_step
+    updates = config.scheduled_updates(total_steps - skipped_by_warmup(critic))
     optim = with_total_steps(config.actor.optim, updates)
     engine = partial(train_engine, seed=config.seed, max_length=config.data.longest_sequence)
     actor = built("actor", TrainEngine, partial(engine, config.actor, config.model, optim=optim))

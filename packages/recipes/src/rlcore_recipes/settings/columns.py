@@ -24,12 +24,18 @@ ON_DEMAND = frozenset({"old_logprobs", "ref_logprobs", "entropy", "baseline_scor
 SHAPED = frozenset({"token_rewards"})
 """Added by reward shaping, before the advantages."""
 
+MADE_BY = {
+    "values": "the values of a critic, which the recipe ppo trains",
+    "sample_weight": "the weights of samples, which the recipe raft selects",
+}
+"""Columns that a recipe of ours makes, in words."""
+
 
 def missing_columns(key: str, choice: Algorithm, available: Set[str]) -> Iterator[tuple[str, str]]:
     """Yield why ``choice`` cannot be used where a batch has the columns ``available``."""
     for name in sorted(choice.entry.required_columns - available):
-        if name == "values":
-            yield key, f"{choice.name} needs the values of a critic, which the recipe ppo trains"
+        if name in MADE_BY:
+            yield key, f"{choice.name} needs {MADE_BY[name]}"
         else:
             yield (
                 key,

@@ -83,7 +83,7 @@ def off_policy_without_a_ratio(config: RLSections) -> Iterator[Doubt]:
     # a correction with recomputed log-probs weighs by the policy before the step's first update
     stale = updates > 1 and not (weighed and from_rollout)
     late = config.asynchronous.max_staleness > 0 and from_rollout and not weighed
-    if actor.objective.policy_loss.name in WITHOUT_RATIO and (stale or late):
+    if actor.objective.policy_loss.name in WITHOUT_RATIO and (stale or late) and not config.imitates:
         of = f"{updates} updates on each batch" if stale else f"async.max_staleness={config.asynchronous.max_staleness}"
         yield (
             "actor.objective.policy_loss",
@@ -96,7 +96,7 @@ def off_policy_without_a_ratio(config: RLSections) -> Iterator[Doubt]:
 def asynchronous_without_correction(config: RLSections) -> Iterator[Doubt]:
     """Yield asynchronous training without a correction for stale samples."""
     actor, k = config.actor, config.asynchronous.max_staleness
-    if k > 0 and actor.old_logprobs == "recompute" and actor.objective.correction is None:
+    if k > 0 and actor.old_logprobs == "recompute" and actor.objective.correction is None and not config.imitates:
         ratio = "importance_ratio" in actor.objective.policy_loss.entry.traits
         yield (
             "async.max_staleness",

@@ -152,10 +152,17 @@ class RLSections(AsyncSection):
         """
         return (
             self.actor.old_logprobs == "rollout"
-            or self.updates_per_step > 1
+            or (self.updates_per_step > 1 and not self.imitates)
             or self.algorithm.kl_in_reward is not None
             or "old_logprobs" in self.needed_columns
         )
+
+    @property
+    def imitates(self) -> bool:
+        """Whether the update is supervised learning of weighted samples, whatever policy they came from."""
+        objective = self.actor.objective
+        compares = "importance_ratio" in objective.policy_loss.entry.traits or objective.correction is not None
+        return "imitates" in self.algorithm.advantage.entry.traits and not compares
 
     @property
     def needs_entropy(self) -> bool:
@@ -190,3 +197,7 @@ class RLSections(AsyncSection):
     def updates_per_step(self) -> int:
         """Optimizer steps of the actor for one batch."""
         return self.data.train_batch_size // self.mini_batch_size * self.actor.epochs
+
+    def scheduled_updates(self, steps: int) -> int:
+        """Return the optimizer steps that the actor's schedule covers in a run of so many ``steps`` with an update."""
+        return steps * self.updates_per_step

@@ -32,7 +32,8 @@ def add_advantages(session: Session[Any], batch: Batch) -> tuple[Batch, Metrics]
         session.kl.load_state_dict(kl)
     if odd:
         session.warn_once(NON_FINITE, f"{odd}. {NON_FINITE} has their number in every step")
-    warn_of_gradientless(session, metrics)
+    if "sample_weight" not in batch:  # samples without a weight are not in the update
+        warn_of_gradientless(session, metrics)
     return batch.with_columns(**{name: found[name] for name in found.names}), metrics
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,20 +23,41 @@ LEFT_OUT = "left_out/"
 
 def update_policy(session: Session[Any], batch: Batch) -> Metrics:
     """Train the policy on ``batch``; return metrics under ``actor/``."""
+    config = session.config
+    size, loss = config.mini_batch_size * config.rollout.n, config.actor.objective.policy_loss.entry
+    with session.timed("update_actor"):
+        return _update_policy(session, mini_batches(batch, size, loss))
+
+
+def imitate(session: Session[Any], batch: Batch) -> Metrics:
+    """Train the policy on the samples of ``batch`` whose ``sample_weight`` is not 0; return metrics under ``actor/``.
+
+    They are divided evenly among as many mini-batches as a whole batch makes, so that the number of optimizer steps,
+    which the learning-rate schedule counts, does not depend on how many samples are kept. There are fewer steps only
+    where there are fewer samples.
+    """
+    config = session.config
+    loss = config.actor.objective.policy_loss.entry
+    with session.timed("update_actor"):
+        kept = batch.filter(batch["sample_weight"] > 0)
+        count = min(config.data.train_batch_size // config.mini_batch_size, len(kept))
+        ends = [len(kept) * number // count for number in range(count + 1)] if count else [0]
+        parts = [kept.slice(start, end) for start, end in pairwise(ends)]
+        return _update_policy(session, [mini_batches(part, len(part), loss)[0] for part in parts])
+
+
+def _update_policy(session: Session[Any], batches: Sequence[Batch]) -> Metrics:
+    """Make the optimizer steps of all epochs over mini-batches."""
     config, actor = session.config, session.roles.actor
     settings = config.actor
     objective = PolicyObjective(
         settings.objective, config.rollout.temperature, old_from_rollout=settings.old_logprobs == "rollout"
     )
-    size = config.mini_batch_size * config.rollout.n
-    with session.timed("update_actor"):
-        parts: list[tuple[Batch, Objective]] = [
-            (part, objective) for part in mini_batches(batch, size, settings.objective.policy_loss.entry)
-        ]
-        if settings.drops_zero_advantage:
-            keep = actor.dp_size
-            parts = [session.executor.compute(without_zero_advantage, part, objective, keep) for part, _ in parts]
-        return train_epochs(actor, parts, settings.epochs).prefixed("actor/")
+    parts: list[tuple[Batch, Objective]] = [(batch, objective) for batch in batches]
+    if settings.drops_zero_advantage:
+        keep = actor.dp_size
+        parts = [session.executor.compute(without_zero_advantage, part, objective, keep) for part, _ in parts]
+    return train_epochs(actor, parts, settings.epochs).prefixed("actor/")
 
 
 def update_critic(session: Session[Any], batch: Batch) -> Metrics:

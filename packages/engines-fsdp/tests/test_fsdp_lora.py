@@ -15,27 +15,37 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from rlcore.batch import Batch
-from rlcore.engines import ForwardRequest, LoRASettings, ModelSettings, OptimSettings, TrainEngineSpec
+from rlcore.engines import ExportSpec, ForwardRequest, LoRASettings, ModelSettings, OptimSettings, TrainEngineSpec
 from rlcore.errors import CheckpointError, EngineError
 from rlcore_fsdp.engine import FSDPTrainEngine, build
+from rlcore_fsdp.export import export
 from rlcore_fsdp.settings import FSDPSettings
 from rlcore_kit.testing.processes import RankPool
 from rlcore_kit.testing.tiny_model import tiny_model
 from rlcore_kit.testing.train_engine import SquaredError, WeightedLogprobs, exported, make_batch, reference_outputs
 
+TASKS = {"value": "TOKEN_CLS", "score": "SEQ_CLS"}
 LORA = LoRASettings(rank=3, alpha=6)
 ATOL = 1e-5
 START_S = 300  # importing PEFT and transformers on a busy machine takes its time
 BATCHES = [make_batch((50, 3, 3, 2, 31, 4), seed=1), make_batch((9, 9, 40), seed=2)]
 
 
-def make_engine(path: Path, lora: LoRASettings | None = LORA, head: Any = "policy", **options: Any) -> FSDPTrainEngine:
+def make_engine(
+    path: Path, lora: LoRASettings | None = LORA, head: Any = "policy", new_head: bool = False, **options: Any
+) -> FSDPTrainEngine:
     optim = OptimSettings(lr=0.5, eps=1.0, clip_grad=1.0)
     settings = FSDPSettings(device="cpu", lora=lora, **options)
-    return build(TrainEngineSpec(ModelSettings(path=str(path)), settings, head, optim, max_tokens=40))
+    model = ModelSettings(path=str(path))
+    return build(TrainEngineSpec(model, settings, head, optim, max_tokens=40, new_head=new_head))
 
 
 def train(engine: FSDPTrainEngine, batch: Batch) -> dict[str, float]:
@@ -279,6 +289,66 @@ def test_a_critic_trains_its_head_too(ranks: RankPool, model_path: Path, tmp_pat
     for result in ranks.run(run, model_path, {"head": "value"}, timeout=START_S):
         for name, tensor in adapters(engine).items():
             torch.testing.assert_close(result["adapters"][name], tensor, atol=ATOL, rtol=0, msg=name)
+
+
+def values(engine: FSDPTrainEngine) -> torch.Tensor:
+    return engine.forward(BATCHES[0].select("tokens"), ForwardRequest(("values",))).flat("values")
+
+
+@pytest.mark.parametrize("head", ["value", "score"])
+@pytest.mark.filterwarnings("ignore:the scalar head is new")
+def test_a_new_head_is_saved_loaded_and_exported(model_path: Path, tmp_path: Path, head: Any) -> None:
+    """A model without its trained head would score at random."""
+    new = {"head": head, "new_head": True}
+    engine = make_engine(model_path, **new)
+    train(engine, BATCHES[0])
+    trained = values(engine)
+    engine.save(tmp_path / "checkpoint")
+    engine.save_pretrained(tmp_path / "model")
+    again = make_engine(model_path, **new)
+    assert not torch.equal(values(again), trained)
+    again.load(tmp_path / "checkpoint")
+    assert torch.equal(values(again), trained)
+    merged = build(replace(make_engine(tmp_path / "model", lora=None, head=head).spec, optim=None))
+    torch.testing.assert_close(values(merged), trained, atol=ATOL, rtol=1e-5)
+
+    export(ExportSpec(replace(engine.spec, optim=None), tmp_path / "checkpoint", tmp_path / "adapter", adapter=True))
+    ours, theirs = (
+        load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "adapter", tmp_path / "model/adapter")
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert "base_model.model.score.weight" in ours
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["modules_to_save"], config["task_type"]) == (["score"], TASKS[head])
+    classes = {"value": AutoModelForTokenClassification, "score": AutoModelForSequenceClassification}
+    plain = classes[head].from_pretrained(model_path, num_labels=1, dtype=torch.float32)
+    model = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
+    tokens = BATCHES[0].take([0]).flat("tokens")
+    model.config.pad_token_id = None
+    with torch.no_grad():
+        logits = model(input_ids=tokens[None]).logits.flatten()
+    expected = logits[:-1] if head == "value" else logits
+    found = trained[: len(tokens)][1:] if head == "value" else trained[len(tokens) - 1 : len(tokens)]
+    torch.testing.assert_close(found, expected, atol=ATOL, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:the scalar head is new")
+def test_a_missing_head_is_an_error(model_path: Path, tmp_path: Path) -> None:
+    engine = make_engine(model_path, head="score", new_head=True)
+    engine.save(tmp_path / "checkpoint")
+    manifest = json.loads((tmp_path / "checkpoint" / "checkpoint.json").read_text())
+    del manifest["shapes"]["weight/score.weight"]
+    for rank in manifest["ranks"]:
+        del rank["weight/score.weight"]
+    (tmp_path / "checkpoint" / "checkpoint.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"score\.weight"):
+        engine.load(tmp_path / "checkpoint")
+    engine.save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(file).items() if "score" not in name}, file)
+    with pytest.raises(EngineError, match=r"have no scalar head \(score\.weight\)"):
+        build(replace(engine.spec, model=ModelSettings(path=str(tmp_path / "model")), optim=None, new_head=False))
 
 
 def test_adapters_keep_master_precision(model_path: Path) -> None:

@@ -20,7 +20,8 @@ from rlcore.boundary import boundary
 from rlcore.engines.settings import Head
 from rlcore.errors import CheckpointError
 from rlcore_kit.checkpoint import random_states
-from rlcore_kit.checkpoint.json_file import Count, Finite, JsonFile
+from rlcore_kit.checkpoint.base_model import Frozen, Lora
+from rlcore_kit.checkpoint.json_file import Count
 from rlcore_kit.checkpoint.rank_files import MANIFEST, RankManifest, RankPart, rank_file
 from rlcore_kit.checkpoint.rank_files import check_shapes as check_same_shapes
 
@@ -35,22 +36,6 @@ def _in_order(rows: tuple[int, int]) -> tuple[int, int]:
 
 Rows = Annotated[tuple[Count, Count], AfterValidator(_in_order)]
 """The first row, and the row after the last."""
-
-
-class Lora(JsonFile):
-    """Rank and scale of adapters."""
-
-    rank: int = Field(ge=1, description="Rank of the adapters.")
-    alpha: Finite = Field(gt=0, description="Scale of the adapters times their rank.")
-
-
-class Frozen(JsonFile):
-    """Fingerprint of the frozen weights, which are not in the checkpoint."""
-
-    dtype: str = Field(description="Precision in which the fingerprint was computed.")
-    number: str = Field(
-        pattern="^[0-9a-f]{16}$", description="Fingerprint; see `rlcore_fsdp.saving.base_model_fingerprint`."
-    )
 
 
 class Manifest(RankManifest):

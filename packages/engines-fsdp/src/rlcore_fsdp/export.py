@@ -18,12 +18,13 @@ from rlcore.engines import ExportSpec
 from rlcore.errors import EngineError
 from rlcore_fsdp import checkpoint, lora
 from rlcore_fsdp.attention import IMPLEMENTATION
-from rlcore_fsdp.checkpoint import Frozen, Lora, Manifest, row_range
-from rlcore_fsdp.saving import base_model_fingerprint, check_base_model, kept_weights
+from rlcore_fsdp.checkpoint import Manifest, row_range
+from rlcore_fsdp.saving import base_model_sum, kept_weights
 from rlcore_fsdp.settings import FSDPSettings
 from rlcore_fsdp.weights import full_weights
 from rlcore_fsdp.writing import write_others
-from rlcore_kit.checkpoint import rank_files
+from rlcore_kit.checkpoint import base_model, rank_files
+from rlcore_kit.checkpoint.base_model import Lora, check_base_model
 from rlcore_kit.model_folder.files import Origin
 from rlcore_kit.model_folder.loading import empty_model, load_model, read_config
 from rlcore_kit.model_folder.tensor_names import to_model_files
@@ -51,7 +52,8 @@ def export(spec: ExportSpec) -> None:
     if spec.adapter and settings is None:
         raise EngineError("the run trained all weights, not adapters; export the complete weights")
     manifest = rank_files.read_manifest(path, Manifest)
-    check_base_model(path, manifest, None if settings is None else Lora(rank=settings.rank, alpha=settings.alpha), None)
+    lora_here = None if settings is None else Lora(rank=settings.rank, alpha=settings.alpha)
+    check_base_model(path, (manifest.lora, manifest.frozen), (lora_here, None))
     rank_files.check_files(path, manifest, 0, 1)
     origin = Origin.of(engine.model, engine.head)
     model = _model(spec, manifest)
@@ -85,8 +87,8 @@ def _model(spec: ExportSpec, manifest: Manifest) -> PreTrainedModel:
     dtype = getattr(torch, manifest.frozen.dtype.removeprefix("torch."))
     model = load_model(engine.model, config, engine.head, dtype, engine.seed, IMPLEMENTATION, engine.new_head)
     lora.add_adapters(model, options.lora, engine.head, torch.float32, engine.seed)
-    frozen = Frozen(dtype=manifest.frozen.dtype, number=base_model_fingerprint(model))
-    check_base_model(spec.checkpoint, manifest, manifest.lora, frozen)
+    frozen = base_model.frozen(dtype, [base_model_sum(model)])
+    check_base_model(spec.checkpoint, (manifest.lora, manifest.frozen), (manifest.lora, frozen))
     return model
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -23,13 +22,11 @@ from rlcore.engines import LoRASettings
 from rlcore.engines.settings import Head
 from rlcore.errors import EngineError
 from rlcore_fsdp import sharding
+from rlcore_kit.model_folder import adapters
+from rlcore_kit.model_folder.adapters import PREFIX, SCORE, peft_config
 
 ADAPTER = "default"
 """PEFT's name for the only adapter of every layer."""
-PREFIX = "base_model.model."
-"""Prefix of every name in PEFT's files: the modules that PEFT wraps a model in."""
-SCORE = "score"
-"""Name of the head of value and score models, all of which is trained."""
 
 
 def add_adapters(model: PreTrainedModel, settings: LoRASettings, head: Head, dtype: torch.dtype, seed: int) -> None:
@@ -40,7 +37,7 @@ def add_adapters(model: PreTrainedModel, settings: LoRASettings, head: Head, dty
     Raises:
         EngineError: PEFT is not installed, or the model has no such layers.
     """
-    config = _peft_config(settings, _targets(model, settings))
+    config = peft_config(settings, _targets(model, settings))
     from peft import inject_adapter_in_model
 
     with boundary(f"{type(model).__name__} cannot have adapters", EngineError), torch.random.fork_rng(devices=[]):
@@ -123,15 +120,9 @@ def write_adapters(
     weights: dict[str, torch.Tensor], model: PreTrainedModel, settings: LoRASettings, base: str, folder: Path
 ) -> None:
     """Write the new folder ``folder``, which ``peft.PeftModel.from_pretrained`` loads onto ``base``."""
-    config = _peft_config(settings, _targets(model, settings))
-    config.base_model_name_or_path = base
-    config.inference_mode = True
-    if any(name.startswith(f"{PREFIX}{SCORE}.") for name in weights):
-        config.modules_to_save = [SCORE]
-    config.target_modules = sorted(config.target_modules)  # PEFT's set has another order in every process
-    folder.mkdir()
-    save_file(weights, folder / "adapter_model.safetensors")
-    config.save_pretrained(str(folder))
+    adapters.write_adapters(
+        weights, settings, _targets(model, settings), folder, base=base, model_class=type(model).__name__
+    )
 
 
 def _matrices(layer: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,16 +146,3 @@ def _targets(model: PreTrainedModel, settings: LoRASettings) -> list[str]:
             f"have adapters are {', '.join(sorted(known))}"
         )
     return sorted(wanted)
-
-
-def _peft_config(settings: LoRASettings, targets: list[str]) -> Any:
-    try:
-        from peft import LoraConfig
-    except ModuleNotFoundError as error:
-        raise EngineError("the option lora needs PEFT, which is not installed: pip install 'rlcore[lora]'") from error
-    return LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # a float is fine
-        lora_dropout=settings.dropout,
-        target_modules=targets,
-    )

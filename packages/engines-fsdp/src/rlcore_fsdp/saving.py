@@ -19,16 +19,15 @@ from rlcore.engines import LoRASettings
 from rlcore.engines.settings import Head
 from rlcore.errors import CheckpointError
 from rlcore_fsdp import checkpoint, sharding
-from rlcore_fsdp.checkpoint import Frozen, Lora, Manifest
+from rlcore_fsdp.checkpoint import Manifest
 from rlcore_fsdp.host_copy import HostCopy
 from rlcore_fsdp.lora import adapted_layers, trained_parameters
 from rlcore_fsdp.weights import named_weights
-from rlcore_kit.checkpoint import random_states, rank_files
+from rlcore_kit.checkpoint import base_model, random_states, rank_files
 from rlcore_kit.checkpoint.background_save import BackgroundSave
+from rlcore_kit.checkpoint.base_model import Frozen, Lora, check_base_model, sum_of_bits
 from rlcore_kit.checkpoint.rank_files import MOMENTS, RankPart
 from rlcore_kit.training.process_group import gather_objects, number_of_ranks, own_rank
-
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Saving:
@@ -81,7 +80,7 @@ class Saving:
         frozen, error = self._frozen, None
         try:
             manifest = rank_files.read_manifest(path, Manifest, optimizer=self._optimizer is not None)
-            check_base_model(path, manifest, self._lora, frozen)
+            check_base_model(path, (manifest.lora, manifest.frozen), (self._lora, frozen))
             checkpoint.check_shapes(path, manifest, weights)
             wanted = {name: checkpoint.row_range(tensor, self._rank) for name, tensor in weights.items()}
             adam = self._adam_steps(manifest)
@@ -129,8 +128,7 @@ class Saving:
         """The weights that checkpoints do not hold, None if they hold all; collective."""
         if self._lora is None:
             return None
-        fingerprint = base_model_fingerprint(self._model)
-        return Frozen(dtype=str(self._dtype), number=fingerprint)
+        return base_model.frozen(self._dtype, gather_objects(base_model_sum(self._model)))
 
 
 def kept_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -140,38 +138,11 @@ def kept_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     return named_weights(model)
 
 
-def base_model_fingerprint(model: nn.Module) -> str:
-    """Return a number, in hexadecimal, for the weights that checkpoints do not hold; collective.
-
-    It is the sum of their bits as integers, modulo 2^64, and thus the same on any number of ranks.
-    """
+def base_model_sum(model: nn.Module) -> int:
+    """Return the sum of the bits of this rank's rows of the weights that checkpoints do not hold."""
     kept = {name for name, _ in kept_weights(model)}
-    total = 0
-    for name, tensor in named_weights(model):
-        own = checkpoint.row_range(tensor, own_rank())
-        if name not in kept and own.writes:
-            bits = own.local.detach().contiguous().view(_INTEGERS[own.local.element_size()])
-            total += int(bits.sum(dtype=torch.int64))
-    return f"{sum(gather_objects(total)) % 2**64:016x}"
-
-
-def check_base_model(path: Path, manifest: Manifest, lora: Lora | None, frozen: Frozen | None) -> None:
-    """Compare the adapters and frozen weights of a checkpoint with those of the engine.
-
-    Raises:
-        CheckpointError: one of them trains all weights and the other adapters, or the adapters have another rank, scale
-            or base model.
-    """
-    if manifest.lora != lora:
-        there, here = (_described(one) for one in (manifest.lora, lora))
-        raise CheckpointError(f"{path} was saved by an engine that trains {there}; this one trains {here}")
-    theirs = manifest.frozen
-    if theirs is not None and frozen is not None and theirs.dtype == frozen.dtype and theirs != frozen:
-        raise CheckpointError(f"{path} holds adapters of another base model than model.path")
-
-
-def _described(lora: Lora | None) -> str:
-    return "all weights" if lora is None else f"adapters of rank {lora.rank} and alpha {lora.alpha:g}"
+    own = (checkpoint.row_range(tensor, own_rank()) for name, tensor in named_weights(model) if name not in kept)
+    return sum_of_bits(rows.local for rows in own if rows.writes)
 
 
 def adam_states(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, dict[str, torch.Tensor]]:

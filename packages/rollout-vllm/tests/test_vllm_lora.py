@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 from rlcore.engines import (
@@ -20,12 +19,12 @@ from rlcore.engines import (
     WeightBucket,
 )
 from rlcore.errors import EngineError
+from rlcore_kit.testing.adapters import PREFIX, merged_model, random_adapters
 from rlcore_kit.testing.tiny_model import tiny_model
 from rlcore_vllm.engine import build
 from rlcore_vllm.settings import VLLMSettings
 
 RANK = 4
-PREFIX = "base_model.model."
 REQUESTS = [
     GenerationRequest([20 + index] * (index + 1), SamplingParams(max_tokens=12, seed=index, ignore_eos=True))
     for index in range(4)
@@ -51,29 +50,8 @@ def engine(request: pytest.FixtureRequest, model: Path) -> Iterator[RolloutEngin
     engine.close()
 
 
-def random_adapters(model: Path, seed: int) -> dict[str, torch.Tensor]:
-    """Adapters of every linear layer except the head, with the scaling in B, as training engines export them."""
-    generator = torch.Generator().manual_seed(seed)
-    found = {}
-    for name, layer in plain(model).named_modules():
-        if isinstance(layer, nn.Linear) and name != "lm_head":
-            found[f"{PREFIX}{name}.lora_A.weight"] = torch.randn(RANK, layer.in_features, generator=generator) / 4
-            found[f"{PREFIX}{name}.lora_B.weight"] = torch.randn(layer.out_features, RANK, generator=generator) / 4
-    return found
-
-
 def plain(model: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
-
-
-@torch.no_grad()
-def merged(model: Path, adapters: dict[str, torch.Tensor]) -> Any:
-    reference = plain(model)
-    for name, down in adapters.items():
-        if name.endswith(".lora_A.weight"):
-            layer = reference.get_submodule(name.removeprefix(PREFIX).removesuffix(".lora_A.weight"))
-            layer.weight += adapters[name.replace("lora_A", "lora_B")] @ down
-    return reference
 
 
 def tiny_buckets(adapters: dict[str, torch.Tensor]) -> Iterator[WeightBucket]:
@@ -105,8 +83,8 @@ def test_adapters_are_replaced_in_place(engine: RolloutEngine, model: Path) -> N
     assert engine.takes_adapters
     assert largest_difference(plain(model), engine, engine.version) < 1e-4
     for version in range(1, 4):
-        adapters = random_adapters(model, seed=version)
-        reference = merged(model, adapters)
+        adapters = random_adapters(model, RANK, seed=version)
+        reference = merged_model(model, adapters)
         assert largest_difference(reference, engine, version - 1) > 1e-2, "a skipped update would not be seen"
         engine.update_weights(tiny_buckets(adapters), version)
         assert engine.version == version
@@ -118,24 +96,24 @@ def test_tensor_parallel_workers_take_adapters(model: Path) -> None:
     engine = make_engine(model, mode="process", tensor_parallel_size=2)
     try:
         for version in (1, 2):
-            adapters = random_adapters(model, seed=version)
+            adapters = random_adapters(model, RANK, seed=version)
             engine.update_weights(tiny_buckets(adapters), version)
-            assert largest_difference(merged(model, adapters), engine, version) < 1e-4
+            assert largest_difference(merged_model(model, adapters), engine, version) < 1e-4
     finally:
         engine.close()
 
 
 def test_layers_without_adapters_compute_as_before(engine: RolloutEngine, model: Path) -> None:
     """An update replaces all adapters: others are removed. A part of a fused layer may have one."""
-    adapters = random_adapters(model, seed=9)
+    adapters = random_adapters(model, RANK, seed=9)
     few = {name: tensor for name, tensor in adapters.items() if "v_proj" in name or "layers.1.mlp.up_proj" in name}
     engine.update_weights(tiny_buckets(few), 10)
-    assert largest_difference(merged(model, few), engine, 10) < 1e-4
+    assert largest_difference(merged_model(model, few), engine, 10) < 1e-4
 
 
 def test_unfinished_requests_continue_with_new_adapters(engine: RolloutEngine, model: Path) -> None:
     """Every token has the version of the adapters that sampled it."""
-    adapters = {version: random_adapters(model, seed=version) for version in (20, 21)}
+    adapters = {version: random_adapters(model, RANK, seed=version) for version in (20, 21)}
     engine.update_weights(tiny_buckets(adapters[20]), 20)
     asked = GenerationRequest([7, 8, 9], SamplingParams(max_tokens=40, seed=3, ignore_eos=True))
 
@@ -146,7 +124,7 @@ def test_unfinished_requests_continue_with_new_adapters(engine: RolloutEngine, m
         return await making
 
     made = asyncio.run(generate())
-    references = {version: logprobs(merged(model, adapters[version]), asked, made) for version in adapters}
+    references = {version: logprobs(merged_model(model, adapters[version]), asked, made) for version in adapters}
     versions = [version for version, count in made.versions for _ in range(count)]
     assert len(versions) == 40
     for place, (version, found) in enumerate(zip(versions, made.logprobs, strict=True)):
@@ -172,21 +150,20 @@ def test_unfinished_requests_continue_with_new_adapters(engine: RolloutEngine, m
     ids=["half an adapter", "full weights", "an unknown layer", "too high a rank"],
 )
 def test_adapters_of_another_model_are_refused(engine: RolloutEngine, model: Path, change: Any, message: str) -> None:
-    adapters = random_adapters(model, seed=1)
+    adapters = random_adapters(model, RANK, seed=1)
     change(adapters)
     with pytest.raises(EngineError, match=message):
         engine.update_weights(tiny_buckets(adapters), 30)
     with pytest.raises(EngineError, match="weight update 30 failed midway"):
         engine.generate_batch(REQUESTS[:1])
-    right = random_adapters(model, seed=4)
+    right = random_adapters(model, RANK, seed=4)
     engine.update_weights(tiny_buckets(right), 31)
-    assert largest_difference(merged(model, right), engine, 31) < 1e-4
+    assert largest_difference(merged_model(model, right), engine, 31) < 1e-4
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": "server", "server": {"urls": ["http://127.0.0.1:1"]}}, "servers take full weights"),
         ({"mode": "process", "weight_transfer": "nccl"}, "set weight_transfer to rlcore, not nccl"),
         ({"sleep_level": 2}, "sleep_level=2 drops the base weights"),
         ({"load_format": "dummy"}, "load_format=dummy reads no base weights"),

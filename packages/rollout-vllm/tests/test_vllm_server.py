@@ -30,6 +30,7 @@ from rlcore.errors import EngineError
 from rlcore_kit.serving.ports import unused_port
 from rlcore_kit.serving.replicas import Replicas
 from rlcore_kit.serving.weight_labels import UNKNOWN, WeightLabels
+from rlcore_kit.testing.adapters import merged_model, random_adapters
 from rlcore_kit.testing.rollout_engine import PROMPT, RolloutEngineConformance
 from rlcore_kit.testing.scoring_engine import MOST, ScoringEngineConformance
 from rlcore_kit.testing.tiny_model import tiny_model
@@ -41,6 +42,7 @@ from rlcore_vllm.settings import VLLMSettings
 START_S = 600
 MAX_MODEL_LEN = 16384  # the server makes a thousand tokens and more in the time of a few requests by HTTP
 API_KEY = "open sesame"
+RANK = 4
 KEY_VARIABLE = "RLCORE_TEST_SERVER_KEY"
 
 
@@ -63,11 +65,12 @@ class Server:
     other: Path
     log: Path
 
-    def spec(self, *, max_model_len: int = MAX_MODEL_LEN, model: Path | None = None, **settings) -> RolloutSpec:
+    def spec(
+        self, *, max_model_len: int = MAX_MODEL_LEN, model: Path | None = None, rank: int | None = None, **settings
+    ) -> RolloutSpec:
         server = ServerSettings(urls=(self.url,), api_key_env=KEY_VARIABLE, **settings)
-        return RolloutSpec(
-            ModelSettings(path=str(model or self.model)), VLLMSettings(mode="server", server=server), max_model_len
-        )
+        options = VLLMSettings(mode="server", server=server, enable_lora=rank is not None)
+        return RolloutSpec(ModelSettings(path=str(model or self.model)), options, max_model_len, adapter_rank=rank)
 
     def get(self, path: str) -> dict:
         return httpx.get(self.url + path, timeout=60).json()
@@ -93,13 +96,21 @@ def server(tmp_path_factory):
         "max-model-len": MAX_MODEL_LEN,
         "max-num-seqs": 64,
         "kv-cache-memory-bytes": 256 << 20,
+        "max-lora-rank": 8,
         "worker-extension-cls": "rlcore_vllm.server.worker.ServerWorkerExtension",
     }
     options = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
-    switches = ["--enable-scale-out", "--enforce-eager", "--disable-log-stats", "--disable-uvicorn-access-log"]
+    switches = [
+        "--enable-lora",
+        "--enable-scale-out",
+        "--enforce-eager",
+        "--disable-log-stats",
+        "--disable-uvicorn-access-log",
+    ]
     environment = {
         **os.environ,
         "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "HF_HUB_OFFLINE": "1",
@@ -241,6 +252,49 @@ def test_weight_updates_by_every_method(server, tmp_path, way):
             assert stats.sent_bytes < stats.full_bytes / 1000
     finally:
         rollout.close()
+
+
+@pytest.mark.parametrize("way", ["shm", "delta", "reload"])
+def test_adapters_are_updated_by_every_method(server, tmp_path, way):
+    """Before the first update the model is that of the files, although an earlier run replaced its weights."""
+    full = build(server.spec())
+    full.update_weights(weights_of(server.other), 1)
+    full.close()
+    settings = {
+        "reload": {"weights": "reload", "weights_dir": tmp_path / "weights"},
+        "delta": {"transport": "gloo", "delta": True},
+        "shm": {"transport": "shm"},
+    }[way]
+    rollout = build(server.spec(rank=RANK, **settings))
+    requests = [request(index) for index in range(4)]
+    try:
+        assert rollout.takes_adapters
+        assert largest_difference(server.model, requests, rollout.generate_batch(requests)) < 1e-4
+        for version in (1, 2):
+            adapters = random_adapters(server.model, RANK, seed=version)
+            buckets = [WeightBucket(((name, tensor),)) for name, tensor in adapters.items()]
+            rollout.update_weights(iter(buckets), version)
+            merged_model(server.model, adapters).save_pretrained(expected := tmp_path / str(version))
+            completions = rollout.generate_batch(requests)
+            assert largest_difference(expected, requests, completions) < 1e-4
+            assert largest_difference(server.model, requests, completions) > 1e-2, "adapters have an effect"
+            assert {span for completion in completions for span in completion.versions} == {(version, 20)}
+    finally:
+        rollout.close()
+    # the next run trains full weights on the same server
+    full = build(server.spec())
+    assert largest_difference(server.model, requests, full.generate_batch(requests)) < 1e-4
+    full.close()
+
+
+def test_adapters_that_do_not_fit_are_refused(server):
+    with pytest.raises(EngineError, match="takes adapters of rank 8 at most, and the policy trains adapters of rank 9"):
+        build(server.spec(rank=9))
+    rollout = build(server.spec(rank=RANK))
+    lacking = [WeightBucket((pair,)) for pair in list(random_adapters(server.model, RANK, 0).items())[:-1]]
+    with pytest.raises(EngineError, match="the update lacks a matrix of base_model"):
+        rollout.update_weights(iter(lacking), 1)
+    rollout.close()
 
 
 def test_a_refused_update_pauses_the_server_until_the_next(server, rollout):

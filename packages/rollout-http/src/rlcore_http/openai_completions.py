@@ -42,9 +42,10 @@ class OpenAICompletions(ServerProtocol):
             raise EngineError(f"{url} does not list its models in OpenAI's format: {error!r}") from error
         if model is not None and model not in cards:
             raise EngineError(f"{url} serves {', '.join(cards)}, not {model} (rollout.http.model)")
-        if model is None and len(cards) != 1:
-            raise EngineError(f"{url} serves {', '.join(cards) or 'no model'}; choose one with rollout.http.model")
-        self._model = model or next(iter(cards))
+        models = [name for name, card in cards.items() if card.get("parent") is None]  # adapters name their model
+        if model is None and len(models) != 1:
+            raise EngineError(f"{url} serves {', '.join(models) or 'no model'}; choose one with rollout.http.model")
+        self._model = model or models[0]
         card = cards[self._model]
         if card.get("max_model_len") is not None:
             remedy = f"a context of {max_model_len} tokens"

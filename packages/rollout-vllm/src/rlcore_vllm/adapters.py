@@ -1,22 +1,40 @@
 """Update of a running model's LoRA adapters in place; the base weights stay.
 
 Every request names one adapter, the policy's. It exists from the start, and has no effect until the first update. vLLM
-(0.32) reads adapters from files only; its manager in the worker, which accepts tensors, has no public name.
+(0.32) reads adapters from files only; its manager in the worker, which accepts tensors, has no public name. A server
+knows adapters that it has loaded from a folder, so it loads a placeholder first.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from safetensors.torch import save_file
 
 from rlcore.errors import EngineError
 
 NUMBER = 1
-"""Id of the adapter in vLLM."""
+"""Id of the adapter in engines that rlcore starts; servers choose one."""
 NAMED = 3
 """Maximum number of unknown modules that an error names."""
+
+
+def trained_rank(rank: int | None) -> int:
+    """Return the rank of the policy's adapters.
+
+    Raises:
+        EngineError: it has none.
+    """
+    if rank is None:
+        raise EngineError(
+            "rollout.vllm.enable_lora: the policy trains full weights; have it train adapters (actor.fsdp.lora), or "
+            "set enable_lora to false"
+        )
+    return rank
 
 
 def lora_arguments(rank: int | None) -> dict[str, Any]:
@@ -27,11 +45,7 @@ def lora_arguments(rank: int | None) -> dict[str, Any]:
     """
     from vllm.config.lora import MaxLoRARanks
 
-    if rank is None:
-        raise EngineError(
-            "rollout.vllm.enable_lora: the policy trains full weights; have it train adapters (actor.fsdp.lora), or "
-            "set enable_lora to false"
-        )
+    rank = trained_rank(rank)
     fitting = [maximum for maximum in get_args(MaxLoRARanks) if maximum >= rank]
     if not fitting:
         raise EngineError(
@@ -50,20 +64,43 @@ def adapter_request(config: Any) -> Any:
     return LoRARequest("policy", NUMBER, "memory")  # the path is never read
 
 
-def begin_with_none(model_runner: Any) -> None:
+def begin_with_none(model_runner: Any, number: int = NUMBER) -> None:
     """Install an adapter of zeros, which has no effect."""
     manager = _manager(model_runner)
-    _replace(manager, manager.create_dummy_lora(NUMBER, 1, {}))
+    _replace(manager, manager.create_dummy_lora(number, 1, {}))
+
+
+def known_adapters(model_runner: Any) -> set[int]:
+    """Return the ids of the adapters that the worker has loaded."""
+    return set(_manager(model_runner).list_adapters())
+
+
+def write_placeholder(model_runner: Any, folder: Path) -> None:
+    """Write an adapter in PEFT's format that vLLM loads, and that adapts no layer of the model.
+
+    vLLM (0.32) reads the last part of a layer's name, and cannot load an adapter without layers.
+    """
+    manager = _manager(model_runner)
+    fused = manager.packed_modules_mapping
+    name = next(part for layer in sorted(manager.supported_lora_modules) for part in fused.get(layer, [layer]))
+    config = {"r": 1, "lora_alpha": 1, "target_modules": [name]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    matrices = {f"base_model.model.placeholder.{name}.lora_{part}.weight": torch.zeros(1, 1) for part in "AB"}
+    save_file(matrices, folder / "adapter_model.safetensors")
 
 
 class AdapterReload:
     """One update of all adapters of the model: `load` any number of times, then `finish` or `cancel`.
 
     Names and scaling are those of `rlcore.engines.TrainEngine.export_adapters`.
+
+    Args:
+        number: the adapter's id in vLLM.
     """
 
-    def __init__(self, model_runner: Any) -> None:
+    def __init__(self, model_runner: Any, number: int = NUMBER) -> None:
         self._manager = _manager(model_runner)
+        self._number = number
         self._tensors: dict[str, torch.Tensor] = {}
 
     def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
@@ -96,7 +133,7 @@ class AdapterReload:
         helper.validate_legal(config)
         mapper = getattr(self._manager.model, "hf_to_vllm_mapper", None)
         adapter = LoRAModel.from_lora_tensors(
-            NUMBER,
+            self._number,
             self._tensors,
             helper,
             device="cpu",
@@ -120,6 +157,6 @@ def _manager(model_runner: Any) -> Any:
 
 
 def _replace(manager: Any, adapter: Any) -> None:
-    manager.remove_adapter(NUMBER)
+    manager.remove_adapter(adapter.id)
     manager.add_adapter(adapter)
-    manager.activate_adapter(NUMBER)
+    manager.activate_adapter(adapter.id)

@@ -114,22 +114,17 @@ class VLLMSettings(Config):
             yield from self._lora_problems()
 
     def _lora_problems(self) -> Iterator[tuple[str, str]]:
-        if self.mode == "server":
-            yield (
-                "enable_lora",
-                "servers take full weights, into which adapters are merged; set it to false",
-            )
         if self.weight_transfer != "rlcore":
             yield (
                 "enable_lora",
                 f"adapters need rlcore's transfer: set weight_transfer to rlcore, not {self.weight_transfer}",
             )
-        if self.sleep_level == 2:
+        if self.sleep_level == 2 and self.mode != "server":
             yield (
                 "enable_lora",
                 "sleep_level=2 drops the base weights, which updates of adapters do not restore; set it to 1",
             )
-        if self.load_format == "dummy":
+        if self.load_format == "dummy" and self.mode != "server":
             yield (
                 "enable_lora",
                 "load_format=dummy reads no base weights, and updates of adapters send none; set it to auto",

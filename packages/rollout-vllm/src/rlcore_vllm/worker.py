@@ -14,7 +14,7 @@ import torch
 
 from rlcore_kit.weight_transfer import Address, WeightReceiver, open_receiver
 from rlcore_vllm import quirks, sampler
-from rlcore_vllm.adapters import AdapterReload, begin_with_none
+from rlcore_vllm.adapters import NUMBER, AdapterReload, begin_with_none
 from rlcore_vllm.reload import Reload
 
 
@@ -51,6 +51,7 @@ class WorkerExtension:
             self.rlcore_receiver: WeightReceiver | None = None
             self.rlcore_reload: Reload | AdapterReload | None = None
             self.rlcore_takes_adapters = takes_adapters
+            self.rlcore_adapter = NUMBER
             if takes_adapters:
                 begin_with_none(self.model_runner)
         return self.rank
@@ -62,7 +63,7 @@ class WorkerExtension:
     def rlcore_begin(self) -> None:
         """Begin an update."""
         if self.rlcore_takes_adapters:
-            self.rlcore_reload = AdapterReload(self.model_runner)
+            self.rlcore_reload = AdapterReload(self.model_runner, self.rlcore_adapter)
             return
         with self._rlcore_configured():
             self.rlcore_reload = Reload(self.model_runner.get_model(), self.vllm_config.model_config)

@@ -56,6 +56,11 @@ class VLLMServerAPI(ServerAPI):
         self.call_workers("rlcore_restore", what="load its model's files again", timeout_s=timeout_s)
         self.reset_prefix_cache()
 
+    def load_adapter(self, name: str, folder: str) -> None:
+        """Load the adapter in ``folder``, which the server sees, as ``name``."""
+        body = {"lora_name": name, "lora_path": folder}
+        self.connection.ask("POST", "/v1/load_lora_adapter", "load an adapter", body=body, plain=True)
+
     def call_workers(self, method: str, *args: Any, what: str, timeout_s: float | None = None) -> list[Any]:
         """Call ``method`` of every worker with plain data; return the results, numbers among them as strings."""
         body = {"method": method, "args": list(args)}

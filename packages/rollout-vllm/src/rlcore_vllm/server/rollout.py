@@ -80,6 +80,11 @@ class VLLMServerRollout(ServerRollout):
         self._priorities = True  # until the server refuses one
 
     @property
+    def takes_adapters(self) -> bool:
+        """True if updates bring LoRA adapters."""
+        return cast(VLLMSettings, self._spec.options).enable_lora
+
+    @property
     def transfer_stats(self) -> TransferStats | None:
         """Statistics of the last weight transfer; None before the first."""
         return self._weights.stats

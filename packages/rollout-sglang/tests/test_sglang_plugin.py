@@ -45,6 +45,9 @@ def test_settings_import_neither_torch_nor_sglang_nor_httpx():
         ({"router": "http://localhost:1"}, "weights go directly to the servers behind the router"),
         ({"urls": ["http://localhost:1"], "replicas": 2}, "servers are started only if urls is empty"),
         ({"weights": "disk"}, "weights 'disk' needs a folder"),
+        ({"enable_lora": True}, "set pause_mode to abort, which continues them with the new ones, not retract"),
+        ({"enable_lora": True, "pause_mode": "abort", "weights": "distributed"}, "set weights to tensor, not distr"),
+        ({"enable_lora": True, "pause_mode": "abort", "sleep_level": 2}, "sleep_level=2 drops the base weights"),
     ],
 )
 def test_invalid_settings_are_refused(options, message):

@@ -34,14 +34,18 @@ from rlcore.errors import EngineError
 from rlcore_kit.serving.ports import unused_port
 from rlcore_kit.serving.replicas import Replicas
 from rlcore_kit.serving.weight_labels import FRESH, UNKNOWN, WeightLabels
+from rlcore_kit.testing.adapters import merged_model, random_adapters
 from rlcore_kit.testing.rollout_engine import PROMPT, RolloutEngineConformance
 from rlcore_kit.testing.scoring_engine import MOST, ScoringEngineConformance
 from rlcore_kit.testing.tiny_model import tiny_model
+from rlcore_sglang import engine as engine_module
+from rlcore_sglang.arguments import adapter_arguments, server_arguments
 from rlcore_sglang.engine import build
 from rlcore_sglang.rollout import SGLangServerRollout, connect
 from rlcore_sglang.settings import SGLangSettings
 
 MAX_MODEL_LEN = 8192  # thousands of tokens are made in the time of a few requests by HTTP
+RANK = 4
 KEY_VARIABLE = "RLCORE_TEST_SGLANG_KEY"
 ON_CPU = {
     "device": "cpu",
@@ -79,15 +83,20 @@ class Server:
     def url(self) -> str:
         return self.rollout.url
 
-    def spec(self, *urls: str, model: Path | None = None, max_model_len: int = MAX_MODEL_LEN, **settings):
+    def spec(self, *urls: str, model: Path | None = None, max_model_len: int = MAX_MODEL_LEN, rank=None, **settings):
         """A spec for another client of the server, as if rlcore had not started it."""
         self._environment.setenv(KEY_VARIABLE, self.rollout.process.api_key)
         options = SGLangSettings(urls=urls or (self.url,), api_key_env=KEY_VARIABLE, **settings)
-        return RolloutSpec(ModelSettings(path=str(model or self.model)), options, max_model_len)
+        return RolloutSpec(ModelSettings(path=str(model or self.model)), options, max_model_len, adapter_rank=rank)
 
     def post(self, path: str, **body) -> None:
         headers = {"Authorization": f"Bearer {self.rollout.process.api_key}"}
         httpx.post(self.url + path, json=body, headers=headers, timeout=60).raise_for_status()
+
+
+def with_adapters(*args, **kwargs):
+    """Arguments of a server for full weights and for adapters; engines start one for either."""
+    return server_arguments(*args, **kwargs) | adapter_arguments(RANK, on_cpu=True)
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +105,9 @@ def server(tmp_path_factory):
     sharp = {"initializer_range": 0.15, "max_position_embeddings": MAX_MODEL_LEN}
     model, other = (tiny_model(folder / name, seed=seed, **sharp) for seed, name in enumerate(("model", "other")))
     settings = SGLangSettings(**ON_CPU, log_dir=folder / "logs", health_interval_s=2.0)
-    engine = build(RolloutSpec(ModelSettings(path=str(model)), settings, MAX_MODEL_LEN))
     with pytest.MonkeyPatch.context() as environment:
+        environment.setattr(engine_module, "server_arguments", with_adapters)
+        engine = build(RolloutSpec(ModelSettings(path=str(model)), settings, MAX_MODEL_LEN))
         yield Server(engine, model, other, folder / "logs/server-0.log", environment)
     engine.close()
 
@@ -200,6 +210,34 @@ def test_weight_updates_by_every_method(server, clients, tmp_path, way):
         completions = rollout.generate_batch(requests)
         assert largest_difference(model, requests, completions) < 1e-4
         assert {span for completion in completions for span in completion.versions} == {(version, 20)}
+
+
+def test_adapters_are_updated(server, clients, tmp_path):
+    """Before the first update the model is that of the files, although an earlier run replaced its weights."""
+    clients().update_weights(weights_of(server.other), 1)
+    adapted = {"enable_lora": True, "pause_mode": "abort", "rank": RANK}
+    rollout, requests = clients(**adapted), [request(index) for index in range(4)]
+    assert rollout.takes_adapters
+    assert largest_difference(server.model, requests, rollout.generate_batch(requests)) < 1e-4
+    for version in (1, 2):
+        adapters = random_adapters(server.model, RANK, seed=version)
+        merged_model(server.model, adapters).save_pretrained(expected := tmp_path / str(version))
+        with ThreadPoolExecutor(1) as pool:
+            unfinished = pool.submit(rollout.generate_batch, [request(4, 400)])
+            time.sleep(0.5)
+            rollout.update_weights([WeightBucket((pair,)) for pair in adapters.items()], version)
+            (interrupted,) = unfinished.result()
+        assert [number for number, _ in interrupted.versions] == [version - 1, version]
+        completions = rollout.generate_batch(requests)
+        assert largest_difference(expected, requests, completions) < 1e-4
+        assert {span for completion in completions for span in completion.versions} == {(version, 20)}
+    lacking = [WeightBucket((pair,)) for pair in list(adapters.items())[:-1]]
+    with pytest.raises(EngineError, match="the update lacks a matrix of base_model"):
+        rollout.update_weights(lacking, 3)
+    with pytest.raises(EngineError, match=f"takes adapters of rank {RANK} at most, and the policy trains adapters"):
+        clients(**{**adapted, "rank": RANK + 1})
+    full = clients()
+    assert largest_difference(server.model, requests, full.generate_batch(requests)) < 1e-4
 
 
 def test_the_engine_http_generates_on_the_server_and_reloads_it(server, tmp_path):

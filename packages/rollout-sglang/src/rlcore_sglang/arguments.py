@@ -7,6 +7,7 @@ from typing import Any
 
 from rlcore.engines.settings import RolloutSpec
 from rlcore_kit.serving.extra_arguments import problems_of
+from rlcore_sglang.adapters import trained_rank
 from rlcore_sglang.settings import SGLangSettings
 
 SERVER_FIELDS = (
@@ -36,7 +37,8 @@ OURS = {
     "dp_size": "set replicas to start several servers",
     "pp_size": "only tensor parallelism is supported",
     "speculative_algorithm": "log-probs of drafted tokens are not the policy's at every temperature",
-    "enable_lora": "updates bring full weights",
+    "enable_lora": "it is rollout.sglang.enable_lora",
+    "max_lora_rank": "it follows from the policy's adapters",
 }
 """Arguments that ``args`` must not hold, and why."""
 
@@ -57,8 +59,21 @@ def server_arguments(spec: RolloutSpec, settings: SGLangSettings, on_cpu: bool) 
         "enable_memory_saver": not on_cpu,
         "enable_weights_cpu_backup": not on_cpu and settings.sleep_level == 1,
     }
+    if settings.enable_lora:
+        defaults |= adapter_arguments(trained_rank(spec), on_cpu)
     given = {name: value for name, value in chosen.items() if value is not None}
     return {**defaults, **given, **settings.args}
+
+
+def adapter_arguments(rank: int, on_cpu: bool) -> dict[str, Any]:
+    """Return arguments of a server that takes adapters of ``rank``; the base model is one of two in a batch."""
+    arguments = {
+        "enable_lora": True,
+        "max_lora_rank": rank,
+        "lora_target_modules": ["all"],
+        "max_loras_per_batch": 2,
+    }
+    return {**arguments, "lora_backend": "torch_native"} if on_cpu else arguments
 
 
 def problems(extra: Mapping[str, Any], known: Iterable[str]) -> list[str]:

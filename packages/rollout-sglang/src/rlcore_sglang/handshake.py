@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, cast
 
 from rlcore.engines.settings import RolloutSpec
 from rlcore.errors import EngineError
 from rlcore_kit.model_folder.vocabulary import vocabulary
 from rlcore_kit.serving.handshake import Handshake, check_length, check_same_model
 from rlcore_kit.serving.weight_labels import WeightLabels
+from rlcore_sglang.adapters import check_server, trained_rank
 from rlcore_sglang.api import SGLangServerAPI
 from rlcore_sglang.quirks import CONTEXT_SLACK
 from rlcore_sglang.sampler import NAME
+from rlcore_sglang.settings import SGLangSettings
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,8 @@ def shake_hands(
         "--mem-fraction-static)"
     )
     check_length(url, maximum, spec.max_model_len, remedy)
+    if cast(SGLangSettings, spec.options).enable_lora:
+        check_server(url, info, trained_rank(spec))
     deterministic = bool(info.get("enable_deterministic_inference"))
     seeded = _uses_seeds(info, sampling_backend)
     if not (seeded or deterministic):

@@ -19,6 +19,7 @@ from rlcore_kit.serving.weight_labels import WeightLabels
 from rlcore_kit.serving.weight_stream import checked, shapes_of, with_device
 from rlcore_kit.serving.wire_format import ending_tokens, joined
 from rlcore_sglang import wire_format
+from rlcore_sglang.adapters import Adapters
 from rlcore_sglang.api import SGLangServerAPI
 from rlcore_sglang.handshake import shake_hands
 from rlcore_sglang.server_process import ServerProcess
@@ -79,6 +80,10 @@ class SGLangServerRollout(ServerRollout):
         self.process, self._settings = process, settings
         self._shapes = shapes_of(spec.model.path)
         self._delivery = open_delivery(self._connection, settings, handshake.workers)
+        self._adapters: Adapters | None = None
+        if settings.enable_lora:
+            self._adapters = Adapters(self._connection, handshake.workers, self._shapes, settings.weights_timeout_s)
+            self._adapters.continue_with(labels.label(handshake.version) if handshake.version > 0 else None)
         self._router: Connection | None = None
         self._behind_router: list[SGLangServerAPI] = []  # the router may have sent a request to any of them
         if settings.router is not None:
@@ -92,6 +97,11 @@ class SGLangServerRollout(ServerRollout):
         self._last_sign_of_life = time.monotonic()
         self._health_lock = asyncio.Lock()
         self._check_every_s = min(settings.health_interval_s, WATCH_S)
+
+    @property
+    def takes_adapters(self) -> bool:
+        """True if updates bring LoRA adapters."""
+        return self._adapters is not None
 
     # --- generation --------------------------------------------------------------------------------------------------
 
@@ -134,7 +144,9 @@ class SGLangServerRollout(ServerRollout):
     async def _part(self, call: Call, request: GenerationRequest, ends: frozenset[int]) -> Any:
         """Return the server's answer to ``request``, the rest of ``call``."""
         await self._admit(call)
-        body = wire_format.body(request, call.server_id, self._spec.max_model_len - len(request.prompt), ends)
+        adapter = self._adapters.name if self._adapters is not None else None
+        longest = self._spec.max_model_len - len(request.prompt)
+        body = wire_format.body(request, call.server_id, longest, ends, adapter)
         try:
             answer = await self._with_timeout(call, self._post(body, f"complete request {request.request_id!r}"))
         finally:
@@ -176,12 +188,17 @@ class SGLangServerRollout(ServerRollout):
     # --- weights and pauses ------------------------------------------------------------------------------------------
 
     def _prepare_update(self, buckets: Iterable[WeightBucket]) -> Iterable[WeightBucket]:
+        if self._adapters is not None:
+            return buckets
         device, stream = with_device(checked(buckets, self._shapes))
         self._delivery.prepare(device)
         return stream
 
     def _send_weights(self, buckets: Iterable[WeightBucket], version: int) -> None:
-        self._delivery.send(buckets)
+        if self._adapters is not None:
+            self._adapters.send(buckets, self._labels.label(version))
+        else:
+            self._delivery.send(buckets)
 
     async def _pause_server(self) -> None:
         if self._settings.pause_mode == "abort":

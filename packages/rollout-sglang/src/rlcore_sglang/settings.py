@@ -44,6 +44,11 @@ class SGLangSettings(ServerClientSettings):
         256, ge=1, description="Maximum number of concurrent sequences; further requests wait."
     )
     attention_backend: str | None = Field(None, description="SGLang's attention kernels; null is its default.")
+    enable_lora: bool = Field(
+        False,
+        description="Update the policy's LoRA adapters instead of full weights, for a policy that trains adapters; the "
+        "base weights are those of model.path. Needs pause_mode 'abort'.",
+    )
     sampling_backend: str = Field(
         "rlcore",
         description="'rlcore' samples every request from its seed; flashinfer and pytorch ignore seeds.",
@@ -111,5 +116,22 @@ class SGLangSettings(ServerClientSettings):
             yield "router", "weights go directly to the servers behind the router; name them in urls"
         if self.urls and self.replicas > 1:
             yield "replicas", "servers are started only if urls is empty; remove urls or replicas"
+        if self.enable_lora:
+            yield from self._lora_problems()
         if self.weights == "disk" and self.weights_dir is None:
             yield "weights_dir", "weights 'disk' needs a folder that the servers see under the same path"
+
+    def _lora_problems(self) -> Iterator[tuple[str, str]]:
+        if self.pause_mode != "abort":
+            yield (
+                "enable_lora",
+                "unfinished requests keep their adapters on SGLang: set pause_mode to abort, which continues them with "
+                f"the new ones, not {self.pause_mode}",
+            )
+        if self.weights != "tensor":
+            yield "enable_lora", f"adapters are posted: set weights to tensor, not {self.weights}"
+        if self.sleep_level == 2:
+            yield (
+                "enable_lora",
+                "sleep_level=2 drops the base weights, which updates of adapters do not restore; set it to 1",
+            )

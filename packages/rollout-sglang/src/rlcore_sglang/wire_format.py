@@ -14,12 +14,15 @@ SEEDS = 2**63
 """SGLang takes seeds as signed 64-bit numbers."""
 
 
-def body(request: GenerationRequest, server_id: str, max_tokens: int, ends: frozenset[int]) -> dict[str, Any]:
+def body(
+    request: GenerationRequest, server_id: str, max_tokens: int, ends: frozenset[int], adapter: str | None = None
+) -> dict[str, Any]:
     """Return the body of ``request``.
 
     Args:
         server_id: unique among the server's requests, and no prefix of another.
         max_tokens: maximum number of new tokens under ``max_model_len``.
+        adapter: name of the adapter to generate with; None: the base model alone.
         ends: ids that end the completion; see `rlcore_kit.serving.wire_format.ending_tokens`.
     """
     wanted = request.sampling
@@ -44,6 +47,7 @@ def body(request: GenerationRequest, server_id: str, max_tokens: int, ends: froz
         "input_ids": list(request.prompt),
         "sampling_params": sampling,
         "return_logprob": wanted.logprobs,
+        **({} if adapter is None else {"lora_path": adapter}),
     }
 
 

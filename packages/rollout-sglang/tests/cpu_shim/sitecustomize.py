@@ -3,8 +3,10 @@
 - The CPU is chosen by SGLANG_USE_CPU_ENGINE, but ``import sgl_kernel`` loads libcuda all the same, as the wheel of the
   registry holds GPU kernels alone. The models of the tests call none of them.
 - ``torch.get_device_module()`` without a device has no answer here, and the scheduler dies when memory is released.
+- Adapters are computed by the backend ``torch_native``, which pins memory; without a GPU torch refuses to.
 """
 
+import functools
 import os
 import sys
 import types
@@ -20,7 +22,18 @@ class _TorchOnceItIsThere(MetaPathFinder):
 
             known = torch.get_device_module
             torch.get_device_module = lambda device=None: torch.cpu if device is None else known(device)
+            torch.Tensor.pin_memory = lambda self, device=None: self
+            for make in ("empty", "tensor", "zeros"):
+                setattr(torch, make, _unpinned(getattr(torch, make)))
             sys.meta_path.remove(self)
+
+
+def _unpinned(make):
+    @functools.wraps(make)
+    def wrapped(*args, pin_memory=False, **kwargs):
+        return make(*args, **kwargs)
+
+    return wrapped
 
 
 if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":

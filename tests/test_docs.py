@@ -45,7 +45,8 @@ PAGES = {
     for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("packages/*/README.md"))]
 }
 ENTRY_POINT_GROUPS = {*plugins.GROUPS, "rlcore.algorithms", "rlcore.commands", "rlcore.functions", "rlcore.data_sets"}
-RECIPES = ("grpo", "ppo", "dapo", "raft", "sft")
+RECIPES = ("grpo", "ppo", "dapo", "raft", "sft", "dpo")
+WITHOUT_ROLLOUTS = ("sft", "dpo")
 # What a command, or a part of a configuration, leaves out where it says "…".
 LEFT_OUT: Mapping[str, Any] = {
     "model": {"path": "my-model"},
@@ -126,7 +127,7 @@ def folder(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 @pytest.fixture
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     """The inline engine in the place of inference servers; no algorithm stays registered; short runs."""
-    from rlcore.algorithms.registries import advantages, policy_losses
+    from rlcore.algorithms.registries import advantages, policy_losses, preference_losses
     from rlcore_inline.engine import build
     from rlcore_inline.settings import InlineSettings
 
@@ -138,7 +139,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module in ("rlcore_vllm.engine", "rlcore_sglang.engine", "rlcore_http.engine"):
         monkeypatch.setattr(f"{module}.build", inline)
-    for registry in (advantages, policy_losses):
+    for registry in (advantages, policy_losses, preference_losses):
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
     monkeypatch.setattr("rlcore_recipes.python.train.train", train_a_little)
 
@@ -146,7 +147,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
 def train_a_little(recipe: str, overrides: Mapping[str, Any] | None = None, **given: Any) -> Any:
     """Run `rlcore.train` with sizes for a test."""
     sizes = {"data.train_batch_size": 2, "trainer.total_steps": min((overrides or {}).get("trainer.total_steps", 2), 2)}
-    if recipe != "sft":
+    if recipe not in WITHOUT_ROLLOUTS:
         sizes |= {"data.max_response_length": 8, "rollout.n": 2, "reward.workers": 1}
     return train(recipe, overrides={**(overrides or {}), **sizes}, **given)
 
@@ -201,7 +202,7 @@ def test_configurations_are_valid(page: str, folder: Path) -> None:
         values.pop("defaults", None)
         problems = []
         for recipe in RECIPES:
-            filled = merged(LEFT_OUT, FOR_REINFORCEMENT if recipe != "sft" else {}, values)
+            filled = merged(LEFT_OUT, {} if recipe in WITHOUT_ROLLOUTS else FOR_REINFORCEMENT, values)
             try:
                 validate_config(configuration_of(recipe), filled)
                 break
@@ -270,7 +271,7 @@ def check_configuration(recipe: str, arguments: list[str]) -> None:
     overrides = [word for word in arguments if "=" in word]
     if "…" in arguments:
         file = None if file == "…" else file
-        needed = [] if recipe == "sft" or file else list(flat(FOR_REINFORCEMENT))
+        needed = [] if recipe in WITHOUT_ROLLOUTS or file else list(flat(FOR_REINFORCEMENT))
         given = {override.split(".")[0] for override in overrides}
         overrides[:0] = [item for item in [*flat(LEFT_OUT), *needed] if item.split(".")[0] not in given - {"trainer"}]
     with warnings.catch_warnings():

@@ -12,8 +12,10 @@ from rlcore.config.keys import sections
 from rlcore.errors import ConfigError
 from rlcore_recipes.dapo import DAPOConfig
 from rlcore_recipes.foreign.names import OPENRLHF, TRL
+from rlcore_recipes.foreign.preference_names import OPENRLHF_PREFERENCES, TRL_PREFERENCES
 from rlcore_recipes.grpo import GRPOConfig
 from rlcore_recipes.ppo import PPOConfig
+from rlcore_recipes.settings.preference import PreferenceConfig
 from rlcore_recipes.settings.supervised import SFTConfig
 
 NEEDED = ("model.path=m", "data.train_files=t.jsonl", "reward.name=gsm8k", "trainer.out_dir=o")
@@ -66,13 +68,21 @@ def test_supervised_fine_tuning_has_its_own_answers() -> None:
     assert "verl's optim.lr is actor.optim.lr" in text
 
 
+def test_preference_optimisation_has_its_own_answers() -> None:
+    keys = (key for key in NEEDED if "reward" not in key)
+    text = problem(PreferenceConfig, *keys, "beta=0.1", "loss_type=sigmoid", "lora_r=8")
+    assert "TRL's beta is actor.objective.loss.beta" in text
+    assert "TRL's loss_type is actor.objective.loss (sigmoid: dpo" in text
+    assert "TRL's lora_r is actor.fsdp.lora.rank" in text
+
+
 def test_every_key_of_ours_in_the_tables_exists() -> None:
     known: set[str] = set()
-    models: tuple[Any, ...] = (GRPOConfig, PPOConfig, DAPOConfig, SFTConfig)
+    models: tuple[Any, ...] = (GRPOConfig, PPOConfig, DAPOConfig, SFTConfig, PreferenceConfig)
     for model in models:
         for section in sections(model):
-            known |= {section.path, *(f"{section.path}.{key.name}" for key in section.keys)}
-    for names in (TRL, OPENRLHF):
+            known |= {section.path, *(f"{section.path}.{key.name}".lstrip(".") for key in section.keys)}
+    for names in (TRL, OPENRLHF, TRL_PREFERENCES, OPENRLHF_PREFERENCES):
         for name, equivalent in names.items():
             assert set(equivalent.ours) <= known, name
             assert equivalent.ours or equivalent.remark, name

@@ -43,6 +43,7 @@ def answers(seed: int, pairs: int = 6, scale: float = 1.0) -> tuple[Batch, torch
             "logprobs": Jagged(logprobs, lengths),
             "pair": (torch.randperm(5 * pairs, generator=generator)[:pairs]).repeat_interleave(2),
             "side": torch.tensor([0, 1]).repeat(pairs),
+            "margin": torch.full((2 * pairs,), 0.7),
             "kl_log_ratio": torch.randn(2 * pairs, generator=generator, dtype=torch.float64) + 0.5,
         }
     ).take(order)
@@ -56,7 +57,7 @@ def evaluate(
     """Loss, its gradient with respect to log-probs, metrics."""
     leaf = logprobs.clone().requires_grad_()
     loss, metrics = found.loss({"logprobs": leaf}, batch, found.denominators(batch) if sums is None else sums)
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     assert leaf.grad is not None
     return float(loss.detach()), leaf.grad, metrics
 
@@ -74,6 +75,7 @@ ORACLES: dict[str, Callable[..., float]] = {
     "dpo": lambda pc, pr, qc, qr, nc, nr, b: -math.log(sigma(b * ((pc - pr) - (qc - qr)))),
     "robust-dpo": lambda pc, pr, qc, qr, nc, nr, b: -math.log(sigma(b * ((pc - pr) - (qc - qr)))),
     "ln-dpo": lambda pc, pr, qc, qr, nc, nr, b: -math.log(sigma(b * ((pc - qc) / nc - (pr - qr) / nr))),
+    "odpo": lambda pc, pr, qc, qr, nc, nr, b: -math.log(sigma(b * ((pc - pr) - (qc - qr)) - 0.7)),
     "ipo": lambda pc, pr, qc, qr, nc, nr, b: ((pc - qc) / nc - (pr - qr) / nr - 1 / (2 * b)) ** 2,
     "hinge": lambda pc, pr, qc, qr, nc, nr, b: max(0.0, 1 - b * (pc - pr - qc + qr)),
     "exo": lambda pc, pr, qc, qr, nc, nr, b: sum(
@@ -132,13 +134,14 @@ def test_the_gradient_does_not_depend_on_ranks_and_micro_batches(name: str, seed
     rows = [[row for row, pair in enumerate(batch["pair"].tolist()) if pair in part] for part in parts]
     ranks = [whole.denominators(batch.take(rows[0] + rows[1])), whole.denominators(batch.take(rows[2] + rows[3]))]
     sums = {key: sum(rank[key] for rank in ranks) for key in ranks[0]}
-    shares, pieces, measured = [], {}, []
+    shares, measured = [], []
+    pieces: dict[int, torch.Tensor] = {}
     for part in rows:
         micro = batch.take(part)
         share, piece, numbers = evaluate(whole, micro, micro.flat("logprobs"), sums)
         shares.append(share)
         measured.append(numbers)
-        pieces.update(zip(part, piece.split(micro.lengths.tolist())))
+        pieces.update(zip(part, torch.split(piece, micro.lengths.tolist())))
     assert sum(shares) == pytest.approx(loss, rel=1e-5)
     torch.testing.assert_close(torch.cat([pieces[row] for row in range(len(batch))]), gradient, rtol=1e-5, atol=1e-7)
     assert Metrics.merge(measured).to_dict() == pytest.approx(metrics.to_dict(), rel=1e-5)

@@ -9,6 +9,13 @@ sft = Plugin(
     configs="rlcore_recipes.configs.sft",
     summary="Supervised fine-tuning on conversations or prompts with responses.",
 )
+dpo = Plugin(
+    interface=1,
+    config="rlcore_recipes.dpo:PreferenceConfig",
+    factory="rlcore_recipes.dpo:run",
+    configs="rlcore_recipes.configs.dpo",
+    summary="Preference optimisation on a data set: DPO, IPO, KTO, ORPO, SimPO and others.",
+)
 grpo = Plugin(
     interface=1,
     config="rlcore_recipes.grpo:GRPOConfig",

@@ -35,6 +35,12 @@ class EXOParams(BetaParams):
     label_smoothing: float = Field(1e-3, gt=0, lt=0.5, description="Probability that chosen and rejected are swapped.")
 
 
+class ODPOParams(BetaParams):
+    """Parameters of ``odpo``."""
+
+    alpha: float = Field(1.0, ge=0, description="Factor on the margins of the data.")
+
+
 class DPOPParams(BetaParams):
     """Parameters of ``dpop``."""
 
@@ -80,6 +86,17 @@ def length_normalized_dpo(inputs: PreferenceInputs, params: SmoothedParams) -> P
     chosen, rejected = (params.beta * side.mean_log_ratio for side in (inputs.chosen, inputs.rejected))
     h, smoothing = chosen - rejected, params.label_smoothing
     return Preferences(-(1 - smoothing) * logsigmoid(h) - smoothing * logsigmoid(-h), chosen, rejected)
+
+
+@preference_losses.register("odpo", params=ODPOParams, required_columns=REFERENCE | {"margin"}, together="pair")
+def dpo_with_offset(inputs: PreferenceInputs, params: ODPOParams) -> Preferences:
+    """−logσ(β(r_c − r_r) − α·margin): the rewards differ by what the data says that the answers do.
+
+    Source: ODPO, Amini et al. 2024, arXiv:2402.10571 (eq. 8).
+    """
+    assert inputs.margins is not None
+    losses = -logsigmoid(params.beta * _margins(inputs) - params.alpha * inputs.margins)
+    return _with_rewards(losses, inputs, params.beta)
 
 
 @preference_losses.register("ipo", params=BetaParams, required_columns=REFERENCE, together="pair")

@@ -42,9 +42,12 @@ class PreferenceObjective:
     """A preference loss, averaged over the pairs of the mini-batch (or over its answers, if the loss has no pairs).
 
     Reads ``loss_mask``; ``side`` (dense int64: 0 chosen, 1 rejected); of a loss of pairs ``pair`` (dense int64), which
-    a chosen and a rejected row have in common; and what the loss declares: ``ref_answer_logprob`` (dense fp64: log-prob
-    of the row's answer under the reference), ``kl_log_ratio`` (dense fp64: log(π / π_ref) of an answer to another
-    prompt after this row's prompt; its mean over the mini-batch, at least 0, is the KL).
+    a chosen and a rejected row have in common; and what the loss declares:
+
+    - ``ref_answer_logprob`` (dense fp64): log-prob of the row's answer under the reference;
+    - ``margin`` (dense floating): by how much a pair's chosen answer is better, on both its rows;
+    - ``kl_log_ratio`` (dense fp64): log(π / π_ref) of an answer to another prompt after this row's prompt. Its mean
+      over the mini-batch, at least 0, is the KL.
 
     Metrics: ``loss``, ``sft_loss`` (before its coefficient), ``kl``, and per answer or pair ``rewards/chosen``,
     ``rewards/rejected``, ``rewards/margins``, ``rewards/accuracies``, ``logps/chosen`` and ``logps/rejected``. Without
@@ -106,7 +109,9 @@ class PreferenceObjective:
                 raise BatchError("a pair is not one chosen and one rejected row: columns 'pair' and 'side' disagree")
         sides = [Answers(logprobs[rows], references[rows], tokens[rows]) for rows in (chosen, rejected)]
         kl = denominators.get("kl_log_ratio", 0.0) / max(denominators["units"], 1.0)
-        return PreferenceInputs(sides[0], sides[1], max(kl, 0.0))
+        declared = "margin" in self.settings.loss.entry.required_columns
+        margins = batch["margin"][chosen].to(logprobs) if declared else None
+        return PreferenceInputs(sides[0], sides[1], max(kl, 0.0), margins)
 
 
 def _mean(values: torch.Tensor) -> torch.Tensor:

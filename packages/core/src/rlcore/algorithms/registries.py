@@ -176,11 +176,13 @@ class PreferenceInputs:
             without, the sides are answers that have nothing to do with each other, and any number of them.
         rejected: the other answers.
         kl: estimate of KL(π ‖ π_ref) over the mini-batch, at least 0, for losses that declare "kl_log_ratio"; else 0.
+        margins: ``[P]`` fp64, by how much each chosen answer is better, for losses of pairs that declare "margin".
     """
 
     chosen: Answers
     rejected: Answers
     kl: float = 0.0
+    margins: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -202,8 +204,9 @@ class Preferences:
 class PreferenceLoss(Protocol):
     """Losses and rewards of answers; the caller averages over the mini-batch.
 
-    A loss of pairs declares ``together="pair"``. One that compares with a reference declares the column
-    "ref_answer_logprob", and one that needs the policy's distance from it "kl_log_ratio".
+    A loss of pairs declares ``together="pair"``. A loss that compares with a reference declares the column
+    "ref_answer_logprob", one that needs the policy's distance from it "kl_log_ratio", and one that reads how much
+    better the chosen answers are "margin".
     """
 
     def __call__(self, inputs: PreferenceInputs, params: Any, /) -> Preferences: ...

@@ -12,7 +12,14 @@ from dataclasses import replace
 from rlcore.errors import DataError
 from rlcore_recipes.data.columns import Columns
 from rlcore_recipes.data.pretokenized import ATTENTION, POSITIONS, mask_column
-from rlcore_recipes.data.settings import AUTO, DataFiles, DataSettings, PairDataSettings, SFTDataSettings
+from rlcore_recipes.data.settings import (
+    AUTO,
+    DataFiles,
+    DataSettings,
+    PairDataSettings,
+    PreferenceDataSettings,
+    SFTDataSettings,
+)
 from rlcore_recipes.data.template_variables import RENDERED
 
 Choose = Callable[[Sequence[str], str], Columns]
@@ -27,6 +34,7 @@ MESSAGES, RESPONSE, TEXT = "data.messages_key", "data.response_key", "data.text_
 INPUT_IDS, LOSS_MASK = "data.input_ids_key", "column of what is learned"
 
 CHOSEN, REJECTED, MARGIN = "data.chosen_key", "data.rejected_key", "data.margin_key"
+COMPLETION, LABEL = "data.completion_key", "data.label_key"
 
 TRUTHS = ("ground_truth", "reward_model.ground_truth")
 """Columns that hold the reference answer, ours and verl's. Where a file has both, they must agree."""
@@ -118,6 +126,11 @@ def pair_columns(settings: PairDataSettings) -> Choose:
     """Return what chooses the columns of preference pairs."""
 
     def choose(names: Sequence[str], file: str) -> Columns:
+        if "label" in names and settings.chosen_key not in names and settings.rejected_key not in names:
+            raise DataError(
+                f"{file} has single answers with labels ({', '.join(names)}) and no pairs; rlcore run dpo with "
+                "actor.objective.loss=kto learns from them"
+            )
         with_prompt = (
             settings.prompt_key in names or settings.prompt_key != PairDataSettings.model_fields["prompt_key"].default
         )
@@ -128,6 +141,22 @@ def pair_columns(settings: PairDataSettings) -> Choose:
             REJECTED: settings.rejected_key,
             MARGIN: ("margin" if "margin" in names else None) if margin == AUTO else margin,
         }
+        return _only(keys, settings, names, file)
+
+    return choose
+
+
+def labelled_columns(settings: PreferenceDataSettings) -> Choose:
+    """Return what chooses the columns of single answers with labels, or of pairs in a file that has no labels."""
+
+    def choose(names: Sequence[str], file: str) -> Columns:
+        if settings.label_key not in names and {settings.chosen_key, settings.rejected_key} <= {*names}:
+            columns = pair_columns(settings)(names, file)
+            return replace(columns, notes=(*columns.notes, "a pair is taken for a good and a bad answer"))
+        completion = settings.completion_key
+        if completion == AUTO:
+            completion = next((name for name in ("completion", "response") if name in names), "completion")
+        keys: dict[str, str | None] = {PROMPT: settings.prompt_key, COMPLETION: completion, LABEL: settings.label_key}
         return _only(keys, settings, names, file)
 
     return choose

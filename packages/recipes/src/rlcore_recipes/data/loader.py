@@ -203,6 +203,10 @@ class BatchLoader(Loader[Batch]):
     """Batches of samples, of which a thread reads those of the next steps ahead.
 
     What was read ahead is no part of the state: a restored loader reads it again.
+
+    Attributes:
+        data: what samples are taken from. Before the first batch, one that adds columns to the same samples may take
+            its place.
     """
 
     ahead = 2
@@ -220,7 +224,7 @@ class BatchLoader(Loader[Batch]):
         fingerprints: Sequence[str] = (),
     ) -> None:
         super().__init__(file_sizes, batch_size, seed=seed, shuffle=shuffle, weights=weights, fingerprints=fingerprints)
-        self._data = data
+        self.data = data
         self._thread = ThreadPoolExecutor(1, "read-ahead")  # one: batches are made one after another
         self._pending: dict[int, Future[Batch]] = {}
 
@@ -239,7 +243,7 @@ class BatchLoader(Loader[Batch]):
         self._thread.shutdown(cancel_futures=True)
 
     def _take(self, indices: list[int], position: int) -> Batch:
-        return self._data.take(indices)
+        return self.data.take(indices)
 
 
 def _quotas(total: int, weights: Sequence[float]) -> list[int]:

@@ -99,7 +99,7 @@ def load_pairs(
     Raises:
         DataError: as `rlcore_recipes.data.sft.load_sft`; also a margin that is no number.
     """
-    reader = _Reader(settings, Renderer(settings, tokenizer), vocabulary)
+    reader = PairReader(settings, Renderer(settings, tokenizer), vocabulary)
     read = read_samples(files, pair_columns(settings), limit, settings.max_length, reader.pairs, reader.left_out)
     ends = written_ends(reader.renderer, reader.chat)
     notes = [*read.notes, *reader.left_out.notes("pairs")]
@@ -107,13 +107,14 @@ def load_pairs(
 
 
 @dataclass
-class _Reader:
+class PairReader:
     """Makes pairs of rows.
 
     Attributes:
         left_out: rows that make no pair, for other reasons than their length.
         overlong: rows with a side that is too long.
         chat: whether the chat template was used.
+        what: a row makes, for messages.
     """
 
     settings: PairDataSettings
@@ -122,6 +123,7 @@ class _Reader:
     left_out: LeftOut = field(default_factory=LeftOut)
     overlong: int = 0
     chat: bool = False
+    what: str = "pair"
 
     def pairs(self, file: DataFile, rows: list[Row], places: list[str]) -> Iterator[Pair]:
         """Yield the pairs of rows, without those that are left out."""
@@ -133,13 +135,13 @@ class _Reader:
         self.chat = self.chat or any(map(partial(is_chat, self.renderer), prompts, answers[0]))
         encoded = [encode_answers(self.renderer, prompts, side, list(kept_places)) for side in answers]
         for row, where, *sides in zip(kept_rows, kept_places, *encoded):
-            chosen, rejected = (self._side(side, where) for side in sides)
+            chosen, rejected = (self.side(side, where) for side in sides)
             if chosen is None or rejected is None:
                 self.overlong += 1
             elif not (any(chosen.mask) and any(rejected.mask)):
-                self._leave_out(EMPTY, where)
+                self.leave_out(EMPTY, where)
             elif chosen == rejected:
-                self._leave_out(EQUAL, where)
+                self.leave_out(EQUAL, where)
             else:
                 margin = file.columns.keys[MARGIN]
                 better_by = 0.0 if margin is None else number(row, margin, where)
@@ -158,19 +160,20 @@ class _Reader:
             )
             divided = divide(prompt, chosen, rejected, where)
             if isinstance(divided, str):
-                self._leave_out(divided, where)
+                self.leave_out(divided, where)
             else:
                 yield divided, row, where
 
-    def _leave_out(self, reason: str, where: str) -> None:
+    def leave_out(self, reason: str, where: str) -> None:
+        """Count the row at ``where``, from which nothing can be learned, or refuse it."""
         if self.settings.unusable == "error":
             raise DataError(
-                f"{where}: a pair {reason}, from which nothing can be learned; remove the row, or set "
-                "data.unusable=filter, which counts such pairs and leaves them out"
+                f"{where}: a {self.what} {reason}, from which nothing can be learned; remove the row, or set "
+                "data.unusable=filter, which counts such rows and leaves them out"
             )
         self.left_out.add(reason, where)
 
-    def _side(self, encoded: Encoded, where: str) -> Side | None:
+    def side(self, encoded: Encoded, where: str) -> Side | None:
         """Return one side up to its last learned token, within the maximum length; None if it is to be left out."""
         ids, mask = encoded
         check_tokens(ids, self.vocabulary, self.renderer.tokenizer, where)
@@ -225,7 +228,7 @@ def divide(prompt: Prompt | None, chosen: Prompt, rejected: Prompt, where: str) 
     _, first, second = divided
     if first == second:
         return EQUAL
-    return EMPTY if _is_empty(first) or _is_empty(second) else divided
+    return EMPTY if is_empty(first) or is_empty(second) else divided
 
 
 def _divided_texts(chosen: str, rejected: str) -> Divided | str:
@@ -259,7 +262,7 @@ def _common(one: Sequence[Any], other: Sequence[Any]) -> int:
     return sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(one, other)))
 
 
-def _is_empty(side: Prompt) -> bool:
+def is_empty(side: Prompt) -> bool:
     """Return whether there is no text in ``side``, or in what the assistant says there."""
     if isinstance(side, str):
         return not side.strip()

@@ -197,3 +197,16 @@ class PairDataSettings(SampleDataSettings):
         description="What to do with pairs that have an empty side, equal sides, or prompts that differ: count them "
         "and leave them out, or stop.",
     )
+
+
+class PreferenceDataSettings(PairDataSettings):
+    """Preferences: pairs of answers, or single answers with a label, as the loss needs them."""
+
+    completion_key: str = Field(
+        AUTO,
+        description="Column of a single answer, for losses without pairs: text, or chat messages. auto: completion or "
+        "response.",
+    )
+    label_key: str = Field(
+        "label", description="Column that says whether a single answer is good: true or false, or 1 and 0."
+    )

@@ -7,6 +7,7 @@ from functools import cache
 
 from rlcore.config import ForeignKey
 from rlcore_recipes.foreign.names import OPENRLHF, TRL
+from rlcore_recipes.foreign.preference_names import OPENRLHF_PREFERENCES, TRL_PREFERENCES
 from rlcore_recipes.from_verl.keys.entries import ANY, Key
 from rlcore_recipes.from_verl.keys.table import Table, reinforcement_table, supervised_table
 
@@ -40,6 +41,17 @@ def foreign_keys(name: str, *, supervised: bool = False) -> Iterator[ForeignKey]
         if entry.ours and entry.ours not in known and not same_name:
             known.add(entry.ours)
             yield _of_verl(entry.name, entry)
+
+
+def foreign_preference_keys(name: str) -> Iterator[ForeignKey]:
+    """Yield what the dotted key ``name`` is in preference optimisation with TRL or OpenRLHF, or else elsewhere."""
+    last = name.rpartition(".")[2]
+    found = [
+        ForeignKey(framework, last, names[last].ours, names[last].remark)
+        for framework, names in (("TRL", TRL_PREFERENCES), ("OpenRLHF", OPENRLHF_PREFERENCES))
+        if last in names
+    ]
+    yield from found or foreign_keys(name, supervised=True)
 
 
 def _of_verl(name: str, entry: Key) -> ForeignKey:

@@ -92,7 +92,14 @@ class DatasetSession(Generic[C]):
 
 
 def train_on_dataset(
-    recipe: str, config: C, load: LoadSamples, step: Step[C], validate: Validate[C], *, head: Head = "policy"
+    recipe: str,
+    config: C,
+    load: LoadSamples,
+    step: Step[C],
+    validate: Validate[C],
+    *,
+    head: Head = "policy",
+    prepare: Callable[[DatasetSession[C]], None] | None = None,
 ) -> None:
     """Train as ``config`` says, from the beginning or from the last checkpoint, to the last step.
 
@@ -102,11 +109,14 @@ def train_on_dataset(
         step: makes the step of that number (from 1) and returns its metrics, ``perf/total_num_tokens`` among them.
         validate: measures the model on the session's ``held_out``.
         head: of the model under training.
+        prepare: called before the first step and before a checkpoint is loaded.
 
     Raises:
         RlcoreError: see `open_dataset_session` and `train`.
     """
     with open_dataset_session(config, load, head) as session:
+        if prepare is not None:
+            prepare(session)
         validates = session.held_out is not None
         train(Run(recipe, session, partial(step, session), partial(validate, session) if validates else None))
 

@@ -18,12 +18,18 @@ def reference_logprobs(
             (`rlcore_recipes.settings.roles.RefSettings.is_actor`).
         offload: move the second model to host memory afterwards.
     """
+    logprobs: Jagged = reference_forward(actor, ref, batch, temperature=temperature, offload=offload)["logprobs"]
+    return logprobs
+
+
+def reference_forward(
+    actor: TrainEngine, ref: TrainEngine | None, batch: Batch, *, temperature: float = 1.0, offload: bool = False
+) -> Batch:
+    """Return what `reference_logprobs` takes the column ``logprobs`` from, which may be still computed."""
     columns, request = batch.select("tokens", "loss_mask"), ForwardRequest(("logprobs",), temperature)
     if ref is None:
-        found = actor.forward(columns, replace(request, adapters=False))
-    else:
-        found = ref.forward(columns, request)
-        if offload:
-            ref.offload()
-    logprobs: Jagged = found["logprobs"]
-    return logprobs
+        return actor.forward(columns, replace(request, adapters=False))
+    found = ref.forward(columns, request)
+    if offload:
+        ref.offload()
+    return found

@@ -7,7 +7,7 @@ import pytest
 from rlcore import plugins
 from rlcore.config import dump_config, load_config
 
-RECIPES = ["sft", "dpo", "grpo", "ppo", "dapo", "raft"]
+RECIPES = ["sft", "rm", "dpo", "grpo", "ppo", "dapo", "raft"]
 SHIPPED = [(recipe, name) for recipe in RECIPES for name in plugins.get("rlcore.recipes", recipe).ready_made()]
 
 
@@ -24,5 +24,13 @@ def test_shipped_configuration_is_valid(recipe: str, name: str, tmp_path: Path) 
 
 def test_the_common_cases_are_there() -> None:
     names = {name for _, name in SHIPPED}
-    assert names >= {"sft_gsm8k", "grpo_gsm8k", "ppo_gsm8k", "dapo_math", "dr_grpo_math", "rloo_gsm8k"}
+    assert names >= {
+        "sft_gsm8k",
+        "rm_ultrafeedback",
+        "grpo_gsm8k",
+        "ppo_gsm8k",
+        "dapo_math",
+        "dr_grpo_math",
+        "rloo_gsm8k",
+    }
     assert {recipe for recipe, _ in SHIPPED} == set(RECIPES)

@@ -49,7 +49,7 @@ def train(
 
 @overload
 def train(
-    recipe: Literal["sft"],
+    recipe: Literal["sft", "rm"],
     *,
     model: PathName | None = None,
     data: Data | None = None,

@@ -50,8 +50,8 @@ OURS: dict[tuple[str, str], str] = {
     ("rlcore.scoring_engines", "http"): "rlcore[http]",
     ("rlcore.executors", "local"): "rlcore",
     ("rlcore.executors", "ray"): "rlcore[ray]",
-    **{("rlcore.rewards", name): "rlcore-rewards" for name in ("gsm8k", "math", "function", "combine")},
-    **{("rlcore.recipes", name): "rlcore[fsdp]" for name in ("sft", "grpo", "ppo", "dapo")},
+    **{("rlcore.rewards", name): "rlcore-rewards" for name in ("gsm8k", "math", "function", "combine", "none")},
+    **{("rlcore.recipes", name): "rlcore[fsdp]" for name in ("sft", "rm", "grpo", "ppo", "dapo")},
     **{("rlcore.trackers", name): "rlcore-recipes" for name in ("console", "jsonl", "parquet")},
     **{
         ("rlcore.trackers", name): f"rlcore-recipes[{name}]"

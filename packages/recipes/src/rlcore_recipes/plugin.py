@@ -9,6 +9,13 @@ sft = Plugin(
     configs="rlcore_recipes.configs.sft",
     summary="Supervised fine-tuning on conversations or prompts with responses.",
 )
+rm = Plugin(
+    interface=1,
+    config="rlcore_recipes.rm:RewardModelConfig",
+    factory="rlcore_recipes.rm:run",
+    configs="rlcore_recipes.configs.rm",
+    summary="Reward models from preference pairs (Bradley-Terry).",
+)
 dpo = Plugin(
     interface=1,
     config="rlcore_recipes.dpo:PreferenceConfig",

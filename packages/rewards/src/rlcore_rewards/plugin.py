@@ -17,6 +17,12 @@ math = Plugin(
     factory="rlcore_rewards.math:math_reward",
     summary="The last expression is mathematically equal to the ground truth (math-verify)",
 )
+none = Plugin(
+    interface=1,
+    config="rlcore_rewards.nothing:NoRewardOptions",
+    factory="rlcore_rewards.nothing:NoReward",
+    summary="No reward: a reward model alone scores completions",
+)
 function = Plugin(
     interface=1,
     config="rlcore_rewards.function:FunctionOptions",

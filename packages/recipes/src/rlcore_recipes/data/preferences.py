@@ -103,7 +103,8 @@ def load_pairs(
     read = read_samples(files, pair_columns(settings), limit, settings.max_length, reader.pairs, reader.left_out)
     ends = written_ends(reader.renderer, reader.chat)
     notes = [*read.notes, *reader.left_out.notes("pairs")]
-    return PairDataset(read.samples, read.file_sizes, reader.overlong, read.fingerprints, ends, notes)
+    overlong = reader.overlong, read.fingerprints, ends, notes, reader.first_overlong
+    return PairDataset(read.samples, read.file_sizes, *overlong)
 
 
 @dataclass
@@ -113,6 +114,7 @@ class PairReader:
     Attributes:
         left_out: rows that make no pair, for other reasons than their length.
         overlong: rows with a side that is too long.
+        first_overlong: the place of the first one.
         chat: whether the chat template was used.
         what: a row makes, for messages.
     """
@@ -122,6 +124,7 @@ class PairReader:
     vocabulary: int | None
     left_out: LeftOut = field(default_factory=LeftOut)
     overlong: int = 0
+    first_overlong: str = ""
     chat: bool = False
     what: str = "pair"
 
@@ -138,6 +141,7 @@ class PairReader:
             chosen, rejected = (self.side(side, where) for side in sides)
             if chosen is None or rejected is None:
                 self.overlong += 1
+                self.first_overlong = self.first_overlong or where
             elif not (any(chosen.mask) and any(rejected.mask)):
                 self.leave_out(EMPTY, where)
             elif chosen == rejected:

@@ -210,3 +210,10 @@ class PreferenceDataSettings(PairDataSettings):
     label_key: str = Field(
         "label", description="Column that says whether a single answer is good: true or false, or 1 and 0."
     )
+
+
+class RewardDataSettings(PairDataSettings):
+    """Preference pairs for reward models."""
+
+    train_batch_size: int = Field(256, ge=1, description="Pairs per step.")
+    val_batch_size: int | None = Field(None, ge=1, description="Pairs per validation batch; null: all together.")

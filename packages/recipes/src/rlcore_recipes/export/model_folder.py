@@ -24,7 +24,8 @@ from rlcore_recipes.run.preflight import check_sources
 from rlcore_recipes.run.roles import engine_of
 
 ExportDType = Literal["float32", "bfloat16", "float16"]
-HEADS: dict[str, Head] = {"actor": "policy", "critic": "value"}
+EXPORTED = ("actor", "critic")
+"""Roles whose weights are in checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,15 @@ def role_spec(trained: TrainedModel, options: ExportOptions) -> tuple[str, Train
     """
     config, role = trained.config, options.role
     section = getattr(config, role, None)
-    if section is None or role not in HEADS:
+    if section is None or role not in EXPORTED:
         raise ConfigError(f"the recipe {trained.state.recipe} has no role {role!r} that can be exported")
     model: ModelSettings = getattr(section, "model", None) or config.model
     changes = {"export_dtype": options.dtype, "export_file_mb": options.file_mb, "path": options.model}
     model = model.model_copy(update={key: value for key, value in changes.items() if value is not None})
     engine, engine_options = engine_of(section, config.actor)
-    return engine, TrainEngineSpec(model=model, options=engine_options, head=HEADS[role], seed=config.seed)
+    head: Head = "value" if role == "critic" else getattr(config, "head", "policy")
+    # the checkpoint has the head, which the model that the run started from may lack
+    return engine, TrainEngineSpec(model, engine_options, head=head, seed=config.seed, new_head=True)
 
 
 def check_free(folder: Path, overwrite: bool) -> None:

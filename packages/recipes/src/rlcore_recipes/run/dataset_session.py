@@ -11,7 +11,6 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from rlcore.controller import Executor
 from rlcore.engines import TrainEngine
-from rlcore.engines.settings import Head
 from rlcore_recipes.data.end_tokens import missing_ends, model_tokens, save_tokenizer
 from rlcore_recipes.data.loader import BatchLoader
 from rlcore_recipes.data.mixture import by_source
@@ -98,7 +97,6 @@ def train_on_dataset(
     step: Step[C],
     validate: Validate[C],
     *,
-    head: Head = "policy",
     prepare: Callable[[DatasetSession[C]], None] | None = None,
 ) -> None:
     """Train as ``config`` says, from the beginning or from the last checkpoint, to the last step.
@@ -108,13 +106,12 @@ def train_on_dataset(
         load: reads the samples.
         step: makes the step of that number (from 1) and returns its metrics, ``perf/total_num_tokens`` among them.
         validate: measures the model on the session's ``held_out``.
-        head: of the model under training.
         prepare: called before the first step and before a checkpoint is loaded.
 
     Raises:
         RlcoreError: see `open_dataset_session` and `train`.
     """
-    with open_dataset_session(config, load, head) as session:
+    with open_dataset_session(config, load) as session:
         if prepare is not None:
             prepare(session)
         validates = session.held_out is not None
@@ -122,7 +119,7 @@ def train_on_dataset(
 
 
 @contextmanager
-def open_dataset_session(config: C, load: LoadSamples, head: Head = "policy") -> Iterator[DatasetSession[C]]:
+def open_dataset_session(config: C, load: LoadSamples) -> Iterator[DatasetSession[C]]:
     """Read the data, then build the models; close them at the end.
 
     Raises:
@@ -143,7 +140,7 @@ def open_dataset_session(config: C, load: LoadSamples, head: Head = "policy") ->
     with ExitStack() as stack:
         stack.callback(batches.close)
         executor = open_executor(config.controller, config.roles, trainer.out_dir, stack)
-        actor, ref = _engines(config, executor, head, total_steps, stack)
+        actor, ref = _engines(config, executor, total_steps, stack)
         models = {"actor": Model(actor, config.actor)}
         if ref is not None and config.ref_role is not None:
             models["ref"] = Model(ref, config.ref_role)
@@ -166,12 +163,12 @@ def open_dataset_session(config: C, load: LoadSamples, head: Head = "policy") ->
 
 
 def _engines(
-    config: SampleTaskConfig, executor: Executor, head: Head, total_steps: int, stack: ExitStack
+    config: SampleTaskConfig, executor: Executor, total_steps: int, stack: ExitStack
 ) -> tuple[TrainEngine, TrainEngine | None]:
     """Build the model under training and, where the task has one, the reference model; ``stack`` closes them."""
     engine = partial(train_engine, seed=config.seed, max_length=config.data.max_length)
     optim = with_total_steps(config.actor.optim, total_steps)
-    factory = partial(engine, config.actor, config.model, head=head, optim=optim)
+    factory = partial(engine, config.actor, config.model, head=config.head, optim=optim)
     actor: TrainEngine = executor.build("actor", TrainEngine, factory)  # type: ignore[type-abstract]
     stack.callback(closed, actor)
     if config.ref_role is None or not config.builds_ref:

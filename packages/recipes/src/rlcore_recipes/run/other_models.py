@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rlcore.boundary import boundary
 from rlcore.engines import ModelSettings
 from rlcore.errors import DataError
+from rlcore_recipes.data.limits import limited
 from rlcore_recipes.data.tokenizer import TOKENIZER_FILES, load_tokenizer
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ def check_other_models(config: RLConfig, tokenizer: Any) -> None:
     """
     if config.reward_model is not None:
         _check("reward_model.model.path", config.reward_model.model, config.model, tokenizer, scores=True)
+        if not config.reward_model.any_chat_template:
+            _check_template(config.reward_model.model, tokenizer)
     critic = config.critic_role
     if critic is not None and critic.model is not None:
         _check("critic.model.path", critic.model, config.model, tokenizer)
@@ -39,7 +42,12 @@ def _check(key: str, model: ModelSettings, policy: ModelSettings, tokenizer: Any
     if scores and architectures and all(name.endswith("ForCausalLM") for name in architectures):
         raise DataError(
             f"{where} is a language model ({architectures[0]}): a reward model has a scalar score head, as "
-            "...ForSequenceClassification with one label"
+            "...ForSequenceClassification with one label; train one with rlcore run rm"
+        )
+    if scores and architectures and config.num_labels != 1:
+        raise DataError(
+            f"{where} gives {config.num_labels} labels (num_labels): a reward model gives one number; take a model "
+            "with one label"
         )
     # a tokenizer may know more tokens than its model, which never makes those
     if model.tokenizer_path or not folder.is_dir() or any((folder / name).is_file() for name in TOKENIZER_FILES):
@@ -53,6 +61,37 @@ def _check(key: str, model: ModelSettings, policy: ModelSettings, tokenizer: Any
             f"{where} has another vocabulary ({theirs} tokens) than the policy ({size}); it is given the policy's own "
             "tokens, so both need the same tokenizer"
         )
+
+
+def _check_template(model: ModelSettings, tokenizer: Any) -> None:
+    """See whether the reward model has learned from conversations that are written as the policy's are.
+
+    Raises:
+        DataError: its tokenizer comes with a chat template that writes a conversation differently.
+    """
+    folder = Path(model.path).expanduser()
+    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return
+    theirs = load_tokenizer(model)
+    if not theirs.chat_template or not tokenizer.chat_template:
+        return
+    written = [_probe(one) for one in (tokenizer, theirs)]
+    if None not in written and written[0] != written[1]:
+        raise DataError(
+            f"reward_model.model.path={model.path} writes conversations by another chat template than the policy, "
+            f"{written[1]!r:.200} instead of {written[0]!r:.200}: its scores would be those of texts that it has never "
+            "seen; train it with the policy's tokenizer, or set reward_model.any_chat_template=true"
+        )
+
+
+def _probe(tokenizer: Any) -> str | None:
+    """Return a conversation under the chat template of ``tokenizer``; None if it wants another conversation."""
+    probe = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    try:
+        with boundary("a conversation of two messages cannot be written"), limited():
+            return str(tokenizer.apply_chat_template(probe, tokenize=False))
+    except DataError:
+        return None
 
 
 def _config_of(source: ModelSettings) -> Any:

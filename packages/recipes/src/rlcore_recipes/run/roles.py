@@ -89,6 +89,7 @@ def train_engine(
 
     Args:
         policy: see `engine_of`.
+        optim: None freezes the model, which then needs its head in its files.
         max_length: longest sequence that the run may make, in tokens; None if unknown.
     """
     name, options = engine_of(role, policy)
@@ -101,6 +102,7 @@ def train_engine(
         max_tokens=DEFAULT_TOKENS if budget == AUTO else budget,  # `MicroBatches` sets what fits, once all is built
         seed=seed,
         max_length=max_length,
+        new_head=optim is not None,
     )
     engine: TrainEngine = plugins.get(role.plugin_group, name).build(spec)
     if role.offload:

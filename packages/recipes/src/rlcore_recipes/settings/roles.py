@@ -172,6 +172,9 @@ class RewardModelSettings(FollowingRole):
         "tokenizer."
     )
     coeff: float = Field(1.0, description="Factor on the model's score.")
+    any_chat_template: bool = Field(
+        False, description="Accept a model whose chat template writes conversations differently than the policy's."
+    )
 
 
 class ValidationSampling(Config):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 from pydantic import Field
 
 from rlcore.algorithms.objectives import SFTObjectiveSettings
+from rlcore.algorithms.reward_models import RewardObjectiveSettings
 from rlcore.config import Config, ForeignKey
 from rlcore.engines import ModelSettings, OptimSettings
-from rlcore_recipes.data.settings import SampleDataSettings, SFTDataSettings
+from rlcore.engines.settings import Head
+from rlcore_recipes.data.settings import RewardDataSettings, SampleDataSettings, SFTDataSettings
 from rlcore_recipes.foreign.answers import foreign_keys
 from rlcore_recipes.settings.controller import ControllerSettings, unused
 from rlcore_recipes.settings.roles import ModelRole, RefSettings
@@ -23,7 +26,13 @@ class SampleActorSettings(ModelRole):
 
 
 class SampleTaskConfig(Config):
-    """One run of a task that learns from a data set."""
+    """One run of a task that learns from a data set.
+
+    Attributes:
+        head: of the model under training.
+    """
+
+    head: ClassVar[Head] = "policy"
 
     seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of the data order.")
     model: ModelSettings = Field(description="The model to train.")
@@ -85,6 +94,24 @@ class SFTConfig(SampleTaskConfig):
 
     data: SFTDataSettings = Field(description="Samples to learn; train_batch_size counts samples.")
     actor: SFTActorSettings = Field(default_factory=SFTActorSettings, description="The model under training.")
+
+
+class RewardActorSettings(SampleActorSettings):
+    """The reward model under training. One step is one optimizer step over one batch."""
+
+    objective: RewardObjectiveSettings = Field(default_factory=RewardObjectiveSettings, description="Loss.")
+
+
+class RewardModelConfig(SampleTaskConfig):
+    """One run of reward-model training."""
+
+    head: ClassVar[Head] = "score"
+
+    model: ModelSettings = Field(
+        description="The model to train: a language model, which gets a new score head, or a reward model."
+    )
+    data: RewardDataSettings = Field(description="Samples to learn; train_batch_size counts pairs.")
+    actor: RewardActorSettings = Field(default_factory=RewardActorSettings, description="The reward model.")
 
 
 class TokenizeConfig(Config):

@@ -1,0 +1,44 @@
+"""Samples of reward models: answers whose scores are trained, at their last tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rlcore.batch import Batch
+from rlcore_recipes.data.preferences import PairDataset, load_pairs
+from rlcore_recipes.data.settings import RewardDataSettings
+
+
+@dataclass(frozen=True)
+class ScoredPairs(PairDataset):
+    """Preference pairs whose sides are scored."""
+
+    def take(self, indices: Iterable[int]) -> Batch:
+        """Return pairs as `PairDataset.take` does, with ``loss_mask`` 1 on the last token of each side alone.
+
+        That token ends the answer, as the last token of a completion does, so that a policy's completions are scored as
+        the answers were.
+        """
+        batch = super().take(indices)
+        last = torch.zeros(batch.total_tokens)
+        last[batch.lengths.cumsum(0) - 1] = 1
+        return batch.with_columns(loss_mask=batch.jagged(last))
+
+
+def load_reward_samples(
+    settings: RewardDataSettings,
+    files: Sequence[str],
+    tokenizer: Any,
+    limit: int | None = None,
+    vocabulary: int | None = None,
+) -> ScoredPairs:
+    """Read and tokenise what a reward model learns from; the arguments are those of `load_pairs`.
+
+    Raises:
+        DataError: see `load_pairs`.
+    """
+    return ScoredPairs(**vars(load_pairs(settings, files, tokenizer, limit, vocabulary)))

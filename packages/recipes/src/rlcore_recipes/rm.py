@@ -1,0 +1,59 @@
+"""Reward models: a scalar score of an answer, learned from comparisons."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rlcore.algorithms.reward_models import RewardObjective
+from rlcore.batch import Batch
+from rlcore.cli import run_recipe_module
+from rlcore.metrics import Metrics
+from rlcore_recipes.data.reward_samples import load_reward_samples
+from rlcore_recipes.run.dataset_session import DatasetSession, train_on_dataset
+from rlcore_recipes.run.restarts import restarting
+from rlcore_recipes.run.trainable import Validation
+from rlcore_recipes.settings.supervised import RewardModelConfig
+
+
+@restarting
+def run(config: RewardModelConfig) -> None:
+    """Train, from the beginning or from the last checkpoint, to the last step."""
+    train_on_dataset("rm", config, load_reward_samples, step, validate)
+
+
+def step(session: DatasetSession[RewardModelConfig], number: int) -> dict[str, float]:
+    """Make one optimizer step over the next batch."""
+    batch, objective = next(session.batches), RewardObjective(session.config.actor.objective)
+    metrics = session.actor.train(batch.drop("data_source"), objective).prefixed("train/").to_dict()
+    return metrics | {"perf/total_num_tokens": float(batch.total_tokens)}
+
+
+def validate(session: DatasetSession[RewardModelConfig]) -> Validation:
+    """Measure loss, accuracy and scores over all held-out samples, and over those of each data source."""
+    objective = RewardObjective(session.config.actor.objective)
+    parts: dict[str, list[Metrics]] = {}
+    for batch in _held_out(session):
+        values = session.actor.forward(batch.select("tokens", "loss_mask"), objective.request).flat("values")
+        scored = batch.with_columns(values=batch.jagged(values))
+        for name in ["", *sorted(set(batch["data_source"]))]:
+            rows = [row for row, source in enumerate(batch["data_source"]) if name in ("", source)]
+            part = scored.take(rows)
+            _, metrics = objective.loss({"values": part.flat("values")}, part, objective.denominators(part))
+            parts.setdefault(name, []).append(metrics)
+    found = {}
+    for name, metrics in parts.items():
+        found |= Metrics.merge(metrics).prefixed(f"val-core/{name}/" if name else "val/").to_dict()
+    return Validation(found)
+
+
+def _held_out(session: DatasetSession[RewardModelConfig]) -> Iterator[Batch]:
+    """Yield the held-out samples, ``data.val_batch_size`` at a time."""
+    held_out = session.held_out
+    assert held_out is not None
+    size = session.config.data.val_batch_size or len(held_out)
+    for start in range(0, len(held_out), size):
+        yield held_out.take(range(start, min(start + size, len(held_out))))
+
+
+if __name__ == "__main__":
+    run_recipe_module("rm")

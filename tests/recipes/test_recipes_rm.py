@@ -1,0 +1,167 @@
+"""Reward models: trained on pairs, and then the reward of PPO."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import string
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from rlcore.cli.command_tree import cli
+
+WITHOUT_ROLLOUTS = dict.fromkeys(
+    ["data.max_prompt_length", "data.max_response_length", "rollout.n", "reward.path", "reward.workers"]
+)
+
+
+def answer(chance: random.Random) -> str:
+    """Up to twelve characters, of which some share is lower-case letters."""
+    share = chance.random()
+    letters = (string.ascii_lowercase, string.ascii_uppercase + string.digits + string.punctuation)
+    return "".join(chance.choice(letters[chance.random() > share]) for _ in range(chance.randint(1, 12)))
+
+
+def lower(text: str) -> float:
+    return sum(c.isascii() and c.islower() for c in text[:8]) / 8
+
+
+def write_pairs(path: Path, count: int, seed: int) -> Path:
+    """Pairs of which the side with more lower-case letters is preferred, of two data sources."""
+    chance = random.Random(seed)
+    rows: list[dict[str, Any]] = []
+    while len(rows) < count:
+        sides = sorted((answer(chance), answer(chance)), key=lower)
+        if lower(sides[1]) - lower(sides[0]) > 0.2:
+            prompt = [{"role": "user", "content": f"say {chance.randint(10, 99)}"}]
+            rows.append(
+                {"prompt": prompt, "chosen": sides[1], "rejected": sides[0], "data_source": f"s{len(rows) % 2}"}
+            )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def keys(task: Any) -> dict[str, Any]:
+    return {
+        **WITHOUT_ROLLOUTS,
+        "data.train_files": write_pairs(task.folder / "pairs.jsonl", 1024, 0),
+        "data.val_files": write_pairs(task.folder / "held_out.jsonl", 48, 1),
+        "data.train_batch_size": 32,
+        "data.max_length": 16,
+        "data.overlong": "truncate",
+        "actor.optim.lr": 3e-3,
+        "trainer.total_steps": 48,
+        "trainer.test_freq": 24,
+        "trainer.save_hf": "true",
+    }
+
+
+@pytest.fixture(scope="module")
+def trained(task: Any, keys: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rm")
+    with pytest.warns(UserWarning, match="scalar head is new"):
+        result = task.run("rm", folder, keys)
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+def test_the_accuracy_on_held_out_pairs_rises(trained: Path, metrics_of: Callable[[Path], Any]) -> None:
+    lines = [line for line in metrics_of(trained) if "val/accuracy" in line]
+    assert lines[0]["val/accuracy"] < 0.7
+    assert lines[-1]["val/accuracy"] > 0.9
+    assert lines[-1]["val/loss"] < 0.4
+    both = [lines[-1][f"val-core/s{source}/accuracy"] for source in (0, 1)]
+    assert sum(both) / 2 == pytest.approx(lines[-1]["val/accuracy"])
+    assert lines[-1]["val/margin"] == pytest.approx(lines[-1]["val/score_chosen"] - lines[-1]["val/score_rejected"])
+
+
+def test_ppo_with_the_reward_model_improves_what_it_was_trained_on(
+    task: Any, trained: Path, tmp_path: Path, metrics_of: Callable[[Path], Any]
+) -> None:
+    changes = {
+        "reward.path": None,
+        "reward.workers": None,
+        "reward.name": "none",
+        "reward_model.model.path": trained / "model",
+        "critic.model.path": trained / "model",
+        "critic.optim.lr": 3e-3,
+        "actor.optim.lr": 1e-2,
+        "data.train_batch_size": 16,
+        "trainer.total_steps": 25,
+        "trainer.log_rollouts": -1,
+    }
+    result = task.run("ppo", tmp_path, changes)
+    assert result.exit_code == 0, result.output
+    lines = metrics_of(tmp_path)
+    assert lines[-1]["critic/score/mean"] == lines[-1]["reward_model/score/mean"] > lines[0]["critic/score/mean"] + 1
+    rollouts = [json.loads(line) for line in (tmp_path / "tables" / "rollouts.jsonl").read_text().splitlines()]
+    shares = {step: [lower(row["completion"]) for row in rollouts if row["step"] == step] for step in (1, 25)}
+    assert sum(shares[1]) / len(shares[1]) < 0.2
+    assert sum(shares[25]) / len(shares[25]) > 0.8
+
+
+def test_the_model_is_a_sequence_classifier_of_transformers(trained: Path, keys: dict[str, Any], task: Any) -> None:
+    """Scores of padded text, as transformers users compute them, order held-out pairs as the last validation did."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = trained / "model"
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    rows = [json.loads(line) for line in Path(keys["data.val_files"]).read_text().splitlines()]
+    right = 0
+    for row in rows:
+        turns = [[*row["prompt"], {"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")]
+        texts = [tokenizer.apply_chat_template(turn, tokenize=False) for turn in turns]
+        with torch.no_grad():
+            chosen, rejected = model(**tokenizer(texts, return_tensors="pt", padding=True)).logits[:, 0]
+        right += bool(chosen > rejected)
+    assert right / len(rows) > 0.8
+
+
+def test_a_resumed_run_ends_with_the_same_weights(task: Any, keys: dict[str, Any], tmp_path: Path) -> None:
+    short = {**keys, "trainer.test_freq": -1, "trainer.save_freq": 2, "trainer.total_steps": 4}
+    assert task.run("rm", tmp_path / "whole", short).exit_code == 0
+    assert task.run("rm", tmp_path / "parts", {**short, "trainer.total_steps": 2}).exit_code == 0
+    again = task.run("rm", tmp_path / "parts", short)
+    assert "continuing after step 2" in again.output
+    whole, parts = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    exported = CliRunner().invoke(cli, ["export", str(tmp_path / "parts"), "--out", str(tmp_path / "exported")])
+    assert exported.exit_code == 0, exported.output
+    assert torch.equal(load_file(tmp_path / "exported" / "model.safetensors")["score.weight"], whole["score.weight"])
+
+
+def test_a_model_that_cannot_be_the_reward_is_refused(task: Any, trained: Path, tmp_path: Path) -> None:
+    ppo = {"reward.path": None, "reward.workers": None, "reward.name": "none"}
+
+    def message(changes: dict[str, Any]) -> str:
+        result = task.run("ppo", tmp_path / "out", {**ppo, **changes})
+        assert result.exit_code == 1
+        assert not (tmp_path / "out").exists()
+        return " ".join(result.output.split())
+
+    assert "nothing scores completions: set reward_model.model.path" in message({})
+    folder = tmp_path / "model"
+    shutil.copytree(trained / "model", folder)
+    config = json.loads((folder / "config.json").read_text())
+    labels = {"id2label": {str(n): f"L{n}" for n in range(3)}, "label2id": {f"L{n}": n for n in range(3)}}
+    (folder / "config.json").write_text(json.dumps(config | labels))
+    assert "gives 3 labels (num_labels): a reward model gives one number" in message(
+        {"reward_model.model.path": folder}
+    )
+    (folder / "config.json").write_text(json.dumps(config))
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|end|>", "<|end|><|end|>"))
+    assert "by another chat template than the policy" in message({"reward_model.model.path": folder})
+    weights = load_file(folder / "model.safetensors")
+    headless = {name: tensor for name, tensor in weights.items() if name != "score.weight"}
+    save_file(headless, folder / "model.safetensors", metadata={"format": "pt"})
+    accepting = {"reward_model.model.path": folder, "reward_model.any_chat_template": "true"}
+    assert "have no scalar head (score.weight)" in message(accepting)

@@ -40,9 +40,9 @@ def validate(session: DatasetSession[RewardModelConfig]) -> Validation:
             part = scored.take(rows)
             _, metrics = objective.loss({"values": part.flat("values")}, part, objective.denominators(part))
             parts.setdefault(name, []).append(metrics)
-    found = {}
-    for name, metrics in parts.items():
-        found |= Metrics.merge(metrics).prefixed(f"val-core/{name}/" if name else "val/").to_dict()
+    found: dict[str, float] = {}
+    for name, measured in parts.items():
+        found |= Metrics.merge(measured).prefixed(f"val-core/{name}/" if name else "val/").to_dict()
     return Validation(found)
 
 

@@ -58,7 +58,7 @@ def evaluate(
     """Loss, its gradient with respect to the scores, metrics."""
     leaf = values.clone().requires_grad_()
     loss, metrics = found.loss({"values": leaf}, batch, found.denominators(batch) if sums is None else sums)
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     assert leaf.grad is not None
     return float(loss.detach()), leaf.grad, metrics
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from rlcore.algorithms.shaping import terminal_rewards
 from rlcore.batch import Batch
 from rlcore_recipes.data.preferences import PairDataset, load_pairs
 from rlcore_recipes.data.settings import RewardDataSettings
@@ -24,9 +25,7 @@ class ScoredPairs(PairDataset):
         the answers were.
         """
         batch = super().take(indices)
-        last = torch.zeros(batch.total_tokens)
-        last[batch.lengths.cumsum(0) - 1] = 1
-        return batch.with_columns(loss_mask=batch.jagged(last))
+        return batch.with_columns(loss_mask=batch.jagged(terminal_rewards(batch, torch.ones(len(batch)))))
 
 
 def load_reward_samples(

@@ -52,6 +52,21 @@ raft = Plugin(
     summary="Rejection sampling (best-of-n, RAFT, expert iteration, STaR, reward-weighted SFT; Dong et al., 2023).",
 )
 
+distill = Plugin(
+    interface=1,
+    config="rlcore_recipes.settings.distillation:DistillConfig",
+    factory="rlcore_recipes.distill:run",
+    configs="rlcore_recipes.configs.distill",
+    summary="Distillation from teachers, on the student's completions or given ones (Agarwal et al., 2023).",
+)
+
+no_reward = Plugin(
+    interface=1,
+    config="rlcore.config.registry:NoParams",
+    factory="rlcore_recipes.rollouts.no_reward:NoReward",
+    summary="No reward: every completion scores 0 (for recipes that learn from something else).",
+)
+
 console_tracker = Plugin(
     interface=1,
     config="rlcore_recipes.trackers.settings:ConsoleSettings",

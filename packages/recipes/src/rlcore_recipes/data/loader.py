@@ -186,10 +186,10 @@ class PromptLoader(Loader[list[PromptSample]]):
             weights=weights,
             fingerprints=dataset.fingerprints,
         )
-        self._dataset = dataset
+        self.dataset = dataset
 
     def _take(self, indices: list[int], position: int) -> list[PromptSample]:
-        return [replace(self._dataset[index], position=position + place) for place, index in enumerate(indices)]
+        return [replace(self.dataset[index], position=position + place) for place, index in enumerate(indices)]
 
 
 class Samples(Protocol):

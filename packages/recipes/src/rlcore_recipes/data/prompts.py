@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
 
 from rlcore.errors import DataError
 from rlcore_recipes.data.chat import Message, Renderer, as_prompt
 from rlcore_recipes.data.columns import Columns, Row, column, data_source
+from rlcore_recipes.data.encoding import as_answer, encode_answers
 from rlcore_recipes.data.end_tokens import check_tokens, written_ends
 from rlcore_recipes.data.files import DataFile, Fingerprint, open_files
 from rlcore_recipes.data.layouts import PROMPT, SOURCE, TRUTH, prompt_columns
@@ -32,6 +33,7 @@ class PromptSample:
         position: how many samples the loader drew before this one in the whole run, from which its seed derives;
             `PromptLoader` sets it, until then it equals ``index``.
         text: the prompt as it is in the file, if it is plain text without a chat template; else None.
+        completion: token ids of the response that the file gives, its end token included; None without one.
     """
 
     prompt_tokens: list[int]
@@ -42,6 +44,7 @@ class PromptSample:
     index: int = 0
     position: int = 0
     text: str | None = None
+    completion: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class PromptDataset(Sequence[PromptSample]):
         fingerprints: of what each file holds.
         ends: tokens that end an answer in texts of the tokenizer (see `written_ends`).
         notes: what was recognised in the files.
+        long_responses: prompts left out because their responses are too long.
         without_truth: a file in which ``data.ground_truth_key=auto`` found no reference answer, and why.
     """
 
@@ -66,6 +70,7 @@ class PromptDataset(Sequence[PromptSample]):
     ends: frozenset[int] = frozenset()
     notes: Sequence[str] = ()
     without_truth: str | None = None
+    long_responses: int = 0
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -84,6 +89,7 @@ def load_prompts(
     tokenizer: Any,
     limit: int | None = None,
     vocabulary: int | None = None,
+    response_key: str | None = None,
 ) -> PromptDataset:
     """Read and tokenise prompts.
 
@@ -92,13 +98,14 @@ def load_prompts(
         tokenizer: see `rlcore_recipes.data.tokenizer.load_tokenizer`.
         limit: read only the first rows of all files together (``settings.val_limit``).
         vocabulary: tokens that the model knows; None does not check that it knows those of the prompts.
+        response_key: column with the responses that are trained on; None reads none.
 
     Raises:
         DataError: a file or column is missing or cannot be read, a prompt is null or empty, holds something else than
             text or a token that the model does not know, the chat template is missing or fails, a prompt is too long
             under ``overlong_prompts=error``, or no prompt of a file is short enough.
     """
-    reader = _Reader(settings, Renderer(settings, tokenizer), vocabulary)
+    reader = _Reader(settings, Renderer(settings, tokenizer), vocabulary, response_key)
     samples: SampleStore[PromptSample] = SampleStore()
     sizes: list[int] = []
     prints: list[str] = []
@@ -120,6 +127,7 @@ def load_prompts(
         ends=written_ends(reader.renderer, reader.chat),
         notes=notes,
         without_truth=without_truth,
+        long_responses=reader.long_responses,
     )
 
 
@@ -136,9 +144,11 @@ class _Reader:
     settings: DataSettings
     renderer: Renderer
     vocabulary: int | None
+    response_key: str | None = None
     chat: bool = False
     filtered: int = 0
     cut: int = 0
+    long_responses: int = 0
 
     def read(self, file: DataFile, samples: SampleStore[PromptSample]) -> str:
         """Append the prompts of ``file`` that are not too long to ``samples``; return the file's fingerprint."""
@@ -148,9 +158,15 @@ class _Reader:
             places = [f"{file.name}, row {number}" for number in range(seen.rows, seen.rows + len(rows))]
             tokens, prompts = self._tokens(file, rows, places)
             kept = seen.add(tokens, self.settings)
+            completions = self._completions(file, rows, places, prompts, tokens)
+            short = [n for n in kept if len(completions[n] or ()) <= self.settings.max_response_length]
+            self.long_responses += len(kept) - len(short)
             samples.extend(
-                self._sample(file, rows[number], places[number], prompts[number], tokens[number], index)
-                for index, number in enumerate(kept, len(samples))
+                replace(
+                    self._sample(file, rows[number], places[number], prompts[number], tokens[number], index),
+                    completion=completions[number],
+                )
+                for index, number in enumerate(short, len(samples))
             )
         seen.check(self.settings, file.name)
         if self.settings.overlong_prompts == "filter":
@@ -168,6 +184,31 @@ class _Reader:
             check_tokens(ids, self.vocabulary, self.renderer.tokenizer, where)
         self.chat = self.chat or any(map(self.renderer.is_chat, prompts))
         return tokens, prompts
+
+    def _completions(
+        self, file: DataFile, rows: list[Row], places: list[str], prompts: list[Prompt], tokens: list[list[int]]
+    ) -> Sequence[list[int] | None]:
+        """Return the token ids of the rows' responses, up to the end token; None each if none are read."""
+        key = self.response_key
+        if key is None:
+            return [None] * len(rows)
+        answers = []
+        for row, where in zip(rows, places):
+            value = column(row, key)
+            if not isinstance(value, str):
+                raise DataError(f"{where}: the column {key!r} must hold the response as text, not {value!r:.100}")
+            answers.append(as_answer(value, where, file.padded))
+        encoded = encode_answers(self.renderer, prompts, list(answers), places)
+        found = []
+        for (ids, mask), prompt, where in zip(encoded, tokens, places):
+            if ids[: len(prompt)] != prompt:
+                raise DataError(
+                    f"{where}: with its response, the prompt has other tokens than without: the chat template writes "
+                    "it differently; set data.chat_template_kwargs so that both agree"
+                )
+            found.append([token for token, learned in zip(ids[len(prompt) :], mask[len(prompt) :]) if learned])
+            check_tokens(found[-1], self.vocabulary, self.renderer.tokenizer, where)
+        return found
 
     def _sample(
         self, file: DataFile, row: Row, where: str, prompt: Prompt, tokens: list[int], index: int

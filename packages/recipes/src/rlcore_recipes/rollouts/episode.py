@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from rlcore.engines import Completion, GenerationRequest, RolloutEngine, SamplingParams
 from rlcore.engines.rollout import FinishReason
@@ -34,11 +35,11 @@ class Trajectory:
 
     Attributes:
         segments: in the order of the sequence; the tokens before the first sampled segment are the prompt.
-        finish_reason: of the last sampled segment.
+        finish_reason: of the last sampled segment; "given" for a completion of the data set.
     """
 
     segments: tuple[Segment, ...]
-    finish_reason: FinishReason
+    finish_reason: FinishReason | Literal["given"]
 
 
 Episode = Callable[[RolloutEngine, PromptSample, int], Awaitable[Trajectory]]

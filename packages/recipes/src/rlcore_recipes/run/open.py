@@ -62,20 +62,28 @@ def train_rl(recipe: str, config: C, step: Step[C], validate: Validate[C] | None
             "(validate_completions if its steps train on single completions)"
         )
     with open_session(config) as session:
-        train(
-            Run(
-                recipe=recipe,
-                session=session,
-                step=partial(step, session),
-                validate=None if validate is None or session.val_prompts is None else partial(validate, session),
-                resumed=partial(sync_weights, session),
-            )
-        )
+        train(rl_run(recipe, session, partial(step, session), validate))
+
+
+def rl_run(
+    recipe: str, session: Session[C], step: Callable[[int], dict[str, float]], validate: Validate[C] | None
+) -> Run:
+    """Return the run of ``session`` for `train`; for the arguments see `train_rl`."""
+    return Run(
+        recipe=recipe,
+        session=session,
+        step=step,
+        validate=None if validate is None or session.val_prompts is None else partial(validate, session),
+        resumed=partial(sync_weights, session),
+    )
 
 
 @contextmanager
-def open_session(config: C) -> Iterator[Session[C]]:
+def open_session(config: C, check: Callable[[C, RunData], None] | None = None) -> Iterator[Session[C]]:
     """Read the data, then build the models; close them at the end. For a recipe that is `restarting`.
+
+    Args:
+        check: what the recipe checks of the data before anything is built.
 
     Raises:
         RlcoreError: something in the input is missing, broken or in the way. Nothing has been written then.
@@ -83,6 +91,8 @@ def open_session(config: C) -> Iterator[Session[C]]:
     if launched_as_main():
         config.warn_of_doubts()
     data = read_data(config)
+    if check is not None:
+        check(config, data)
     out_dir, penalty = config.trainer.out_dir, config.algorithm.kl_in_reward
     with ExitStack() as stack:
         executor = open_executor(config.controller, config.roles, out_dir, stack)
@@ -131,7 +141,7 @@ def read_data(config: RLConfig) -> RunData:
     tokenizer = load_tokenizer(config.model)
     check_other_models(config, tokenizer)
     size, model_ends = model_tokens(config.model)
-    dataset = load_prompts(data, data.train_files, tokenizer, vocabulary=size)
+    dataset = load_prompts(data, data.train_files, tokenizer, vocabulary=size, response_key=config.response_key)
     val_prompts = load_prompts(data, data.val_files, tokenizer, data.val_limit, size) if validates else None
     found = [dataset] if val_prompts is None else [dataset, val_prompts]
     check_ground_truth(config.reward, *found)
@@ -151,7 +161,8 @@ def overlong_notes(data: PromptDataset, settings: DataSettings) -> list[str]:
     limit = f"longer than data.max_prompt_length={settings.max_prompt_length}"
     left_out = [f"{data.filtered:,} prompts are {limit} and left out"] if data.filtered else []
     cut = [f"{data.cut:,} prompts are {limit} and cut ({settings.overlong_prompts})"] if data.cut else []
-    return left_out + cut
+    long = [f"{data.long_responses:,} responses are longer than data.max_response_length, and their prompts left out"]
+    return left_out + cut + long * (data.long_responses > 0)
 
 
 def rollout_workers(config: RLConfig, executor: Executor, roles: Roles, timed: Timings) -> RolloutWorkers:

@@ -22,21 +22,31 @@ def check_other_models(config: RLConfig, tokenizer: Any) -> None:
         DataError: one cannot be read or has other tokens, or the reward model has no score head.
     """
     if config.reward_model is not None:
-        _check("reward_model.model.path", config.reward_model.model, config.model, tokenizer, scores=True)
+        check_model("reward_model.model.path", config.reward_model.model, config.model, tokenizer, scores=True)
         if not config.reward_model.any_chat_template:
             _check_template(config.reward_model.model, tokenizer)
     critic = config.critic_role
     if critic is not None and critic.model is not None:
-        _check("critic.model.path", critic.model, config.model, tokenizer)
+        check_model("critic.model.path", critic.model, config.model, tokenizer)
     if config.needs_ref and config.ref.model is not None:
-        _check("ref.model.path", config.ref.model, config.model, tokenizer)
+        check_model("ref.model.path", config.ref.model, config.model, tokenizer)
 
 
-def _check(key: str, model: ModelSettings, policy: ModelSettings, tokenizer: Any, scores: bool = False) -> None:
+def check_model(key: str, model: ModelSettings, policy: ModelSettings, tokenizer: Any, scores: bool = False) -> None:
+    """See whether ``model``, at ``key`` of the configuration, reads the tokens of ``policy``: those of ``tokenizer``.
+
+    Vocabularies may be padded to different sizes.
+
+    Args:
+        scores: the model needs a score head.
+
+    Raises:
+        DataError: it does not, or cannot be read.
+    """
     where = f"{key}={model.path}"
     folder = Path(model.path).expanduser()
     with boundary(f"{where} cannot be read as a model"):
-        config, policy_config = _config_of(model), _config_of(policy)
+        config, policy_config = config_of(model), config_of(policy)
         theirs, size = int(config.vocab_size), int(policy_config.vocab_size)
     architectures = config.architectures or []
     if scores and architectures and all(name.endswith("ForCausalLM") for name in architectures):
@@ -94,7 +104,8 @@ def _probe(tokenizer: Any) -> str | None:
         return None
 
 
-def _config_of(source: ModelSettings) -> Any:
+def config_of(source: ModelSettings) -> Any:
+    """Return the configuration of transformers of ``source``, that of the text model."""
     from transformers import AutoConfig
 
     path = Path(source.path).expanduser()

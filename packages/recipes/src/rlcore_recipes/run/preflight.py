@@ -60,5 +60,6 @@ def model_sources(config: Config, key: str = "") -> Iterator[tuple[str, str]]:
             yield f"{key}.tokenizer_path", config.tokenizer_path
         return
     for name, value in config:
-        if isinstance(value, Config):
-            yield from model_sources(value, f"{key}.{name}" if key else name)
+        for part, found in (value if isinstance(value, dict) else {"": value}).items():
+            if isinstance(found, Config):
+                yield from model_sources(found, ".".join(filter(None, (key, name, part))))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,7 @@ class Roles:
 
     Attributes:
         ref: None if there is no reference policy, or if it is the actor without its adapters.
+        frozen: those of ``config.frozen_models``.
     """
 
     actor: TrainEngine
@@ -45,6 +46,7 @@ class Roles:
     ref: TrainEngine | None = None
     critic: TrainEngine | None = None
     reward_model: TrainEngine | None = None
+    frozen: Mapping[str, TrainEngine] = field(default_factory=dict)
 
     def trained(self) -> dict[str, TrainEngine]:
         """Return the engines whose state belongs in a checkpoint."""
@@ -57,6 +59,7 @@ class Roles:
             "critic": (self.critic, config.critic_role),
             "ref": (self.ref, config.ref),
             "reward_model": (self.reward_model, config.reward_model),
+            **{name: (engine, config.frozen_models[name]) for name, engine in self.frozen.items()},
         }
         return {
             name: Model(group, role) for name, (group, role) in found.items() if group is not None and role is not None
@@ -177,9 +180,13 @@ def build_roles(
     if config.reward_model is not None:
         factory = partial(following, config.reward_model, config.reward_model.model, head="score")
         scorer = built("reward_model", TrainEngine, factory)
+    frozen = {
+        name: built(name, TrainEngine, partial(following, role, role.model or config.model))
+        for name, role in config.frozen_models.items()
+    }
     rollout = built("rollout", RolloutEngine, partial(_rollout_with_actor, config))
     executor.barrier("build")
-    return Roles(actor, rollout, reward, ref, value, scorer)
+    return Roles(actor, rollout, reward, ref, value, scorer, frozen)
 
 
 def closed(group: Any) -> None:

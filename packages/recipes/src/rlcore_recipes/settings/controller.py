@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
 
 from rlcore import plugins
 from rlcore.config import Config, PluginName, Seconds
 from rlcore.controller.backend import EXECUTORS, ExecutorBackend, ExecutorSpec
 from rlcore.controller.placement import ResourcePool, complete, pools_of, unknown_pool
 
-Role = Literal["actor", "critic", "ref", "reward_model", "rollout", "reward", "compute"]
+ROLES = ("actor", "critic", "ref", "reward_model", "rollout", "reward", "compute")
+
+
+def _is_role(name: str) -> str:
+    if name not in ROLES and not name.startswith("teacher_"):
+        raise PydanticCustomError("role", "must be one of {roles} or teacher_NAME", {"roles": ", ".join(ROLES)})
+    return name
+
+
+Role = Annotated[str, AfterValidator(_is_role)]
 
 
 class ControllerSettings(Config):

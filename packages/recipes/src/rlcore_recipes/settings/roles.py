@@ -129,7 +129,13 @@ class CriticSettings(FollowingRole):
     objective: ValueObjectiveSettings = Field(default_factory=ValueObjectiveSettings, description="Value loss.")
 
 
-class RefSettings(FollowingRole):
+class FrozenRole(FollowingRole):
+    """A policy that is not trained."""
+
+    model: ModelSettings | None = Field(None, description="The model; null: the actor's at the start of the run.")
+
+
+class RefSettings(FrozenRole):
     """The frozen reference policy; built only if a KL loss or a KL penalty in the reward is used.
 
     An actor that trains adapters is also the reference: without its adapters it is the model of the run's start.

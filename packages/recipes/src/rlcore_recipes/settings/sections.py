@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 from pydantic import Field
@@ -19,6 +19,7 @@ from rlcore_recipes.settings.controller import ControllerSettings
 from rlcore_recipes.settings.roles import (
     ActorSettings,
     CriticSettings,
+    FrozenRole,
     RefSettings,
     RewardModelSettings,
     RewardRole,
@@ -79,7 +80,7 @@ class RLSections(AsyncSection):
         """The roles that take part in the run."""
         models = ["actor"] + ["critic"] * self.has_critic + ["ref"] * self.builds_ref
         models += ["reward_model"] * (self.reward_model is not None)
-        return [*models, "rollout", "reward", "compute"]
+        return [*models, *self.frozen_models, "rollout", "reward", "compute"]
 
     @property
     def arithmetic(self) -> list[tuple[str, str, str]]:
@@ -107,6 +108,21 @@ class RLSections(AsyncSection):
             )
         )
         return [*rows, ("steps", *self.trainer.length)]
+
+    @property
+    def frozen_models(self) -> Mapping[str, FrozenRole]:
+        """Further models in training engines that are never trained, by role. Recipes with such models override it."""
+        return {}
+
+    @property
+    def response_key(self) -> str | None:
+        """The column of completions that are trained on next to sampled ones. Recipes that have them override it."""
+        return None
+
+    @property
+    def sampled_fraction(self) -> float:
+        """The share of prompts whose completions are sampled; the others have those of `response_key`."""
+        return 1.0
 
     @property
     def critic_role(self) -> CriticSettings | None:

@@ -1,0 +1,71 @@
+"""The student's advantages and optimizer steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from rlcore.algorithms.distillation import GIVEN, DistillObjective
+from rlcore.algorithms.sequences import trained_mask
+from rlcore.batch import Batch
+from rlcore.engines import Comparison
+from rlcore.metrics import Metrics
+from rlcore_recipes.distillation.teachers import OUTPUT_LAYER, Teachers
+from rlcore_recipes.rollouts.given import GIVEN_REASON
+from rlcore_recipes.run.session import Session
+from rlcore_recipes.settings.distillation import DistillConfig
+from rlcore_recipes.step.update import mini_batches, train_epochs
+
+
+def add_teacher(session: Session[DistillConfig], batch: Batch, teacher: Batch) -> tuple[Batch, Metrics]:
+    """Add the columns of `teacher_columns`, and `learned`: the teacher's advantages, and what the data set gave."""
+    batch = batch.with_columns(**{name: teacher[name] for name in teacher.names})
+    needed = [name for name in ("teacher_logprobs", "old_logprobs", "advantages") if name in batch]
+    with session.timed("adv"):
+        found, metrics = session.executor.compute(
+            learned, batch.select("loss_mask", "finish_reason", *needed), session.config.distill.advantage_coeff
+        )
+    return batch.with_columns(**{name: found[name] for name in found.names}), metrics
+
+
+def learned(batch: Batch, coeff: float) -> tuple[Batch, Metrics]:
+    """Return ``advantages`` of the sampled completions and ``given_mask`` of those that the data set gave; metrics.
+
+    The advantage of a sampled token gets −coeff · (log π − log π_teacher), whose expectation is minus the reverse KL at
+    that token. A completion of the data set is no sample of the policy, and has no advantages.
+    """
+    mask, metrics = trained_mask(batch), Metrics()
+    of_data = torch.tensor([reason == GIVEN_REASON for reason in batch["finish_reason"]])
+    given = mask & of_data.repeat_interleave(batch.lengths)
+    sampled = mask & ~given
+    advantages = batch.flat("advantages")
+    if coeff:
+        difference = batch.flat("old_logprobs") - batch.flat("teacher_logprobs")
+        advantages = advantages - coeff * difference
+        metrics.mean("distill/sampled_reverse_kl", difference[sampled].mean(), sampled.sum())
+    metrics.mean("distill/given_fraction", of_data.float().mean())
+    return Batch(
+        {"advantages": batch.jagged(torch.where(sampled, advantages, 0)), GIVEN: batch.jagged(given.float())}
+    ), metrics
+
+
+def update_student(session: Session[DistillConfig], teachers: Teachers, batch: Batch) -> Metrics:
+    """Train the student on ``batch``; return metrics under ``actor/``."""
+    config, settings = session.config, session.config.actor
+    divergence, comparison = settings.objective.divergence, None
+    if divergence.coeff and divergence.top_k is None:
+        comparison = Comparison(divergence.kind, "teacher_states", OUTPUT_LAYER, teachers.vocabulary)
+    objective = DistillObjective(
+        settings.objective,
+        config.rollout.temperature,
+        policy=config.has_advantages,
+        comparison=comparison,
+        old_from_rollout=settings.old_logprobs == "rollout",
+    )
+    size = config.mini_batch_size * config.rollout.n
+    with session.timed("update_actor"):
+        parts: list[tuple[Batch, Any]] = [
+            (part, objective) for part in mini_batches(batch, size, settings.objective.policy_loss.entry)
+        ]
+        return train_epochs(session.roles.actor, parts, settings.epochs).prefixed("actor/")

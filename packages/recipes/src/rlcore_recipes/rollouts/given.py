@@ -1,0 +1,28 @@
+"""Episodes without sampling: completions that the data set gives, among those of the policy."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Literal
+
+from rlcore.engines import RolloutEngine, SamplingParams
+from rlcore_recipes.data.prompts import PromptSample
+from rlcore_recipes.rollouts.episode import Segment, Trajectory, single_completion
+
+GIVEN_REASON: Literal["given"] = "given"
+"""The ``finish_reason`` of a completion that the data set gives."""
+
+
+async def given_or_sampled(
+    engine: RolloutEngine, sample: PromptSample, seed: int, *, sampling: SamplingParams, fraction: float, run_seed: int
+) -> Trajectory:
+    """Sample a completion of a share ``fraction`` of all prompts; take that of the data set for the others.
+
+    Which prompts these are is a function of ``run_seed`` and the sample's position, the same for all completions of a
+    prompt. Sampled completions have no log-probs, because given ones have none and both are in one batch.
+    """
+    if random.Random(f"given {run_seed} {sample.position}").random() < fraction:
+        return await single_completion(engine, sample, seed, sampling=replace(sampling, logprobs=False))
+    assert sample.completion is not None
+    return Trajectory((Segment(sample.prompt_tokens), Segment(sample.completion, True)), GIVEN_REASON)

@@ -69,3 +69,43 @@ def test_sources_of_one_file_are_mixed_by_shares(
     assert "data.mix has no share for the data source digits" in result.output
     result = task.run("sft", tmp_path / "wrong", {**changes, "data.mix": "{letters: 1, digits: 1, odd: 2}"})
     assert "data.mix names odd, and the train files have only digits, letters" in result.output
+
+
+def test_completions_of_held_out_prompts_are_logged_and_scored(
+    task: Any, tmp_path: Path, keys: dict[str, Any], metrics_of: Any
+) -> None:
+    changes = {**keys, "trainer.total_steps": 30, "trainer.test_freq": 15, "rollout.max_response_length": 8}
+    plain = {**changes, "trainer.log_val_generations": 4}
+    result = task.run("sft", tmp_path / "plain", plain)
+    assert result.exit_code == 0, result.output
+    scored = {**changes, "reward.path": f"{task.reward}:compute_score", "reward.workers": 1}
+    assert task.run("sft", tmp_path / "scored", scored).exit_code == 0
+    first, *_, last = [row for row in metrics_of(tmp_path / "scored") if "val/loss" in row]
+    assert last["val-core/letters/reward/mean@1"] > first["val-core/letters/reward/mean@1"]
+    equal = [row for row in metrics_of(tmp_path / "plain") if "val/loss" in row][-1]
+    assert equal["val/loss"] == last["val/loss"], "generation changes no training"
+    lines = (tmp_path / "plain" / "tables" / "val-generations.jsonl").read_text().splitlines()
+    tables = [json.loads(line) for line in lines]
+    last_step = tables[-1]["step"]
+    rows = [row for row in tables if row["step"] == last_step]
+    assert len(rows) == 4
+    assert all(row["prompt"].endswith("<|assistant|>") for row in rows)
+    assert all(row["score"] == (row["completion"] == row["ground_truth"]) for row in rows)
+    assert ("abcd", 1.0) in {(row["completion"], row["score"]) for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        (
+            {"trainer.test_freq": -1, "trainer.log_val_generations": 2},
+            "trainer.log_val_generations: this recipe generates",
+        ),
+        ({"rollout.n": 2}, "rollout: has no effect without trainer.log_val_generations"),
+        ({"reward.name": "math", "trainer.test_freq": -1}, "reward: has no effect without trainer.test_freq"),
+    ],
+)
+def test_settings_of_generations_without_any_are_refused(
+    task: Any, tmp_path: Path, keys: dict[str, Any], changes: dict[str, Any], problem: str
+) -> None:
+    assert problem in task.run("sft", tmp_path / "out", {**keys, **changes}).output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from dataclasses import replace
 
 from rlcore.algorithms.objectives import SFTObjective, SFTObjectiveSettings
 from rlcore.batch import Batch
@@ -13,13 +14,25 @@ from rlcore_recipes.data.sft import load_sft
 from rlcore_recipes.run.dataset_session import DatasetSession, train_on_dataset
 from rlcore_recipes.run.restarts import restarting
 from rlcore_recipes.run.trainable import Validation
+from rlcore_recipes.run.validation_generations import held_out_prompts, open_generation, validate_generations
 from rlcore_recipes.settings.supervised import SFTConfig
 
 
 @restarting
 def run(config: SFTConfig) -> None:
     """Train, from the beginning or from the last checkpoint, to the last step."""
-    train_on_dataset("sft", config, load_sft, step, validate)
+    train_on_dataset("sft", config, load_sft, step, validate, prepare=build_generation)
+
+
+def build_generation(session: DatasetSession[SFTConfig]) -> None:
+    """Build what generates in validation, if anything does."""
+    config, held_out = session.config, session.held_out
+    if not config.generates or held_out is None:
+        return
+    if config.reward is not None:
+        session.max_error_ratio = config.reward.max_error_ratio
+    prompts = held_out_prompts(config, held_out.samples, session.tokenizer)
+    session.more = open_generation(session, prompts)
 
 
 def step(session: DatasetSession[SFTConfig], number: int) -> dict[str, float]:
@@ -41,7 +54,7 @@ def learn(actor: TrainEngine, batch: Batch, objective: SFTObjectiveSettings) -> 
 
 
 def validate(session: DatasetSession[SFTConfig]) -> Validation:
-    """Measure the mean negative log-likelihood per learned token, over the held-out samples, also by source."""
+    """Measure the mean negative log-likelihood per learned token of the held-out samples, also by source; generate."""
     held_out, size = session.held_out, session.config.data.val_batch_size
     assert held_out is not None
     nll: defaultdict[str, float] = defaultdict(float)
@@ -56,7 +69,11 @@ def validate(session: DatasetSession[SFTConfig]) -> Validation:
             learned[source] += float(mask.sum())
     loss = sum(nll.values()) / max(sum(learned.values()), 1.0)
     by_source = {f"val/loss/{source}": nll[source] / max(learned[source], 1.0) for source in sorted(nll)}
-    return Validation({"val/loss": loss, "val/perplexity": math.exp(min(loss, 700.0)), **by_source})
+    metrics = {"val/loss": loss, "val/perplexity": math.exp(min(loss, 700.0)), **by_source}
+    if session.more is None:
+        return Validation(metrics)
+    completions = validate_generations(session)
+    return replace(completions, metrics=metrics | completions.metrics)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,9 @@ class DatasetSession(Generic[C]):
         end_tokens: tokens that end an answer.
         stop_tokens: those of them that the model does not know as end tokens.
         notes: what was recognised in the data, and how many samples were too long.
+        max_error_ratio: share of samples whose reward may fail over some steps.
+        more: what the task built besides the models.
+        stack: closes it.
     """
 
     config: C
@@ -65,7 +68,9 @@ class DatasetSession(Generic[C]):
     end_tokens: frozenset[int]
     stop_tokens: tuple[int, ...]
     notes: tuple[str, ...] = ()
-    max_error_ratio: float = 1.0  # no rewards
+    max_error_ratio: float = 1.0
+    more: Any = None
+    stack: ExitStack = field(default_factory=ExitStack)
     records: Records = field(default_factory=Records)
 
     @property
@@ -159,6 +164,7 @@ def open_dataset_session(config: C, load: LoadSamples) -> Iterator[DatasetSessio
             end_tokens=model_ends | dataset.ends,
             stop_tokens=missing_ends(config.model, tokenizer, dataset.ends),
             notes=(*dataset.notes, *overlong),
+            stack=stack,
         )
 
 

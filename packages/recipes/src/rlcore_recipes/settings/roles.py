@@ -214,6 +214,19 @@ class RolloutSettings(PluginSections):
     validation: ValidationSampling = Field(default_factory=ValidationSampling, description="Sampling in validation.")
 
 
+class ValidationRollout(ValidationSampling, PluginSections):
+    """Generation in validation. The engine's own options stand in a section of its name, such as ``inline``."""
+
+    plugin_group: ClassVar[str] = "rlcore.rollout_engines"
+
+    engine: str = Field("inline", description="Rollout engine (`rlcore plugins` lists the installed ones).")
+    max_response_length: int = Field(256, ge=1, description="Maximum length of a completion, in tokens.")
+    free_memory: bool = Field(True, description="Free the engine's memory between validations.")
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(
+        [], description="Strings that end a completion, besides the model's end of sequence."
+    )
+
+
 class RewardRole(RewardSettings, PluginSections):
     """The reward. Its own options stand in a section of its name, such as ``function``."""
 

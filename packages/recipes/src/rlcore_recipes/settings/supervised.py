@@ -15,7 +15,7 @@ from rlcore.engines.settings import Head
 from rlcore_recipes.data.settings import RewardDataSettings, SampleDataSettings, SFTDataSettings
 from rlcore_recipes.foreign.answers import foreign_keys
 from rlcore_recipes.settings.controller import ControllerSettings, unused
-from rlcore_recipes.settings.roles import ModelRole, RefSettings
+from rlcore_recipes.settings.roles import ModelRole, RefSettings, RewardRole, ValidationRollout
 from rlcore_recipes.settings.trainer import TrainerSettings
 
 
@@ -51,7 +51,7 @@ class SampleTaskConfig(Config):
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.trainer.test_freq > 0 and not self.data.val_files:
             yield "trainer.test_freq", f"is {self.trainer.test_freq}, but data.val_files is empty"
-        if self.trainer.log_val_generations:
+        if self.trainer.log_val_generations and not self.generates:
             yield "trainer.log_val_generations", "this recipe generates nothing to validate; set it to 0"
         if self.trainer.log_rollouts:
             yield "trainer.log_rollouts", "this recipe has no rollouts; set it to 0"
@@ -63,6 +63,11 @@ class SampleTaskConfig(Config):
     def ref_role(self) -> RefSettings | None:
         """The reference model; None if the task needs none."""
         return None
+
+    @property
+    def generates(self) -> bool:
+        """Whether completions are generated in validation."""
+        return False
 
     @property
     def builds_ref(self) -> bool:
@@ -94,6 +99,32 @@ class SFTConfig(SampleTaskConfig):
 
     data: SFTDataSettings = Field(description="Samples to learn; train_batch_size counts samples.")
     actor: SFTActorSettings = Field(default_factory=SFTActorSettings, description="The model under training.")
+    rollout: ValidationRollout = Field(
+        default_factory=ValidationRollout,
+        description="Generation in validation, if there is a reward or trainer.log_val_generations is not 0.",
+    )
+    reward: RewardRole | None = Field(
+        None, description="Reward of completions in validation; null compares them with the reference answers."
+    )
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from super().problems()
+        wanted = {"reward": self.reward is not None, "rollout": "rollout" in self.model_fields_set}
+        if not self.generates:
+            missing = "trainer.test_freq" if self.trainer.test_freq <= 0 else "trainer.log_val_generations"
+            yield from (
+                (key, f"has no effect without {missing}: nothing is generated") for key in wanted if wanted[key]
+            )
+
+    @property
+    def generates(self) -> bool:
+        """Whether completions are generated in validation."""
+        return self.trainer.test_freq > 0 and (self.reward is not None or self.trainer.log_val_generations > 0)
+
+    @property
+    def roles(self) -> list[str]:
+        """The roles that take part in the run."""
+        return [*super().roles, *(["rollout", "reward", "compute"] if self.generates else [])]
 
 
 class RewardActorSettings(SampleActorSettings):

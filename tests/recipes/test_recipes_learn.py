@@ -17,6 +17,8 @@ LEARN = {"trainer.total_steps": 25, "data.train_batch_size": 16, "actor.optim.lr
         ("grpo", {"algorithm.advantage": "remax", "actor.optim.lr": 3e-2}),
         ("ppo", {"critic.optim.lr": 3e-3, "critic.warmup_steps": 2}),
         ("dapo", {"algorithm.overlong": "null"}),
+        ("online_dpo", {"actor.mini_batch_size": 8}),
+        ("online_dpo", {"actor.objective.loss": "{name: simpo, gamma: 0}", "algorithm.pairs": "all-pairs"}),
     ],
 )
 def test_reward_rises(

@@ -182,3 +182,21 @@ def test_a_file_without_pairs_leads_to_the_loss_for_it(task: Any, keys: dict[str
     result = task.run("dpo", tmp_path / "run", {**keys, "data.train_files": path})
     assert "has single answers with labels" in result.output
     assert "actor.objective.loss=kto" in result.output
+
+
+@pytest.mark.parametrize(
+    ("changes", "messages"),
+    [
+        ({"actor.objective.loss": "kto"}, ["actor.objective.loss", "learns from single answers"]),
+        ({"rollout.n": 1}, ["rollout.n", "set it to 2 or more"]),
+        ({"actor.objective.loss": "simpo", "ref.model.path": "x"}, ["ref.model", "never be loaded"]),
+        ({"algorithm.advantage": "grpo"}, ["algorithm.advantage", "unknown key"]),
+        ({"actor.old_logprobs": "rollout"}, ["actor.old_logprobs", "unknown key"]),
+    ],
+)
+def test_settings_without_a_meaning_for_pairs_of_completions_are_refused(
+    task: Any, tmp_path: Path, changes: dict[str, Any], messages: list[str]
+) -> None:
+    result = task.run("online_dpo", tmp_path / "run", changes)
+    assert result.exit_code != 0
+    assert all(message in " ".join(result.output.split()) for message in messages), result.output

@@ -29,6 +29,7 @@ SECTIONS = {
     "corrections": "Off-policy corrections",
     "sampling_filters": "Sampling filters",
     "preference_losses": "Preference losses",
+    "pair_builders": "Pair builders",
     "sample_selectors": "Sample selectors",
 }
 

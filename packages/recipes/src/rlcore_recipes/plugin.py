@@ -23,6 +23,13 @@ dpo = Plugin(
     configs="rlcore_recipes.configs.dpo",
     summary="Preference optimisation on a data set: DPO, IPO, KTO, ORPO, SimPO and others.",
 )
+online_dpo = Plugin(
+    interface=1,
+    config="rlcore_recipes.online_dpo:OnlinePreferenceConfig",
+    factory="rlcore_recipes.online_dpo:run",
+    configs="rlcore_recipes.configs.online_dpo",
+    summary="Preference optimisation on the policy's own completions, compared by a reward (Guo et al., 2024).",
+)
 grpo = Plugin(
     interface=1,
     config="rlcore_recipes.grpo:GRPOConfig",

@@ -237,6 +237,18 @@ class RewardLoss(Protocol):
     def __call__(self, inputs: RewardLossInputs, params: Any, /) -> tuple[torch.Tensor, Metrics]: ...
 
 
+class PairBuilder(Protocol):
+    """Which samples to compare: the rows of the preferred ones and of the others, ``[P]`` int64 each, from ``scores``
+    ``[B]`` fp32 and ``group`` ``[B]`` int64 of samples of one or several prompts.
+
+    Both samples of a pair belong to the same group. A row may be in several pairs, or in none.
+    """
+
+    def __call__(
+        self, scores: torch.Tensor, group: torch.Tensor, params: Any, /
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
 class SampleSelector(Protocol):
     """The weight of each sample in training, ``[B]`` fp32, from ``scores`` ``[B]`` fp32 and ``group`` ``[B]`` int64.
 
@@ -257,3 +269,4 @@ sampling_filters: Registry[SamplingFilter] = Registry("sampling filter")
 preference_losses: Registry[PreferenceLoss] = Registry("preference loss", columns=True, units=True)
 reward_losses: Registry[RewardLoss] = Registry("reward-model loss", columns=True, units=True)
 sample_selectors: Registry[SampleSelector] = Registry("sample selector")
+pair_builders: Registry[PairBuilder] = Registry("pair builder")

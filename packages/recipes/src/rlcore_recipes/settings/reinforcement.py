@@ -33,14 +33,18 @@ class RLConfig(RLSections):
                 "reward.name",
                 "is none, so that nothing scores completions: set reward_model.model.path, or name a reward",
             )
-        yield from ungrouped(self.algorithm.advantage, self.rollout.n)
-        yield from missing_columns("algorithm.advantage", self.algorithm.advantage, self.columns)
-        estimated = self.columns | {"advantages"} | ({"returns"} if self.has_critic else set())
-        yield from missing_columns("actor.objective.policy_loss", self.actor.objective.policy_loss, estimated)
+        yield from self.algorithm_problems()
         yield from rollout_problems(self)
         yield from ((f"ref.{key}", why) for key, why in self.ref.unused(self.actor) if self.needs_ref)
         yield from unused(self.controller, self.roles)
         yield from async_problems(self)
+
+    def algorithm_problems(self) -> Iterator[tuple[str, str]]:
+        """Yield why the advantage estimator or the policy loss cannot work with the samples of the run."""
+        yield from ungrouped(self.algorithm.advantage, self.rollout.n)
+        yield from missing_columns("algorithm.advantage", self.algorithm.advantage, self.columns)
+        estimated = self.columns | {"advantages"} | ({"returns"} if self.has_critic else set())
+        yield from missing_columns("actor.objective.policy_loss", self.actor.objective.policy_loss, estimated)
 
     def doubts(self) -> Iterator[tuple[str, str]]:
         """Yield the key and the reason of what is almost surely a mistake."""
@@ -65,8 +69,7 @@ def rollout_problems(config: RLSections) -> Iterator[tuple[str, str]]:
         )
     if gives_logprobs(rollout.options):
         return
-    uses = {"old_logprobs=rollout": actor.old_logprobs == "rollout", "objective.correction": actor.objective.correction}
-    for setting in (name for name, used in uses.items() if used):
+    for setting in config.rollout_logprobs_read_by:
         yield (
             f"{section}.logprobs",
             f"is false, and actor.{setting} needs the log-probs of the rollout engine: set it to true, or change actor."
@@ -96,12 +99,11 @@ def async_problems(config: RLSections) -> Iterator[tuple[str, str]]:
             f"is {k}, but the rollout shares the pool {placed['rollout']!r} with {', '.join(shared)} and would wait "
             "for them: put it on another one (controller.placement.rollout)",
         )
-    advantage = config.algorithm.advantage
-    if config.reward_model is not None and "baseline_score" in advantage.entry.required_columns:
+    if config.reward_model is not None and "baseline_score" in config.needed_columns:
         yield (
             "reward_model",
-            f"would score samples but not the baselines that {advantage.name} compares them with: in asynchronous "
-            "training those get the reward's score alone",
+            f"would score samples but not the baselines that {config.algorithm.advantage.name} compares them with: in "
+            "asynchronous training those get the reward's score alone",
         )
 
 

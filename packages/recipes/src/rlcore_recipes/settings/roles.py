@@ -52,14 +52,19 @@ class FollowingRole(ModelRole):
         return actor.engine, without_adapters(actor.options)
 
 
-class ActorSettings(ModelRole):
-    """The policy under training."""
+class PolicySettings(ModelRole):
+    """The policy under training, whatever its loss."""
 
     optim: OptimSettings = Field(default_factory=OptimSettings, description="Optimizer and schedule.")
     mini_batch_size: int | None = Field(
         None, gt=0, description="Prompts per optimizer step (each with all its completions); null: the whole batch."
     )
     epochs: int = Field(1, ge=1, description="Passes over every batch (PPO epochs).")
+
+
+class ActorSettings(PolicySettings):
+    """The policy under training."""
+
     objective: PolicyObjectiveSettings = Field(
         default_factory=PolicyObjectiveSettings, description="Policy loss and regularisers."
     )

@@ -161,6 +161,15 @@ class RLSections(AsyncSection):
         return self.needs_ref and not self.ref.is_actor(self.actor)
 
     @property
+    def rollout_logprobs_read_by(self) -> list[str]:
+        """Settings, as ``key`` or ``key=value`` below ``actor``, that read the log-probs of the rollout engine."""
+        uses = {
+            "old_logprobs=rollout": self.actor.old_logprobs == "rollout",
+            "objective.correction": self.actor.objective.correction is not None,
+        }
+        return [setting for setting, used in uses.items() if used]
+
+    @property
     def needs_old_logprobs(self) -> bool:
         """Whether the log-probs of the sampling policy must be known before the update.
 

@@ -1,1 +1,1 @@
-"""Ready-made configurations of the recipe sft."""
+"""Ready-made configurations of the recipe dpo."""

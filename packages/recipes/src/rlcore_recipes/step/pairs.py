@@ -1,0 +1,91 @@
+"""Pairs of completions: which are compared, and the update on them."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from rlcore.algorithms.preferences import PreferenceObjective
+from rlcore.algorithms.shaping import overlong_punishment, terminal_rewards
+from rlcore.batch import Batch
+from rlcore.metrics import Metrics
+from rlcore_recipes.run.session import Session
+from rlcore_recipes.settings.online_preference import PairAlgorithmSettings
+from rlcore_recipes.step.preferences import summed_logprobs
+from rlcore_recipes.step.reference import reference_forward
+from rlcore_recipes.step.update import train_epochs
+
+
+def completion_pairs(session: Session[Any], batch: Batch) -> tuple[Batch, Batch, Metrics]:
+    """Return ``batch`` with ``token_rewards``; its pairs; and metrics under ``pairs/``.
+
+    Pairs have two rows each, next to each other, with ``tokens``, ``loss_mask``, ``pair`` (dense int64), ``side``
+    (dense int64: 0 chosen, 1 rejected) and ``margin`` (dense fp32: the difference of the scores).
+    """
+    config = session.config
+    columns = batch.select("loss_mask", "score", "group", "reward_result", "response_length")
+    with session.timed("pairs"):
+        rewards, rows, margins, metrics = session.executor.compute(
+            compared, columns, config.algorithm, config.data.max_response_length
+        )
+    batch = batch.with_columns(token_rewards=rewards["token_rewards"])
+    pairs = batch.select("tokens", "loss_mask").take(rows.flatten())
+    numbers = torch.arange(len(rows)).repeat_interleave(2)
+    sides = torch.tensor([0, 1]).repeat(len(rows))
+    return batch, pairs.with_columns(pair=numbers, side=sides, margin=margins.repeat_interleave(2)), metrics
+
+
+def compared(
+    batch: Batch, algorithm: PairAlgorithmSettings, max_response_length: int
+) -> tuple[Batch, torch.Tensor, torch.Tensor, Metrics]:
+    """Return ``token_rewards``; the rows of each pair ``[P, 2]``; the differences of their scores ``[P]``; metrics.
+
+    Completions whose reward failed, or that have no token, are in no pair.
+    """
+    scores, metrics = batch["score"], Metrics()
+    if algorithm.overlong is not None:
+        punishment = overlong_punishment(batch["response_length"], max_response_length, algorithm.overlong)
+        scores = scores + punishment
+        metrics.mean("reward/overlong_punishment", float(punishment.mean()))
+    usable = torch.tensor([result.error is None for result in batch["reward_result"]], dtype=torch.bool)
+    left = (usable & (batch["response_length"] > 0)).nonzero().squeeze(-1)
+    chosen, rejected = algorithm.pairs(scores[left], batch["group"][left])
+    rows = left[torch.stack([chosen, rejected], dim=1)]
+    margins = scores[rows[:, 0]] - scores[rows[:, 1]]
+    groups = len(torch.unique(batch["group"]))
+    metrics.sum("pairs/count", len(rows))
+    metrics.mean("pairs/prompts", len(torch.unique(batch["group"][rows[:, 0]])) / max(groups, 1), groups)
+    if len(rows):
+        metrics.mean("pairs/score_gap", margins.mean(), len(rows))
+    return Batch({"token_rewards": batch.jagged(terminal_rewards(batch, scores))}), rows, margins, metrics
+
+
+def add_pair_reference(session: Session[Any], pairs: Batch) -> Batch:
+    """Add ``ref_answer_logprob`` (dense fp64), if the loss has a reference and there are pairs."""
+    config, roles = session.config, session.roles
+    if not config.needs_ref or not len(pairs):
+        return pairs
+    with session.timed("ref"):
+        found = reference_forward(
+            roles.actor, roles.ref, pairs, temperature=config.rollout.temperature, offload=config.ref.offload
+        )
+        sums = session.executor.compute(summed_logprobs, found.select("logprobs"))
+    return pairs.with_columns(ref_answer_logprob=sums)
+
+
+def update_on_pairs(session: Session[Any], pairs: Batch) -> Metrics:
+    """Train the policy on ``pairs``; return metrics under ``actor/``. Without pairs there is no update.
+
+    They are divided evenly among as many mini-batches as a batch of prompts has, so that the number of optimizer steps,
+    which the learning-rate schedule counts, does not depend on how many prompts give pairs.
+    """
+    config = session.config
+    objective = PreferenceObjective(config.actor.objective, config.rollout.temperature)
+    total = len(pairs) // 2
+    count = min(config.data.train_batch_size // config.mini_batch_size, total)
+    ends = [2 * (total * number // count) for number in range(count + 1)] if count else [0]
+    with session.timed("update_actor"):
+        parts = [(pairs.slice(start, end), objective) for start, end in pairwise(ends)]
+        return train_epochs(session.roles.actor, parts, config.actor.epochs).prefixed("actor/")

@@ -8,6 +8,7 @@ from rlcore.cli import run_recipe_module
 from rlcore_recipes.distillation.checks import check_teachers
 from rlcore_recipes.distillation.teachers import Teachers, open_teachers, teacher_columns
 from rlcore_recipes.distillation.update import add_teacher, update_student
+from rlcore_recipes.distillation.validation import validate_student
 from rlcore_recipes.run.loop import train
 from rlcore_recipes.run.open import open_session, rl_run
 from rlcore_recipes.run.restarts import restarting
@@ -20,7 +21,6 @@ from rlcore_recipes.step import (
     rollouts,
     step_metrics,
     sync_weights,
-    validate_completions,
 )
 
 
@@ -29,7 +29,8 @@ def run(config: DistillConfig) -> None:
     """Train, from the beginning or from the last checkpoint, to the last step."""
     with open_session(config, check_teachers) as session:
         teachers = open_teachers(session)
-        train(rl_run("distill", session, partial(step, session, teachers), validate_completions))
+        validate = partial(validate_student, teachers=teachers)
+        train(rl_run("distill", session, partial(step, session, teachers), validate))
 
 
 def step(session: Session[DistillConfig], teachers: Teachers, number: int) -> dict[str, float]:

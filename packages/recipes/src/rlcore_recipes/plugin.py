@@ -67,13 +67,6 @@ distill = Plugin(
     summary="Distillation from teachers, on the student's completions or given ones (Agarwal et al., 2023).",
 )
 
-no_reward = Plugin(
-    interface=1,
-    config="rlcore.config.registry:NoParams",
-    factory="rlcore_recipes.rollouts.no_reward:NoReward",
-    summary="No reward: every completion scores 0 (for recipes that learn from something else).",
-)
-
 console_tracker = Plugin(
     interface=1,
     config="rlcore_recipes.trackers.settings:ConsoleSettings",

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from rlcore.algorithms.distillation import GIVEN, DistillObjective
 from rlcore.algorithms.sequences import trained_mask
 from rlcore.batch import Batch
-from rlcore.engines import Comparison
+from rlcore.engines import Comparison, Objective
 from rlcore.metrics import Metrics
 from rlcore_recipes.distillation.teachers import OUTPUT_LAYER, Teachers
 from rlcore_recipes.rollouts.given import GIVEN_REASON
 from rlcore_recipes.run.session import Session
 from rlcore_recipes.settings.distillation import DistillConfig
+from rlcore_recipes.step.advantages import GRADIENTLESS, without_advantage
 from rlcore_recipes.step.update import mini_batches, train_epochs
 
 
@@ -45,27 +44,31 @@ def learned(batch: Batch, coeff: float) -> tuple[Batch, Metrics]:
         advantages = advantages - coeff * difference
         metrics.mean("distill/sampled_reverse_kl", difference[sampled].mean(), sampled.sum())
     metrics.mean("distill/given_fraction", of_data.float().mean())
-    return Batch(
-        {"advantages": batch.jagged(torch.where(sampled, advantages, 0)), GIVEN: batch.jagged(given.float())}
-    ), metrics
+    columns = {"advantages": batch.jagged(torch.where(sampled, advantages, 0)), GIVEN: batch.jagged(given.float())}
+    gradientless = without_advantage(batch.with_columns(**columns)).repeat_interleave(batch.lengths)
+    metrics.mean(GRADIENTLESS, mask[gradientless].sum() / mask.sum().clamp(min=1))
+    return Batch(columns), metrics
 
 
 def update_student(session: Session[DistillConfig], teachers: Teachers, batch: Batch) -> Metrics:
     """Train the student on ``batch``; return metrics under ``actor/``."""
-    config, settings = session.config, session.config.actor
-    divergence, comparison = settings.objective.divergence, None
-    if divergence.coeff and divergence.top_k is None:
-        comparison = Comparison(divergence.kind, "teacher_states", OUTPUT_LAYER, teachers.vocabulary)
-    objective = DistillObjective(
-        settings.objective,
+    config, settings, objective = session.config, session.config.actor, objective_of(session.config, teachers)
+    size = config.mini_batch_size * config.rollout.n
+    with session.timed("update_actor"):
+        loss = settings.objective.policy_loss.entry
+        parts: list[tuple[Batch, Objective]] = [(part, objective) for part in mini_batches(batch, size, loss)]
+        return train_epochs(session.roles.actor, parts, settings.epochs).prefixed("actor/")
+
+
+def objective_of(config: DistillConfig, teachers: Teachers) -> DistillObjective:
+    """Return the student's loss."""
+    settings, comparison = config.actor.objective, None
+    if settings.divergence.coeff and settings.divergence.top_k is None:
+        comparison = Comparison(settings.divergence.kind, "teacher_states", OUTPUT_LAYER, teachers.vocabulary)
+    return DistillObjective(
+        settings,
         config.rollout.temperature,
         policy=config.has_advantages,
         comparison=comparison,
-        old_from_rollout=settings.old_logprobs == "rollout",
+        old_from_rollout=config.actor.old_logprobs == "rollout",
     )
-    size = config.mini_batch_size * config.rollout.n
-    with session.timed("update_actor"):
-        parts: list[tuple[Batch, Any]] = [
-            (part, objective) for part in mini_batches(batch, size, settings.objective.policy_loss.entry)
-        ]
-        return train_epochs(session.roles.actor, parts, settings.epochs).prefixed("actor/")

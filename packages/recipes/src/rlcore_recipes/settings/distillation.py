@@ -110,6 +110,11 @@ class DistillConfig(RLConfig):
     )
 
     @property
+    def needs_scores(self) -> bool:
+        """Whether nothing is learned without scores: teachers suffice."""
+        return False
+
+    @property
     def response_key(self) -> str | None:
         """The column of completions that are trained on; None if the student makes all."""
         return self.distill.response_key if self.distill.on_policy_fraction < 1 else None

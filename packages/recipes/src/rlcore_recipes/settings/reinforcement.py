@@ -28,7 +28,7 @@ class RLConfig(RLSections):
             yield "algorithm.overlong.buffer", f"{overlong.buffer} does not fit into data.max_response_length={limit}"
         if self.trainer.test_freq > 0 and not self.data.val_files:
             yield "trainer.test_freq", f"is {self.trainer.test_freq}, but data.val_files is empty"
-        if self.reward.name == "none" and self.reward_model is None:
+        if self.needs_scores and self.reward.name == "none" and self.reward_model is None:
             yield (
                 "reward.name",
                 "is none, so that nothing scores completions: set reward_model.model.path, or name a reward",

@@ -115,6 +115,11 @@ class RLSections(AsyncSection):
         return {}
 
     @property
+    def needs_scores(self) -> bool:
+        """Whether nothing is learned without scores. Recipes that learn from something else override it."""
+        return True
+
+    @property
     def response_key(self) -> str | None:
         """The column of completions that are trained on next to sampled ones. Recipes that have them override it."""
         return None

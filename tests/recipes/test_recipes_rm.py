@@ -108,6 +108,42 @@ def test_ppo_with_the_reward_model_improves_what_it_was_trained_on(
     assert sum(shares[25]) / len(shares[25]) > 0.8
 
 
+def write_labels(path: Path, count: int, seed: int, by_step: bool) -> Path:
+    """Answers whose label is their share of lower-case letters, or whose steps are right if they are lower-case."""
+    chance, rows = random.Random(seed), list[dict[str, Any]]()
+    for _ in range(count):
+        labels = [chance.random() < 0.5 for _ in range(chance.randint(1, 4))]
+        kinds = [string.ascii_lowercase if label else string.ascii_uppercase for label in labels]
+        steps = ["".join(chance.choices(kind, k=chance.randint(1, 4))) for kind in kinds]
+        answer = {"completions": steps, "labels": labels}
+        text = "".join(steps)
+        rows.append({"prompt": "say ", **(answer if by_step else {"response": text, "score": lower(text)})})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("loss", ["mse", "bce"])
+def test_labels_of_answers_and_steps_are_learned(
+    task: Any, keys: dict[str, Any], metrics_of: Callable[[Path], Any], tmp_path: Path, loss: str
+) -> None:
+    changes = {
+        "actor.objective.loss": loss,
+        "data.train_files": write_labels(tmp_path / "train.jsonl", 512, 0, loss == "bce"),
+        "data.val_files": write_labels(tmp_path / "val.jsonl", 32, 1, loss == "bce"),
+        "data.max_length": 64,
+        "data.step_separator": "; ",
+        "trainer.save_hf": "false",
+    }
+    result = task.run("rm", tmp_path / "out", {**keys, **changes})
+    assert result.exit_code == 0, result.output
+    lines = [line for line in metrics_of(tmp_path / "out") if "val/loss" in line]
+    assert lines[-1]["val/loss"] < 0.5 * lines[0]["val/loss"]
+    assert lines[-1]["val/accuracy"] > 0.85 if loss == "bce" else lines[-1]["val/absolute_error"] < 0.2
+    other = task.run("rm", tmp_path / "other", {**keys, **changes, "actor.objective.loss": "bradley_terry"})
+    assert other.exit_code == 1
+    assert "actor.objective.loss=bce (or mse) learns from them" in " ".join(other.output.split())
+
+
 def test_the_model_is_a_sequence_classifier_of_transformers(trained: Path, keys: dict[str, Any], task: Any) -> None:
     """Scores of padded text, as transformers users compute them, order held-out pairs as the last validation did."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer

@@ -14,7 +14,7 @@ rm = Plugin(
     config="rlcore_recipes.rm:RewardModelConfig",
     factory="rlcore_recipes.rm:run",
     configs="rlcore_recipes.configs.rm",
-    summary="Reward models from preference pairs (Bradley-Terry).",
+    summary="Reward models from preference pairs, or from labels of answers or their steps.",
 )
 dpo = Plugin(
     interface=1,

@@ -1,15 +1,17 @@
-"""Reward models: a scalar score of an answer, learned from comparisons."""
+"""Reward models: a scalar score of an answer or of its steps, learned from comparisons or from labels."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from rlcore.algorithms.reward_models import RewardObjective
 from rlcore.batch import Batch
 from rlcore.cli import run_recipe_module
 from rlcore.metrics import Metrics
-from rlcore_recipes.data.reward_samples import load_reward_samples
-from rlcore_recipes.run.dataset_session import DatasetSession, train_on_dataset
+from rlcore_recipes.data.scored_answers import load_scored_answers
+from rlcore_recipes.data.scored_pairs import load_scored_pairs
+from rlcore_recipes.run.dataset_session import DatasetSession, LoadSamples, train_on_dataset
 from rlcore_recipes.run.restarts import restarting
 from rlcore_recipes.run.trainable import Validation
 from rlcore_recipes.settings.supervised import RewardModelConfig
@@ -18,7 +20,15 @@ from rlcore_recipes.settings.supervised import RewardModelConfig
 @restarting
 def run(config: RewardModelConfig) -> None:
     """Train, from the beginning or from the last checkpoint, to the last step."""
-    train_on_dataset("rm", config, load_reward_samples, step, validate)
+    train_on_dataset("rm", config, loader(config), step, validate)
+
+
+def loader(config: RewardModelConfig) -> LoadSamples:
+    """Return what reads the samples that the loss of ``config`` needs: pairs, or answers with labels."""
+    loss = config.actor.objective.loss.entry
+    if "labels" not in loss.required_columns:
+        return load_scored_pairs
+    return partial(load_scored_answers, probabilities="probability_labels" in loss.traits)
 
 
 def step(session: DatasetSession[RewardModelConfig], number: int) -> dict[str, float]:

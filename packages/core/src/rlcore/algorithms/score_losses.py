@@ -64,7 +64,7 @@ def mse(inputs: RewardLossInputs, params: NoParams) -> tuple[torch.Tensor, Metri
     return _mean_over_labels((scores - labels).square(), given), metrics
 
 
-@reward_losses.register("bce", required_columns={"labels"})
+@reward_losses.register("bce", required_columns={"labels"}, traits={"probability_labels"})
 def bce(inputs: RewardLossInputs, params: NoParams) -> tuple[torch.Tensor, Metrics]:
     """−y·logσ(s) − (1 − y)·logσ(−s), the mean over the labels of a token: s is the log-odds of being right.
 

@@ -13,7 +13,9 @@ from rlcore.plugins import import_algorithms
 
 F = TypeVar("F", bound=Callable[..., object])
 
-Trait = Literal["compares_group", "vanishes_with_advantage", "importance_ratio", "sequence_ratio", "imitates"]
+Trait = Literal[
+    "compares_group", "vanishes_with_advantage", "importance_ratio", "sequence_ratio", "imitates", "probability_labels"
+]
 """Properties of a function that the rest of a run depends on:
 
 - ``compares_group``: an advantage estimator whose baseline is computed from other samples of the same prompt;
@@ -21,7 +23,8 @@ Trait = Literal["compares_group", "vanishes_with_advantage", "importance_ratio",
 - ``importance_ratio``: a policy loss that weighs samples by π/π_old itself, or a correction that weighs by π/π_rollout;
 - ``sequence_ratio``: a policy loss whose ratio is one per sequence, derived for means per sequence;
 - ``imitates``: an advantage estimator whose advantages are given weights of samples, with which a loss without a ratio
-  is supervised learning: exact whatever policy made the samples.
+  is supervised learning: exact whatever policy made the samples;
+- ``probability_labels``: a loss of reward models whose labels are from 0 to 1.
 """
 
 

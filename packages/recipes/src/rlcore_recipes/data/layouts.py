@@ -18,6 +18,7 @@ from rlcore_recipes.data.settings import (
     DataSettings,
     PairDataSettings,
     PreferenceDataSettings,
+    RewardDataSettings,
     SFTDataSettings,
 )
 from rlcore_recipes.data.template_variables import RENDERED
@@ -35,6 +36,7 @@ INPUT_IDS, LOSS_MASK = "data.input_ids_key", "column of what is learned"
 
 CHOSEN, REJECTED, MARGIN = "data.chosen_key", "data.rejected_key", "data.margin_key"
 COMPLETION, LABEL = "data.completion_key", "data.label_key"
+STEPS, STEP_LABELS = "data.steps_key", "data.step_labels_key"
 
 TRUTHS = ("ground_truth", "reward_model.ground_truth")
 """Columns that hold the reference answer, ours and verl's. Where a file has both, they must agree."""
@@ -126,7 +128,13 @@ def pair_columns(settings: PairDataSettings) -> Choose:
     """Return what chooses the columns of preference pairs."""
 
     def choose(names: Sequence[str], file: str) -> Columns:
-        if "label" in names and settings.chosen_key not in names and settings.rejected_key not in names:
+        without_pairs = settings.chosen_key not in names and settings.rejected_key not in names
+        if without_pairs and isinstance(settings, RewardDataSettings) and {"label", "labels", "score"} & {*names}:
+            raise DataError(
+                f"{file} has answers with labels ({', '.join(names)}) and no pairs; actor.objective.loss=bce (or mse) "
+                "learns from them"
+            )
+        if without_pairs and "label" in names:
             raise DataError(
                 f"{file} has single answers with labels ({', '.join(names)}) and no pairs; rlcore run dpo with "
                 "actor.objective.loss=kto learns from them"
@@ -158,6 +166,25 @@ def labelled_columns(settings: PreferenceDataSettings) -> Choose:
             completion = next((name for name in ("completion", "response") if name in names), "completion")
         keys: dict[str, str | None] = {PROMPT: settings.prompt_key, COMPLETION: completion, LABEL: settings.label_key}
         return _only(keys, settings, names, file)
+
+    return choose
+
+
+def scored_columns(settings: RewardDataSettings) -> Choose:
+    """Return what chooses the columns of answers with labels: of steps, or of whole answers."""
+
+    def choose(names: Sequence[str], file: str) -> Columns:
+        with_labels = settings.step_labels_key in names
+        steps = ("completions" if with_labels else None) if settings.steps_key == AUTO else settings.steps_key
+        keys: dict[str, str | None] = {PROMPT: settings.prompt_key}
+        if steps is not None:
+            return _only({**keys, STEPS: steps, STEP_LABELS: settings.step_labels_key}, settings, names, file)
+        response, label = settings.response_key, settings.label_key
+        if response == AUTO:
+            response = next((name for name in ("response", "completion") if name in names), "response")
+        if label == AUTO:
+            label = next((name for name in ("label", "score") if name in names), "label")
+        return _only({**keys, RESPONSE: response, LABEL: label}, settings, names, file)
 
     return choose
 

@@ -213,7 +213,25 @@ class PreferenceDataSettings(PairDataSettings):
 
 
 class RewardDataSettings(PairDataSettings):
-    """Preference pairs for reward models."""
+    """Preference pairs, or answers with labels, for reward models: as the loss needs them."""
 
-    train_batch_size: int = Field(256, ge=1, description="Pairs per step.")
-    val_batch_size: int | None = Field(None, ge=1, description="Pairs per validation batch; null: all together.")
+    train_batch_size: int = Field(256, ge=1, description="Pairs, or answers with labels, per step.")
+    val_batch_size: int | None = Field(
+        None, ge=1, description="Pairs, or answers, per validation batch; null: all together."
+    )
+    response_key: str = Field(
+        AUTO,
+        description="Column of an answer that has a label: text, or chat messages. auto: response or completion.",
+    )
+    label_key: str = Field(
+        AUTO, description="Column of an answer's label: true or false, or a number. auto: label or score."
+    )
+    steps_key: str | None = Field(
+        AUTO,
+        description="Column of the steps of an answer, a list of texts; null: answers have one label. auto: "
+        "completions, where a file has the labels of steps.",
+    )
+    step_labels_key: str = Field(
+        "labels", description="Column of the labels of steps: a list with true or false, a number, or null for none."
+    )
+    step_separator: str = Field("\n\n", min_length=1, description="Text between two steps.")

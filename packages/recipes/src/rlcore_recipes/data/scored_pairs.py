@@ -1,4 +1,4 @@
-"""Samples of reward models: answers whose scores are trained, at their last tokens."""
+"""Preference pairs whose sides are scored at their last tokens."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class ScoredPairs(PairDataset):
         return batch.with_columns(loss_mask=batch.jagged(terminal_rewards(batch, torch.ones(len(batch)))))
 
 
-def load_reward_samples(
+def load_scored_pairs(
     settings: RewardDataSettings,
     files: Sequence[str],
     tokenizer: Any,
     limit: int | None = None,
     vocabulary: int | None = None,
 ) -> ScoredPairs:
-    """Read and tokenise what a reward model learns from; the arguments are those of `load_pairs`.
+    """Read and tokenise preference pairs; the arguments are those of `load_pairs`.
 
     Raises:
         DataError: see `load_pairs`.

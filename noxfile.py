@@ -196,6 +196,13 @@ def docs(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def gate(session: nox.Session) -> None:
+    """Train every task of the learning gate; ``nox -s gate -- compare --baseline REVISION`` compares them."""
+    sync(session, "--all-packages", "--group", "test")
+    session.run("rlcore-gate", *(session.posargs or ["run"]), "--root", session.create_tmp(), env=ENVIRONMENT)
+
+
+@nox.session(default=False)
 def quickstart(session: nox.Session) -> None:
     """Train the README's learning curve in full. The session "integration" trains its beginning."""
     sync(session, "--all-packages", "--group", "test")

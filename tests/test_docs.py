@@ -250,6 +250,7 @@ EXTRAS = {
 
 def check(words: list[str]) -> None:
     """Check one command: what it installs exists, and its configuration or its options are valid."""
+    words = ["rlcore", "gate", *words[1:]] if words[0] == "rlcore-gate" else words
     module = re.fullmatch(r"rlcore_recipes\.(\w+)", words[words.index("-m") + 1]) if "-m" in words else None
     if words[:2] == ["pip", "install"] or words[:3] == ["uv", "pip", "install"]:
         for name, extras in re.findall(r"(rlcore[\w-]*)(?:\[([\w,]+)\])?", " ".join(words)):

@@ -1,6 +1,8 @@
 """The contracts of estimators and losses, checked by the kit (``pip install './my_task[test]'``), and the values."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +23,11 @@ class TestFocal(PolicyLossConformance):
     def batch(self, seed: int) -> Batch:
         batch = super().batch(seed)
         return batch.with_columns(solve_rate=torch.linspace(0, 1, len(batch)))
+
+
+def test_a_policy_learns_with_the_estimator(learns: Callable[..., Any]) -> None:
+    """The fixture comes with rlcore."""
+    learns("grpo-letters", "algorithm.advantage=mean_deviation")
 
 
 def test_the_solve_rate_is_that_of_the_group() -> None:

@@ -60,7 +60,7 @@ OURS: dict[tuple[str, str], str] = {
     **{(FUNCTIONS, name): "rlcore[fsdp]" for name in ("train", "open_run")},
     **{
         (COMMANDS, name): "rlcore[fsdp]"
-        for name in ("quickstart", "data", "model", "plan", "eval", "export", "generate", "chat", "from-verl")
+        for name in ("quickstart", "data", "model", "plan", "eval", "export", "generate", "chat", "from-verl", "gate")
     },
 }
 

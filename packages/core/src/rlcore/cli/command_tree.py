@@ -31,6 +31,7 @@ _OURS = {
     "eval": "Measure and compare models and checkpoints.",
     "generate": "Complete prompts with a model or checkpoint.",
     "chat": "Talk to a model or checkpoint.",
+    "gate": "Train tiny tasks, and test whether a change hurts learning.",
     "export": "Write a checkpoint as a Hugging Face model folder.",
 }
 

@@ -1,0 +1,1 @@
+"""``rlcore-gate``: tiny tasks that learn in seconds, and the test whether a change hurts learning."""

@@ -1,0 +1,113 @@
+"""Problems of the learning gate: data and first models that small models learn from in seconds.
+
+Tasks run in one folder, below which every problem has its own. Paths in configurations are relative to it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlcore.config import load_config
+from rlcore_recipes.data.prepare.arithmetic import ArithmeticTask, arithmetic_problems
+from rlcore_recipes.data.prepare.rows import prompt_row
+from rlcore_recipes.data.prepare.writing import write_splits
+from rlcore_recipes.small_model.qwen2 import SmallModelSettings, write_small_model
+
+Keys = Mapping[str, Any]
+
+LETTERS_REWARD = '''"""The share of lower-case letters among eight characters."""
+
+
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    return sum(c.isascii() and c.islower() for c in solution_str[:8]) / 8
+'''
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Data, a first model and a reward.
+
+    Attributes:
+        prepare: writes them into an empty folder.
+        keys: configuration keys of every task on it; paths start with its name.
+    """
+
+    name: str
+    summary: str
+    prepare: Callable[[Path], None]
+    keys: Keys
+
+
+def prepare(problem: Problem, root: Path) -> None:
+    """Write the files of ``problem`` below ``root``, if they are not there."""
+    folder, partial = root / problem.name, root / f".{problem.name}"
+    if folder.exists():
+        return
+    shutil.rmtree(partial, ignore_errors=True)  # of a preparation that was interrupted
+    partial.mkdir(parents=True)
+    problem.prepare(partial)
+    partial.rename(folder)
+
+
+def letters(folder: Path) -> None:
+    """Write a random model and prompts; the reward counts lower-case letters."""
+    rows = [prompt_row(f"say {number}", "x", "letters", response="abcdefgh", index=number) for number in range(64)]
+    write_splits({"train": rows, "test": rows[:16]}, folder)
+    texts = [row["prompt"][0]["content"] for row in rows]
+    settings = SmallModelSettings(
+        vocab_size=300, hidden_size=32, layers=2, intermediate_size=64, max_position_embeddings=64
+    )
+    write_small_model(folder / "model", texts, settings)
+    (folder / "reward.py").write_text(LETTERS_REWARD, encoding="utf-8")
+
+
+def arithmetic(folder: Path) -> None:
+    """Write sums up to six in words, and a model that answers four of ten of them."""
+    from rlcore_recipes.grpo import GRPOConfig
+    from rlcore_recipes.quickstart.train_sft import train_sft
+
+    drawn = arithmetic_problems(ArithmeticTask(digits=1, names=16, items=12, phrases=3), 12_000, 1, seed=0)["train"]
+    rows = [row for row in drawn if int(row["ground_truth"]) <= 6]
+    splits = {"train": rows[:1024], "test": rows[1024:1280]}
+    write_splits(splits, folder)
+    texts = [text for row in splits["train"] for text in (row["prompt"][0]["content"], row["response"])]
+    settings = SmallModelSettings(hidden_size=64, layers=2, intermediate_size=192, max_position_embeddings=128)
+    write_small_model(folder / "base", texts, settings)
+    keys = {**_rollout_keys(str(folder), 48, 12), "reward.name": "gsm8k", "trainer.out_dir": str(folder / "none")}
+    config = load_config(GRPOConfig, None, [f"{key}={value}" for key, value in keys.items()])
+    train_sft(folder / "base", folder / "model", config, lambda step, loss, right: None)
+
+
+def _rollout_keys(name: str, prompt: int, response: int) -> dict[str, Any]:
+    return {
+        "model.path": f"{name}/model",
+        "data.train_files": f"{name}/train.parquet",
+        "data.val_files": f"{name}/test.parquet",
+        "data.max_prompt_length": prompt,
+        "data.max_response_length": response,
+        "trainer.trackers": "[jsonl]",
+        "rollout.validation.temperature": 1.0,
+    }
+
+
+PROBLEMS: dict[str, Problem] = {
+    problem.name: problem
+    for problem in (
+        Problem(
+            "letters",
+            "eight characters, the more lower-case letters the better; from a random model",
+            letters,
+            {**_rollout_keys("letters", 32, 8), "reward.path": "letters/reward.py:compute_score", "reward.workers": 1},
+        ),
+        Problem(
+            "arithmetic",
+            "sums up to six in words; from a model that answers four of ten",
+            arithmetic,
+            {**_rollout_keys("arithmetic", 48, 12), "reward.name": "gsm8k"},
+        ),
+    )
+}

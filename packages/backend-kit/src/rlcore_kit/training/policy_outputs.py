@@ -74,8 +74,7 @@ def policy_outputs(
             unrounded="candidate_logprobs" in wanted,
             shard=head.shard,
         )
-        first, others = logprobs.split([1, logprobs.shape[-1] - 1], -1)
-        found |= {"logprobs": first[:, 0], "candidate_logprobs": others}
+        found |= {"logprobs": logprobs[:, 0], "candidate_logprobs": logprobs[:, 1:]}
         if entropy is not None:
             found["entropy"] = entropy
     if wanted & {"top_ids", "top_logprobs"}:

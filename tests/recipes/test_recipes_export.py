@@ -33,6 +33,7 @@ SFT = dict.fromkeys(
 LAYOUTS: list[dict[str, Any]] = [
     {"tensor_parallel": 2},
     {"pipeline_parallel": 2, "checkpoint_format": "torch_dist"},
+    {"lora": {"rank": 4}, "tensor_parallel": 2, "dtype": "bfloat16"},
 ]
 
 
@@ -155,7 +156,12 @@ def test_ranks_of_megatron_become_one_model(task: Any, tmp_path: Path, layout: d
     folder = run_on_two_ranks(task, "sft", tmp_path / "run", changes)
     export(folder, "--out", tmp_path / "out", "--max-shard-size", "2GB")
     assert_same(weights(tmp_path / "out"), weights(folder / "model"))
-    assert "trains no adapters" in export(folder, "--adapter", "--out", tmp_path / "adapter", code=1)
+    if "lora" in layout:
+        export(folder, "--adapter", "--out", tmp_path / "adapter")
+        assert_same(weights(tmp_path / "adapter"), weights(folder / "model" / "adapter"))
+    else:
+        printed = export(folder, "--adapter", "--out", tmp_path / "adapter", code=1)
+        assert "trained all weights, not adapters" in printed
 
 
 def test_an_engine_without_its_own_export_is_built_and_loaded(

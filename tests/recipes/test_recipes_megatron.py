@@ -32,8 +32,14 @@ RUN = {
 }
 TENSOR = {"device": "cpu", "tensor_parallel": 2, "sequence_parallel": True}
 PIPELINE = {"device": "cpu", "pipeline_parallel": 2}
+LORA = {"rank": 4, "alpha": 8}
 RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "grpo, tensor parallel": ("grpo", {"actor.objective.kl_loss.coeff": 0.01}, {"actor": TENSOR, "ref": TENSOR}),
+    "grpo, adapters": (
+        "grpo",
+        {"actor.objective.kl_loss.coeff": 0.01, "actor.fsdp.lora": LORA},
+        {"actor": {**TENSOR, "lora": LORA}},
+    ),
     "ppo, pipeline parallel": ("ppo", {"critic.optim": ADAM}, {"actor": PIPELINE, "critic": PIPELINE}),
     "dapo, tensor parallel": ("dapo", {"algorithm.overlong": {"buffer": 4}}, {"actor": TENSOR}),
     "grpo, expert parallel": ("grpo", {}, {"actor": {"device": "cpu", "expert_parallel": 2}}),

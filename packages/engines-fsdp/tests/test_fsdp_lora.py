@@ -30,7 +30,14 @@ from rlcore_fsdp.export import export
 from rlcore_fsdp.settings import FSDPSettings
 from rlcore_kit.testing.processes import RankPool
 from rlcore_kit.testing.tiny_model import tiny_model
-from rlcore_kit.testing.train_engine import SquaredError, WeightedLogprobs, exported, make_batch, reference_outputs
+from rlcore_kit.testing.train_engine import (
+    CheckpointTests,
+    SquaredError,
+    WeightedLogprobs,
+    exported,
+    make_batch,
+    reference_outputs,
+)
 
 TASKS = {"value": "TOKEN_CLS", "score": "SEQ_CLS"}
 LORA = LoRASettings(rank=3, alpha=6)
@@ -268,6 +275,13 @@ def test_checkpoints_of_other_adapters_or_weights_are_refused(
     path = tiny_model(tmp_path, intermediate_size=63, seed=1) if other_weights else model_path
     with pytest.raises(CheckpointError, match=message):
         make_engine(path, lora=lora).load(checkpoint)
+
+
+class TestCheckpoints(CheckpointTests):
+    """The conformance kit's, with adapters."""
+
+    def make_engine(self, spec: TrainEngineSpec) -> FSDPTrainEngine:
+        return build(replace(spec, options=FSDPSettings(device="cpu", lora=LORA)))
 
 
 def test_a_critic_trains_its_head_too(ranks: RankPool, model_path: Path, tmp_path: Path) -> None:

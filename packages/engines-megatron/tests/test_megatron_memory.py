@@ -21,7 +21,7 @@ CONFIG = Qwen2Config(
 )
 
 
-def memory(trained: bool = True, stepped: bool = False, data_parallel: int = 1, **settings: Any) -> StepMemory:
+def memory(trained: int = 10_000, stepped: bool = False, data_parallel: int = 1, **settings: Any) -> StepMemory:
     return step_memory(
         CONFIG,
         MegatronSettings(logits_chunk=10, **settings),
@@ -47,11 +47,11 @@ def test_each_kind_of_parallelism_saves_its_part() -> None:
     assert memory(pipeline_parallel=2).per_token == undivided.per_token
     assert memory(pipeline_parallel=2, virtual_pipeline=2).per_token == undivided.per_token * 5 // 4
     assert memory(recompute="full").per_token == 2 * layer + 8 * 2 * 64
-    assert memory(trained=False).per_token == layer
+    assert memory(trained=0).per_token == layer
 
 
 def test_optimizer_states_are_counted_until_they_exist() -> None:
     assert memory(data_parallel=4).later == 20_000
     assert memory(data_parallel=4, distributed_optimizer=False).later == 80_000
-    assert memory(stepped=True).later == memory(trained=False).later == memory(offload_optimizer=True).later == 0
+    assert memory(stepped=True).later == memory(trained=0).later == memory(offload_optimizer=True).later == 0
     assert memory(tensor_parallel=2).parameters is None

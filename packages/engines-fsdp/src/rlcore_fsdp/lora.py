@@ -7,7 +7,6 @@ files.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +22,7 @@ from rlcore.engines.settings import Head
 from rlcore.errors import EngineError
 from rlcore_fsdp import sharding
 from rlcore_kit.model_folder import adapters
-from rlcore_kit.model_folder.adapters import PREFIX, SCORE, peft_config
+from rlcore_kit.model_folder.adapters import PREFIX, SCORE, first_matrix, peft_config
 
 ADAPTER = "default"
 """PEFT's name for the only adapter of every layer."""
@@ -48,12 +47,11 @@ def add_adapters(model: PreTrainedModel, settings: LoRASettings, head: Head, dty
                 f"{name} of {type(model).__name__} is no linear layer and cannot have adapters; list the layers "
                 "to adapt in lora.target_modules (q_proj, k_proj, v_proj, o_proj …)"
             )
-    generator = torch.Generator().manual_seed(seed)
-    for _, layer in adapted_layers(model):
+    for name, layer in adapted_layers(model):
         device = layer.base_layer.weight.device
         down, up = (torch.zeros(part[ADAPTER].weight.shape, device=device) for part in (layer.lora_A, layer.lora_B))
         if device.type != "meta":
-            nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
+            down.copy_(first_matrix(name, len(down), down.shape[1], seed))
         layer.lora_A[ADAPTER].weight = nn.Parameter(down.to(dtype))
         layer.lora_B[ADAPTER].weight = nn.Parameter(up.to(dtype))
     if head != "policy":

@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 from rlcore.boundary import boundary
 from rlcore.errors import CheckpointError
+from rlcore_kit.checkpoint.base_model import Frozen, Lora
 from rlcore_kit.checkpoint.json_file import Count, FileName, Finite
 from rlcore_kit.checkpoint.rank_files import MANIFEST, RankManifest
 from rlcore_megatron import torch_dist
@@ -38,6 +39,8 @@ class Manifest(RankManifest):
     format: Literal[2] = FORMAT
     engine: Literal["megatron"] = "megatron"
     files_format: CheckpointFormat = Field(description="Format of the files with the blocks.")
+    lora: Lora | None = Field(None, description="The adapters that are trained; null if all weights are.")
+    frozen: Frozen | None = Field(None, description="The frozen weights; null if all weights are trained.")
     adam_step: Finite = Field(ge=0, description="Number of steps of the optimizer.")
     ranks: list[list[Block]] = Field(min_length=1, description="The blocks that each rank wrote.")
 

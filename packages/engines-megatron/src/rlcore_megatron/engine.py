@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,12 +25,13 @@ from rlcore.engines.step_memory import StepMemory
 from rlcore.engines.train import FileRecord, Part
 from rlcore.errors import EngineError
 from rlcore.metrics import Metrics
+from rlcore_kit.checkpoint.base_model import Frozen, frozen
 from rlcore_kit.model_folder import checks, files
 from rlcore_kit.training.device import choose_device
 from rlcore_kit.training.lr_schedule import learning_rate
 from rlcore_kit.training.micro_batches import check_batch, check_request, in_order, inputs_of, micro_batches
 from rlcore_kit.training.policy_outputs import shard_of
-from rlcore_kit.training.process_group import max_over_ranks, sum_over_ranks
+from rlcore_kit.training.process_group import gather_objects, max_over_ranks, sum_over_ranks
 from rlcore_megatron import parallel as layouts
 from rlcore_megatron import weights
 from rlcore_megatron.families import family_of
@@ -40,7 +41,7 @@ from rlcore_megatron.model_folder import find_model
 from rlcore_megatron.output_columns import output_widths, separated, total_width
 from rlcore_megatron.settings import MegatronSettings
 from rlcore_megatron.step_memory import step_memory
-from rlcore_megatron.writing import write_model
+from rlcore_megatron.writing import adapter_writer, write_model
 
 if TYPE_CHECKING:
     from rlcore_megatron.modules import PackedGPT
@@ -142,7 +143,14 @@ class MegatronEngine(TrainEngine):
         self._pipeline = Pipeline(
             chunks, spec.head, self.parallel, settings.sequence_parallel, self._device, hidden_size
         )
-        self._saving = Saving(self.modules, self._optimization, self.parallel, settings.checkpoint_format)
+        self._saving = Saving(
+            self.modules, self._optimization, self.parallel, settings.checkpoint_format, settings.lora, self._base_model
+        )
+
+    def _base_model(self) -> Frozen:
+        """Return the fingerprint of the weights that adapters leave frozen; collective."""
+        own = weights.base_model_sum(self.modules, self.family, self.hf_config, self.parallel)
+        return frozen(self.dtype, gather_objects(own))
 
     @property
     def dp_rank(self) -> int:
@@ -159,14 +167,15 @@ class MegatronEngine(TrainEngine):
         return self._device
 
     def step_memory(self) -> StepMemory:
+        parameters = [parameter for module in self.modules for parameter in module.parameters()]
         return step_memory(
             self.hf_config,
             self.settings,
             self._device,
             self.dtype.itemsize,
-            parameters=sum(parameter.numel() for module in self.modules for parameter in module.parameters()),
+            parameters=sum(parameter.numel() for parameter in parameters),
             data_parallel=self.parallel.dp,
-            trained=self._optimization is not None,
+            trained=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
             stepped=self.step_count > 0,
         )
 
@@ -181,7 +190,8 @@ class MegatronEngine(TrainEngine):
         self.onload("params")
         batch = inputs_of(batch, request)
         divided = self._micro_batches(batch)
-        results = self._pipeline.outputs([batch.take(members) for members in divided], request)
+        with nullcontext() if request.adapters else self._without_adapters():
+            results = self._pipeline.outputs([batch.take(members) for members in divided], request)
         order = [index for members in divided for index in members]
         lengths = batch.lengths[order]
         given = {name: batch.flat(name) for name in request.columns}
@@ -238,8 +248,13 @@ class MegatronEngine(TrainEngine):
         return metrics
 
     def _check(self, batch: Batch, request: ForwardRequest, training: bool = False) -> None:
-        check_request(request, self.spec.head, adapters=False, training=training)
+        check_request(request, self.spec.head, self.settings.lora is not None, training)
         check_batch(batch, self.spec.model, self.hf_config, self.modules[0].vocabulary, request)
+
+    def _without_adapters(self) -> AbstractContextManager[None]:
+        from rlcore_megatron.adapters import switched_off
+
+        return switched_off(self.modules)
 
     def _micro_batches(self, batch: Batch, together: str | None = None) -> list[list[int]]:
         return micro_batches(batch, self.spec.max_tokens, together, self._number_of_micro_batches)
@@ -295,14 +310,41 @@ class MegatronEngine(TrainEngine):
         yield from weights.export(self.modules, self.family, self.hf_config, self.parallel, bucket_bytes)
 
     @torch.no_grad()
+    def export_adapters(self, bucket_bytes: int = 512 << 20) -> Iterator[WeightBucket]:
+        """See `TrainEngine`; tensors have compute precision and exist on every rank."""
+        lora = self.settings.lora
+        if lora is None:
+            super().export_adapters()
+            return
+        for bucket in self._adapters(bucket_bytes):
+            scaled = ((n, t * (lora.alpha / lora.rank) if ".lora_B." in n else t) for n, t in bucket.tensors)
+            yield WeightBucket(tuple(scaled))
+
+    @torch.no_grad()
     def save_pretrained(self, path: Path) -> None:
         """See `TrainEngine`; weights stream to rank 0's files.
 
         They have the precision of the files that the model came from, or ``export_dtype``; values are those of compute
-        precision.
+        precision. Adapters are merged into the weights, and are also written separately, in PEFT's format, to the
+        subfolder ``adapter``.
         """
         limit = self.spec.model.export_file_mb << 20
-        write_model(self.export_weights(), self.hf_config, self._origin, Path(path), limit)
+        adapters = self.adapter_files() if self.settings.lora is not None else None
+        write_model(self.export_weights(), self.hf_config, self._origin, Path(path), limit, adapters)
+
+    def adapter_files(self) -> Callable[[Path], None]:
+        """Return what writes the adapters, in PEFT's format, to a new folder; collective, the writing is not."""
+        from rlcore_megatron.adapters import targets
+
+        lora = self.settings.lora
+        assert lora is not None
+        wanted = targets(self.family, self.hf_config, lora)
+        return adapter_writer(self._adapters(512 << 20), self.hf_config, lora, wanted, self.spec.model.path)
+
+    @torch.no_grad()
+    def _adapters(self, bucket_bytes: int) -> Iterator[WeightBucket]:
+        self.onload("params")
+        yield from weights.export(self.modules, self.family, self.hf_config, self.parallel, bucket_bytes, adapters=True)
 
     @torch.no_grad()
     def save(self, path: Path) -> None:

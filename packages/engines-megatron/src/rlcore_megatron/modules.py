@@ -33,6 +33,7 @@ from rlcore.engines.settings import Head
 from rlcore.errors import EngineError
 from rlcore_kit.training.logprob_head import LogitsRule, VocabularyShard
 from rlcore_kit.training.policy_outputs import PolicyHead, policy_outputs
+from rlcore_megatron.adapters import add_adapters
 from rlcore_megatron.packing import PackedRow
 from rlcore_megatron.parallel import Parallel
 from rlcore_megatron.settings import MegatronSettings
@@ -181,21 +182,22 @@ def build_modules(
     Args:
         hf_config: configuration of transformers.
         head_bias: whether a scalar head has a bias.
-        seed: initialises the weights of a scalar head.
+        seed: initialises the weights of a scalar head, and adapters.
     """
     config = transformer_config(family.transformer_config(hf_config), settings, device, dtype)
     arguments = dict(family.model_arguments(hf_config))
     vocabulary = arguments.pop("vocab_size")
     if head != "policy":
         arguments["share_embeddings_and_output_weights"] = False
-    implementation = settings.implementation or ("transformer_engine" if device.type == "cuda" else "local")
+    fused = device.type == "cuda" and settings.lora is None
+    implementation = settings.implementation or ("transformer_engine" if fused else "local")
     chunks = []
     for number in range(parallel.vpp):
         stage = number if parallel.vpp > 1 else None
         last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage)
         model = PackedGPT(
             config,
-            block_spec(config, implementation, stage),
+            block_spec(config, implementation, stage, adapted=settings.lora is not None),
             vocab_size=-(-vocabulary // parallel.tp) * parallel.tp,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
             post_process=last,
@@ -207,6 +209,8 @@ def build_modules(
             model.output_layer = ScalarHead(config.hidden_size, head_bias, dtype, seed)
         _mark_divided(model)
         chunks.append(model.to(device).eval())
+    if settings.lora is not None:
+        add_adapters(chunks, family, hf_config, settings.lora, parallel, seed)
     return chunks
 
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedBase
 
+from rlcore.engines import LoRASettings
 from rlcore.errors import CheckpointError
 from rlcore_kit.checkpoint import random_states, rank_files
 from rlcore_kit.checkpoint.background_save import BackgroundSave
+from rlcore_kit.checkpoint.base_model import Frozen, Lora, check_base_model
 from rlcore_kit.checkpoint.rank_files import MOMENTS, RankPart, rank_file
 from rlcore_kit.training.process_group import gather_objects
 from rlcore_megatron import torch_dist
+from rlcore_megatron.adapters import is_kept
 from rlcore_megatron.checkpoint import Manifest, Reader
 from rlcore_megatron.modules import PackedGPT
 from rlcore_megatron.optimizer import Optimization
@@ -32,6 +35,8 @@ class Saving:
 
     Args:
         files_format: format of the checkpoints that it writes; it reads all.
+        lora: the adapters that are trained, which alone are in checkpoints (with a scalar head); None: all weights.
+        base_model: returns the fingerprint of the frozen weights, the same whenever it is called; collective.
     """
 
     def __init__(
@@ -40,11 +45,15 @@ class Saving:
         optimization: Optimization | None,
         parallel: Parallel,
         files_format: CheckpointFormat,
+        lora: LoRASettings | None = None,
+        base_model: Callable[[], Frozen] | None = None,
     ) -> None:
         self._modules = modules
         self._optimization = optimization
         self._parallel = parallel
         self._format = files_format
+        self._lora = None if lora is None else Lora(rank=lora.rank, alpha=lora.alpha)
+        self._base_model = base_model
         own = (rank_files.write_part, rank_files.complete)
         steps = (torch_dist.write, torch_dist.complete) if files_format == torch_dist.BACKEND else own
         self._background: BackgroundSave[Any] = BackgroundSave(parallel.rank, gather_objects, *steps)
@@ -70,10 +79,11 @@ class Saving:
             CheckpointError: on all ranks, before anything is changed.
         """
         parallel, error = self._parallel, None
-        local = local_parameters(self._modules, self._optimization, parallel)
+        local, frozen = self._kept(), self._frozen
         shapes = _shapes(local)
         try:
             manifest = rank_files.read_manifest(path, Manifest, optimizer=self._optimization is not None)
+            check_base_model(path, (manifest.lora, manifest.frozen), (self._lora, frozen))
             rank_files.check_shapes(path, manifest.shapes, shapes)
             rank_files.check_files(path, manifest, parallel.rank, parallel.world)
             reader = Reader(path, manifest)
@@ -97,9 +107,22 @@ class Saving:
         random_states.restore(states)
         return manifest.schedule_step
 
+    @cached_property
+    def _frozen(self) -> Frozen | None:
+        return None if self._lora is None or self._base_model is None else self._base_model()
+
+    def _kept(self) -> list[LocalParameter]:
+        """Return the parameters that checkpoints hold."""
+        local = local_parameters(self._modules, self._optimization, self._parallel)
+        if self._lora is None:
+            return local
+        named = (pair for module in self._modules for pair in module.named_parameters())
+        kept = {id(parameter) for name, parameter in named if is_kept(name, self._modules[0].head)}
+        return [one for one in local if id(one.parameter) in kept]
+
     def _collect(self, path: Path, schedule_step: int) -> tuple[RankPart | TorchDistPart, Callable[..., Manifest]]:
         """Copy what this rank writes; return that, and what makes the manifest of all ranks. Collective."""
-        local = local_parameters(self._modules, self._optimization, self._parallel)
+        local = self._kept()
         shapes = _shapes(local)
         step = adam_step(self._optimization) if self._optimization is not None else 0.0
         step = max(gather_objects(step))  # a rank may have no element of any parameter
@@ -110,6 +133,8 @@ class Saving:
             adam_step=step,
             schedule_step=schedule_step,
             shapes=shapes,
+            lora=self._lora,
+            frozen=self._frozen,
         )
         states, text = random_states.collect()
         kinds = ("weight", *MOMENTS) if step else ("weight",)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from rlcore.config import Config, Package
+from rlcore.engines import LoRASettings
 from rlcore_megatron import megatron_fields
 
 DType = Literal["float32", "bfloat16"]
@@ -103,7 +104,9 @@ class MegatronSettings(Config):
         "updates float32 weights in any case.",
     )
     implementation: Literal["local", "transformer_engine"] | None = Field(
-        None, description="Layers of megatron-core (local) or of TransformerEngine; null is TransformerEngine on CUDA."
+        None,
+        description="Layers of megatron-core (local) or of TransformerEngine; null is TransformerEngine on CUDA, and "
+        "megatron-core's with adapters.",
     )
     recompute: Literal["none", "selective", "full"] = Field(
         "none", description="Activations to recompute in backward: none, those of attention, or those of full layers."
@@ -112,6 +115,10 @@ class MegatronSettings(Config):
         True, description="Divide fp32 weights and optimizer states over data-parallel processes (ZeRO-1)."
     )
     offload_optimizer: bool = Field(False, description="Keep optimizer states in host memory between optimizer steps.")
+    lora: LoRASettings | None = Field(
+        None,
+        description="Train low-rank adapters (and a scalar head) and freeze all weights; null trains all weights.",
+    )
     logits_chunk: int | None = Field(
         None, ge=1, description="Number of tokens whose logits exist at a time; null bounds their memory instead."
     )
@@ -136,6 +143,8 @@ class MegatronSettings(Config):
 
     def packages(self) -> Iterator[tuple[str, Package]]:
         yield "", Package("megatron.core", "rlcore[megatron]")
+        if self.lora is not None:
+            yield "lora", Package("peft", "rlcore[lora]")
         if self.implementation == "transformer_engine":
             yield "implementation", Package("transformer_engine", "transformer-engine[pytorch]")
 
@@ -146,6 +155,10 @@ class MegatronSettings(Config):
             yield "virtual_pipeline", "divides pipeline stages into chunks, but pipeline_parallel is 1"
         if self.expert_parallel > 1 and self.tensor_parallel > 1 and not self.sequence_parallel:
             yield "sequence_parallel", "must be true where expert_parallel and tensor_parallel are both above 1"
+        if self.lora is not None and self.lora.dropout:
+            yield "lora.dropout", "the megatron engine's adapters have none; set it to 0"
+        if self.lora is not None and self.implementation == "transformer_engine":
+            yield "lora", "adapters need megatron-core's own layers: set implementation to local, or to null"
         for section in ("transformer", "optimizer", "ddp"):
             for name in getattr(self, section):
                 if problem := _passthrough_problem(section, name):

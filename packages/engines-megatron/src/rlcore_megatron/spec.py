@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from rlcore_megatron.adapters import AdaptedColumn, AdaptedRow
 from rlcore_megatron.packing import gathered_order
 
 
@@ -88,8 +89,14 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
         return out[0].transpose(0, 1)
 
 
-def block_spec(config: TransformerConfig, implementation: str, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """Return the layers of one chunk of this pipeline stage, and the final norm."""
+def block_spec(
+    config: TransformerConfig, implementation: str, vp_stage: int | None, adapted: bool = False
+) -> TransformerBlockSubmodules:
+    """Return the layers of one chunk of this pipeline stage, and the final norm.
+
+    Args:
+        adapted: whether linear layers take adapters; those of megatron-core alone can.
+    """
     first = get_transformer_layer_offset(config, vp_stage)
     count = get_num_layers_to_build(config, vp_stage)
     sparse = config.moe_layer_freq if isinstance(config.moe_layer_freq, list) else None
@@ -97,7 +104,7 @@ def block_spec(config: TransformerConfig, implementation: str, vp_stage: int | N
     for number in range(first, first + count):
         every = sparse is None and number % config.moe_layer_freq == 0
         experts = config.num_moe_experts if every or (sparse is not None and sparse[number]) else None
-        layers.append(_layer_spec(config, implementation, experts))
+        layers.append(_layer_spec(config, implementation, experts, adapted))
     norm: Any = RMSNorm
     if implementation == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
@@ -106,7 +113,7 @@ def block_spec(config: TransformerConfig, implementation: str, vp_stage: int | N
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
 
 
-def _layer_spec(config: TransformerConfig, implementation: str, experts: int | None) -> ModuleSpec:
+def _layer_spec(config: TransformerConfig, implementation: str, experts: int | None, adapted: bool) -> ModuleSpec:
     if implementation == "transformer_engine":
         return get_gpt_layer_with_transformer_engine_spec(
             num_experts=experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm
@@ -120,4 +127,9 @@ def _layer_spec(config: TransformerConfig, implementation: str, experts: int | N
     attention.core_attention = PackedAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if adapted:
+        attention.linear_qkv, attention.linear_proj = AdaptedColumn, AdaptedRow
+        if experts is None:
+            mlp = parts.mlp.submodules
+            mlp.linear_fc1, mlp.linear_fc2 = AdaptedColumn, AdaptedRow
     return spec

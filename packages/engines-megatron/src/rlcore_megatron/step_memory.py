@@ -20,7 +20,7 @@ def step_memory(
     *,
     parameters: int,
     data_parallel: int,
-    trained: bool,
+    trained: int,
     stepped: bool,
 ) -> StepMemory:
     """Estimate what a training step takes; see `rlcore_kit.training.memory`.
@@ -33,18 +33,18 @@ def step_memory(
         itemsize: bytes per element in forward and backward.
         parameters: number of parameters that this process holds.
         data_parallel: number of data-parallel ranks.
-        trained: whether there is an optimizer.
+        trained: number of those parameters that the optimizer updates; 0 without one.
         stepped: whether the optimizer has made a step, so that its states exist.
     """
     tensor, stages, chunks = settings.tensor_parallel, settings.pipeline_parallel, settings.virtual_pipeline
     columns = -(-config.get_text_config().vocab_size // tensor)
-    logits = logits_bytes(config, chunk_size(settings.logits_chunk, device, columns), trained=trained) // tensor
+    logits = logits_bytes(config, chunk_size(settings.logits_chunk, device, columns), trained=trained > 0) // tensor
     per_token = activation_bytes(
-        config, itemsize, trained=trained, recompute=settings.recompute == "full", tensor_parallel=tensor
+        config, itemsize, trained=trained > 0, recompute=settings.recompute == "full", tensor_parallel=tensor
     )
     if chunks > 1:  # the interleaved schedule holds some chunks of later micro-batches too
         per_token += per_token * (stages - 1) // (stages * chunks)
-    moments = 8 * parameters // (data_parallel if settings.distributed_optimizer else 1)
+    moments = 8 * trained // (data_parallel if settings.distributed_optimizer else 1)
     return StepMemory(
         place=place_of(device),
         free=free_memory(device),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from rlcore.errors import EngineError
+from rlcore_kit.model_folder.adapters import PREFIX
 from rlcore_megatron.families.family import EMBEDDING, LM_HEAD, SCORE, Family, Named
 from rlcore_megatron.families.weight import Weight, share_shape
 from rlcore_megatron.parallel import Parallel
@@ -34,6 +35,7 @@ class TensorSlice:
         dtype: of the parameter.
         parameter: this process's share of the Megatron parameter; None for an expert of another process.
         exported: False for a second copy of tied embeddings.
+        adapter: the adapter of this layer of transformers (`rlcore_megatron.adapters.Pair`); None without one.
     """
 
     named: Named
@@ -41,6 +43,7 @@ class TensorSlice:
     dtype: torch.dtype
     parameter: torch.Tensor | None
     exported: bool = True
+    adapter: Any = None
 
     @property
     def weight(self) -> Weight:
@@ -60,15 +63,40 @@ def slices_of_stage(
     for module in modules:
         module = unwrapped(module)
         parameters = dict(module.named_parameters())
+        modules_by_name = dict(module.named_modules())
         numbers = {layer.layer_number - 1: index for index, layer in enumerate(module.decoder.layers)}
         for named in body:
             if named.layer is not None and named.layer not in numbers:
                 continue
             local = None if named.layer is None else numbers[named.layer]
             if (piece := _slice_of(named, local, parameters, family, hf_config, parallel)) is not None:
-                slices.append(piece)
+                path = named.weight.megatron.removesuffix(".weight").format(layer=local, expert=None)
+                adapter = modules_by_name.get(f"{path}.adapters.{named.weight.part}")
+                slices.append(piece if adapter is None else replace(piece, adapter=adapter))
         slices += _head_slices(module, parameters, family, hf_config, parallel)
     return slices
+
+
+def adapter_name(name: str, part: str) -> str:
+    """Return the name in PEFT's files of the matrix ``part``, A or B, of the adapter of the weight ``name``."""
+    return f"{PREFIX}{name.removesuffix('.weight')}.lora_{part}.weight"
+
+
+def adapter_slices(slices: Sequence[TensorSlice]) -> list[TensorSlice]:
+    """Return the matrices A and B of the adapters in ``slices``, under their names in PEFT's files."""
+    found = []
+    for piece in slices:
+        if piece.adapter is None or piece.parameter is None:
+            continue
+        rank, by_inputs = len(piece.adapter.down), piece.weight.split == 1
+        for part, split, shape, parameter in (
+            ("A", 1 if by_inputs else None, (rank, piece.shape[1]), piece.adapter.down),
+            ("B", None if by_inputs else 0, (piece.shape[0], rank), piece.adapter.up),
+        ):
+            weight = replace(piece.weight, part="entire", split=split)
+            named = replace(piece.named, name=adapter_name(piece.named.name, part), weight=weight)
+            found.append(TensorSlice(named, torch.Size(shape), parameter.dtype, parameter))
+    return found
 
 
 def _slice_of(

@@ -19,13 +19,22 @@ from torch import nn
 
 from rlcore.engines import WeightBucket
 from rlcore.errors import EngineError
+from rlcore_kit.checkpoint.base_model import sum_of_bits
 from rlcore_kit.model_folder import checks
 from rlcore_megatron import quirks
 from rlcore_megatron.families.family import EMBEDDING, LM_HEAD, SCORE, Family
 from rlcore_megatron.families.weight import share_shape, view
 from rlcore_megatron.model_folder import ModelFolder
 from rlcore_megatron.parallel import Parallel
-from rlcore_megatron.tensor_slices import TensorSlice, divided_range, slices_of_stage, tensor_parallel, unwrapped
+from rlcore_megatron.tensor_slices import (
+    TensorSlice,
+    adapter_name,
+    adapter_slices,
+    divided_range,
+    slices_of_stage,
+    tensor_parallel,
+    unwrapped,
+)
 
 LISTED = 10
 """Maximum number of problems of a model folder that an error lists."""
@@ -141,11 +150,13 @@ class Planned:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def plan(modules: Sequence[nn.Module], family: Family, hf_config: Any, parallel: Parallel) -> list[Planned]:
-    """Return every tensor in the order of transformers' model, tied ones once; all ranks of a pipeline call it."""
-    slices = {
-        piece.named.name: piece for piece in slices_of_stage(modules, family, hf_config, parallel) if piece.exported
-    }
+def plan(pieces: Sequence[TensorSlice], order: Sequence[str], parallel: Parallel) -> list[Planned]:
+    """Return the tensors of all stages, of which ``pieces`` are this stage's; all ranks of a pipeline call it.
+
+    Args:
+        order: names of all tensors, in the order wanted. Names without a tensor are ignored.
+    """
+    slices = {piece.named.name: piece for piece in pieces if piece.exported}
     own = [(name, tuple(piece.shape), piece.dtype) for name, piece in slices.items()]
     stages: list[list[tuple[str, tuple[int, ...], torch.dtype]]] = [own]
     if parallel.pp > 1:
@@ -156,23 +167,37 @@ def plan(modules: Sequence[nn.Module], family: Family, hf_config: Any, parallel:
         for stage, tensors in enumerate(stages)
         for name, shape, dtype in tensors
     }
-    names = [named.name for named in family.body(hf_config)] + [weight.hf for weight in (LM_HEAD, *SCORE)]
-    return [everything[name] for name in names if name in everything]
+    return [everything[name] for name in order if name in everything]
 
 
 def export(
-    modules: Sequence[nn.Module], family: Family, hf_config: Any, parallel: Parallel, bucket_bytes: int
+    modules: Sequence[nn.Module],
+    family: Family,
+    hf_config: Any,
+    parallel: Parallel,
+    bucket_bytes: int,
+    adapters: bool = False,
 ) -> Iterator[WeightBucket]:
-    """Stream full tensors under Hugging Face names on every rank; all ranks iterate to the end.
+    """Stream full tensors under Hugging Face names on every rank, in the order of transformers' model.
 
-    Tensors that no other process shares are the live parameters, not copies. A tensor larger than ``bucket_bytes`` is
-    alone in its bucket.
+    All ranks iterate to the end. Tied weights are exported once. Tensors that no other process shares are the live
+    parameters, not copies. A tensor larger than ``bucket_bytes`` is alone in its bucket.
+
+    Args:
+        adapters: export the matrices of adapters, without their scaling, under their names in PEFT's files, and not
+            the weights, into which adapters are merged. A scalar head is exported in either case.
     """
+    pieces = slices_of_stage(modules, family, hf_config, parallel)
+    names = [named.name for named in family.body(hf_config)]
+    order = names + [weight.hf for weight in (LM_HEAD, *SCORE)]
+    if adapters:
+        order = [adapter_name(name, part) for name in names for part in "AB"] + [weight.hf for weight in SCORE]
+        pieces = adapter_slices(pieces) + [piece for piece in pieces if piece.weight in SCORE]
     device = next(modules[0].parameters()).device
     sharing = min((size for size in (parallel.tp, parallel.etp) if size > 1), default=0)
     held: list[tuple[str, torch.Tensor]] = []
     size = 0
-    for planned in plan(modules, family, hf_config, parallel):
+    for planned in plan(pieces, order, parallel):
         passing = planned.nbytes // sharing if sharing else 0  # the share of one rank, while the tensor is put together
         if held and size + planned.nbytes + passing > bucket_bytes:
             yield WeightBucket(tuple(held))
@@ -217,6 +242,8 @@ def _gathered(piece: TensorSlice, family: Family, hf_config: Any, parallel: Para
     heads = family.heads(hf_config)
     shape = share_shape(piece.parameter.shape, piece.weight.part, heads)
     own = view(piece.parameter.detach(), piece.weight.part, heads).reshape(shape)
+    if piece.adapter is not None:
+        own = piece.adapter.merged(own)
     size, rank, group = tensor_parallel(piece, parallel)
     dim = piece.weight.split
     if dim is None:
@@ -236,6 +263,28 @@ def _gathered(piece: TensorSlice, family: Family, hf_config: Any, parallel: Para
         if values is not target:
             target.copy_(values)
     return full
+
+
+@torch.no_grad()
+def base_model_sum(modules: Sequence[nn.Module], family: Family, hf_config: Any, parallel: Parallel) -> int:
+    """Return the sum of the bits of this rank's part of the weights that adapters leave frozen, each counted once."""
+    heads = family.heads(hf_config)
+
+    def own() -> Iterator[torch.Tensor]:
+        for piece in slices_of_stage(modules, family, hf_config, parallel):
+            copies = parallel.dp_cp_group if piece.named.expert is None else parallel.expert_dp_group
+            size, rank, _ = tensor_parallel(piece, parallel)
+            counted = copies.rank() == 0 and (rank == 0 or piece.weight.split is not None)
+            if piece.parameter is None or not piece.exported or piece.weight in SCORE or not counted:
+                continue
+            shape = share_shape(piece.parameter.shape, piece.weight.part, heads)
+            share = view(piece.parameter, piece.weight.part, heads).reshape(shape)
+            if piece.weight.vocabulary:  # without padding
+                start, stop = divided_range(piece, shape, rank) if size > 1 else (0, piece.shape[0])
+                share = share[: stop - start]
+            yield share
+
+    return sum_of_bits(own())
 
 
 def _owner(expert: int, family: Family, hf_config: Any, parallel: Parallel) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from rlcore.engines import WeightBucket
+from rlcore.engines import LoRASettings, WeightBucket
+from rlcore_kit.model_folder.adapters import PREFIX, write_adapters
 from rlcore_kit.model_folder.files import Origin
-from rlcore_kit.model_folder.writing import MAX_FILE_BYTES, write_configuration, write_on_first_rank
+from rlcore_kit.model_folder.writing import ADAPTERS, MAX_FILE_BYTES, write_configuration, write_on_first_rank
 from rlcore_kit.training.process_group import gather_objects
 
 
@@ -28,13 +29,17 @@ def write_model(
     origin: Origin,
     path: Path,
     max_file_bytes: int = MAX_FILE_BYTES,
+    adapters: Callable[[Path], None] | None = None,
 ) -> None:
     """Write the stream as a folder that transformers load; all ranks call it, rank 0 writes.
+
+    Args:
+        adapters: writes adapters to the new folder that it is given, which is in the model's folder.
 
     Raises:
         EngineError: on every rank, if the folder could not be written.
     """
-    others = partial(_write_others, hf_config, origin)
+    others = partial(_write_others, hf_config, origin, adapters)
     write_on_first_rank(_tensors(buckets, origin), path, others, dist.get_rank(), gather_objects, max_file_bytes)
 
 
@@ -44,13 +49,42 @@ def _tensors(buckets: Iterable[WeightBucket], origin: Origin) -> Iterator[tuple[
             yield name, tensor.to(getattr(torch, origin.dtype_of(name)))
 
 
-def _write_others(hf_config: Any, origin: Origin, folder: Path, names: set[str]) -> None:
+def _write_others(
+    hf_config: Any, origin: Origin, adapters: Callable[[Path], None] | None, folder: Path, names: set[str]
+) -> None:
+    if adapters is not None:
+        adapters(folder / ADAPTERS)
     config = copy.deepcopy(hf_config)
-    classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if "score.weight" in names:
         config.num_labels = 1
-        biased = "score.bias" in names
+    write_configuration(config, model_class(config, names), origin, folder)
+
+
+def adapter_writer(
+    buckets: Iterable[WeightBucket], hf_config: Any, settings: LoRASettings, targets: Sequence[str], base: str
+) -> Callable[[Path], None]:
+    """Return what writes adapters, and a scalar head, to a new folder in PEFT's format.
+
+    Args:
+        buckets: see `rlcore_megatron.weights.export`.
+        targets: last parts of the names of the adapted layers.
+        base: folder or name of the model that the adapters belong to.
+    """
+    tensors = {
+        name if name.startswith(PREFIX) else PREFIX + name: tensor.detach().to("cpu", copy=True)
+        for bucket in buckets
+        for name, tensor in bucket.tensors
+    }
+    name = model_class(hf_config, tensors)
+    return lambda folder: write_adapters(tensors, settings, targets, folder, base=base, model_class=name)
+
+
+def model_class(hf_config: Any, names: Collection[str]) -> str:
+    """Return the name of transformers' class for a model whose files hold the tensors ``names``, with any prefix."""
+    classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if any(name.endswith("score.weight") for name in names):
+        biased = any(name.endswith("score.bias") for name in names)
         classes = (
             MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES if biased else MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
         )
-    write_configuration(config, classes[config.model_type], origin, folder)
+    return str(classes[hf_config.model_type])

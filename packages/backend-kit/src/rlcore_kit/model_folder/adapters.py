@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from safetensors.torch import save_file
@@ -36,6 +38,21 @@ def peft_config(settings: LoRASettings, targets: Iterable[str]) -> Any:
         lora_dropout=settings.dropout,
         target_modules=list(targets),
     )
+
+
+def first_matrix(layer: str, rank: int, width: int, seed: int) -> torch.Tensor:
+    """Return the matrix A ``[rank, width]`` with which the adapter of ``layer`` starts, fp32 on the CPU.
+
+    It is uniform as in the paper's code, and the same in every engine and layout.
+
+    Args:
+        layer: name of the layer in transformers' model.
+        seed: of the run.
+    """
+    generator = torch.Generator().manual_seed((seed + crc32(layer.encode())) % 2**63)
+    matrix = torch.empty(rank, width)
+    torch.nn.init.kaiming_uniform_(matrix, a=math.sqrt(5), generator=generator)
+    return matrix
 
 
 def write_adapters(

@@ -60,7 +60,8 @@ def view(tensor: torch.Tensor, part: Part, heads: Heads) -> torch.Tensor:
     if part == "entire":
         return tensor
     if part in ("gate", "up"):
-        return tensor.chunk(2)[part == "up"]
+        half = len(tensor) // 2
+        return tensor.narrow(0, half * (part == "up"), half)
     grouped = tensor.view(-1, heads.per_group + 2, heads.width, *tensor.shape[1:])
     if part == "query":
         return grouped[:, : heads.per_group]

@@ -59,7 +59,7 @@ def rollout_problems(config: RLSections) -> Iterator[tuple[str, str]]:
         yield (
             f"{section}.enable_lora",
             f"the actor's engine {actor.engine} trains full weights here; have it train adapters "
-            "(actor.fsdp.lora.rank=16; other engines cannot), or set this to false",
+            f"(actor.{actor.engine}.lora.rank=16, if the engine can), or set this to false",
         )
     if keeps_weights(rollout.options):
         yield (

@@ -30,6 +30,7 @@ class TrainEngineConformance(
 __all__ = [
     "LENGTHS",
     "BreaksOff",
+    "CheckpointTests",
     "PairMargin",
     "SquaredError",
     "SumOf",

@@ -74,7 +74,7 @@ def policy_outputs(
             unrounded="candidate_logprobs" in wanted,
             shard=head.shard,
         )
-        found |= {"logprobs": logprobs[:, 0], "candidate_logprobs": logprobs[:, 1:]}
+        found |= {"logprobs": logprobs[:, 0], "candidate_logprobs": logprobs[:, 1:]}  # shift allowed: columns
         if entropy is not None:
             found["entropy"] = entropy
     if wanted & {"top_ids", "top_logprobs"}:

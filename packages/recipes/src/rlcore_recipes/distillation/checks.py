@@ -36,6 +36,7 @@ def check_teachers(config: DistillConfig, data: RunData) -> None:
                     "messages": sample.messages,
                     "prompt_text": sample.text,
                     "ground_truth": sample.ground_truth,
+                    "data_source": sample.data_source,
                     "extra": sample.extra,
                 }
                 for sample in chunk

@@ -16,7 +16,7 @@ from rlcore_recipes.settings.distillation import TeacherSettings
 
 Prompt = str | list[Message]
 
-CONTEXT_COLUMNS = ("messages", "prompt_text", "ground_truth", "extra")
+CONTEXT_COLUMNS = ("messages", "prompt_text", "ground_truth", "data_source", "extra")
 """The columns of a batch from which the prompts of a teacher are made."""
 
 
@@ -54,7 +54,7 @@ def _prompt(row: Mapping[str, Any], teacher: TeacherSettings, where: str) -> Pro
 
 def _filled(template: str, prompt: str, row: Mapping[str, Any], where: str) -> str:
     """Return ``template`` with the values of the fields that it names; braces in values stay as they are."""
-    known = {**row["extra"], "ground_truth": row["ground_truth"], "prompt": prompt}
+    known = {**row["extra"], **{name: row[name] for name in ("ground_truth", "data_source")}, "prompt": prompt}
     parts = []
     for text, name, _, _ in Formatter().parse(template):
         parts.append(text)

@@ -15,7 +15,6 @@ from rlcore_recipes.data.tokenizer import load_tokenizer
 from rlcore_recipes.distillation.contexts import CONTEXT_COLUMNS, onto_samples, rendered
 from rlcore_recipes.distillation.teacher import EngineTeacher, Teacher, TeacherRequest
 from rlcore_recipes.distillation.vocabulary import shared_tokens
-from rlcore_recipes.rollouts.source import joined
 from rlcore_recipes.run.session import Session
 from rlcore_recipes.settings.distillation import DistillConfig, TeacherSettings
 
@@ -113,7 +112,7 @@ def teacher_columns(session: Session[DistillConfig], teachers: Teachers, batch: 
         rows = session.executor.compute(rows_by_teacher, batch.select("data_source"), sources)
         parts = [_rated(session, batch.take(rows[name]), opened[name]) for name in rows]
         order = torch.tensor([row for name in rows for row in rows[name]]).argsort()
-        return joined(parts).take(order)
+        return session.executor.compute(joined_in_order, order, *parts)
 
 
 def _rated(session: Session[DistillConfig], batch: Batch, opened: OpenTeacher) -> Batch:
@@ -126,6 +125,11 @@ def _rated(session: Session[DistillConfig], batch: Batch, opened: OpenTeacher) -
     context = session.executor.compute(rendered, whole, opened.settings, opened.renderer)
     rated = opened.teacher.add_columns(context, opened.request).drop("tokens", "loss_mask")
     return session.executor.compute(onto_samples, rated, batch.select("tokens", "prompt_length"))
+
+
+def joined_in_order(order: torch.Tensor, *parts: Batch) -> Batch:
+    """Return the samples of all ``parts`` as one batch, in the given order."""
+    return Batch.concat(parts).take(order)
 
 
 def rows_by_teacher(batch: Batch, sources: Mapping[str, Sequence[str]]) -> dict[str, list[int]]:

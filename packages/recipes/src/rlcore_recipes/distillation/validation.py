@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -33,7 +33,7 @@ def validate_student(session: Session[DistillConfig], teachers: Teachers) -> Val
         return validate_completions(session)
     plan = validation_plan(session.config, session.stop_tokens)
     objective = objective_of(session.config, teachers)
-    totals, counts = Counter[str](), Counter[str]()
+    totals, counts = defaultdict[str, float](float), Counter[str]()
 
     def answered(prompts: Sequence[PromptSample]) -> Batch:
         samples = roll_out_together(session.workers, plan, prompts)

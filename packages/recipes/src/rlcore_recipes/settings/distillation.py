@@ -37,7 +37,7 @@ class TeacherSettings(FrozenRole):
     prompt_template: str | None = Field(
         None,
         description="Text that replaces the last message of the prompt, for the teacher alone, with {prompt}, "
-        "{ground_truth} and {COLUMN} of the data.",
+        "{ground_truth}, {data_source} and {COLUMN} of the data.",
     )
 
     @property

@@ -200,3 +200,43 @@ def test_settings_without_a_meaning_for_pairs_of_completions_are_refused(
     result = task.run("online_dpo", tmp_path / "run", changes)
     assert result.exit_code != 0
     assert all(message in " ".join(result.output.split()) for message in messages), result.output
+
+
+def test_self_play_learns_demonstrations_and_a_resumed_run_is_the_same(
+    task: Any, metrics_of: Read, tmp_path: Path
+) -> None:
+    """Demonstrations are "abcd", of which half of the reward's eight letters are lower case."""
+    changes = {"data.train_batch_size": 16, "actor.optim.lr": 1e-2, "rollout.n": 3, "algorithm.iteration_steps": 5}
+    changes |= {"trainer.total_steps": 14, "trainer.save_hf": True}
+    undisturbed = task.run("spin", tmp_path / "whole", changes)
+    assert undisturbed.exit_code == 0, undisturbed.output
+    lines = metrics_of(tmp_path / "whole")
+    assert lines[0]["critic/score/mean"] < 0.15
+    assert sum(line["critic/score/mean"] for line in lines[-3:]) / 3 > 0.3
+    assert [line["actor/rewards/margins"] == 0 for line in lines] == [number % 5 == 0 for number in range(14)]
+    stopped = {**changes, "trainer.save_freq": 7, "trainer.save_hf": False, "trainer.total_steps": 7}
+    assert task.run("spin", tmp_path / "run", stopped).exit_code == 0
+    resumed = task.run("spin", tmp_path / "run", {**stopped, "trainer.total_steps": 14, "trainer.save_hf": True})
+    assert resumed.exit_code == 0, resumed.output
+    expected, found = (load_file(tmp_path / run / "model/model.safetensors") for run in ("whole", "run"))
+    assert all(expected[name].equal(found[name]) for name in expected)
+    assert sorted(path.name for path in (tmp_path / "run/opponents").iterdir()) == ["step-000005", "step-000010"]
+    shutil.rmtree(tmp_path / "run/opponents")
+    lost = task.run("spin", tmp_path / "run", {**stopped, "trainer.total_steps": 15})
+    assert "wrote the opponent of its iteration there" in lost.output
+
+
+@pytest.mark.parametrize(
+    ("changes", "messages"),
+    [
+        ({"actor.fsdp.lora.rank": 4, "algorithm.iteration_steps": 5}, ["algorithm.iteration_steps", "leave it out"]),
+        ({"actor.objective.loss": "odpo"}, ["actor.objective.loss", "needs margins"]),
+        ({"algorithm.response_key": "text"}, ["must hold the response as text, not None"]),
+    ],
+)
+def test_self_play_without_what_it_needs_is_refused(
+    task: Any, tmp_path: Path, changes: dict[str, Any], messages: list[str]
+) -> None:
+    result = task.run("spin", tmp_path / "run", changes)
+    assert result.exit_code != 0
+    assert all(message in " ".join(result.output.split()) for message in messages), result.output

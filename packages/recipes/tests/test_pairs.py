@@ -5,7 +5,7 @@ import torch
 from rlcore.batch import Batch, Jagged
 from rlcore.engines import RewardResult
 from rlcore_recipes.settings.online_preference import PairAlgorithmSettings
-from rlcore_recipes.step.pairs import compared
+from rlcore_recipes.step.pairs import compared, demonstrated
 
 
 def batch(scores: list[float], failed: set[int], empty: set[int]) -> Batch:
@@ -47,3 +47,15 @@ def test_no_pair_is_no_error() -> None:
     _, rows, _, metrics = compared(batch([1.0] * 6, failed=set(), empty=set()), PairAlgorithmSettings(), 8)
     assert rows.shape == (0, 2)
     assert metrics.to_dict() == {"pairs/count": 0, "pairs/prompts": 0}
+
+
+def test_each_completion_is_compared_with_the_demonstration_of_its_prompt() -> None:
+    data = batch([0.0] * 6, failed=set(), empty={4})
+    tokens = torch.arange(data.total_tokens)
+    tokens[4:8] = tokens[:4]  # the second completion of the first prompt is the demonstration
+    reasons = ["given", "stop", "stop", "stop", "length", "given"]
+    data = data.with_columns(tokens=data.jagged(tokens), finish_reason=reasons)
+    _, rows, sampled, metrics = demonstrated(data)
+    assert rows.tolist() == [[0, 2], [5, 3]]
+    assert sampled.tolist() == [1, 2, 3, 4]
+    assert metrics.to_dict() == {"pairs/count": 2, "pairs/equal": 1}

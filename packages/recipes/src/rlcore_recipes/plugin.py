@@ -30,6 +30,13 @@ online_dpo = Plugin(
     configs="rlcore_recipes.configs.online_dpo",
     summary="Preference optimisation on the policy's own completions, compared by a reward (Guo et al., 2024).",
 )
+spin = Plugin(
+    interface=1,
+    config="rlcore_recipes.spin:SpinConfig",
+    factory="rlcore_recipes.spin:run",
+    configs="rlcore_recipes.configs.spin",
+    summary="Self-play fine-tuning: demonstrations preferred to the policy's own completions (Chen et al., 2024).",
+)
 grpo = Plugin(
     interface=1,
     config="rlcore_recipes.grpo:GRPOConfig",

@@ -9,6 +9,7 @@ from typing import Literal
 from rlcore.engines import RolloutEngine, SamplingParams
 from rlcore_recipes.data.prompts import PromptSample
 from rlcore_recipes.rollouts.episode import Segment, Trajectory, single_completion
+from rlcore_recipes.run.seeds import sample_seed
 
 GIVEN_REASON: Literal["given"] = "given"
 """The ``finish_reason`` of a completion that the data set gives."""
@@ -24,5 +25,19 @@ async def given_or_sampled(
     """
     if random.Random(f"given {run_seed} {sample.position}").random() < fraction:
         return await single_completion(engine, sample, seed, sampling=replace(sampling, logprobs=False))
+    return _given(sample)
+
+
+async def given_first(
+    engine: RolloutEngine, sample: PromptSample, seed: int, *, sampling: SamplingParams, run_seed: int
+) -> Trajectory:
+    """Take the completion of the data set for the first of a prompt's completions; sample the others, without
+    log-probs."""
+    if seed == sample_seed(run_seed, "train", sample.position, 0):
+        return _given(sample)
+    return await single_completion(engine, sample, seed, sampling=replace(sampling, logprobs=False))
+
+
+def _given(sample: PromptSample) -> Trajectory:
     assert sample.completion is not None
     return Trajectory((Segment(sample.prompt_tokens), Segment(sample.completion, True)), GIVEN_REASON)

@@ -8,7 +8,7 @@ from functools import partial
 from rlcore.config import Algorithm
 from rlcore_recipes.data.prompts import PromptSample
 from rlcore_recipes.rollouts.episode import Episode, single_completion
-from rlcore_recipes.rollouts.given import given_or_sampled
+from rlcore_recipes.rollouts.given import given_first, given_or_sampled
 from rlcore_recipes.rollouts.group_job import GroupJob
 from rlcore_recipes.rollouts.sampling import greedy, training_sampling, validation_sampling
 from rlcore_recipes.settings import RLConfig
@@ -48,7 +48,9 @@ def training_plan(config: RLConfig, stop_tokens: tuple[int, ...] = ()) -> Rollou
     sampling = training_sampling(config.rollout, config.data.max_response_length, stop_tokens)
     compares = "baseline_score" in config.needed_columns
     episode: Episode = partial(single_completion, sampling=sampling)
-    if config.response_key is not None:
+    if config.given_first:
+        episode = partial(given_first, sampling=sampling, run_seed=config.seed)
+    elif config.response_key is not None:
         episode = partial(given_or_sampled, sampling=sampling, fraction=config.sampled_fraction, run_seed=config.seed)
     return RolloutPlan(
         episode=episode,

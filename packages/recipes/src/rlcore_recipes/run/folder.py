@@ -29,6 +29,7 @@ MODEL = "model"
 LOGS = "logs"
 SELECTED = "selected"
 FIRST_WEIGHTS = "first-weights"
+OPPONENTS = "opponents"
 TIMELINE = "trace.json"
 RUN_FILES = (CONFIG, CHECKPOINTS, METRICS)
 """Files by which the folder of a run is recognised."""

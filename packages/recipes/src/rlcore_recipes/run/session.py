@@ -46,6 +46,7 @@ class Session(Generic[C]):
         end_tokens: tokens that end a completion: the model's, and ``stop_tokens``.
         stop_tokens: tokens that end a completion in addition to the model's end tokens.
         version: of the policy in the rollout processes: the number of steps that it was trained for.
+        ref_version: of the reference policy, if a recipe renews it: the number of steps that it was trained for.
         micro_batches: the models' token budgets.
         notes: what was recognised in the data, and how many prompts were too long.
         warned: subjects of `warn_once`.
@@ -67,6 +68,7 @@ class Session(Generic[C]):
     end_tokens: frozenset[int] = frozenset()
     stop_tokens: tuple[int, ...] = ()
     version: int = 0
+    ref_version: int = 0
     notes: tuple[str, ...] = ()
     warned: set[str] = field(default_factory=set)
     records: Records = field(default_factory=Records)

@@ -130,6 +130,11 @@ class RLSections(AsyncSection):
         return 1.0
 
     @property
+    def given_first(self) -> bool:
+        """Whether the first completion of every prompt is that of `response_key`, and the others are sampled."""
+        return False
+
+    @property
     def critic_role(self) -> CriticSettings | None:
         """Settings of the critic; None without one. Recipes with a critic override it."""
         return None

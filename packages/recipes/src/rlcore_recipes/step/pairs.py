@@ -11,6 +11,7 @@ from rlcore.algorithms.preferences import PreferenceObjective
 from rlcore.algorithms.shaping import overlong_punishment, terminal_rewards
 from rlcore.batch import Batch
 from rlcore.metrics import Metrics
+from rlcore_recipes.rollouts.given import GIVEN_REASON
 from rlcore_recipes.run.session import Session
 from rlcore_recipes.settings.online_preference import PairAlgorithmSettings
 from rlcore_recipes.step.preferences import summed_logprobs
@@ -19,7 +20,7 @@ from rlcore_recipes.step.update import train_epochs
 
 
 def completion_pairs(session: Session[Any], batch: Batch) -> tuple[Batch, Batch, Metrics]:
-    """Return ``batch`` with ``token_rewards``; its pairs; and metrics under ``pairs/``.
+    """Return ``batch`` with ``token_rewards``; the pairs that ``algorithm.pairs`` builds; and metrics under ``pairs/``.
 
     Pairs have two rows each, next to each other, with ``tokens``, ``loss_mask``, ``pair`` (dense int64), ``side``
     (dense int64: 0 chosen, 1 rejected) and ``margin`` (dense fp32: the difference of the scores).
@@ -30,11 +31,42 @@ def completion_pairs(session: Session[Any], batch: Batch) -> tuple[Batch, Batch,
         rewards, rows, margins, metrics = session.executor.compute(
             compared, columns, config.algorithm, config.data.max_response_length
         )
-    batch = batch.with_columns(token_rewards=rewards["token_rewards"])
+    pairs = rows_as_pairs(batch, rows).with_columns(margin=margins.repeat_interleave(2))
+    return batch.with_columns(token_rewards=rewards["token_rewards"]), pairs, metrics
+
+
+def rows_as_pairs(batch: Batch, rows: torch.Tensor) -> Batch:
+    """Return the pairs of ``rows`` ``[P, 2]`` (chosen, rejected) of ``batch``, with the columns that losses read."""
     pairs = batch.select("tokens", "loss_mask").take(rows.flatten())
-    numbers = torch.arange(len(rows)).repeat_interleave(2)
-    sides = torch.tensor([0, 1]).repeat(len(rows))
-    return batch, pairs.with_columns(pair=numbers, side=sides, margin=margins.repeat_interleave(2)), metrics
+    numbers, sides = torch.arange(len(rows)).repeat_interleave(2), torch.tensor([0, 1]).repeat(len(rows))
+    return pairs.with_columns(pair=numbers, side=sides)
+
+
+def demonstration_pairs(session: Session[Any], batch: Batch) -> tuple[Batch, Batch, Metrics]:
+    """Return the sampled rows of ``batch`` with ``token_rewards``; pairs of each with the demonstration of its prompt,
+    as `completion_pairs` has them; and metrics under ``pairs/``."""
+    columns = batch.select("tokens", "loss_mask", "score", "group", "response_length", "finish_reason")
+    with session.timed("pairs"):
+        rewards, rows, sampled, metrics = session.executor.compute(demonstrated, columns)
+    batch = batch.with_columns(token_rewards=rewards["token_rewards"])
+    return batch.take(sampled), rows_as_pairs(batch, rows), metrics
+
+
+def demonstrated(batch: Batch) -> tuple[Batch, torch.Tensor, torch.Tensor, Metrics]:
+    """Return ``token_rewards``; the rows of each pair ``[P, 2]``; those of sampled completions; metrics.
+
+    A completion without a token, or equal to the demonstration, is in no pair; ``pairs/equal`` counts the latter.
+    """
+    tokens, metrics = batch["tokens"].to_list(), Metrics()
+    given = {g: row for row, g in enumerate(batch["group"].tolist()) if batch["finish_reason"][row] == GIVEN_REASON}
+    sampled = [row for row in range(len(batch)) if batch["finish_reason"][row] != GIVEN_REASON]
+    pairs = [(given[int(batch["group"][row])], row) for row in sampled if batch["response_length"][row] > 0]
+    different = [(one, other) for one, other in pairs if not torch.equal(tokens[one], tokens[other])]
+    metrics.sum("pairs/count", len(different))
+    metrics.sum("pairs/equal", len(pairs) - len(different))
+    rewards = Batch({"token_rewards": batch.jagged(terminal_rewards(batch, batch["score"]))})
+    rows = torch.tensor(different, dtype=torch.int64).reshape(-1, 2)
+    return rewards, rows, torch.tensor(sampled, dtype=torch.int64), metrics
 
 
 def compared(

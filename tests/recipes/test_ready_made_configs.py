@@ -7,7 +7,7 @@ import pytest
 from rlcore import plugins
 from rlcore.config import dump_config, load_config
 
-RECIPES = ["sft", "rm", "dpo", "online_dpo", "spin", "grpo", "ppo", "dapo", "raft"]
+RECIPES = plugins.names("rlcore.recipes")
 SHIPPED = [(recipe, name) for recipe in RECIPES for name in plugins.get("rlcore.recipes", recipe).ready_made()]
 
 

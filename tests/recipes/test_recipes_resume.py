@@ -34,6 +34,13 @@ RECIPES = {
         "algorithm.selection.keep_truncated": True,
         "algorithm.selection.selector": "{name: threshold, min_score: 0.3}",
     },
+    "prime": {
+        "actor.optim.lr": 1e-2,
+        "actor.mini_batch_size": 4,
+        "prm.optim.lr": 1e-2,
+        "prm.right_above": 0.12,
+        "algorithm.dynamic_sampling": "null",
+    },
     "dapo": {"actor.optim.lr": 1e-2, "algorithm.overlong.buffer": 4, "data.train_batch_size": 12},
 }
 

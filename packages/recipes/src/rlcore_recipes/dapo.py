@@ -5,8 +5,6 @@ Source: Yu et al., 2025, arXiv:2503.14476.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from pydantic import Field
 
 from rlcore.algorithms.objectives import PolicyObjectiveSettings
@@ -56,15 +54,6 @@ class DAPOConfig(RLConfig):
     @property
     def dynamic_sampling(self) -> DynamicSamplingSettings | None:
         return self.algorithm.dynamic_sampling
-
-    def problems(self) -> Iterator[tuple[str, str]]:
-        """Yield the key and the reason of what cannot work."""
-        yield from super().problems()
-        if self.algorithm.dynamic_sampling is not None and self.rollout.n == 1:
-            yield "rollout.n", "is 1: dynamic sampling compares several completions of a prompt"
-        late = self.reward_model is not None and self.asynchronous.max_staleness > 0
-        if self.algorithm.dynamic_sampling is not None and late:
-            yield "reward_model", "is too late for dynamic sampling: in asynchronous training it scores whole batches"
 
 
 @restarting

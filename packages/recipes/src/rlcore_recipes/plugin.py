@@ -65,6 +65,13 @@ raft = Plugin(
     configs="rlcore_recipes.configs.raft",
     summary="Rejection sampling (best-of-n, RAFT, expert iteration, STaR, reward-weighted SFT; Dong et al., 2023).",
 )
+prime = Plugin(
+    interface=1,
+    config="rlcore_recipes.prime:PRIMEConfig",
+    factory="rlcore_recipes.prime:run",
+    configs="rlcore_recipes.configs.prime",
+    summary="Implicit process rewards of a model trained online on outcomes (Cui et al., 2025).",
+)
 
 distill = Plugin(
     interface=1,

@@ -35,7 +35,8 @@ from rlcore.metrics import Metrics
 
 LENGTHS = (6, 0, 9, 1, 5, 7, 3, 8, 4)
 GROUPS = (4, 7, 4, 2, 7, 2, 4, 7, 2)
-PER_TOKEN = ("advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs", "entropy", "values", "returns")
+POLICIES = ("old_logprobs", "ref_logprobs", "rollout_logprobs")
+PER_TOKEN = (*POLICIES, "advantages", "entropy", "values", "returns", "process_rewards")
 
 
 def algorithm_batch(seed: int, lengths: Sequence[int] = LENGTHS, groups: Sequence[int] = GROUPS) -> Batch:
@@ -166,7 +167,8 @@ class AdvantageConformance(_AlgorithmConformance):
         ends = batch.lengths.cumsum(0)[batch.lengths > 0] - 1
         first[ends] = 0.3
         same = batch.filter(batch.lengths > 0)
-        equal = self.estimate(same.with_columns(token_rewards=same.jagged(first))).advantages
+        columns = {"token_rewards": same.jagged(first), "process_rewards": same.jagged(torch.zeros(same.total_tokens))}
+        equal = self.estimate(same.with_columns(**columns)).advantages
         assert float(equal.abs().max()) <= self.tolerance
 
 

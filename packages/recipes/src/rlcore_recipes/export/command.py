@@ -48,7 +48,7 @@ def choice_options(function: Any) -> Any:
 @click.argument("source")
 @click.option("--out", type=Folder(), required=True, help="Folder to write.")
 @choice_options
-@click.option("--role", default="actor", show_default=True, help="Whose weights: actor, critic.")
+@click.option("--role", default="actor", show_default=True, help="Whose weights: actor, critic, prm.")
 @click.option("--dtype", type=click.Choice(list(_DTYPES)), help="Precision; default: that of the original's files.")
 @click.option("--adapter", is_flag=True, help="Write the LoRA adapter alone instead of merging it.")
 @click.option("--max-shard-size", type=_Size(), help="Maximum size of a weight file, such as 5GB; default: 4GiB.")

@@ -24,7 +24,7 @@ from rlcore_recipes.run.preflight import check_sources
 from rlcore_recipes.run.roles import engine_of
 
 ExportDType = Literal["float32", "bfloat16", "float16"]
-EXPORTED = ("actor", "critic")
+EXPORTED = ("actor", "critic", "prm")
 """Roles whose weights are in checkpoints."""
 
 

@@ -1,4 +1,4 @@
-"""Checks of the models next to the policy (critic, reference, reward model), before anything is built."""
+"""Checks of the models next to the policy (critic, reference, reward models), before anything is built."""
 
 from __future__ import annotations
 
@@ -28,6 +28,9 @@ def check_other_models(config: RLConfig, tokenizer: Any) -> None:
     critic = config.critic_role
     if critic is not None and critic.model is not None:
         check_model("critic.model.path", critic.model, config.model, tokenizer)
+    prm = config.prm_role
+    if prm is not None and prm.model is not None:
+        check_model("prm.model.path", prm.model, config.model, tokenizer)
     if config.needs_ref and config.ref.model is not None:
         check_model("ref.model.path", config.ref.model, config.model, tokenizer)
 

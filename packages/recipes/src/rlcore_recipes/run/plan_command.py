@@ -21,7 +21,7 @@ from rlcore.controller.backend import ClusterPlan, ExecutorBackend, resources_te
 from rlcore.controller.placement import ResourcePool, replaceable
 from rlcore.errors import ConfigError, PlacementError
 
-TRAINED = ("actor", "critic")
+TRAINED = ("actor", "critic", "prm")
 
 
 class Controller(Protocol):

@@ -46,11 +46,13 @@ class Roles:
     ref: TrainEngine | None = None
     critic: TrainEngine | None = None
     reward_model: TrainEngine | None = None
+    prm: TrainEngine | None = None
     frozen: Mapping[str, TrainEngine] = field(default_factory=dict)
 
     def trained(self) -> dict[str, TrainEngine]:
         """Return the engines whose state belongs in a checkpoint."""
-        return {"actor": self.actor} | ({"critic": self.critic} if self.critic is not None else {})
+        found = {"actor": self.actor, "critic": self.critic, "prm": self.prm}
+        return {name: engine for name, engine in found.items() if engine is not None}
 
     def models(self, config: RLConfig) -> dict[str, Model]:
         """Return the models in training engines, by the names of their sections."""
@@ -59,6 +61,7 @@ class Roles:
             "critic": (self.critic, config.critic_role),
             "ref": (self.ref, config.ref),
             "reward_model": (self.reward_model, config.reward_model),
+            "prm": (self.prm, config.prm_role),
             **{name: (engine, config.frozen_models[name]) for name, engine in self.frozen.items()},
         }
         return {
@@ -168,25 +171,29 @@ def build_roles(
     engine = partial(train_engine, seed=config.seed, max_length=config.data.longest_sequence)
     actor = built("actor", TrainEngine, partial(engine, config.actor, config.model, optim=optim))
     following = partial(engine, policy=config.actor)
-    ref = value = scorer = None
+    ref = value = scorer = prm = None
     if config.builds_ref:
         model = config.ref.model or config.model
         ref = built("ref", TrainEngine, partial(following, config.ref, model))
     if critic is not None:
-        optim = with_total_steps(critic.optim, total_steps * critic_updates_per_step(config))
+        optim = with_total_steps(critic.optim, total_steps * updates_per_step(config, *config.critic_sizes))
         model = critic.model or config.model
         factory = partial(following, critic, model, head="value", optim=optim)
         value = built("critic", TrainEngine, factory)
     if config.reward_model is not None:
         factory = partial(following, config.reward_model, config.reward_model.model, head="score")
         scorer = built("reward_model", TrainEngine, factory)
+    if config.prm_role is not None:
+        optim = with_total_steps(config.prm_role.optim, total_steps * updates_per_step(config, *config.prm_sizes))
+        model = config.prm_role.model or config.model
+        prm = built("prm", TrainEngine, partial(following, config.prm_role, model, optim=optim))
     frozen = {
         name: built(name, TrainEngine, partial(following, role, role.model or config.model))
         for name, role in config.frozen_models.items()
     }
     rollout = built("rollout", RolloutEngine, partial(_rollout_with_actor, config))
     executor.barrier("build")
-    return Roles(actor, rollout, reward, ref, value, scorer, frozen)
+    return Roles(actor, rollout, reward, ref, value, scorer, prm, frozen)
 
 
 def closed(group: Any) -> None:
@@ -195,9 +202,8 @@ def closed(group: Any) -> None:
         group.close()
 
 
-def critic_updates_per_step(config: RLConfig) -> int:
-    """Return the number of optimizer steps of the critic for one batch."""
-    prompts, epochs = config.critic_sizes
+def updates_per_step(config: RLConfig, prompts: int, epochs: int) -> int:
+    """Return the number of optimizer steps for one batch of a model with mini-batches of so many ``prompts``."""
     return config.data.train_batch_size // prompts * epochs
 
 

@@ -25,17 +25,18 @@ SHAPED = frozenset({"token_rewards"})
 """Added by reward shaping, before the advantages."""
 
 MADE_BY = {
-    "values": "the values of a critic, which the recipe ppo trains",
-    "sample_weight": "the weights of samples, which the recipe raft selects",
+    "values": ("ppo", "the values of a critic, which the recipe ppo trains"),
+    "process_rewards": ("prime", "the rewards of tokens, which the recipe prime computes"),
+    "sample_weight": ("raft", "the weights of samples, which the recipe raft selects"),
 }
-"""Columns that a recipe of ours makes, in words."""
+"""Columns that one recipe of ours makes: its name, and the column in words."""
 
 
 def missing_columns(key: str, choice: Algorithm, available: Set[str]) -> Iterator[tuple[str, str]]:
     """Yield why ``choice`` cannot be used where a batch has the columns ``available``."""
     for name in sorted(choice.entry.required_columns - available):
         if name in MADE_BY:
-            yield key, f"{choice.name} needs {MADE_BY[name]}"
+            yield key, f"{choice.name} needs {MADE_BY[name][1]}"
         else:
             yield (
                 key,

@@ -14,7 +14,7 @@ from rlcore.config import Config, PluginName, Seconds
 from rlcore.controller.backend import EXECUTORS, ExecutorBackend, ExecutorSpec
 from rlcore.controller.placement import ResourcePool, complete, pools_of, unknown_pool
 
-ROLES = ("actor", "critic", "ref", "reward_model", "rollout", "reward", "compute")
+ROLES = ("actor", "critic", "ref", "reward_model", "prm", "rollout", "reward", "compute")
 
 
 def _is_role(name: str) -> str:

@@ -8,12 +8,12 @@ from rlcore.algorithms.registries import advantages
 from rlcore.config import Algorithm
 from rlcore.engines.settings import adapter_rank, gives_logprobs, keeps_weights, wants_adapters
 from rlcore_recipes.divisors import nearest_divisors
-from rlcore_recipes.settings.columns import missing_columns
+from rlcore_recipes.settings.columns import MADE_BY, missing_columns
 from rlcore_recipes.settings.combinations import doubts
 from rlcore_recipes.settings.controller import unused
 from rlcore_recipes.settings.sections import RLSections
 
-TRAINED_OR_FROZEN = ("actor", "critic", "ref", "reward_model")
+TRAINED_OR_FROZEN = ("actor", "critic", "ref", "reward_model", "prm")
 """Roles whose processes work in step with each other: a rollout among them could not generate while they work."""
 
 
@@ -34,6 +34,8 @@ class RLConfig(RLSections):
                 "is none, so that nothing scores completions: set reward_model.model.path, or name a reward",
             )
         yield from self.algorithm_problems()
+        if self.dynamic_sampling is not None:
+            yield from dynamic_sampling_problems(self)
         yield from rollout_problems(self)
         yield from ((f"ref.{key}", why) for key, why in self.ref.unused(self.actor) if self.needs_ref)
         yield from unused(self.controller, self.roles)
@@ -49,6 +51,14 @@ class RLConfig(RLSections):
     def doubts(self) -> Iterator[tuple[str, str]]:
         """Yield the key and the reason of what is almost surely a mistake."""
         yield from doubts(self)
+
+
+def dynamic_sampling_problems(config: RLSections) -> Iterator[tuple[str, str]]:
+    """Yield why dynamic sampling cannot compare the completions of a prompt."""
+    if config.rollout.n == 1:
+        yield "rollout.n", "is 1: dynamic sampling compares several completions of a prompt"
+    if config.reward_model is not None and config.asynchronous.max_staleness > 0:
+        yield "reward_model", "is too late for dynamic sampling: in asynchronous training it scores whole batches"
 
 
 def rollout_problems(config: RLSections) -> Iterator[tuple[str, str]]:
@@ -122,7 +132,9 @@ def ungrouped(advantage: Algorithm, n: int) -> Iterator[tuple[str, str]]:
     """Yield why ``advantage`` cannot work with ``n`` completions of a prompt."""
     if n == 1 and "compares_group" in advantage.entry.traits:
         others = [
-            f"{entry.name} (recipe ppo)" if "values" in entry.required_columns else entry.name
+            " ".join(
+                [entry.name, *(f"(recipe {MADE_BY[name][0]})" for name in entry.required_columns & MADE_BY.keys())]
+            )
             for entry in advantages
             if "compares_group" not in entry.traits
         ]

@@ -188,6 +188,21 @@ class RewardModelSettings(FollowingRole):
     )
 
 
+class PRMSettings(FollowingRole):
+    """The process reward model, a language model: its log-ratio to the reference is the reward of each token."""
+
+    model: ModelSettings | None = Field(None, description="Model to start from; null: the actor's.")
+    optim: OptimSettings = Field(default_factory=lambda: OptimSettings(lr=1e-6), description="Optimizer and schedule.")
+    mini_batch_size: int | None = Field(None, gt=0, description="Prompts per optimizer step; null: the actor's.")
+    epochs: int = Field(1, ge=1, description="Passes over every batch.")
+    beta: float = Field(0.05, gt=0, description="Factor on the log-ratio.")
+    update: Literal["before", "after"] = Field(
+        "before",
+        description="When the model learns the outcomes of a batch: before or after it rewards that batch.",
+    )
+    right_above: float = Field(0.5, description="Completions with a higher score are right, the others wrong.")
+
+
 class ValidationSampling(Config):
     """Sampling of completions in validation."""
 

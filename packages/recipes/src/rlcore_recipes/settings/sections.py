@@ -20,6 +20,7 @@ from rlcore_recipes.settings.roles import (
     ActorSettings,
     CriticSettings,
     FrozenRole,
+    PRMSettings,
     RefSettings,
     RewardModelSettings,
     RewardRole,
@@ -79,7 +80,7 @@ class RLSections(AsyncSection):
     def roles(self) -> list[str]:
         """The roles that take part in the run."""
         models = ["actor"] + ["critic"] * self.has_critic + ["ref"] * self.builds_ref
-        models += ["reward_model"] * (self.reward_model is not None)
+        models += ["reward_model"] * (self.reward_model is not None) + ["prm"] * (self.prm_role is not None)
         return [*models, *self.frozen_models, "rollout", "reward", "compute"]
 
     @property
@@ -89,6 +90,8 @@ class RLSections(AsyncSection):
         prompts, sizes = data.train_batch_size, [("actor", self.mini_batch_size, self.actor.epochs)]
         if self.has_critic:
             sizes.append(("critic", *self.critic_sizes))
+        if self.prm_role is not None:
+            sizes.append(("prm", *self.prm_sizes))
         rows = [("samples of a step", f"{prompts} prompts × {n} completions", f"{prompts * n}")]
         for role, size, epochs in sizes:
             rows += [
@@ -150,6 +153,18 @@ class RLSections(AsyncSection):
         critic = self.critic_role
         assert critic is not None
         return critic.mini_batch_size or self.mini_batch_size, critic.epochs or self.actor.epochs
+
+    @property
+    def prm_role(self) -> PRMSettings | None:
+        """Settings of the process reward model; None without one. Recipes with one override it."""
+        return None
+
+    @property
+    def prm_sizes(self) -> tuple[int, int]:
+        """The process reward model's mini-batch in prompts, and its epochs."""
+        prm = self.prm_role
+        assert prm is not None
+        return prm.mini_batch_size or self.mini_batch_size, prm.epochs
 
     @property
     def dynamic_sampling(self) -> DynamicSamplingSettings | None:

@@ -8,6 +8,7 @@ from rlcore_recipes.step.advantages import add_advantages
 from rlcore_recipes.step.first_weights import restart_policy
 from rlcore_recipes.step.logprobs import add_logprobs, add_values
 from rlcore_recipes.step.metrics import step_metrics
+from rlcore_recipes.step.process_rewards import add_process_rewards, update_prm
 from rlcore_recipes.step.rationalization import add_rationalizations
 from rlcore_recipes.step.rollout import add_scores, rollouts
 from rlcore_recipes.step.selection import add_sample_weights, save_selected
@@ -18,6 +19,7 @@ from rlcore_recipes.step.weights import sync_weights
 __all__ = [
     "add_advantages",
     "add_logprobs",
+    "add_process_rewards",
     "add_rationalizations",
     "add_sample_weights",
     "add_scores",
@@ -30,5 +32,6 @@ __all__ = [
     "sync_weights",
     "update_critic",
     "update_policy",
+    "update_prm",
     "validate_completions",
 ]

@@ -27,13 +27,13 @@ class ScoringSpec:
         options: the backend's own section, already validated.
         tokenizer: whose ids requests hold (of transformers); the engine makes sure that its model reads them as this
             tokenizer does.
-        max_length: longest sequence that is scored, in tokens.
+        max_length: longest sequence that is scored, in tokens; None if unknown.
         top_k: largest number of likeliest tokens that a request asks for.
     """
 
     options: Config
     tokenizer: Any
-    max_length: int
+    max_length: int | None
     top_k: int = 0
 
 
@@ -77,6 +77,11 @@ class ScoringEngine(ABC):
 
     `score` is awaited in event loops of several threads at the same time.
     """
+
+    @property
+    @abstractmethod
+    def longest(self) -> int:
+        """Maximum length of a sequence, in tokens."""
 
     @abstractmethod
     async def score(self, request: ScoringRequest) -> TokenScores:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from rlcore_kit.model_folder.length import check_positions, check_rope
+from rlcore_recipes.data.end_tokens import model_tokens
+from rlcore_recipes.data.tokenizer import load_tokenizer
 from rlcore_recipes.distillation.contexts import teacher_prompts
-from rlcore_recipes.distillation.teachers import check_sources_taught, own_renderer
+from rlcore_recipes.distillation.teachers import check_sources_taught, own_renderer, own_translator, servers_of
+from rlcore_recipes.distillation.vocabulary import check_same_tokens
 from rlcore_recipes.run.open import RunData
 from rlcore_recipes.run.other_models import check_model, config_of
-from rlcore_recipes.settings.distillation import DistillConfig
+from rlcore_recipes.settings.distillation import DistillConfig, TeacherSettings
 
 CHUNK = 1000  # samples whose prompts are rendered together
 
@@ -23,10 +26,16 @@ def check_teachers(config: DistillConfig, data: RunData) -> None:
     check_sources_taught(config, (sample.data_source for sample in samples))
     for name, teacher in config.distill.teachers.items():
         key = f"distill.teachers.{name}"
-        if teacher.model is not None:
-            check_model(f"{key}.model.path", teacher.model, config.model, data.tokenizer)
+        if teacher.model is not None and not teacher.cross_tokenizer:
+            size, served = model_tokens(config.model)[0], teacher.scoring is not None
+            check_same_tokens(key, data.tokenizer, load_tokenizer(teacher.model), size, both=served)
+            if not served:
+                check_model(f"{key}.model.path", teacher.model, config.model, data.tokenizer)
+        own_translator(config, teacher)
         renderer = own_renderer(config, teacher)
         if renderer is None:
+            longest = max((len(sample.prompt_tokens) for sample in samples), default=0)
+            _check_servers(config, teacher, longest)
             continue
         longest = 0
         for start in range(0, len(samples), CHUNK):
@@ -43,7 +52,17 @@ def check_teachers(config: DistillConfig, data: RunData) -> None:
             ]
             places = [f"{key}, prompt {sample.index} of the data" for sample in chunk]
             longest = max(longest, *map(len, teacher_prompts(rows, teacher, renderer, places)))
+        if teacher.scoring is not None:
+            _check_servers(config, teacher, longest)
+            continue
         model = teacher.model or config.model
         hf_config, longest = config_of(model), longest + config.data.max_response_length
         check_rope(model, hf_config, longest, f"the longest prompt of {key} with a completion")
         check_positions(model, hf_config, longest)
+
+
+def _check_servers(config: DistillConfig, teacher: TeacherSettings, longest_prompt: int) -> None:
+    """Raise EngineError if a server of ``teacher`` is unreachable, or cannot score what the run will ask."""
+    servers = servers_of(config, teacher)
+    if servers is not None:
+        servers.connect(longest_prompt + config.data.max_response_length).close()

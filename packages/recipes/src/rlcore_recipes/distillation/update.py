@@ -9,6 +9,7 @@ from rlcore.algorithms.sequences import trained_mask
 from rlcore.batch import Batch
 from rlcore.engines import Comparison, Objective
 from rlcore.metrics import Metrics
+from rlcore_recipes.distillation.chunks import CHUNK, CHUNK_LOGPROBS, chunk_differences, chunk_metrics
 from rlcore_recipes.distillation.teachers import OUTPUT_LAYER, Teachers
 from rlcore_recipes.rollouts.given import GIVEN_REASON
 from rlcore_recipes.run.session import Session
@@ -20,7 +21,9 @@ from rlcore_recipes.step.update import mini_batches, train_epochs
 def add_teacher(session: Session[DistillConfig], batch: Batch, teacher: Batch) -> tuple[Batch, Metrics]:
     """Add the columns of `teacher_columns`, and `learned`: the teacher's advantages, and what the data set gave."""
     batch = batch.with_columns(**{name: teacher[name] for name in teacher.names})
-    needed = [name for name in ("teacher_logprobs", "old_logprobs", "advantages") if name in batch]
+    needed = [
+        name for name in ("teacher_logprobs", CHUNK, CHUNK_LOGPROBS, "old_logprobs", "advantages") if name in batch
+    ]
     with session.timed("adv"):
         found, metrics = session.executor.compute(
             learned, batch.select("loss_mask", "finish_reason", *needed), session.config.distill.advantage_coeff
@@ -32,14 +35,18 @@ def learned(batch: Batch, coeff: float) -> tuple[Batch, Metrics]:
     """Return ``advantages`` of the sampled completions and ``given_mask`` of those that the data set gave; metrics.
 
     The advantage of a sampled token gets −coeff · (log π − log π_teacher), whose expectation is minus the reverse KL at
-    that token. A completion of the data set is no sample of the policy, and has no advantages.
+    that token; across tokenizers, the difference of the chunk of text that it is in. A completion of the data set is no
+    sample of the policy, and has no advantages.
     """
     mask, metrics = trained_mask(batch), Metrics()
     of_data = torch.tensor([reason == GIVEN_REASON for reason in batch["finish_reason"]])
     given = mask & of_data.repeat_interleave(batch.lengths)
     sampled = mask & ~given
     advantages = batch.flat("advantages")
-    if coeff:
+    if coeff and CHUNK in batch:
+        differences = chunk_differences(batch, batch.flat("old_logprobs"))
+        advantages, metrics = advantages + coeff * differences, chunk_metrics(batch, differences, sampled)
+    elif coeff:
         difference = batch.flat("old_logprobs") - batch.flat("teacher_logprobs")
         advantages = advantages - coeff * difference
         metrics.mean("distill/sampled_reverse_kl", difference[sampled].mean(), sampled.sum())

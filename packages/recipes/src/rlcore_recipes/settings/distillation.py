@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, StringConstraints
 
 from rlcore.algorithms.distillation import DistillObjectiveSettings
-from rlcore.config import Config
+from rlcore.config import Config, PluginSections
 from rlcore.engines import ModelSettings
 from rlcore.engines.settings import adapter_rank
 from rlcore_recipes.settings.algorithm import AlgorithmSettings
@@ -19,10 +19,30 @@ from rlcore_recipes.settings.roles import ActorSettings, FrozenRole, RewardRole,
 TeacherName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_]+$", max_length=50)]
 
 
+class ScoringRole(PluginSections):
+    """A teacher that runs elsewhere, in a scoring engine, whose options stand in a section of its name (``http``)."""
+
+    plugin_group: ClassVar[str] = "rlcore.scoring_engines"
+
+    engine: str = Field("http", description="Scoring engine (`rlcore plugins` lists the installed ones).")
+
+
 class TeacherSettings(FrozenRole):
     """A frozen model that the student learns from."""
 
-    model: ModelSettings | None = Field(None, description="The teacher; null: the model under training itself.")
+    model: ModelSettings | None = Field(
+        None,
+        description="The teacher; null: the model under training itself. With scoring, the model whose tokenizer and "
+        "chat template are the teacher's; null: the student's.",
+    )
+    scoring: ScoringRole | None = Field(
+        None, description="Where the teacher runs, such as servers by URL; null: in a training engine of this run."
+    )
+    cross_tokenizer: bool = Field(
+        False,
+        description="The teacher has another tokenizer: log-probs of chunks of text are compared, which end where both "
+        "have a boundary of tokens.",
+    )
     weights: Literal["start", "current"] = Field(
         "start",
         description="Without model, the weights that teach: those at the start of the run, or the student's in each "
@@ -50,6 +70,10 @@ class TeacherSettings(FrozenRole):
             yield "prompt_template", f"is set, and so is prompt_key={self.prompt_key}: keep one of them"
         if self.model is not None and self.weights == "current":
             yield "weights", "is current, which are the student's weights, but model names another model: remove one"
+        if self.scoring is not None and self.weights == "current":
+            yield "weights", "is current, which are the student's weights, but scoring has other ones: remove one"
+        if self.cross_tokenizer and self.model is None:
+            yield "model", "is null, and cross_tokenizer needs the teacher's tokenizer: name its folder in model.path"
         if self.model is None and not self.sees_other_prompt and self.weights == "current":
             yield (
                 "weights",
@@ -131,6 +155,8 @@ class DistillConfig(RLConfig):
 
     def builds(self, teacher: TeacherSettings) -> bool:
         """Return whether ``teacher`` needs an engine: the student is one, and its frozen weights below adapters."""
+        if teacher.scoring is not None:
+            return False
         if teacher.model is not None:
             return True
         return teacher.weights == "start" and adapter_rank(self.actor.options) is None
@@ -173,6 +199,7 @@ class DistillConfig(RLConfig):
                 "actor.objective.divergence.top_k",
                 "is null (the whole vocabulary), which takes one teacher: set it, to 64 say, for several teachers",
             )
+        yield from self._teacher_problems()
         if distill.on_policy_fraction == 1 and objective.nll_coeff:
             yield (
                 "actor.objective.nll_coeff",
@@ -187,3 +214,29 @@ class DistillConfig(RLConfig):
                     "needs the rollout's log-probs, which completions of the data set do not have: leave it out, or "
                     "set distill.on_policy_fraction=1",
                 )
+
+    def _teacher_problems(self) -> Iterator[tuple[str, str]]:
+        """Yield what teachers elsewhere, or with other tokenizers, cannot say."""
+        divergence, teachers = self.actor.objective.divergence, self.distill.teachers
+        served = [name for name, teacher in teachers.items() if teacher.scoring is not None]
+        crossing = [name for name, teacher in teachers.items() if teacher.cross_tokenizer]
+        if served and divergence.coeff and divergence.top_k is None:
+            yield (
+                "actor.objective.divergence.top_k",
+                f"is null (the whole vocabulary), which the scoring engine of the teacher {served[0]} does not return: "
+                "set it, to 20 say, or divergence.coeff=0 with distill.advantage_coeff=1",
+            )
+        if served and self.rollout.temperature != 1:
+            yield (
+                "rollout.temperature",
+                f"is {self.rollout.temperature:g}, but the scoring engine of the teacher {served[0]} returns log-probs "
+                "of temperature 1: set it to 1",
+            )
+        if crossing and divergence.coeff:
+            yield (
+                "actor.objective.divergence.coeff",
+                f"is {divergence.coeff:g}, but the teacher {crossing[0]} has other tokens (cross_tokenizer), of which "
+                "there are no divergences: set it to 0, and distill.advantage_coeff to 1",
+            )
+        if crossing and len(crossing) < len(teachers):
+            yield "distill.teachers", f"{crossing[0]} has cross_tokenizer: set it for all teachers, or for none"

@@ -72,6 +72,11 @@ class HTTPScoring(ScoringEngine):
             except WorkerError as error:
                 raise EngineError(str(error)) from error
 
+    @property
+    def longest(self) -> int:
+        """Maximum length of a sequence that every server scores, in tokens."""
+        return min(server.longest for server in self._servers)
+
     async def score(self, request: ScoringRequest) -> TokenScores:
         """Score one request; see `ScoringEngine.score`."""
         self._check_request(request)
@@ -100,7 +105,7 @@ class HTTPScoring(ScoringEngine):
 
     def _check_request(self, request: ScoringRequest) -> None:
         size, longest = len(self._spec.tokenizer), self._spec.max_length
-        if len(request.tokens) > longest:
+        if longest is not None and len(request.tokens) > longest:
             raise EngineError(
                 f"request {request.request_id!r} has {len(request.tokens)} tokens, more than the {longest} that the "
                 "engine was built for"

@@ -23,7 +23,11 @@ COMPARED = 4096
 
 
 class ScoringServer:
-    """One server. Its coroutines run on the connection's thread."""
+    """One server. Its coroutines run on the connection's thread.
+
+    Attributes:
+        longest: longest sequence that it scores, in tokens; 0 before its checks.
+    """
 
     def __init__(self, url: str, spec: ScoringSpec, settings: HTTPScoringSettings) -> None:
         self.spec, self._settings = spec, settings
@@ -31,6 +35,7 @@ class ScoringServer:
         self._slots = asyncio.Semaphore(settings.max_connections)
         self._checking = asyncio.Lock()
         self._protocol: ScoringProtocol | None = None
+        self.longest = 0
 
     @property
     def url(self) -> str:
@@ -66,8 +71,9 @@ class ScoringServer:
 
     async def _check(self, protocol: ScoringProtocol) -> None:
         with in_format(self.url, "its description"):
-            longest = await protocol.longest()
-        check_length(self.url, longest, self.spec.max_length, protocol.longer(self.spec.max_length))
+            self.longest = await protocol.longest()
+        if (needed := self.spec.max_length) is not None:
+            check_length(self.url, self.longest, needed, protocol.longer(needed))
         await self._check_tokens()
         size = len(self.spec.tokenizer)
         probe = ScoringRequest([token % size for token in range(1, PROBED)], top_k=self.spec.top_k, request_id="probe")

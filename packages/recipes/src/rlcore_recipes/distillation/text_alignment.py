@@ -1,0 +1,116 @@
+"""Chunks of one text in two tokenisations: the smallest groups of tokens on both sides that have the same bytes.
+
+Worked example, student above and teacher below (``|`` ends a token)::
+
+    un|believ|able| is| it          bytes: 2 8 12 15 18
+    unbe|liev|able| is it           bytes: 4 8 12 18
+
+Both tokenisations have a boundary at the bytes 8, 12 and 18, so there are three chunks: ``unbeliev`` (student tokens
+0, 1; teacher tokens 0, 1), ``able`` (2; 2) and `` is it`` (3, 4; 3). The log-prob of a chunk is the sum over its tokens
+on either side: the chain rule, with everything before it given.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
+UNSCORED = -1
+"""Chunk of a token that has none."""
+
+
+@dataclass(frozen=True)
+class Readable:
+    """Bytes as the text that a reader gets of them.
+
+    Attributes:
+        data: valid UTF-8.
+        broken: parts of the original bytes that are no UTF-8, as (start, end).
+        cut: the last of them is the beginning of a character and is left out of ``data``; the others are replacement
+            characters there.
+    """
+
+    data: bytes
+    broken: tuple[tuple[int, int], ...] = ()
+    cut: bool = False
+
+
+def readable(data: bytes, *, cut: bool) -> Readable:
+    """Return ``data`` as valid UTF-8.
+
+    Args:
+        cut: leave the beginning of a character out at the end, as nothing follows.
+    """
+    kept, broken, position, left_out = bytearray(), list[tuple[int, int]](), 0, False
+    while True:
+        try:
+            data[position:].decode()
+        except UnicodeDecodeError as error:
+            start, end = position + error.start, position + error.end
+            kept += data[position:start]
+            broken.append((start, end))
+            left_out = cut and end == len(data) and "unexpected end" in error.reason
+            kept += b"" if left_out else REPLACEMENT
+            position = end
+        else:
+            kept += data[position:]
+            return Readable(bytes(kept), tuple(broken), left_out)
+
+
+def align(student: Sequence[bytes], teacher: Sequence[bytes], *, cut: bool = False) -> tuple[list[int], list[int]]:
+    """Return the chunk of each token of the student and of the teacher, counted from 0.
+
+    Student tokens that have a part in bytes that are no UTF-8 are `UNSCORED`, with all tokens of their chunk.
+
+    Args:
+        student: bytes of its tokens.
+        teacher: bytes of its tokens, together `readable` of the student's.
+        cut: see `readable`.
+    """
+    read = readable(b"".join(student), cut=cut)
+    assert b"".join(teacher) == read.data
+    raw_ends = list(accumulate(map(len, student)))
+    damaged = [_overlaps(start, end, read.broken) for start, end in zip([0, *raw_ends], raw_ends)]
+    student_ends = [_moved(end, read) for end in raw_ends]
+    teacher_ends = list(accumulate(map(len, teacher)))
+    common = sorted({end for end in student_ends if end is not None} & set(teacher_ends))
+    student_chunks = _chunks(student_ends, common)
+    teacher_chunks = _chunks(teacher_ends, common)
+    unscored = {chunk for chunk, bad in zip(student_chunks, damaged) if bad}
+    # a chunk needs tokens on both sides
+    unscored |= set(student_chunks) ^ set(teacher_chunks)
+    return _without(student_chunks, unscored), _without(teacher_chunks, unscored)
+
+
+def _overlaps(start: int, end: int, broken: Sequence[tuple[int, int]]) -> bool:
+    return any(start < stop and begin < end for begin, stop in broken)
+
+
+def _moved(end: int, read: Readable) -> int | None:
+    """Return the position in ``read.data`` of a position in the original bytes; None if it has none there."""
+    if read.cut and end > read.broken[-1][0]:
+        return None
+    shift = 0
+    for begin, stop in read.broken:
+        if end <= begin:
+            break
+        if end < stop:
+            return None
+        shift += len(REPLACEMENT) - (stop - begin)
+    return end + shift
+
+
+def _chunks(ends: Sequence[int | None], common: Sequence[int]) -> list[int]:
+    """Return the chunk in which each token ends; a token that ends within a broken part is in that of its successor."""
+    chunks, following = [], len(common)
+    for end in reversed(ends):
+        following = following if end is None else bisect_left(common, end)
+        chunks.append(following if following < len(common) else UNSCORED)
+    return chunks[::-1]
+
+
+def _without(chunks: Sequence[int], unscored: set[int]) -> list[int]:
+    return [UNSCORED if chunk in unscored else chunk for chunk in chunks]

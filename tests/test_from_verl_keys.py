@@ -230,6 +230,25 @@ def test_dynamic_batch_size_takes_the_tokens_and_not_the_sequences() -> None:
     assert value(found, "ref.max_tokens_per_micro_batch") == 30000
 
 
+def test_adapters_of_megatron() -> None:
+    model = "actor_rollout_ref.model.lora"
+    keys = {
+        f"{ACTOR}.strategy": "megatron",
+        f"{model}.rank": 8,
+        f"{model}.target_modules": ["linear_qkv", "linear_fc2"],
+    }
+    found = translated({**GRPO, **keys, f"{model}.dropout": 0.1, f"{ACTOR}.use_kl_loss": True})
+    targets = ["q_proj", "k_proj", "v_proj", "down_proj"]
+    assert value(found, "actor.megatron.lora") == {"rank": 8, "alpha": 32, "target_modules": targets}
+    assert value(found, "rollout.vllm.enable_lora") is True
+    assert "no dropout" in reason(found, f"{model}.dropout")
+    known = {**found.config, "trainer": {**found.config["trainer"], "trackers": ["jsonl"]}}
+    assert "ref" not in validate_config(RECIPES["grpo"], known).roles
+    assert "verl reads lora.rank" in reason(
+        translated({**GRPO, **keys, "actor_rollout_ref.model.lora_rank": 4}), "actor_rollout_ref.model.lora_rank"
+    )
+
+
 def test_with_adapters_keys_of_the_reference_set_nothing() -> None:
     """In both frameworks the actor without its adapters is the reference then."""
     keys = {"actor_rollout_ref.model.lora_rank": 8, f"{ACTOR}.use_kl_loss": True}

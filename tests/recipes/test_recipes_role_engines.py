@@ -58,6 +58,13 @@ def test_a_section_or_an_engine_of_a_role_comes_first() -> None:
     assert config.ref.engine_with(config.actor) == ("megatron", config.ref.options)
 
 
+@pytest.mark.parametrize("role", ["ref", "reward_model"])
+def test_a_frozen_model_trains_no_adapters(role: str) -> None:
+    sections = {role: {"model": {"path": "other"}, "fsdp": {"lora": {"rank": 2}}}}
+    with pytest.raises(ConfigError, match=rf"{role}.fsdp.lora: a frozen model trains no adapters"):
+        configuration("grpo", **sections)
+
+
 @pytest.mark.parametrize(
     ("ref", "key"),
     [

@@ -89,8 +89,8 @@ class VerlView:
     @property
     def actor_is_reference(self) -> bool:
         """Whether the reference is the actor without its adapters, and not a second model."""
-        adapted = whole(self.get("actor_rollout_ref.model.lora_rank") or 0, "actor_rollout_ref.model.lora_rank") > 0
-        return adapted and not self.given(f"{REF}.model.path")
+        name = f"actor_rollout_ref.model.{'lora.rank' if self.engine == 'megatron' else 'lora_rank'}"
+        return whole(self.get(name) or 0, name) > 0 and not self.given(f"{REF}.model.path")
 
     @property
     def asynchronous(self) -> bool:

@@ -135,9 +135,18 @@ class CriticSettings(FollowingRole):
 
 
 class FrozenRole(FollowingRole):
-    """A policy that is not trained."""
+    """A model that is not trained."""
 
     model: ModelSettings | None = Field(None, description="The model; null: the actor's at the start of the run.")
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        for section, options in (self.__pydantic_extra__ or {}).items():
+            if adapter_rank(options) is not None:
+                yield (
+                    f"{section}.lora",
+                    "a frozen model trains no adapters: leave it out. The model folder of a run with adapters has "
+                    "merged weights",
+                )
 
 
 class RefSettings(FrozenRole):
@@ -175,7 +184,7 @@ class RefSettings(FrozenRole):
             )
 
 
-class RewardModelSettings(FollowingRole):
+class RewardModelSettings(FrozenRole):
     """A frozen model that scores whole sequences at their last token; its score is added to the reward's."""
 
     model: ModelSettings = Field(

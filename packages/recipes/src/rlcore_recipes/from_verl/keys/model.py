@@ -32,19 +32,34 @@ def checkpointing(value: Any, verl: VerlView) -> bool:
     return flag(value)
 
 
-def lora(ours: str, section: str) -> Convert:
-    """Return the conversion of the adapters' keys of a role, which are read together."""
+MEGATRONS_LAYERS = {
+    "linear_qkv": ("q_proj", "k_proj", "v_proj"),
+    "linear_proj": ("o_proj",),
+    "linear_fc1": ("gate_proj", "up_proj"),
+    "linear_fc2": ("down_proj",),
+}
+"""Layers of transformers that Megatron's layers are."""
+
+
+def lora(ours: str, section: str, engine: str) -> Convert:
+    """Return the conversion of the adapters' keys of a role in ``engine``, which are read together."""
+    mark = "lora." if engine == "megatron" else "lora_"
+    adapters = f"{ours}.{engine}.lora"
 
     def convert(value: Any, verl: VerlView) -> Several:
-        rank = whole(verl.get(f"{section}.lora_rank") or 0, f"{section}.lora_rank")
+        rank = whole(verl.get(f"{section}.{mark}rank") or 0, f"{section}.{mark}rank")
         if rank <= 0:
-            raise NothingToSet("with lora_rank=0 all weights are trained")
-        if verl.engine == "megatron":
-            raise NoEquivalent("only the FSDP engine trains adapters")
-        targets = verl.get(f"{section}.target_modules")
-        found = Several({f"{ours}.fsdp.lora.rank": rank, f"{ours}.fsdp.lora.alpha": verl.get(f"{section}.lora_alpha")})
+            raise NothingToSet(f"with {mark}rank=0 all weights are trained")
+        if verl.engine != engine:
+            raise NoEquivalent(f"with {verl.engine}, verl reads {'lora_rank' if engine == 'megatron' else 'lora.rank'}")
+        name = f"{section}.lora.target_modules" if engine == "megatron" else f"{section}.target_modules"
+        targets = verl.get(name)
+        found = Several({f"{adapters}.rank": rank, f"{adapters}.alpha": verl.get(f"{section}.{mark}alpha")})
         if targets not in (None, "all-linear"):
-            found[f"{ours}.fsdp.lora.target_modules"] = targets if isinstance(targets, list) else [str(targets)]
+            named = [str(target) for target in (targets if isinstance(targets, list) else [targets])]
+            found[f"{adapters}.target_modules"] = [
+                layer for target in named for layer in MEGATRONS_LAYERS.get(target, (target,))
+            ]
         if section == POLICY and verl.rollout_engine == "vllm":
             found["rollout.vllm.enable_lora"] = True
         return found
@@ -60,10 +75,13 @@ def model_keys(section: str, path: str, ours: str) -> tuple[Key, ...]:
         path: section of the model in rlcore: ``model`` or ``critic.model``.
         ours: section of the role in rlcore.
     """
-    adapters = tuple(f"{ours}.fsdp.lora.{name}" for name in ("rank", "alpha", "target_modules"))
-    if section == POLICY:
-        adapters = (*adapters, "rollout.vllm.enable_lora")
-    convert = lora(ours, section)
+    fsdp, megatron = (
+        tuple(f"{ours}.{engine}.lora.{name}" for name in ("rank", "alpha", "target_modules"))
+        + (("rollout.vllm.enable_lora",) if section == POLICY else ())
+        for engine in ("fsdp", "megatron")
+    )
+    convert, convert_megatron = lora(ours, section, "fsdp"), lora(ours, section, "megatron")
+    of_transformers = "one pair of matrices for each layer of transformers"
     return (
         key(f"{section}.path", f"{path}.path"),
         key(f"{section}.tokenizer_path", f"{path}.tokenizer_path"),
@@ -75,9 +93,16 @@ def model_keys(section: str, path: str, ours: str) -> tuple[Key, ...]:
             checkpointing,
             differs=True,
         ),
-        key(f"{section}.lora_rank", adapters, convert, default=0, meaning="0: all weights"),
-        key(f"{section}.lora_alpha", adapters, convert, default=16),
-        key(f"{section}.target_modules", adapters, convert, default="all-linear", meaning="all-linear: null"),
+        key(f"{section}.lora_rank", fsdp, convert, default=0, meaning="0: all weights"),
+        key(f"{section}.lora_alpha", fsdp, convert, default=16),
+        key(f"{section}.target_modules", fsdp, convert, default="all-linear", meaning="all-linear: null"),
+        key(
+            f"{section}.lora.rank", megatron, convert_megatron, default=0, meaning=f"0: all weights; {of_transformers}"
+        ),
+        key(f"{section}.lora.alpha", megatron, convert_megatron, default=32),
+        key(
+            f"{section}.lora.target_modules", megatron, convert_megatron, meaning="linear_qkv: q_proj, k_proj, v_proj …"
+        ),
         *_other_keys(section),
     )
 
@@ -102,7 +127,7 @@ def _other_keys(section: str) -> tuple[Key, ...]:
         without(f"{section}.lora_adapter_path", "adapters start new: merge the old ones into the model first"),
         without(
             f"{section}.lora.*",
-            "the Megatron engine trains all weights; adapters are FSDP's: actor.fsdp.lora",
+            "adapters have rank, alpha and target_modules, and no dropout with Megatron: actor.megatron.lora",
             switch=f"{section}.lora.rank",
         ),
         without(f"{section}.external_lib", "a package with an entry point is found without being named"),

@@ -22,6 +22,9 @@ WITHOUT_ROLLOUTS = dict.fromkeys(
 )
 
 
+PPO: dict[str, Any] = {"reward.path": None, "reward.workers": None, "reward.name": "none"}
+
+
 def answer(chance: random.Random) -> str:
     """Up to twelve characters, of which some share is lower-case letters."""
     share = chance.random()
@@ -87,9 +90,7 @@ def test_ppo_with_the_reward_model_improves_what_it_was_trained_on(
     task: Any, trained: Path, tmp_path: Path, metrics_of: Callable[[Path], Any]
 ) -> None:
     changes = {
-        "reward.path": None,
-        "reward.workers": None,
-        "reward.name": "none",
+        **PPO,
         "reward_model.model.path": trained / "model",
         "critic.model.path": trained / "model",
         "critic.optim.lr": 3e-3,
@@ -132,13 +133,21 @@ def test_labels_of_answers_and_steps_are_learned(
         "data.val_files": write_labels(tmp_path / "val.jsonl", 32, 1, loss == "bce"),
         "data.max_length": 64,
         "data.step_separator": "; ",
-        "trainer.save_hf": "false",
+        "trainer.total_steps": 40,
+        "trainer.save_hf": "true",
     }
     result = task.run("rm", tmp_path / "out", {**keys, **changes})
     assert result.exit_code == 0, result.output
     lines = [line for line in metrics_of(tmp_path / "out") if "val/loss" in line]
     assert lines[-1]["val/loss"] < 0.5 * lines[0]["val/loss"]
     assert lines[-1]["val/accuracy"] > 0.85 if loss == "bce" else lines[-1]["val/absolute_error"] < 0.2
+    if loss == "bce":
+        model = {"reward_model.model.path": tmp_path / "out" / "model", "reward_model.steps.separator": "a"}
+        assert task.run("ppo", tmp_path / "ppo", {**PPO, **model, "trainer.total_steps": 2}).exit_code == 0
+        line = metrics_of(tmp_path / "ppo")[-1]
+        assert 1 <= line["reward_model/steps/mean"] < 2, "random completions have an a here and there"
+        assert 0 < line["critic/score/mean"] < line["reward_model/steps/mean"], "a sum of probabilities"
+        assert line["critic/rewards/mean"] == pytest.approx(line["critic/score/mean"])
     other = task.run("rm", tmp_path / "other", {**keys, **changes, "actor.objective.loss": "bradley_terry"})
     assert other.exit_code == 1
     assert "actor.objective.loss=bce (or mse) learns from them" in " ".join(other.output.split())
@@ -175,10 +184,8 @@ def test_a_resumed_run_ends_with_the_same_weights(task: Any, keys: dict[str, Any
 
 
 def test_a_model_that_cannot_be_the_reward_is_refused(task: Any, trained: Path, tmp_path: Path) -> None:
-    ppo = {"reward.path": None, "reward.workers": None, "reward.name": "none"}
-
     def message(changes: dict[str, Any]) -> str:
-        result = task.run("ppo", tmp_path / "out", {**ppo, **changes})
+        result = task.run("ppo", tmp_path / "out", {**PPO, **changes})
         assert result.exit_code == 1
         assert not (tmp_path / "out").exists()
         return " ".join(result.output.split())

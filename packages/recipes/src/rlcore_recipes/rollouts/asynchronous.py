@@ -155,7 +155,7 @@ class AsynchronousGroups:
         if model is None:
             return Rollouts(batch, Done(scores), metrics)
         values = model.values(batch)  # here: a training engine takes calls of this thread alone
-        return Rollouts(batch, Deferred(lambda: model.added(scores, values, batch["group"])), metrics)
+        return Rollouts(batch, Deferred(lambda: model.added(scores, values, batch)), metrics)
 
     @property
     def busy(self) -> bool:

@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from rlcore.algorithms.sequences import per_token
 from rlcore.batch import Batch
 from rlcore.batch.alignment import last_entries
 from rlcore.controller import Executor
-from rlcore.engines import ForwardRequest, TrainEngine
+from rlcore.engines import ForwardRequest, ModelSettings, TrainEngine
+from rlcore_recipes.rollouts.step_rewards import scores_of_steps
 from rlcore_recipes.run.timing import Timings
 from rlcore_recipes.settings import RewardModelSettings
 
@@ -23,6 +25,7 @@ class RewardModel:
 
     Attributes:
         error_score: score of a sample for which the sum of both scores is not finite.
+        policy: the model whose tokenizer made the tokens.
     """
 
     engine: TrainEngine
@@ -30,32 +33,49 @@ class RewardModel:
     error_score: float
     executor: Executor
     timed: Timings
+    policy: ModelSettings
 
     def values(self, batch: Batch) -> Batch:
         """Return the model's ``values`` at every token; with Ray they are computed in the background."""
         with self.timed.label("reward_model"):
             return self.engine.forward(batch.select("tokens"), ForwardRequest(("values",)))
 
-    def added(self, scores: Batch, values: Batch, group: torch.Tensor) -> Batch:
-        """Return ``scores`` with ``reward_model_score`` (dense fp32), the value at each sequence's last token, added.
+    def added(self, scores: Batch, values: Batch, batch: Batch) -> Batch:
+        """Return ``scores`` with ``reward_model_score`` (dense fp32) added.
 
-        A sample for which the sum is not finite gets ``error_score``, and its result the error "reward_model".
+        That is the value at each sequence's last token or, of a process reward model, what
+        `rlcore_recipes.rollouts.step_rewards.scores_of_steps` makes of the values; its other columns are added too,
+        ``step_rewards`` times ``coeff``. A sample for which the sum is not finite gets ``error_score``, and its result
+        the error "reward_model".
 
         Args:
             scores: the columns of `Scorer.score`.
-            group: ``[B]`` int64: position of each sample's prompt.
+            batch: the trajectories.
         """
         with self.timed("reward_model"):
-            found = self.executor.compute(last_values, values.select("values"))
+            found = self._found(values, batch)
             if self.settings.offload:
                 self.engine.offload()
-        total = scores["score"] + self.settings.coeff * found
+        model_score = found["reward_model_score"]
+        total = scores["score"] + self.settings.coeff * model_score
         failed = ~torch.isfinite(total)
         if failed.any():
-            scores = self._with_failures(scores, failed, group)
+            scores = self._with_failures(scores, failed, batch["group"])
             total = torch.where(failed, self.error_score, total)
-            found = torch.where(failed, 0.0, found)
-        return scores.with_columns(score=total, reward_model_score=found)
+            model_score = torch.where(failed, 0.0, model_score)
+        scores = scores.with_columns(**{name: found[name] for name in found.names if name != "step_rewards"})
+        if "step_rewards" in found.names:
+            weights = torch.where(failed, 0.0, self.settings.coeff)
+            rewards = self.executor.compute(weighted, found.select("step_rewards"), weights)
+            scores = scores.with_columns(step_rewards=rewards["step_rewards"])
+        return scores.with_columns(score=total, reward_model_score=model_score)
+
+    def _found(self, values: Batch, batch: Batch) -> Batch:
+        """Return the scores that the model's values give."""
+        if self.settings.steps is None:
+            return self.executor.compute(last_values, values.select("values"))
+        read = batch.select("tokens", "loss_mask").with_columns(values=values["values"])
+        return self.executor.compute(scores_of_steps, read, self.settings.steps, self.policy)
 
     def _with_failures(self, scores: Batch, failed: torch.Tensor, group: torch.Tensor) -> Batch:
         """Return ``scores`` with the error "reward_model" in the results of samples that ``failed``, ``[B]`` bool."""
@@ -86,6 +106,12 @@ def mark_failed(batch: Batch, failed: frozenset[int]) -> Batch:
     )
 
 
-def last_values(batch: Batch) -> torch.Tensor:
-    """Return ``values`` at the last token of each sequence: ``[B]`` fp32."""
-    return last_entries(batch.flat("values"), batch.lengths)
+def last_values(batch: Batch) -> Batch:
+    """Return ``values`` at the last token of each sequence as ``reward_model_score``: ``[B]`` fp32."""
+    return Batch({"reward_model_score": last_entries(batch.flat("values"), batch.lengths)})
+
+
+def weighted(batch: Batch, weights: torch.Tensor) -> Batch:
+    """Return ``step_rewards`` times the weight of their sample, ``[B]``; 0 where the weight is 0."""
+    factors = per_token(weights, batch.lengths)
+    return Batch({"step_rewards": batch.jagged(torch.where(factors == 0, 0, batch.flat("step_rewards") * factors))})

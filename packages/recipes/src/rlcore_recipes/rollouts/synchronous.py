@@ -100,7 +100,7 @@ class Round(Coroutines):
             else:
                 scores = workers.executor.submit(workers.reward, score, batch).result()
         if model is not None and values is not None:
-            scores = model.added(scores, values, batch["group"])
+            scores = model.added(scores, values, batch)
         ends = torch.tensor([len(one.trajectories) for one in asked]).cumsum(0).tolist()
         return [scores.slice(start, end) for start, end in zip([0, *ends], ends)]
 

@@ -169,7 +169,8 @@ def rollout_workers(config: RLConfig, executor: Executor, roles: Roles, timed: T
     """Return the worker groups that roll samples out."""
     model = None
     if roles.reward_model is not None and config.reward_model is not None:
-        model = RewardModel(roles.reward_model, config.reward_model, config.reward.error_score, executor, timed)
+        scored = config.reward_model, config.reward.error_score
+        model = RewardModel(roles.reward_model, *scored, executor, timed, config.model)
     return RolloutWorkers(executor, roles.rollout, roles.reward, model, timed, config.rollout.free_memory)
 
 

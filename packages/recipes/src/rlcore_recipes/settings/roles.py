@@ -184,14 +184,32 @@ class RefSettings(FrozenRole):
             )
 
 
+class StepRewardSettings(Config):
+    """How the scores of a process reward model become rewards: it is read at the last token of each step."""
+
+    separator: str = Field("\n\n", min_length=1, description="Text between two steps, as in the model's training.")
+    sigmoid: bool = Field(
+        True, description="Turn scores, which are log-odds after training with bce, into probabilities."
+    )
+    combine: Literal["tokens", "sum", "mean", "min", "product", "last"] = Field(
+        "tokens",
+        description="tokens: the reward of a step is on its last token, and the completion's score is their sum; else "
+        "the completion gets one reward, on its last token.",
+    )
+
+
 class RewardModelSettings(FrozenRole):
-    """A frozen model that scores whole sequences at their last token; its score is added to the reward's."""
+    """A frozen model that scores whole sequences at their last token, or their steps; its score is added to the
+    reward's."""
 
     model: ModelSettings = Field(
         description="Model with a scalar score head (Hugging Face's sequence classification), for the policy's "
         "tokenizer."
     )
     coeff: float = Field(1.0, description="Factor on the model's score.")
+    steps: StepRewardSettings | None = Field(
+        None, description="The model is a process reward model; null: it scores the last token alone."
+    )
     any_chat_template: bool = Field(
         False, description="Accept a model whose chat template writes conversations differently than the policy's."
     )

@@ -235,8 +235,17 @@ class RLSections(AsyncSection):
             | SHAPED
             | self.own_columns
             | ({"values"} if self.has_critic else frozenset())
-            | ({"reward_model_score"} if self.reward_model is not None else frozenset())
+            | self._of_reward_model
         )
+
+    @property
+    def _of_reward_model(self) -> frozenset[str]:
+        """The columns that a reward model adds."""
+        if self.reward_model is None:
+            return frozenset()
+        steps = self.reward_model.steps
+        found = {"reward_model_score"} | ({"steps"} if steps is not None else set())
+        return frozenset(found | ({"step_rewards"} if steps is not None and steps.combine == "tokens" else set()))
 
     @property
     def mini_batch_size(self) -> int:

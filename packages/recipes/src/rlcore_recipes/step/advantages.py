@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from rlcore.algorithms.kl import KLController, apply_kl_penalty
-from rlcore.algorithms.sequences import trained_counts, trained_mask
+from rlcore.algorithms.sequences import sequence_sums, trained_counts, trained_mask
 from rlcore.algorithms.shaping import overlong_punishment, terminal_rewards
 from rlcore.batch import Batch
 from rlcore.metrics import Metrics
@@ -67,7 +67,8 @@ def advantages(
     """Return the per-token columns ``token_rewards``, ``advantages`` and, for a critic, ``returns``; metrics; and the
     new state of ``kl``.
 
-    The score is on the last token of each completion; shaping and the KL penalty come before the estimator.
+    The score is on the last token of each completion, but for what ``step_rewards`` put on others; shaping and the KL
+    penalty come before the estimator.
     ``actor/zero_advantage_ratio`` is the share of trained tokens in samples whose advantages are all 0, and
     ``reward/single_sample_groups``, of estimators that compare within groups, the share of groups with one sample.
 
@@ -80,7 +81,7 @@ def advantages(
         punishment = overlong_punishment(batch["response_length"], max_response_length, algorithm.overlong)
         scores = scores + punishment
         metrics.mean("reward/overlong_punishment", float(punishment.mean()))
-    batch = batch.with_columns(token_rewards=batch.jagged(terminal_rewards(batch, scores)))
+    batch = batch.with_columns(token_rewards=batch.jagged(rewards_of(batch, scores)))
     if algorithm.kl_in_reward is not None and kl is not None:
         batch, measured = apply_kl_penalty(batch, algorithm.kl_in_reward.estimator, kl)
         metrics.update(measured.prefixed("actor/"))
@@ -96,6 +97,14 @@ def advantages(
     if found.returns is not None:
         columns["returns"] = batch.jagged(found.returns)
     return Batch(columns), metrics, {} if kl is None else kl.state_dict()
+
+
+def rewards_of(batch: Batch, scores: torch.Tensor) -> torch.Tensor:
+    """Return token rewards ``[T]`` that add up to ``scores`` ``[B]``: ``step_rewards``, the rest on the last token."""
+    if "step_rewards" not in batch:
+        return terminal_rewards(batch, scores)
+    steps = batch.flat("step_rewards")
+    return terminal_rewards(batch, scores - sequence_sums(steps, batch.lengths)) + steps
 
 
 def without_advantage(batch: Batch) -> torch.Tensor:

@@ -52,6 +52,8 @@ def batch_metrics(batch: Batch, version: int | None = None) -> dict[str, float]:
     found = spread("critic/score", batch["score"])
     if "reward_model_score" in batch:
         found |= spread("reward_model/score", batch["reward_model_score"])
+    if "steps" in batch:
+        found |= spread("reward_model/steps", batch["steps"])
     found |= spread("critic/rewards", sequence_sums(batch.flat("token_rewards"), batch.lengths))
     for column in ("advantages", "returns", "values"):
         if column in batch:

@@ -230,7 +230,7 @@ def test_mistakes_are_named_before_anything_is_built(task: Any, teacher: Path, t
     assert "completions of the data set do not have" in found
     nothing = write_rows(tmp_path / "nothing.jsonl", 48, response=None)
     found = message({"distill.on_policy_fraction": 0.5, "data.train_files": nothing})
-    assert "row 0: the column 'response' must hold the response as text" in found
+    assert "row 0: the column 'response' must hold one response as text" in found
     empty = write_rows(tmp_path / "empty.jsonl", 48, response="")
     assert "row 0: the response is empty" in message({"distill.on_policy_fraction": 0.5, "data.train_files": empty})
     assert "teacher_NAME" in message({"controller.placement.techer_big": "default"})

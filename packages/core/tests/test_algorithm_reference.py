@@ -24,6 +24,7 @@ SECTIONS = {
     "policy_losses": "Policy losses",
     "aggregations": "Loss aggregation",
     "kl_estimators": "KL estimators",
+    "divergences": "Divergences",
     "value_losses": "Value losses",
     "reward_losses": "Losses of reward models",
     "corrections": "Off-policy corrections",

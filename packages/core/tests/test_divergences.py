@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlcore.algorithms.distillation import GIVEN, DistillObjective, DistillObjectiveSettings
-from rlcore.algorithms.divergences import bucketed
+from rlcore.algorithms.divergence import bucketed
 from rlcore.algorithms.registries import divergences
 from rlcore.batch import Batch, Jagged
 from rlcore.config import Algorithm

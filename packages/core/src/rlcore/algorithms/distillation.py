@@ -1,7 +1,7 @@
 """The loss of distillation: a divergence from a teacher, with a policy gradient and a likelihood term as needed.
 
 The divergence is over the whole vocabulary, or over the teacher's k best tokens and one bucket for all others
-(`rlcore.algorithms.divergences`). Softmax and divergence are computed in fp32.
+(`rlcore.algorithms.divergence`). Softmax and divergence are computed in fp32.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 
 from rlcore.algorithms.aggregation import denominators
-from rlcore.algorithms.divergences import bucketed
+from rlcore.algorithms.divergence import bucketed
 from rlcore.algorithms.objectives import LossTerms, PolicyObjective, PolicyObjectiveSettings
 from rlcore.algorithms.registries import divergences
 from rlcore.algorithms.sequences import record_mean, trained_mask

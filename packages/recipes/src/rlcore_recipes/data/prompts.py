@@ -195,8 +195,10 @@ class _Reader:
         answers = []
         for row, where in zip(rows, places):
             value = column(row, key)
+            if isinstance(value, list) and len(value) == 1:  # as `rlcore generate` writes completions
+                value = value[0]
             if not isinstance(value, str):
-                raise DataError(f"{where}: the column {key!r} must hold the response as text, not {value!r:.100}")
+                raise DataError(f"{where}: the column {key!r} must hold one response as text, not {value!r:.100}")
             answers.append(as_answer(value, where, file.padded))
         encoded = encode_answers(self.renderer, prompts, list(answers), places)
         found = []

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rlcore_kit.model_folder.length import check_positions, check_rope
+from rlcore_recipes.data.chat import Renderer
 from rlcore_recipes.data.end_tokens import model_tokens
+from rlcore_recipes.data.prompts import PromptSample
 from rlcore_recipes.data.tokenizer import load_tokenizer
 from rlcore_recipes.distillation.contexts import teacher_prompts
 from rlcore_recipes.distillation.teachers import check_sources_taught, own_renderer, own_translator, servers_of
@@ -22,8 +26,8 @@ def check_teachers(config: DistillConfig, data: RunData) -> None:
     Raises:
         RlcoreError: one is not so; the message names the teacher, or the sample.
     """
-    samples = data.prompts.dataset.samples
-    check_sources_taught(config, (sample.data_source for sample in samples))
+    found = [data.prompts.dataset] if data.val_prompts is None else [data.prompts.dataset, data.val_prompts]
+    check_sources_taught(config, (sample.data_source for dataset in found for sample in dataset.samples))
     for name, teacher in config.distill.teachers.items():
         key = f"distill.teachers.{name}"
         if teacher.model is not None and not teacher.cross_tokenizer:
@@ -34,31 +38,18 @@ def check_teachers(config: DistillConfig, data: RunData) -> None:
         own_translator(config, teacher)
         renderer = own_renderer(config, teacher)
         if renderer is None:
-            longest = max((len(sample.prompt_tokens) for sample in samples), default=0)
+            own = (len(sample.prompt_tokens) for dataset in found for sample in dataset.samples)
+            longest = max(own, default=0)
             _check_servers(config, teacher, longest)
             continue
-        longest = 0
-        for start in range(0, len(samples), CHUNK):
-            chunk = samples[start : start + CHUNK]
-            rows = [
-                {
-                    "messages": sample.messages,
-                    "prompt_text": sample.text,
-                    "ground_truth": sample.ground_truth,
-                    "data_source": sample.data_source,
-                    "extra": sample.extra,
-                }
-                for sample in chunk
-            ]
-            places = [f"{key}, prompt {sample.index} of the data" for sample in chunk]
-            longest = max(longest, *map(len, teacher_prompts(rows, teacher, renderer, places)))
+        longest = max(longest_prompt(key, teacher, renderer, dataset.samples) for dataset in found)
         if teacher.scoring is not None:
             _check_servers(config, teacher, longest)
             continue
-        model = teacher.model or config.model
-        hf_config, longest = config_of(model), longest + config.data.max_response_length
-        check_rope(model, hf_config, longest, f"the longest prompt of {key} with a completion")
-        check_positions(model, hf_config, longest)
+        model, length = teacher.model or config.model, longest + config.data.max_response_length
+        hf_config = config_of(model)
+        check_rope(model, hf_config, length, f"the longest prompt of {key} with a completion")
+        check_positions(model, hf_config, length)
 
 
 def _check_servers(config: DistillConfig, teacher: TeacherSettings, longest_prompt: int) -> None:
@@ -66,3 +57,23 @@ def _check_servers(config: DistillConfig, teacher: TeacherSettings, longest_prom
     servers = servers_of(config, teacher)
     if servers is not None:
         servers.connect(longest_prompt + config.data.max_response_length).close()
+
+
+def longest_prompt(key: str, teacher: TeacherSettings, renderer: Renderer, samples: Sequence[PromptSample]) -> int:
+    """Return the length of the longest prompt of the teacher at ``key``; all samples must have one."""
+    longest = 0
+    for start in range(0, len(samples), CHUNK):
+        chunk = samples[start : start + CHUNK]
+        rows = [
+            {
+                "messages": sample.messages,
+                "prompt_text": sample.text,
+                "ground_truth": sample.ground_truth,
+                "data_source": sample.data_source,
+                "extra": sample.extra,
+            }
+            for sample in chunk
+        ]
+        places = [f"{key}, prompt {sample.index} of the data" for sample in chunk]
+        longest = max(longest, *map(len, teacher_prompts(rows, teacher, renderer, places)))
+    return longest

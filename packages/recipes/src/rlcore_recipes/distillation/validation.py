@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from rlcore.algorithms.distillation import DistillObjective
-from rlcore.algorithms.divergences import bucketed
+from rlcore.algorithms.divergence import bucketed
 from rlcore.algorithms.sequences import trained_mask
 from rlcore.batch import Batch
 from rlcore.engines.train import Output

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlcore.algorithms.divergences import forward_kl, reverse_kl
+from rlcore.algorithms.divergence import forward_kl, reverse_kl
 from rlcore.batch import Batch, Jagged
 from rlcore.config.registry import NoParams
 from rlcore.engines import Comparison, ForwardRequest, OptimSettings, OutputLayer

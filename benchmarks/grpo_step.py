@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -46,7 +47,8 @@ def main() -> None:
     else:
         with tempfile.TemporaryDirectory() as folder:
             prepare(Path(folder), arguments.steps)
-            report(race(arguments, Path(folder)), arguments.warmup)
+            contestants = {name: contestant(name, arguments, Path(folder)) for name in arguments.contestants}
+            report(race(contestants, arguments.steps), arguments.warmup)
 
 
 # --- the race --------------------------------------------------------------------------------------------------------
@@ -54,17 +56,27 @@ def main() -> None:
 WORLD = {"trl": 1, "rlcore": 1, "rlcore-dp2": 2}
 
 
-class Contestant:
-    """The processes of one contestant; `step` makes one step in all of them and returns what it cost."""
+def contestant(name: str, arguments: argparse.Namespace, folder: Path) -> Contestant:
+    command = [__file__, "--worker", name.split("-")[0], "--folder", str(folder / name)]
+    command += ["--steps", str(arguments.steps), "--micro-batch-tokens", str(arguments.micro_batch_tokens)]
+    return Contestant(command, arguments.threads, WORLD[name])
 
-    def __init__(self, name: str, arguments: argparse.Namespace, folder: Path) -> None:
-        world = WORLD[name]
+
+class Contestant:
+    """The processes of one contestant; `step` makes one step in all of them and returns what it cost.
+
+    Args:
+        command: script and arguments.
+        threads: of a contestant of one process; several have one each.
+    """
+
+    def __init__(self, command: list[str], threads: int, world: int = 1) -> None:
         port = unused_port()
         self.processes = []
         for rank in range(world):
             environment = {
                 **os.environ,
-                "OMP_NUM_THREADS": str(arguments.threads if world == 1 else 1),
+                "OMP_NUM_THREADS": str(threads if world == 1 else 1),
                 "HF_HUB_OFFLINE": "1",
                 "TOKENIZERS_PARALLELISM": "false",
                 "TRL_EXPERIMENTAL_SILENCE": "1",
@@ -77,10 +89,14 @@ class Contestant:
                     "MASTER_ADDR": "127.0.0.1",
                     "MASTER_PORT": str(port),
                 }
-            command = [sys.executable, __file__, "--worker", name.split("-")[0], "--folder", str(folder / name)]
-            command += ["--steps", str(arguments.steps), "--micro-batch-tokens", str(arguments.micro_batch_tokens)]
             self.processes.append(
-                subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+                subprocess.Popen(
+                    [sys.executable, *command],
+                    env=environment,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
             )
 
     def step(self) -> dict[str, float]:
@@ -112,11 +128,10 @@ class Contestant:
             process.wait()
 
 
-def race(arguments: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, float]]]:
-    contestants = {name: Contestant(name, arguments, folder) for name in arguments.contestants}
+def race(contestants: Mapping[str, Contestant], steps: int) -> dict[str, list[dict[str, float]]]:
     results: dict[str, list[dict[str, float]]] = {name: [] for name in contestants}
     try:
-        for step in range(arguments.steps):
+        for step in range(steps):
             for name, contestant in contestants.items():
                 results[name].append(contestant.step())
                 print(f"step {step + 1} {name}: {results[name][-1]['wall_s']:.2f} s", file=sys.stderr, flush=True)

@@ -58,6 +58,20 @@ def test_loss_is_measured_by_source_and_data_tokenised_before_gives_the_same_run
             assert found[row["step"]][name] == row[name], name
 
 
+def test_noise_on_embeddings_is_repeated_after_a_resume(
+    task: Any, tmp_path: Path, keys: dict[str, Any], metrics_of: Any
+) -> None:
+    noisy = {**keys, "actor.objective.neftune_alpha": 10, "trainer.test_freq": -1, "trainer.total_steps": 4}
+    for folder, steps in (("whole", [4]), ("resumed", [2, 4])):
+        for number in steps:
+            changes = {**noisy, "trainer.total_steps": number, "trainer.save_freq": 2}
+            assert task.run("sft", tmp_path / folder, changes).exit_code == 0
+    losses = [[row["train/loss"] for row in metrics_of(tmp_path / folder)] for folder in ("whole", "resumed")]
+    assert losses[0] == losses[1]
+    assert task.run("sft", tmp_path / "clean", {**noisy, "actor.objective.neftune_alpha": 0}).exit_code == 0
+    assert metrics_of(tmp_path / "clean")[0]["train/loss"] != losses[0][0]
+
+
 def test_sources_of_one_file_are_mixed_by_shares(
     task: Any, tmp_path: Path, keys: dict[str, Any], metrics_of: Any
 ) -> None:

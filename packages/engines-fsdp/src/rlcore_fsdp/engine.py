@@ -26,6 +26,7 @@ from rlcore.metrics import Metrics
 from rlcore.progress import report
 from rlcore_fsdp import lora, sharding
 from rlcore_fsdp.attention import Packing, choose_kernel
+from rlcore_fsdp.embedding_noise import embedding_noise
 from rlcore_fsdp.memory import step_memory
 from rlcore_fsdp.model_building import build_model
 from rlcore_fsdp.offloading import Offloading
@@ -255,8 +256,14 @@ class FSDPTrainEngine(TrainEngine):
         # a proxy, because FSDP would round what it finds in a dict to the precision of the model
         inputs = MappingProxyType({name: values.to(self._device) for name, values in columns.items()})
         with nullcontext() if request.adapters else lora.switched_off(self.model):
-            outputs = self.root(tokens.to(self._device), packing, positions, request, inputs)
+            noise = self._noise(micro, request) if request.embedding_noise and total else None
+            outputs = self.root(tokens.to(self._device), packing, positions, request, inputs, noise)
         return {name: to_column(value, positions, total) for name, value in outputs.items()}
+
+    def _noise(self, micro: Batch, request: ForwardRequest) -> torch.Tensor:
+        embeddings: Any = self.model.get_input_embeddings()
+        seeds, width = micro["noise_seed"].tolist(), embeddings.embedding_dim
+        return embedding_noise(micro.lengths.tolist(), seeds, width, request.embedding_noise, self._device)
 
     @cached_property
     def _with_training_mode(self) -> list[nn.Module]:

@@ -45,6 +45,7 @@ class PackedModel(nn.Module):
         positions: torch.Tensor,
         request: ForwardRequest,
         columns: Mapping[str, torch.Tensor] = MappingProxyType({}),
+        noise: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """Compute the requested outputs at ``positions``, each ``[P]`` or ``[P, ...]``.
 
@@ -52,9 +53,14 @@ class PackedModel(nn.Module):
             tokens: ``[T]`` int64.
             positions: ``[P]`` int64, positions of the tokens that the outputs describe (`rlcore.batch.alignment`).
             columns: ``[P, ...]``, entries of ``request.columns`` at ``positions``.
+            noise: ``[T, hidden]``, added to the embeddings; None adds nothing.
         """
+        given: dict[str, torch.Tensor] = {"input_ids": tokens[None]}
+        if noise is not None:
+            embeddings = self.model.get_input_embeddings()(tokens[None])
+            given = {"inputs_embeds": embeddings + noise.to(embeddings.dtype)}
         hidden = self.model.base_model(
-            input_ids=tokens[None], position_ids=packing.position_ids, use_cache=False, packing=packing
+            **given, position_ids=packing.position_ids, use_cache=False, packing=packing
         ).last_hidden_state[0]
         states = hidden.index_select(0, state_positions(positions, head=self.head))
         if self.head == "policy":

@@ -249,6 +249,8 @@ class MegatronEngine(TrainEngine):
 
     def _check(self, batch: Batch, request: ForwardRequest, training: bool = False) -> None:
         check_request(request, self.spec.head, self.settings.lora is not None, training)
+        if request.embedding_noise:
+            raise EngineError("the Megatron engine adds no noise to embeddings (NEFTune); the engine fsdp does")
         check_batch(batch, self.spec.model, self.hf_config, self.modules[0].vocabulary, request)
 
     def _without_adapters(self) -> AbstractContextManager[None]:

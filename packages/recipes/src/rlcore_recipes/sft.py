@@ -6,6 +6,8 @@ import math
 from collections import defaultdict
 from dataclasses import replace
 
+import torch
+
 from rlcore.algorithms.objectives import SFTObjective, SFTObjectiveSettings
 from rlcore.batch import Batch
 from rlcore.cli import run_recipe_module
@@ -39,12 +41,20 @@ def step(session: DatasetSession[SFTConfig], number: int) -> dict[str, float]:
     """Make one optimizer step over the next batch."""
     with session.timed("data"):
         batch = next(session.batches)
-    return learn(session.actor, batch, session.config.actor.objective)
+    return learn(session.actor, batch, session.config.actor.objective, (session.config.seed << 32) + number)
 
 
-def learn(actor: TrainEngine, batch: Batch, objective: SFTObjectiveSettings) -> dict[str, float]:
-    """Make one optimizer step over ``batch``; return its metrics."""
-    metrics = actor.train(batch.select("tokens", "loss_mask"), SFTObjective(objective)).prefixed("train/").to_dict()
+def learn(actor: TrainEngine, batch: Batch, objective: SFTObjectiveSettings, seed: int = 0) -> dict[str, float]:
+    """Make one optimizer step over ``batch``; return its metrics.
+
+    Args:
+        seed: of noise on embeddings, another one for every step.
+    """
+    columns = batch.select("tokens", "loss_mask")
+    if objective.neftune_alpha:
+        noise_seed = torch.randint(2**62, (len(batch),), generator=torch.Generator().manual_seed(seed))
+        columns = columns.with_columns(noise_seed=noise_seed)
+    metrics = actor.train(columns, SFTObjective(objective)).prefixed("train/").to_dict()
     learned = float(batch.flat("loss_mask").sum())
     return metrics | {
         "train/learned_tokens": learned,

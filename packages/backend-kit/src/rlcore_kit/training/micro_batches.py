@@ -50,6 +50,8 @@ def check_request(request: ForwardRequest, head: Head, adapters: bool, training:
         )
     if not request.adapters and training:
         raise EngineError("an objective cannot request outputs without adapters (adapters=False): nothing would train")
+    if request.embedding_noise and not training:
+        raise EngineError("embedding_noise is for training; a forward pass without gradient has none")
 
 
 def check_batch(batch: Batch, settings: ModelSettings, config: Any, vocabulary: int, request: ForwardRequest) -> None:

@@ -173,17 +173,23 @@ class SFTObjectiveSettings(Config):
     aggregation: Annotated[Algorithm, AlgorithmField(aggregations)] = Field(  # type: ignore[assignment]
         "token-mean", description="How per-token losses become one number."
     )
+    neftune_alpha: float = Field(
+        0.0, ge=0, description="Noise on the embeddings of training samples (NEFTune); 5 to 15 are usual, 0 adds none."
+    )
 
 
 @dataclass(frozen=True)
 class SFTObjective:
-    """Negative log-likelihood of the tokens under ``loss_mask``. Metrics: ``loss``."""
+    """Negative log-likelihood of the tokens under ``loss_mask``. Metrics: ``loss``.
+
+    With ``neftune_alpha`` a batch needs ``noise_seed`` (see `ForwardRequest`).
+    """
 
     settings: SFTObjectiveSettings = field(default_factory=SFTObjectiveSettings)
 
     @property
     def request(self) -> ForwardRequest:
-        return ForwardRequest(("logprobs",))
+        return ForwardRequest(("logprobs",), embedding_noise=self.settings.neftune_alpha)
 
     def denominators(self, batch: Batch) -> dict[str, float]:
         return denominators(batch)

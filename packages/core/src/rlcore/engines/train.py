@@ -98,6 +98,8 @@ class ForwardRequest:
             ids, renormalised (a padded vocabulary has ids that are no tokens); None: over all. For forward passes
             without gradient.
         comparison: what "divergence" is.
+        embedding_noise: NEFTune's alpha: uniform noise of up to ± alpha / √(length · hidden) is added to the embeddings
+            of each sample, drawn with its seed in the dense column ``noise_seed`` (int64). For objectives; 0 adds none.
     """
 
     outputs: tuple[Output, ...] = ("logprobs",)
@@ -108,6 +110,7 @@ class ForwardRequest:
     top_k: int = 0
     vocabulary: int | None = None
     comparison: Comparison | None = None
+    embedding_noise: float = 0.0
 
     @property
     def columns(self) -> tuple[str, ...]:

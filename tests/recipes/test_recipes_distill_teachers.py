@@ -97,6 +97,18 @@ def test_a_teacher_by_url_teaches_what_it_teaches_in_process(
     assert sum(divergences[-3:]) < 0.6 * sum(divergences[:3]), divergences
 
 
+def test_two_processes_ask_for_each_completion_once(
+    task: Any, served: OpenAIPeer, metrics_of: Metrics, tmp_path: Path
+) -> None:
+    changes = {**DISTILL, **TOP, **by_url(served), "trainer.total_steps": 1, "actor.fsdp.device": "cpu"}
+    ranks = task.fork("distill", tmp_path, changes, processes=2)
+    outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    asked = [body["prompt"] for _, body in served.asked if "prompt_logprobs" in body]
+    assert len([prompt for prompt in asked if served.model.tokenizer.decode(prompt).startswith("<|user|>")]) == 16
+    assert len(metrics_of(tmp_path)) == 1
+
+
 def test_a_teacher_with_other_tokens_teaches_by_their_texts(
     task: Any, renumbered: Path, metrics_of: Metrics, tmp_path: Path
 ) -> None:
@@ -135,6 +147,14 @@ def test_a_teacher_with_the_students_weights_and_other_tokens_agrees(
         ({}, "actor.objective.divergence.top_k: is null (the whole vocabulary), which the scoring engine"),
         ({**TOP, "rollout.temperature": 0.7}, "rollout.temperature: is 0.7, but the scoring engine of the teacher big"),
         ({**TOP}, "http://127.0.0.1:9 accepts no connection"),
+        (
+            {**TOP, "distill.teachers.big.offload": True},
+            "distill.teachers.big.offload: is for a teacher in a training engine, and this one has scoring: remove one",
+        ),
+        (
+            {"distill.teachers.big.model.path": "big", "distill.teachers.big.cross_tokenizer": True},
+            "actor.objective.divergence.coeff: is 1, but the teacher big has other tokens (cross_tokenizer)",
+        ),
         (
             {"distill.teachers.big.cross_tokenizer": True},
             "distill.teachers.big.model: is null, and cross_tokenizer needs the teacher's tokenizer",

@@ -70,6 +70,9 @@ class TeacherSettings(FrozenRole):
             yield "prompt_template", f"is set, and so is prompt_key={self.prompt_key}: keep one of them"
         if self.model is not None and self.weights == "current":
             yield "weights", "is current, which are the student's weights, but model names another model: remove one"
+        if self.scoring is not None:
+            for key in sorted({"engine", "offload", "max_tokens_per_micro_batch"} & self.model_fields_set):
+                yield key, "is for a teacher in a training engine, and this one has scoring: remove one"
         if self.scoring is not None and self.weights == "current":
             yield "weights", "is current, which are the student's weights, but scoring has other ones: remove one"
         if self.cross_tokenizer and self.model is None:

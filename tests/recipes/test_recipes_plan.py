@@ -73,7 +73,7 @@ def test_local_runs_and_sft(task: Any, tmp_path: Path, monkeypatch: pytest.Monke
     )
     text = planned(task, "sft", tmp_path / "out", none)
     assert "all roles in this process" in text
-    assert "roles: actor\n" in text
+    assert "roles: actor, compute\n" in text
     assert "samples of a step 8" in text
     assert "rollout" not in text
     monkeypatch.setenv("WORLD_SIZE", "4")

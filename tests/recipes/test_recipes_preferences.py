@@ -98,6 +98,20 @@ def test_micro_batches_and_ranks_change_nothing(
             assert found == pytest.approx(line, rel=1e-3, abs=1e-5), other
 
 
+def test_workers_of_ray_compute_the_same(
+    task: Any, keys: dict[str, Any], metrics_of: Read, tmp_path: Path, cluster: None
+) -> None:
+    changes = {**keys, "actor.objective.loss": "kto", "precompute_ref": True, "trainer.total_steps": 2}
+    changes |= {"trainer.test_freq": 2, "data.val_batch_size": 4}
+    assert task.run("dpo", tmp_path / "local", changes).exit_code == 0
+    pools = {"all": {"processes": 2, "cpus_per_process": 0.5}}
+    result = task.run("dpo", tmp_path / "ray", {**changes, "controller.kind": "ray", "controller.pools": pools})
+    assert result.exit_code == 0, result.output
+    expected, found = (learned(metrics_of(tmp_path / run)) for run in ("local", "ray"))
+    for line, other in zip(expected, found, strict=True):
+        assert other == pytest.approx(line, rel=1e-3, abs=1e-5)
+
+
 def test_megatron_computes_the_same(task: Any, keys: dict[str, Any], metrics_of: Read, tmp_path: Path) -> None:
     adam = {"actor.optim": {"lr": 1e-3, "eps": 1e-4}, "actor.optim.lr": None}
     changes = {**keys, **adam, "trainer.total_steps": 2, "trainer.test_freq": 2}

@@ -43,8 +43,8 @@ def validate(session: DatasetSession[RewardModelConfig]) -> Validation:
     objective = RewardObjective(session.config.actor.objective)
     parts: dict[str, list[Metrics]] = {}
     for batch in _held_out(session):
-        values = session.actor.forward(batch.select("tokens", "loss_mask"), objective.request).flat("values")
-        scored = batch.with_columns(values=batch.jagged(values))
+        outputs = session.actor.forward(batch.select("tokens", "loss_mask"), objective.request)
+        scored = batch.with_columns(values=session.read(outputs, "values"))
         for name in ["", *sorted(set(batch["data_source"]))]:
             rows = [row for row, source in enumerate(batch["data_source"]) if name in ("", source)]
             part = scored.take(rows)

@@ -73,9 +73,10 @@ def validate(session: DatasetSession[SFTConfig]) -> Validation:
     for start in range(0, len(held_out), size):
         batch = held_out.take(range(start, min(start + size, len(held_out))))
         outputs = session.actor.forward(batch.select("tokens", "loss_mask"), ForwardRequest(("logprobs",)))
-        rows = zip(batch["data_source"], outputs["logprobs"].to_list(), batch["loss_mask"].to_list())
-        for source, logprobs, mask in rows:
-            nll[source] -= float(logprobs.double().sum())
+        logprobs = session.read(outputs, "logprobs")
+        rows = zip(batch["data_source"], logprobs.to_list(), batch["loss_mask"].to_list())
+        for source, found, mask in rows:
+            nll[source] -= float(found.double().sum())
             learned[source] += float(mask.sum())
     loss = sum(nll.values()) / max(sum(learned.values()), 1.0)
     by_source = {f"val/loss/{source}": nll[source] / max(learned[source], 1.0) for source in sorted(nll)}

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
+from rlcore.batch import Batch, Jagged
 from rlcore.controller import Executor
 from rlcore.engines import TrainEngine
 from rlcore_recipes.data.end_tokens import missing_ends, model_tokens, save_tokenizer
@@ -83,6 +84,10 @@ class DatasetSession(Generic[C]):
         """Further state of a checkpoint: the position in the data, and token budgets."""
         return {"samples": self.batches, "micro_batches": self.micro_batches}
 
+    def read(self, outputs: Batch, name: str) -> Jagged:
+        """Return the column ``name`` of what a forward pass computed, which may be in worker processes."""
+        return self.executor.compute(_column, outputs.select(name), name)
+
     def save_tokenizer(self, folder: Path) -> None:
         """Write the tokenizer, with all tokens that end an answer, into ``folder``."""
         save_tokenizer(self.tokenizer, self.stop_tokens, folder)
@@ -93,6 +98,11 @@ class DatasetSession(Generic[C]):
         models = model_rows(self.executor, self.actor, config.model, budgets, self.tokenizer, self.end_tokens)
         samples = f"{self.batches.samples:,} samples; {config.data.train_batch_size} in a step"
         return [*models, ("data", samples), *(("", note) for note in self.notes)]
+
+
+def _column(batch: Batch, name: str) -> Jagged:
+    column: Jagged = batch[name]
+    return column
 
 
 def train_on_dataset(

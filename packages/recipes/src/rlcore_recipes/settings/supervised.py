@@ -77,7 +77,7 @@ class SampleTaskConfig(Config):
     @property
     def roles(self) -> list[str]:
         """The roles that take part in the run."""
-        return ["actor", *(["ref"] if self.builds_ref else [])]
+        return ["actor", *(["ref"] if self.builds_ref else []), "compute"]
 
     @property
     def arithmetic(self) -> list[tuple[str, str, str]]:
@@ -124,7 +124,7 @@ class SFTConfig(SampleTaskConfig):
     @property
     def roles(self) -> list[str]:
         """The roles that take part in the run."""
-        return [*super().roles, *(["rollout", "reward", "compute"] if self.generates else [])]
+        return [*super().roles, *(["rollout", "reward"] if self.generates else [])]
 
 
 class RewardActorSettings(SampleActorSettings):

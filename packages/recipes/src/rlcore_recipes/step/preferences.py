@@ -14,9 +14,6 @@ from rlcore_recipes.run.trainable import Validation
 from rlcore_recipes.settings.preference import PreferenceConfig
 from rlcore_recipes.step.reference import reference_forward
 
-NEVER_TRAINED = ("tokens", "data_source")
-"""Columns of a batch that no objective reads."""
-
 
 def add_reference(session: DatasetSession[PreferenceConfig], batch: Batch) -> Batch:
     """Add ``ref_answer_logprob`` (dense fp64), unless it was precomputed or the loss has no reference."""
@@ -57,14 +54,10 @@ def measure_preferences(session: DatasetSession[PreferenceConfig]) -> Validation
         samples = held_out.take(range(start, min(start + size, len(held_out))))
         batch = add_kl(session, add_reference(session, samples))
         found = session.actor.forward(batch.select("tokens", "loss_mask"), ForwardRequest(("logprobs",)))
-        logprobs = session.executor.compute(_plain, found.select("logprobs"))
-        kept = batch.drop("tokens").with_columns(pair=batch["pair"] + start, logprobs=logprobs["logprobs"])
+        logprobs = session.read(found, "logprobs")
+        kept = batch.drop("tokens").with_columns(pair=batch["pair"] + start, logprobs=logprobs)
         parts.append(kept)
     return Validation(preference_metrics(PreferenceObjective(session.config.actor.objective), Batch.concat(parts)))
-
-
-def _plain(batch: Batch) -> Batch:
-    return batch
 
 
 def preference_metrics(objective: PreferenceObjective, batch: Batch) -> dict[str, float]:

@@ -93,6 +93,8 @@ def test_the_actor_is_its_reference(
 ) -> None:
     """Without a second model, all metrics are those of a run with one, to the last bit."""
     changes: dict[str, Any] = {"model.path": model, "trainer.total_steps": 3, "trainer.test_freq": -1}
+    if recipe == "ppo":
+        changes["critic.fsdp"] = {"device": "cpu", "lora": {"rank": 2}}
     if recipe == "dapo":
         changes["algorithm.overlong"] = "null"
     one = run_with_reference(task, recipe, tmp_path / "one", changes, monkeypatch)

@@ -86,6 +86,24 @@ def test_the_accuracy_on_held_out_pairs_rises(trained: Path, metrics_of: Callabl
     assert lines[-1]["val/margin"] == pytest.approx(lines[-1]["val/score_chosen"] - lines[-1]["val/score_rejected"])
 
 
+@pytest.mark.filterwarnings("ignore:the scalar head is new")
+def test_adapters_and_the_head_are_trained_and_exported(
+    task: Any, keys: dict[str, Any], tmp_path: Path, metrics_of: Callable[[Path], Any]
+) -> None:
+    """The exported reward model scores as the trained one did; the frozen weights stay."""
+    lora = {"device": "cpu", "lora": {"rank": 8, "alpha": 16}}
+    changes = {**keys, "actor.fsdp": lora, "actor.optim.lr": 2e-2, "trainer.total_steps": 48}
+    result = task.run("rm", tmp_path, changes)
+    assert result.exit_code == 0, result.output
+    lines = [line for line in metrics_of(tmp_path) if "val/accuracy" in line]
+    assert lines[-1]["val/accuracy"] > max(0.85, lines[0]["val/accuracy"])
+    start, merged = (load_file(folder / "model.safetensors") for folder in (task.model, tmp_path / "model"))
+    for name, tensor in start.items():
+        assert name == "lm_head.weight" or torch.equal(merged[name], tensor) is not name.endswith("_proj.weight"), name
+    adapter = load_file(tmp_path / "model" / "adapter" / "adapter_model.safetensors")
+    assert torch.equal(adapter["base_model.model.score.weight"], merged["score.weight"])
+
+
 def test_ppo_with_the_reward_model_improves_what_it_was_trained_on(
     task: Any, trained: Path, tmp_path: Path, metrics_of: Callable[[Path], Any]
 ) -> None:

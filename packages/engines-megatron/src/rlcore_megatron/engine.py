@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -240,7 +240,7 @@ class MegatronEngine(TrainEngine):
         try:
             with _training(self.modules, self.settings.recompute != "none"):
                 metrics, error = self._pipeline.gradients(divided, objective, denominators)
-            metrics = self._agree(metrics, error)
+            metrics = self._pipeline.agreed(metrics, error)
             self._step(optimization, metrics)
         except BaseException:
             optimization.clear_gradients()
@@ -266,24 +266,6 @@ class MegatronEngine(TrainEngine):
         count = max_over_ranks(own, self._device, self.parallel.dp_group)
         # the interleaved schedule needs a multiple of the number of stages
         return -(-count // self.parallel.pp) * self.parallel.pp if self.parallel.vpp > 1 else count
-
-    def _agree(self, metrics: Metrics, error: Exception | None) -> Metrics:
-        """Return the last stage's metrics on all stages, or raise on all ranks if the objective failed on one."""
-        if self.parallel.pp > 1:
-            box: list[Any] = [(metrics, error and f"{type(error).__name__}: {error}")]
-            dist.broadcast_object_list(
-                box, self.parallel.last_stage_rank, group=self.parallel.pp_group, device=self._device
-            )
-            metrics, message = box[0]
-        else:
-            message = error and f"{type(error).__name__}: {error}"
-        failed = torch.tensor(float(message is not None), device=self._device)
-        dist.all_reduce(failed, op=dist.ReduceOp.MAX)
-        if error is not None:
-            raise error
-        if float(failed):
-            raise EngineError(f"the objective failed on another rank: {message or 'see its traceback'}")
-        return metrics
 
     def _step(self, optimization: Optimization, metrics: Metrics) -> None:
         assert self.spec.optim is not None

@@ -7,12 +7,14 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 
 from rlcore.batch import Batch, to_column
 from rlcore.engines import ForwardRequest, Objective
 from rlcore.engines.settings import Head
+from rlcore.errors import EngineError
 from rlcore.metrics import Metrics
 from rlcore_megatron.output_columns import output_widths, separated
 from rlcore_megatron.packing import PackedRow, pack
@@ -119,3 +121,21 @@ class Pipeline:
         if self._parallel.cp > 1:  # every rank has the outputs of its tokens
             full = reduce_from_tensor_model_parallel_region(full, group=self._parallel.cp_group)
         return full
+
+    def agreed(self, metrics: Metrics, error: Exception | None) -> Metrics:
+        """Return the last stage's metrics on all stages, or raise on all ranks if the objective failed on one."""
+        if self._parallel.pp > 1:
+            box: list[Any] = [(metrics, error and f"{type(error).__name__}: {error}")]
+            dist.broadcast_object_list(
+                box, self._parallel.last_stage_rank, group=self._parallel.pp_group, device=self._device
+            )
+            metrics, message = box[0]
+        else:
+            message = error and f"{type(error).__name__}: {error}"
+        failed = torch.tensor(float(message is not None), device=self._device)
+        dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+        if error is not None:
+            raise error
+        if float(failed):
+            raise EngineError(f"the objective failed on another rank: {message or 'see its traceback'}")
+        return metrics

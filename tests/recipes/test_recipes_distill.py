@@ -211,8 +211,8 @@ def test_mistakes_are_named_before_anything_is_built(task: Any, teacher: Path, t
     tokenizer["model"]["vocab"] = swapped
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     found = message({"distill.teachers.big.model.path": other})
-    assert "distill.teachers.big.model.path" in found
-    assert "tokenizer" in found
+    assert "distill.teachers.big: the teacher's tokenizer differs from the student's in 2 tokens" in found
+    assert "distill.teachers.big.cross_tokenizer=true" in found
     found = message({"distill.teachers.big.data_sources": "[maths]"})
     assert "no teacher has the data source 'letters'" in found
     found = message({"distill.teachers.big.prompt_template": "{prompt} {hint}"})

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from rlcore.cli.command_tree import cli
+from rlcore_recipes.data.end_tokens import save_tokenizer
 
 WITHOUT_ROLLOUTS = dict.fromkeys(
     ["data.max_prompt_length", "data.max_response_length", "rollout.n", "reward.path", "reward.workers"]
@@ -176,7 +177,12 @@ def test_the_model_is_a_sequence_classifier_of_transformers(trained: Path, keys:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     folder = trained / "model"
-    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": None}))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    save_tokenizer(tokenizer, (), folder)
+    assert json.loads((folder / "config.json").read_text()) == config, "padding is named where it is missing"
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
     rows = [json.loads(line) for line in Path(keys["data.val_files"]).read_text().splitlines()]
     right = 0
     for row in rows:
@@ -226,3 +232,22 @@ def test_a_model_that_cannot_be_the_reward_is_refused(task: Any, trained: Path, 
     save_file(headless, folder / "model.safetensors", metadata={"format": "pt"})
     accepting = {"reward_model.model.path": folder, "reward_model.any_chat_template": "true"}
     assert "have no scalar head (score.weight)" in message(accepting)
+
+
+def test_two_ranks_compute_what_one_does(
+    task: Any, keys: dict[str, Any], metrics_of: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    """Seven pairs in a step, and five and one in a validation batch: ranks have different numbers of pairs."""
+    changes = {**keys, "data.train_batch_size": 7, "data.val_limit": 6, "data.val_batch_size": 5}
+    changes |= {"trainer.total_steps": 2, "trainer.test_freq": 2, "trainer.save_hf": "false"}
+    assert task.run("rm", tmp_path / "one", changes).exit_code == 0
+    ranks = task.fork("rm", tmp_path / "two", changes, processes=2)
+    outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    one, two = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    for before, after in zip(one, two):
+        names = [name for name in before if name.startswith(("train/", "val"))]
+        assert len(names) >= 8
+        found, expected = ([line[name] for name in names] for line in (after, before))
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)

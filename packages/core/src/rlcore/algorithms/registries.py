@@ -217,7 +217,7 @@ class RewardLossInputs:
     """What a loss of reward models reads, at the N tokens whose scores are trained.
 
     Attributes:
-        scores: ``[N, K]`` fp32 with gradient: those of the K outputs of the model.
+        scores: ``[N]`` fp32 with gradient.
         columns: the ``required_columns`` of the loss at these tokens, ``[N, ...]``: per-token columns, and dense ones
             as their sequences have them.
     """
@@ -230,8 +230,7 @@ class RewardLoss(Protocol):
     """Loss of each unit ``[U]`` fp64 and metrics; the caller averages over the mini-batch.
 
     A unit is a pair, if the loss declares ``together="pair"``, or one token. Columns that a recipe makes: "pair",
-    "side" (dense int64: 0 chosen, 1 rejected), "margin" (dense fp32), or "labels" (jagged fp32, ``[T, K]``; NaN where
-    there is no label).
+    "side" (dense int64: 0 chosen, 1 rejected), "margin" (dense fp32), or "labels" (jagged fp32, of scored tokens).
     """
 
     def __call__(self, inputs: RewardLossInputs, params: Any, /) -> tuple[torch.Tensor, Metrics]: ...

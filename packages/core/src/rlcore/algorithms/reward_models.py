@@ -63,4 +63,4 @@ class RewardObjective:
             name: batch.flat(name)[tokens] if name in batch.jagged_names else batch[name][rows]
             for name in entry.required_columns
         }
-        return RewardLossInputs(values[tokens][:, None], columns)
+        return RewardLossInputs(values[tokens], columns)

@@ -34,7 +34,7 @@ def bradley_terry(inputs: RewardLossInputs, params: BradleyTerryParams) -> tuple
     Source: Bradley and Terry 1952, Biometrika 39; margin: Llama 2, Touvron et al. 2023, arXiv:2307.09288 (eq. 2);
     centering: Eisenstein et al. 2023, arXiv:2312.09244.
     """
-    side, pair, scores = inputs.columns["side"], inputs.columns["pair"], inputs.scores[:, 0].double()
+    side, pair, scores = inputs.columns["side"], inputs.columns["pair"], inputs.scores.double()
     chosen, rejected = ((side == number).nonzero().squeeze(-1) for number in (0, 1))
     chosen, rejected = (rows[pair[rows].argsort()] for rows in (chosen, rejected))
     if not torch.equal(pair[chosen], pair[rejected]):
@@ -53,42 +53,30 @@ def bradley_terry(inputs: RewardLossInputs, params: BradleyTerryParams) -> tuple
 
 @reward_losses.register("mse", required_columns={"labels"})
 def mse(inputs: RewardLossInputs, params: NoParams) -> tuple[torch.Tensor, Metrics]:
-    """(s − y)², the mean over the labels of a token: scores become estimates of the labels.
+    """(s − y)²: scores become estimates of the labels.
 
     Source: HelpSteer, Wang et al. 2023, arXiv:2311.09528 (regression on attributes).
     """
-    scores, labels, given = _labelled(inputs)
+    scores, labels = inputs.scores.double(), inputs.columns["labels"].double()
     metrics = Metrics()
-    record(metrics, "absolute_error", (scores - labels).abs()[given])
-    record(metrics, "score", scores[given])
-    return _mean_over_labels((scores - labels).square(), given), metrics
+    record(metrics, "absolute_error", (scores - labels).abs())
+    record(metrics, "score", scores)
+    return (scores - labels).square(), metrics
 
 
 @reward_losses.register("bce", required_columns={"labels"}, traits={"probability_labels"})
 def bce(inputs: RewardLossInputs, params: NoParams) -> tuple[torch.Tensor, Metrics]:
-    """−y·logσ(s) − (1 − y)·logσ(−s), the mean over the labels of a token: s is the log-odds of being right.
+    """−y·logσ(s) − (1 − y)·logσ(−s): s is the log-odds of being right.
 
     Source: outcome and process supervision, Lightman et al. 2023, arXiv:2305.20050.
     """
-    scores, labels, given = _labelled(inputs)
+    scores, labels = inputs.scores.double(), inputs.columns["labels"].double()
     metrics = Metrics()
-    record(metrics, "accuracy", ((scores > 0) == (labels > 0.5)).double()[given])
-    record(metrics, "score", scores[given])
-    return _mean_over_labels(binary_cross_entropy_with_logits(scores, labels, reduction="none"), given), metrics
+    record(metrics, "accuracy", ((scores > 0) == (labels > 0.5)).double())
+    record(metrics, "score", scores)
+    return binary_cross_entropy_with_logits(scores, labels, reduction="none"), metrics
 
 
 def record(metrics: Metrics, name: str, values: torch.Tensor) -> None:
     """Record the mean of ``values`` ``[N]``, weighted by their number."""
     metrics.mean(name, values.detach().sum() / max(len(values), 1), len(values))
-
-
-def _labelled(inputs: RewardLossInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return scores and labels ``[N, K]`` fp64, and which labels there are; the others are 0."""
-    labels = inputs.columns["labels"].double().reshape(inputs.scores.shape)
-    given = ~labels.isnan()
-    return inputs.scores.double(), torch.where(given, labels, 0), given
-
-
-def _mean_over_labels(losses: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
-    """Return the mean over the labels of each token: ``[N, K]`` → ``[N]``."""
-    return torch.where(given, losses, 0).sum(-1) / given.sum(-1).clamp(min=1)

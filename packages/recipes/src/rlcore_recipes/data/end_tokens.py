@@ -106,11 +106,27 @@ def check_tokens(tokens: Iterable[int], size: int | None, tokenizer: Any, where:
 def save_tokenizer(tokenizer: Any, stop_tokens: tuple[int, ...], folder: Path) -> None:
     """Write the tokenizer to ``folder``, and make ``stop_tokens`` end tokens of the exported model there.
 
-    The model's files name the end tokens that it had before the run, after which it would not stop.
+    The model's files name the end tokens that it had before the run, after which it would not stop. The configuration
+    of a reward model gets the padding token.
     """
     tokenizer.save_pretrained(folder)
     if stop_tokens:
         _add_ends(folder, stop_tokens)
+    _add_padding(folder, tokenizer.pad_token_id)
+
+
+def _add_padding(folder: Path, token: int | None) -> None:
+    """Name the padding token in a reward model's configuration, without which transformers score no padded batch.
+
+    They read a score at the last token that is not padding. An end token as padding would hide the end of an answer.
+    """
+    file = folder / "config.json"
+    values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    classifies = any(name.endswith("ForSequenceClassification") for name in values.get("architectures") or ())
+    ends = values.get("eos_token_id")
+    if classifies and values.get("pad_token_id") is None and token not in (ends if isinstance(ends, list) else [ends]):
+        values["pad_token_id"] = token
+        file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _add_ends(folder: Path, tokens: tuple[int, ...]) -> None:

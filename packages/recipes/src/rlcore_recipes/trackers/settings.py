@@ -16,6 +16,7 @@ class ConsoleSettings(Config):
     columns: dict[str, str] = Field(
         {
             "loss": "train/loss",
+            "accuracy": "train/accuracy",
             "score": "critic/score/mean",
             "length": "response_length/mean",
             "entropy": "actor/entropy",

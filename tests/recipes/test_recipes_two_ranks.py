@@ -19,6 +19,10 @@ CHANGES = {"trainer.test_freq": 2, "trainer.save_freq": 2, "actor.optim.lr": 1e-
         # a batch of one sample, of which one rank has none
         ("ppo", {"critic.optim.lr": 1e-3, "actor.objective.kl_loss.coeff": 0.01, "data.train_batch_size": 1,
                  "rollout.n": 1, "algorithm.advantage": "{name: gae, lam: 0.9}"}),
+        # rounds that keep a few samples, or one, or none
+        ("raft", {"algorithm.selection.selector": "{name: top-fraction, fraction: 0.02}", "algorithm.restart": True,
+                  "algorithm.rationalization.hint": "' ({ground_truth})'", "algorithm.selection.keep_truncated": True}),
+        ("prime", {"prm.optim.lr": 1e-3, "prm.right_above": 0.12, "algorithm.dynamic_sampling": "null"}),
         ("sft", {"data.max_response_length": None, "data.max_prompt_length": None, "rollout.n": None,
                  "reward.path": None, "reward.workers": None}),
     ],

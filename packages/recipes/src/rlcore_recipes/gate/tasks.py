@@ -91,9 +91,18 @@ TASKS: dict[str, GateTask] = {
     for task in (
         _letters("grpo", "grpo"),
         _letters("ppo", "ppo", critic__optim__lr=3e-3, critic__warmup_steps=2),
+        _letters(
+            "prime",
+            "prime",
+            prm__optim__lr=3e-3,
+            prm__right_above=0.12,
+            rollout__n=8,
+            algorithm__dynamic_sampling__filter="nonzero-spread",
+        ),
         _arithmetic("grpo", "grpo"),
         _arithmetic("rloo", "grpo", algorithm__advantage="rloo"),
         _arithmetic("dapo", "dapo", algorithm__overlong="null"),
+        _arithmetic("raft", "raft", algorithm__selection__selector="threshold", actor__old_logprobs="recompute"),
         _arithmetic("ppo", "ppo", critic__optim__lr=1e-3, rollout__n=8),
     )
 }

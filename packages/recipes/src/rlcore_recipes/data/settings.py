@@ -202,6 +202,9 @@ class PairDataSettings(SampleDataSettings):
 class PreferenceDataSettings(PairDataSettings):
     """Preferences: pairs of answers, or single answers with a label, as the loss needs them."""
 
+    margin_key: str | None = Field(
+        None, description="Column of a number, for losses that read it: by how much the chosen answer is better."
+    )
     completion_key: str = Field(
         AUTO,
         description="Column of a single answer, for losses without pairs: text, or chat messages. auto: completion or "

@@ -9,7 +9,7 @@ from pydantic import Field
 from rlcore.algorithms.preferences import PreferenceObjectiveSettings
 from rlcore.config import ForeignKey
 from rlcore.engines import OptimSettings
-from rlcore_recipes.data.settings import AUTO, PreferenceDataSettings
+from rlcore_recipes.data.settings import PreferenceDataSettings
 from rlcore_recipes.foreign.answers import foreign_preference_keys
 from rlcore_recipes.settings.roles import RefSettings
 from rlcore_recipes.settings.supervised import SampleActorSettings, SampleTaskConfig
@@ -80,9 +80,9 @@ class PreferenceConfig(SampleTaskConfig):
                 "data.train_batch_size",
                 f"is 1, and {loss.name} estimates a KL divergence from the answers of a batch; set it to 2 or more",
             )
-        if "margin" in loss.entry.required_columns and data.margin_key in (AUTO, None):
+        if "margin" in loss.entry.required_columns and data.margin_key is None:
             yield "data.margin_key", f"must name the column of margins that the loss {loss.name} reads"
         unread = ["margin_key"] * ("margin" not in loss.entry.required_columns)
         for key in [*unread, *(["completion_key", "label_key"] if self.paired else [])]:
-            if getattr(data, key) not in (type(data).model_fields[key].default, None):
+            if getattr(data, key) != type(data).model_fields[key].default:
                 yield f"data.{key}", f"names a column that the loss {loss.name} does not read; leave it out"

@@ -252,7 +252,7 @@ def batch_of(completions, student="bpe"):
             "group": torch.arange(len(rows)),
             "prompt_length": lengths,
             "messages": [[{"role": "user", "content": prompt}] for prompt in PROMPTS],
-            **{name: [None] * len(rows) for name in ("prompt_text", "ground_truth")},
+            **{name: [None] * len(rows) for name in ("prompt_text", "ground_truth", "data_source")},
             "extra": [{}] * len(rows),
         }
     )

@@ -20,8 +20,8 @@ CHUNK = 1000  # samples whose prompts are rendered together
 
 
 def check_teachers(config: DistillConfig, data: RunData) -> None:
-    """See whether every teacher reads the student's tokens, every sample has a teacher, and every prompt of a teacher
-    can be made and is short enough for it.
+    """See whether every teacher reads the student's tokens, every sample has a teacher, every prompt of a teacher can
+    be made and is short enough for it, and the servers of teachers give what the run asks them for.
 
     Raises:
         RlcoreError: one is not so; the message names the teacher, or the sample.
@@ -37,26 +37,20 @@ def check_teachers(config: DistillConfig, data: RunData) -> None:
                 check_model(f"{key}.model.path", teacher.model, config.model, data.tokenizer)
         own_translator(config, teacher)
         renderer = own_renderer(config, teacher)
-        if renderer is None:
-            own = (len(sample.prompt_tokens) for dataset in found for sample in dataset.samples)
-            longest = max(own, default=0)
-            _check_servers(config, teacher, longest)
+        length = config.data.max_response_length
+        if renderer is None:  # the student's prompts
+            length += max((len(sample.prompt_tokens) for dataset in found for sample in dataset.samples), default=0)
+        else:
+            length += max(longest_prompt(key, teacher, renderer, dataset.samples) for dataset in found)
+        servers = servers_of(config, teacher)
+        if servers is not None:
+            servers.connect(length).close()
+        if servers is not None or renderer is None:
             continue
-        longest = max(longest_prompt(key, teacher, renderer, dataset.samples) for dataset in found)
-        if teacher.scoring is not None:
-            _check_servers(config, teacher, longest)
-            continue
-        model, length = teacher.model or config.model, longest + config.data.max_response_length
+        model = teacher.model or config.model
         hf_config = config_of(model)
         check_rope(model, hf_config, length, f"the longest prompt of {key} with a completion")
         check_positions(model, hf_config, length)
-
-
-def _check_servers(config: DistillConfig, teacher: TeacherSettings, longest_prompt: int) -> None:
-    """Raise EngineError if a server of ``teacher`` is unreachable, or cannot score what the run will ask."""
-    servers = servers_of(config, teacher)
-    if servers is not None:
-        servers.connect(longest_prompt + config.data.max_response_length).close()
 
 
 def longest_prompt(key: str, teacher: TeacherSettings, renderer: Renderer, samples: Sequence[PromptSample]) -> int:

@@ -73,8 +73,9 @@ def align(student: Sequence[bytes], teacher: Sequence[bytes], *, cut: bool = Fal
     read = readable(b"".join(student), cut=cut)
     assert b"".join(teacher) == read.data
     raw_ends = list(accumulate(map(len, student)))
-    damaged = [_overlaps(start, end, read.broken) for start, end in zip([0, *raw_ends], raw_ends)]
-    student_ends = [_moved(end, read) for end in raw_ends]
+    positions = _Positions(read)
+    damaged = [positions.broken(start, end) for start, end in zip([0, *raw_ends], raw_ends)]
+    student_ends = [positions.moved(end) for end in raw_ends]
     teacher_ends = list(accumulate(map(len, teacher)))
     common = sorted({end for end in student_ends if end is not None} & set(teacher_ends))
     student_chunks = _chunks(student_ends, common)
@@ -85,22 +86,27 @@ def align(student: Sequence[bytes], teacher: Sequence[bytes], *, cut: bool = Fal
     return _without(student_chunks, unscored), _without(teacher_chunks, unscored)
 
 
-def _overlaps(start: int, end: int, broken: Sequence[tuple[int, int]]) -> bool:
-    return any(start < stop and begin < end for begin, stop in broken)
+class _Positions:
+    """Positions in original bytes, and where they are in the text that was made of them."""
 
+    def __init__(self, read: Readable) -> None:
+        self._cut = read.cut
+        self._starts = [start for start, _ in read.broken]
+        self._ends = [end for _, end in read.broken]
+        # how much longer the text is after the first parts
+        self._longer = [0, *accumulate(len(REPLACEMENT) - (end - start) for start, end in read.broken)]
 
-def _moved(end: int, read: Readable) -> int | None:
-    """Return the position in ``read.data`` of a position in the original bytes; None if it has none there."""
-    if read.cut and end > read.broken[-1][0]:
-        return None
-    shift = 0
-    for begin, stop in read.broken:
-        if end <= begin:
-            break
-        if end < stop:
+    def broken(self, start: int, end: int) -> bool:
+        """Return whether the bytes from ``start`` to ``end`` have a part in broken ones."""
+        before = bisect_left(self._starts, end)
+        return before > 0 and self._ends[before - 1] > start
+
+    def moved(self, end: int) -> int | None:
+        """Return where a position is in the text; None within a broken part, or in one that is left out."""
+        before = bisect_left(self._starts, end)
+        if before and (self._ends[before - 1] > end or (self._cut and before == len(self._starts))):
             return None
-        shift += len(REPLACEMENT) - (stop - begin)
-    return end + shift
+        return end + self._longer[before]
 
 
 def _chunks(ends: Sequence[int | None], common: Sequence[int]) -> list[int]:

@@ -13,10 +13,11 @@ from rlcore.errors import ConfigError
 from rlcore_recipes.dapo import DAPOConfig
 from rlcore_recipes.foreign.names import OPENRLHF, TRL
 from rlcore_recipes.foreign.preference_names import OPENRLHF_PREFERENCES, TRL_PREFERENCES
+from rlcore_recipes.foreign.reward_names import OPENRLHF_REWARDS, TRL_REWARDS
 from rlcore_recipes.grpo import GRPOConfig
 from rlcore_recipes.ppo import PPOConfig
 from rlcore_recipes.settings.preference import PreferenceConfig
-from rlcore_recipes.settings.supervised import SFTConfig
+from rlcore_recipes.settings.supervised import RewardModelConfig, SFTConfig
 
 NEEDED = ("model.path=m", "data.train_files=t.jsonl", "reward.name=gsm8k", "trainer.out_dir=o")
 
@@ -76,13 +77,21 @@ def test_preference_optimisation_has_its_own_answers() -> None:
     assert "TRL's lora_r is actor.fsdp.lora.rank" in text
 
 
+def test_reward_models_have_their_own_answers() -> None:
+    keys = (key for key in NEEDED if "reward" not in key)
+    text = problem(RewardModelConfig, *keys, "center_rewards_coefficient=0.01", "margin_loss=true", "learning_rate=1")
+    assert "TRL's center_rewards_coefficient is actor.objective.loss.centering" in text
+    assert "OpenRLHF's margin_loss is data.margin_key" in text
+    assert "actor.optim.lr" in text
+
+
 def test_every_key_of_ours_in_the_tables_exists() -> None:
     known: set[str] = set()
-    models: tuple[Any, ...] = (GRPOConfig, PPOConfig, DAPOConfig, SFTConfig, PreferenceConfig)
+    models: tuple[Any, ...] = (GRPOConfig, PPOConfig, DAPOConfig, SFTConfig, PreferenceConfig, RewardModelConfig)
     for model in models:
         for section in sections(model):
             known |= {section.path, *(f"{section.path}.{key.name}".lstrip(".") for key in section.keys)}
-    for names in (TRL, OPENRLHF, TRL_PREFERENCES, OPENRLHF_PREFERENCES):
+    for names in (TRL, OPENRLHF, TRL_PREFERENCES, OPENRLHF_PREFERENCES, TRL_REWARDS, OPENRLHF_REWARDS):
         for name, equivalent in names.items():
             assert set(equivalent.ours) <= known, name
             assert equivalent.ours or equivalent.remark, name

@@ -126,7 +126,9 @@ def test_each_side_has_its_own_length(tmp_path: Path) -> None:
     assert "1 pairs with two equal sides are left out" in " ".join(cut.notes)
     no_room = {"prompt": "q" * 20, "chosen": "a", "rejected": "b"}
     cut = load(path, [*rows, no_room], max_length=8, overlong="truncate")
-    assert "1 pairs with an empty side are left out" in " ".join(cut.notes)
+    assert "1 pairs whose prompt leaves no room for an answer within data.max_length are left out" in " ".join(
+        cut.notes
+    )
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,12 @@ def scored_columns(settings: RewardDataSettings) -> Choose:
 
     def choose(names: Sequence[str], file: str) -> Columns:
         with_labels = settings.step_labels_key in names
+        labels = {"label", "score", settings.label_key, settings.step_labels_key}
+        if not labels & {*names} and {settings.chosen_key, settings.rejected_key} <= {*names}:
+            raise DataError(
+                f"{file} has pairs of answers ({', '.join(names)}) and no labels; actor.objective.loss=bradley_terry "
+                "learns from them"
+            )
         steps = ("completions" if with_labels else None) if settings.steps_key == AUTO else settings.steps_key
         keys: dict[str, str | None] = {PROMPT: settings.prompt_key}
         if steps is not None:

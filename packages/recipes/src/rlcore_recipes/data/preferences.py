@@ -30,6 +30,7 @@ Divided = tuple[Prompt, Prompt, Prompt]
 
 EMPTY = "with an empty side"
 EQUAL = "with two equal sides"
+NO_ROOM = "whose prompt leaves no room for an answer within data.max_length"
 PROMPTS_DIFFER = "with a prompt that differs between the sides"
 
 _UP_TO_SPACE = re.compile(r"(.*\S)\s", re.DOTALL)
@@ -143,7 +144,7 @@ class PairReader:
                 self.overlong += 1
                 self.first_overlong = self.first_overlong or where
             elif not (any(chosen.mask) and any(rejected.mask)):
-                self.leave_out(EMPTY, where)
+                self.leave_out(NO_ROOM, where)
             elif chosen == rejected:
                 self.leave_out(EQUAL, where)
             else:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 
 from rlcore.config import ForeignKey
-from rlcore_recipes.foreign.names import OPENRLHF, TRL
+from rlcore_recipes.foreign.names import OPENRLHF, TRL, Equivalent
 from rlcore_recipes.foreign.preference_names import OPENRLHF_PREFERENCES, TRL_PREFERENCES
+from rlcore_recipes.foreign.reward_names import OPENRLHF_REWARDS, TRL_REWARDS
 from rlcore_recipes.from_verl.keys.entries import ANY, Key
 from rlcore_recipes.from_verl.keys.table import Table, reinforcement_table, supervised_table
 
@@ -45,10 +46,21 @@ def foreign_keys(name: str, *, supervised: bool = False) -> Iterator[ForeignKey]
 
 def foreign_preference_keys(name: str) -> Iterator[ForeignKey]:
     """Yield what the dotted key ``name`` is in preference optimisation with TRL or OpenRLHF, or else elsewhere."""
+    yield from _foreign_task_keys(name, TRL_PREFERENCES, OPENRLHF_PREFERENCES)
+
+
+def foreign_reward_keys(name: str) -> Iterator[ForeignKey]:
+    """Yield what the dotted key ``name`` is in reward-model training with TRL or OpenRLHF, or else elsewhere."""
+    yield from _foreign_task_keys(name, TRL_REWARDS, OPENRLHF_REWARDS)
+
+
+def _foreign_task_keys(
+    name: str, trl: Mapping[str, Equivalent], openrlhf: Mapping[str, Equivalent]
+) -> Iterator[ForeignKey]:
     last = name.rpartition(".")[2]
     found = [
         ForeignKey(framework, last, names[last].ours, names[last].remark)
-        for framework, names in (("TRL", TRL_PREFERENCES), ("OpenRLHF", OPENRLHF_PREFERENCES))
+        for framework, names in (("TRL", trl), ("OpenRLHF", openrlhf))
         if last in names
     ]
     yield from found or foreign_keys(name, supervised=True)

@@ -13,7 +13,7 @@ from rlcore.config import Config, ForeignKey
 from rlcore.engines import ModelSettings, OptimSettings
 from rlcore.engines.settings import Head
 from rlcore_recipes.data.settings import RewardDataSettings, SampleDataSettings, SFTDataSettings
-from rlcore_recipes.foreign.answers import foreign_keys
+from rlcore_recipes.foreign.answers import foreign_keys, foreign_reward_keys
 from rlcore_recipes.settings.controller import ControllerSettings, unused
 from rlcore_recipes.settings.roles import ModelRole, RefSettings, RewardRole, ValidationRollout
 from rlcore_recipes.settings.trainer import TrainerSettings
@@ -143,6 +143,11 @@ class RewardModelConfig(SampleTaskConfig):
     )
     data: RewardDataSettings = Field(description="Samples to learn; train_batch_size counts pairs.")
     actor: RewardActorSettings = Field(default_factory=RewardActorSettings, description="The reward model.")
+
+    @classmethod
+    def foreign_keys(cls, name: str) -> Iterator[ForeignKey]:
+        """Yield what TRL and OpenRLHF mean by ``name``."""
+        return foreign_reward_keys(name)
 
 
 class TokenizeConfig(Config):

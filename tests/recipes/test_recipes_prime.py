@@ -39,6 +39,8 @@ def test_score_rises_and_the_process_reward_model_learns(
     assert lines[-1]["prm/loss"] < 0.5
     assert lines[-1]["prm/accuracy"] > 0.9
     assert lines[0]["prm/unlabelled"] == 0
+    if changes.get("prm.update") == "after":
+        assert lines[0]["prm/reward"] == 0  # to the last bit: model and reference are the same
 
 
 @pytest.mark.usefixtures("cluster")

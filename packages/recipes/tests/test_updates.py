@@ -8,13 +8,19 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from rlcore.algorithms import policy_losses
-from rlcore.algorithms.objectives import PolicyObjective, PolicyObjectiveSettings
+from rlcore.algorithms import advantages, policy_losses
+from rlcore.algorithms.objectives import PolicyObjective, PolicyObjectiveSettings, SFTObjective, SFTObjectiveSettings
 from rlcore.batch import Batch, Jagged
 from rlcore.engines import Objective
 from rlcore.metrics import Metrics
 from rlcore_recipes.settings import ActorSettings
-from rlcore_recipes.step.update import CountingLeftOut, train_epochs, training_columns, without_zero_advantage
+from rlcore_recipes.step.update import (
+    CountingLeftOut,
+    kept_parts,
+    train_epochs,
+    training_columns,
+    without_zero_advantage,
+)
 
 LENGTHS = [5, 3, 6, 2, 4, 7]
 
@@ -166,3 +172,34 @@ def test_epochs_go_over_the_mini_batches_in_order() -> None:
 def test_texts_stay_with_the_controller() -> None:
     batch = batch_of([1.0] * 6).with_columns(completion=["text"] * 6, score=torch.zeros(6))
     assert training_columns(batch).names == ("tokens", "loss_mask", "advantages", "old_logprobs")
+
+
+@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean"])
+def test_imitation_is_sft_on_what_is_kept(aggregation: str) -> None:
+    """Loss and gradient; with weights each sample's part of them is multiplied."""
+    chosen = torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0, 1.0])
+    batch = batch_of([0.0] * 6).with_columns(sample_weight=chosen)
+    batch = batch.with_columns(token_rewards=batch["advantages"])
+    entry = advantages.get("sample_weight")
+    imitation = PolicyObjective(PolicyObjectiveSettings(policy_loss="reinforce", aggregation=aggregation))
+    sft = SFTObjective(SFTObjectiveSettings(aggregation=aggregation))
+
+    def imitated(batch: Batch) -> tuple[float, torch.Tensor]:
+        (kept,) = kept_parts(batch, 1)
+        found = entry.function(kept, entry.params()).advantages
+        return loss_and_gradient(kept.with_columns(advantages=kept.jagged(found)), imitation)
+
+    loss, gradient = imitated(batch)
+    expected, expected_gradient = loss_and_gradient(batch.take([0, 2, 5]), sft)
+    assert loss == pytest.approx(expected)
+    assert torch.allclose(gradient, expected_gradient)
+    weighted, _ = imitated(batch.with_columns(sample_weight=2 * chosen))
+    assert weighted == pytest.approx(2 * expected)
+
+
+@pytest.mark.parametrize(("kept", "sizes"), [(6, [1, 2, 1, 2]), (4, [1, 1, 1, 1]), (3, [1, 1, 1]), (0, [])])
+def test_kept_samples_are_divided_evenly(kept: int, sizes: list[int]) -> None:
+    batch = batch_of([0.0] * 6).with_columns(sample_weight=torch.tensor([1.0] * kept + [0.0] * (6 - kept)))
+    parts = kept_parts(batch, 4)
+    assert [len(part) for part in parts] == sizes
+    assert sum(part.total_tokens for part in parts) == sum(LENGTHS[:kept])

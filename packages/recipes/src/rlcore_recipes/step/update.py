@@ -39,11 +39,16 @@ def imitate(session: Session[Any], batch: Batch) -> Metrics:
     config = session.config
     loss = config.actor.objective.policy_loss.entry
     with session.timed("update_actor"):
-        kept = batch.filter(batch["sample_weight"] > 0)
-        count = min(config.data.train_batch_size // config.mini_batch_size, len(kept))
-        ends = [len(kept) * number // count for number in range(count + 1)] if count else [0]
-        parts = [kept.slice(start, end) for start, end in pairwise(ends)]
+        parts = kept_parts(batch, config.data.train_batch_size // config.mini_batch_size)
         return _update_policy(session, [mini_batches(part, len(part), loss)[0] for part in parts])
+
+
+def kept_parts(batch: Batch, count: int) -> list[Batch]:
+    """Return the samples with a ``sample_weight`` in at most ``count`` parts, none empty, whose sizes differ by 1."""
+    kept = batch.filter(batch["sample_weight"] > 0)
+    count = min(count, len(kept))
+    ends = [len(kept) * number // count for number in range(count + 1)] if count else [0]
+    return [kept.slice(start, end) for start, end in pairwise(ends)]
 
 
 def _update_policy(session: Session[Any], batches: Sequence[Batch]) -> Metrics:

@@ -23,6 +23,7 @@ CHANGES = {"trainer.test_freq": 2, "trainer.save_freq": 2, "actor.optim.lr": 1e-
         ("raft", {"algorithm.selection.selector": "{name: top-fraction, fraction: 0.02}", "algorithm.restart": True,
                   "algorithm.rationalization.hint": "' ({ground_truth})'", "algorithm.selection.keep_truncated": True}),
         ("prime", {"prm.optim.lr": 1e-3, "prm.right_above": 0.12, "algorithm.dynamic_sampling": "null"}),
+        ("online_dpo", {"actor.mini_batch_size": 4}),
         ("sft", {"data.max_response_length": None, "data.max_prompt_length": None, "rollout.n": None,
                  "reward.path": None, "reward.workers": None}),
     ],

@@ -115,3 +115,11 @@ def test_a_partner_never_has_the_same_answer_and_mostly_another_prompt(prompts: 
     assert all(answers[index] != answers[partner] for index, partner in enumerate(partners))
     if len({*prompts}) > 2:
         assert all(prompts[index] != prompts[partner] for index, partner in enumerate(partners))
+
+
+def test_an_answer_may_be_a_message_or_a_list_of_them(tmp_path: Path) -> None:
+    said = {"role": "assistant", "content": "2"}
+    rows = [{"prompt": [{"role": "user", "content": "1+1"}], "completion": said, "label": True}]
+    rows += [{**rows[0], "completion": [{**said, "content": "3"}], "label": False}]
+    found = shown(load(tmp_path / "a.jsonl", rows, mismatched=False))
+    assert [(answer, kind) for _, answer, kind in found] == [("2<|end|>", GOOD), ("3<|end|>", BAD)]

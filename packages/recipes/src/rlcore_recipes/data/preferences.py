@@ -195,13 +195,15 @@ class PairReader:
 
 
 def as_side(value: Any, where: str, padded: bool) -> Prompt:
-    """``value`` checked to be text or messages; "" for null and for an empty list.
+    """``value`` checked to be text or messages, of which a single one needs no list; "" for null and for an empty list.
 
     Raises:
         DataError: it is something else; ``where`` names row and column.
     """
     if value is None or value == []:
         return ""
+    if isinstance(value, dict):
+        value = [value]
     if not isinstance(value, str | list):
         raise DataError(f"{where} must hold text or a list of messages, not {value!r:.100}")
     return as_text(value, where) if isinstance(value, str) else as_prompt(value, where, padded)

@@ -108,6 +108,14 @@ def test_completions_of_held_out_prompts_are_logged_and_scored(
     assert ("abcd", 1.0) in {(row["completion"], row["score"]) for row in rows}
 
 
+def test_adapters_learn_and_generate(task: Any, tmp_path: Path, keys: dict[str, Any], metrics_of: Any) -> None:
+    changes = {"actor.fsdp.lora.rank": 8, "trainer.log_val_generations": 2, "rollout.max_response_length": 8}
+    assert task.run("sft", tmp_path / "out", {**keys, **changes}).exit_code == 0
+    losses = [row["val/loss"] for row in metrics_of(tmp_path / "out") if "val/loss" in row]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0]
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [

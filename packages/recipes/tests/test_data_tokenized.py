@@ -87,6 +87,7 @@ def test_rows_without_learned_tokens_are_counted_and_the_first_is_named(tmp_path
         ({"loss_mask": None}, "row 0: column 'loss_mask' must hold a list of numbers, not None"),
         ({"loss_mask": [0, 1], "messages": TURNS}, "several columns to learn from, 'input_ids' and 'messages'"),
         ({"input_ids": [5, 2**40], "loss_mask": [0, 1]}, "row 0: column 'input_ids' has numbers that are no token ids"),
+        ({"input_ids": [5, -1], "loss_mask": [0, 1]}, "row 0: column 'input_ids' has numbers that are no token ids"),
     ],
 )
 def test_tokens_that_do_not_fit_are_refused(tmp_path: Path, row: dict[str, Any], problem: str) -> None:

@@ -41,7 +41,7 @@ def read_tokens(row: Row, key: str, mask_key: str, where: str) -> Encoded:
         DataError: the columns differ in length, hold something else, or the row holds several packed samples.
     """
     ids = _numbers(row.get(key), f"{where}: column {key!r}")
-    marks = _numbers(row.get(mask_key), f"{where}: column {mask_key!r}")
+    marks = _numbers(row.get(mask_key), f"{where}: column {mask_key!r}", IGNORED)
     attention = row.get(ATTENTION)
     columns = {mask_key: marks} if attention is None else {mask_key: marks, ATTENTION: attention}
     for name, values in columns.items():
@@ -87,11 +87,11 @@ def _attended(attention: Sequence[int] | None, length: int, where: str) -> tuple
     return start, end
 
 
-def _numbers(value: Any, what: str) -> list[int]:
+def _numbers(value: Any, what: str, lowest: int = 0) -> list[int]:
     if not isinstance(value, list) or not value:
         raise DataError(f"{what} must hold a list of numbers, not {value!r:.100}")
     if not all(type(number) is int for number in value):
         raise DataError(f"{what} must hold whole numbers alone")
-    if min(value) < -(2**31) or max(value) >= 2**31:
+    if min(value) < lowest or max(value) >= 2**31:
         raise DataError(f"{what} has numbers that are no token ids")
     return value

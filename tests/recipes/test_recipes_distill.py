@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from rlcore import plugins
+from rlcore.config import load_config
 from rlcore_kit.testing.tiny_model import tiny_model
 
 DISTILL = {
@@ -108,7 +110,12 @@ def test_a_student_learns_from_itself_with_a_privileged_prompt(
     """The template of the privileged prompt needs the answer, and is longer than a prompt of the student may be."""
     model = tiny_model(tmp_path / "model", initializer_range=0.2)  # its answers depend on the prompt
     template = "{prompt} The answer to what was asked here is known to be {ground_truth}, {response}."
-    keys = {**DISTILL, "distill.teachers.me.prompt_template": template, "trainer.total_steps": 8, **changes}
+    keys: dict[str, Any] = {
+        **DISTILL,
+        "distill.teachers.me.prompt_template": template,
+        "trainer.total_steps": 8,
+        **changes,
+    }
     keys |= {"model.path": model, "actor.optim.lr": 2e-3}
     result = task.run("distill", tmp_path, keys)
     assert result.exit_code == 0, result.output
@@ -224,6 +231,7 @@ def test_mistakes_are_named_before_anything_is_built(task: Any, teacher: Path, t
     found = message({"actor.objective.divergence.coeff": 0})
     assert "nothing would be learned from the teacher" in found
     assert "uses none" in message({"actor.objective.nll_coeff": 1})
+    assert "more than the 261 tokens" in message({"actor.objective.divergence.top_k": 300})
     assert "several teachers have no data_sources" in message({"distill.teachers.small.model.path": task.model})
     assert "weights" in message({}, {**DISTILL, "distill.teachers.me.weights": "current"})
     found = message({"distill.on_policy_fraction": 0.5, "actor.old_logprobs": "rollout"})
@@ -240,8 +248,27 @@ def test_responses_that_are_too_long_are_counted(task: Any, teacher: Path, tmp_p
     rows = write_rows(tmp_path / "rows.jsonl", 40).read_text()
     rows += json.dumps({"prompt": "say", "data_source": "a", "response": "a" * 100}) + "\n"
     (tmp_path / "rows.jsonl").write_text(rows)
-    keys = {**DISTILL, "distill.teachers.big.model.path": teacher, "data.train_files": tmp_path / "rows.jsonl"}
+    keys: dict[str, Any] = {**DISTILL, "distill.teachers.big.model.path": teacher}
+    keys |= {"data.train_files": tmp_path / "rows.jsonl"}
     keys |= {"distill.on_policy_fraction": 0, "trainer.total_steps": 1, "trainer.trackers": "[console,jsonl]"}
     result = task.run("distill", tmp_path / "out", keys)
     assert result.exit_code == 0, result.output
     assert "1 responses are longer than data.max_response_length" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"actor.objective.divergence.kind": "{name: jsd, beta: 0.999}"}, "has hardly any gradient"),
+        ({"actor.objective.divergence.kind": "{name: jsd, beta: 1}"}, None),
+        ({"distill.on_policy_fraction": 0.5, "reward.name": "gsm8k"}, "compares all samples of a batch"),
+    ],
+)
+def test_what_is_almost_surely_a_mistake_is_doubted(
+    task: Any, tmp_path: Path, changes: dict[str, Any], why: str | None
+) -> None:
+    keys = {**DISTILL, "distill.teachers.big.model.path": task.model, **changes}
+    arguments = task.arguments("distill", tmp_path / "out", keys)[2:]
+    config = load_config(plugins.get("rlcore.recipes", "distill").config_class(), None, arguments)
+    assert (why is None) == (not list(config.doubts()))
+    assert why is None or why in str(list(config.doubts()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rlcore.errors import DataError
 from rlcore_kit.model_folder.length import check_positions, check_rope
 from rlcore_recipes.data.chat import Renderer
 from rlcore_recipes.data.end_tokens import model_tokens
@@ -11,7 +12,7 @@ from rlcore_recipes.data.prompts import PromptSample
 from rlcore_recipes.data.tokenizer import load_tokenizer
 from rlcore_recipes.distillation.contexts import teacher_prompts
 from rlcore_recipes.distillation.teachers import check_sources_taught, own_renderer, own_translator, servers_of
-from rlcore_recipes.distillation.vocabulary import check_same_tokens
+from rlcore_recipes.distillation.vocabulary import check_same_tokens, shared_tokens
 from rlcore_recipes.run.open import RunData
 from rlcore_recipes.run.other_models import check_model, config_of
 from rlcore_recipes.settings.distillation import DistillConfig, TeacherSettings
@@ -35,6 +36,7 @@ def check_teachers(config: DistillConfig, data: RunData) -> None:
             check_same_tokens(key, data.tokenizer, load_tokenizer(teacher.model), size, both=served)
             if not served:
                 check_model(f"{key}.model.path", teacher.model, config.model, data.tokenizer)
+        _check_top_k(config, key, teacher)
         own_translator(config, teacher)
         renderer = own_renderer(config, teacher)
         length = config.data.max_response_length
@@ -51,6 +53,16 @@ def check_teachers(config: DistillConfig, data: RunData) -> None:
         hf_config = config_of(model)
         check_rope(model, hf_config, length, f"the longest prompt of {key} with a completion")
         check_positions(model, hf_config, length)
+
+
+def _check_top_k(config: DistillConfig, key: str, teacher: TeacherSettings) -> None:
+    """Raise DataError if the teacher has fewer tokens than are asked for."""
+    top_k, tokens = config.actor.objective.divergence.top_k or 0, shared_tokens(config.model, teacher)
+    if top_k > tokens:
+        raise DataError(
+            f"actor.objective.divergence.top_k={top_k} is more than the {tokens} tokens that {key} and the student "
+            "share: lower it, or set it to null to compare the whole vocabulary"
+        )
 
 
 def longest_prompt(key: str, teacher: TeacherSettings, renderer: Renderer, samples: Sequence[PromptSample]) -> int:

@@ -22,6 +22,7 @@ from rlcore_recipes.distillation.teacher import EngineTeacher, Teacher, TeacherR
 from rlcore_recipes.distillation.token_bytes import TokenBytes
 from rlcore_recipes.distillation.translation import Translator
 from rlcore_recipes.distillation.vocabulary import shared_tokens
+from rlcore_recipes.run.open import micro_batches
 from rlcore_recipes.run.session import Session
 from rlcore_recipes.settings.distillation import DistillConfig, TeacherSettings
 
@@ -75,6 +76,7 @@ def open_teachers(session: Session[DistillConfig]) -> Teachers:
     teachers = Teachers(found, vocabulary)
     if request.states:
         hold_output_layer(session, teachers)
+        session.micro_batches = micro_batches(config, session.executor, session.roles)  # the layer takes memory
     return teachers
 
 

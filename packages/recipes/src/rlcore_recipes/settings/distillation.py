@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, StringConstraints
 
 from rlcore.algorithms.distillation import DistillObjectiveSettings
+from rlcore.algorithms.divergence import JSDParams
 from rlcore.config import Config, PluginSections
 from rlcore.engines import ModelSettings
 from rlcore.engines.settings import adapter_rank
@@ -16,6 +17,8 @@ from rlcore_recipes.settings.algorithm import AlgorithmSettings
 from rlcore_recipes.settings.reinforcement import RLConfig
 from rlcore_recipes.settings.roles import ActorSettings, FrozenRole, RewardRole, RolloutSettings
 
+SMALLEST_SHARE = 0.05
+"""Of a model in the mixture of a Jensen–Shannon divergence that still has a useful gradient."""
 TeacherName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_]+$", max_length=50)]
 
 
@@ -217,6 +220,24 @@ class DistillConfig(RLConfig):
                     "needs the rollout's log-probs, which completions of the data set do not have: leave it out, or "
                     "set distill.on_policy_fraction=1",
                 )
+
+    def doubts(self) -> Iterator[tuple[str, str]]:
+        """Yield the key and the reason of what is almost surely a mistake."""
+        yield from super().doubts()
+        params, advantage = self.actor.objective.divergence.kind.params, self.algorithm.advantage
+        if isinstance(params, JSDParams) and 0 < min(params.beta, 1 - params.beta) < SMALLEST_SHARE:
+            yield (
+                "actor.objective.divergence.kind",
+                f"jsd with beta={params.beta:g} has hardly any gradient, as the formula tends to 0 at its ends; beta=0 "
+                "and beta=1 are forward and reverse KL instead",
+            )
+        mixed = self.reward.name != "none" and self.distill.on_policy_fraction < 1
+        if mixed and "compares_group" not in advantage.entry.traits:
+            yield (
+                "algorithm.advantage",
+                f"{advantage.name} compares all samples of a batch, among them completions of the data set, which no "
+                "policy gradient trains: take one that compares the completions of a prompt (grpo, rollout.n=8)",
+            )
 
     def _teacher_problems(self) -> Iterator[tuple[str, str]]:
         """Yield what teachers elsewhere, or with other tokenizers, cannot say."""

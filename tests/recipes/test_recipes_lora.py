@@ -79,6 +79,7 @@ def run_with_reference(
         kl = {"actor.objective.kl_loss.coeff": 0.1, "actor.optim.lr": 1e-2, "algorithm.kl_in_reward": {"coeff": 0.1}}
         result = task.run(recipe, out_dir, {**LORA, **kl, **changes})
     assert result.exit_code == 0, result.output
+    assert ("the actor without its adapters" in result.output) is ("ref.model.path" not in changes)
     return built.count("policy")
 
 

@@ -212,6 +212,8 @@ def reference(path: Path, folder: Path | None, options: dict[str, Any]) -> None:
         without = engine.forward(BATCHES[1], replace(request, adapters=False))
         return [without, frozen.forward(BATCHES[1], request), engine.forward(BATCHES[1], request)]
 
+    without, separate, policy = both()
+    assert torch.equal(policy.flat("logprobs"), without.flat("logprobs")), "adapters have no effect at first"
     if folder is not None:
         engine.load(folder)
     for _ in range(3):

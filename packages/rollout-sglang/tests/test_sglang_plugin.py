@@ -11,6 +11,7 @@ from rlcore.config import Config
 from rlcore.engines import ModelSettings, RolloutSpec
 from rlcore.errors import EngineError
 from rlcore_sglang import quirks
+from rlcore_sglang.adapters import Adapters
 from rlcore_sglang.arguments import problems, server_arguments
 from rlcore_sglang.engine import build
 from rlcore_sglang.server_process import reason_in
@@ -113,3 +114,18 @@ def test_unknown_and_reserved_arguments_are_explained():
 )
 def test_the_reason_is_found_in_a_log(log, reason):
     assert reason_in(log).startswith(reason)
+
+
+def test_only_the_policys_adapters_are_unloaded():
+    """The name of a server that the engine started begins with rlcore- too."""
+    posted = []
+
+    class Served:
+        def ask(self, method, path, what, **options):
+            if method == "GET":
+                return {"data": [{"id": f"{name}-0a1b"} for name in ("rlcore", "rlcore-policy", "theirs")]}
+            posted.append((path, options["body"]))
+            return None
+
+    Adapters(Served(), workers=1, shapes={}, timeout_s=1).continue_with(None)
+    assert posted == [("/unload_lora_adapter", {"lora_name": "rlcore-policy-0a1b"})]

@@ -22,7 +22,7 @@ from rlcore_sglang import payload
 
 PREFIX = "base_model.model."
 """Prefix of the names in PEFT's files (`rlcore.engines.TrainEngine.export_adapters`)."""
-NAME = "rlcore-"
+NAME = "rlcore-policy-"
 """Prefix of the names of adapters that rlcore loads."""
 
 

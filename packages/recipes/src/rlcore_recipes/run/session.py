@@ -102,6 +102,8 @@ class Session(Generic[C]):
             prompts += f"; {len(self.val_prompts):,} prompts for validation"
         actor, budgets = self.roles.actor, self.micro_batches
         models = model_rows(self.executor, actor, config.model, budgets, self.tokenizer, self.end_tokens)
+        if config.needs_ref and not config.builds_ref:
+            models.append(("reference", "the actor without its adapters"))
         return [*models, ("data", prompts), *(("", note) for note in self.notes)]
 
     def warn_once(self, subject: str, message: str) -> None:

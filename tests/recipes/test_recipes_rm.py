@@ -204,6 +204,7 @@ def test_a_resumed_run_ends_with_the_same_weights(task: Any, keys: dict[str, Any
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     exported = CliRunner().invoke(cli, ["export", str(tmp_path / "parts"), "--out", str(tmp_path / "exported")])
     assert exported.exit_code == 0, exported.output
+    assert f"takes it as reward_model.model.path={tmp_path / 'exported'}" in exported.output
     assert torch.equal(load_file(tmp_path / "exported" / "model.safetensors")["score.weight"], whole["score.weight"])
 
 

@@ -106,9 +106,14 @@ def check_tensors(settings: ModelSettings, found: dict[str, Tensor], head: Head,
             f"{where}: {integers[0]} holds integers ({found[integers[0]].dtype}) where floating-point numbers are "
             "expected; quantised weights cannot be trained"
         )
-    if head == "policy":
-        return
     score = found.get("score.weight")
+    if head == "policy":
+        if score is not None and not_ignored(["score.weight"], settings.ignored_weights):
+            raise EngineError(
+                f"{where} are those of a reward model or a critic (score.weight), which generates nothing; take a "
+                "language model, or name score.weight in ignored_weights if there is one in these files too"
+            )
+        return
     if score is None and head == "score" and not new_head:
         raise EngineError(
             f"{where} have no scalar head (score.weight): a reward model needs trained weights for it, under the name "

@@ -76,7 +76,9 @@ def export(source: str, out: Path, step: int | None, best: bool, run_config: Pat
     options = ExportOptions(dtype=dtype, file_mb=size, **given)  # type: ignore[arg-type]  # of `_DTYPES`
     export_checkpoint(trained, out, options, overwrite)
     click.echo(f"{out}: {options.role} after step {trained.state.step} of {trained.location.path}")
-    if options.role == "actor":
+    if options.role == "actor" and getattr(trained.config, "head", "policy") == "score":
+        click.echo(f"reinforcement learning takes it as reward_model.model.path={out}")
+    elif options.role == "actor":
         click.echo("serve it with one of:")
         for line in serving_commands(out):
             click.echo(f"  {line}")

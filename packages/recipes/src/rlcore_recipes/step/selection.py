@@ -10,6 +10,8 @@ import torch
 from rlcore.algorithms.selection import rank_in_group
 from rlcore.algorithms.shaping import overlong_punishment
 from rlcore.batch import Batch
+from rlcore.config import Algorithm
+from rlcore.errors import BatchError
 from rlcore.metrics import Metrics
 from rlcore_recipes.data.selected import write_selected
 from rlcore_recipes.ranks import on_rank_zero
@@ -55,11 +57,11 @@ def sample_weights(
         metrics.sum(name, int(gone.sum()))
         left[gone] = False
 
-    truncated = torch.tensor([reason != "stop" for reason in batch["finish_reason"]], dtype=torch.bool)
-    drop("truncated", truncated, not settings.keep_truncated)
+    complete = ("stop", "length") if settings.keep_truncated else ("stop",)
+    drop("truncated", torch.tensor([reason not in complete for reason in batch["finish_reason"]], dtype=torch.bool))
     drop("duplicates", _repeated(batch["completion"], scores, group, left), settings.deduplicate)
     weights = torch.zeros(len(batch))
-    weights[left] = settings.selector(scores[left], group[left])
+    weights[left] = _selected(settings.selector, scores[left], group[left])
     drop("rejected", weights <= 0)
     if settings.max_per_prompt is not None:
         surplus = torch.zeros_like(left)
@@ -73,6 +75,21 @@ def sample_weights(
     if left.any():
         metrics.mean("kept_score", scores[left].mean(), int(left.sum()))
     return torch.where(left, weights, 0), metrics
+
+
+def _selected(selector: Algorithm, scores: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    """Return what ``selector`` gives, checked.
+
+    Raises:
+        BatchError: it is not one finite weight for each sample.
+    """
+    weights: torch.Tensor = selector(scores, group)
+    if weights.shape != scores.shape or not weights.isfinite().all():
+        raise BatchError(
+            f"the sample selector {selector.name!r} must return one finite weight for each of {len(scores)} samples, "
+            f"not a tensor of shape {list(weights.shape)}{' with NaN or infinity' * (weights.shape == scores.shape)}"
+        )
+    return weights.float()
 
 
 def _repeated(texts: list[str], scores: torch.Tensor, group: torch.Tensor, left: torch.Tensor) -> torch.Tensor:

@@ -109,7 +109,7 @@ class SFTConfig(SampleTaskConfig):
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from super().problems()
-        wanted = {"reward": self.reward is not None, "rollout": "rollout" in self.model_fields_set}
+        wanted = {"reward": self.reward is not None, "rollout": self.rollout != ValidationRollout()}
         if not self.generates:
             missing = "trainer.test_freq" if self.trainer.test_freq <= 0 else "trainer.log_val_generations"
             yield from (

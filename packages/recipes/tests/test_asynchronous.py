@@ -550,6 +550,8 @@ def test_a_baseline_is_sampled_greedily_and_scored_for_every_sample(bench: Calla
     config = SimpleNamespace(
         rollout=RolloutSettings(n=3),
         data=SimpleNamespace(max_response_length=8),
+        given_first=False,
+        response_key=None,
         seed=0,
         needed_columns=frozenset({"baseline_score"}),
         dynamic_sampling=None,

@@ -37,6 +37,7 @@ def check(models: dict[str, Path], critic: str | None = None, ref: str | None = 
     config: Any = SimpleNamespace(
         reward_model=None,
         critic_role=settings(critic),
+        prm_role=None,
         needs_ref=True,
         ref=settings(ref),
         model=settings("policy").model,

@@ -217,3 +217,17 @@ def test_numbers_that_are_no_log_probs(peers, engine_over):
 def test_invalid_settings_are_refused(options, message):
     with pytest.raises(ValidationError, match=message):
         HTTPScoringSettings(**{"urls": ["http://localhost:1"], **options})
+
+
+def test_ids_without_a_token_are_refused(peers, engine_over, loaded):
+    """Among the likeliest tokens of a padded vocabulary."""
+
+    class Shorter:
+        def __len__(self):
+            return 200
+
+        def decode(self, tokens, **options):
+            return loaded.tokenizer.decode(tokens, **options)
+
+    with pytest.raises(EngineError, match=r"names \d+ as one of the likeliest tokens, .*'s 200 is .*; lower top_k"):
+        engine_over(peers[0], tokenizer=Shorter(), top_k=20)

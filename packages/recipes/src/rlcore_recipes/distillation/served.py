@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
 from rlcore import plugins
 from rlcore.batch import Batch
 from rlcore.controller import Executor
-from rlcore.engines import ModelSettings, ScoringEngine, ScoringRequest, ScoringSpec, TokenScores
+from rlcore.engines import ModelSettings, ScoringEngine, ScoringRequest, ScoringSpec
 from rlcore_recipes.data.tokenizer import load_tokenizer
 from rlcore_recipes.distillation.teacher import TeacherRequest
 from rlcore_recipes.ranks import on_rank_zero
@@ -72,39 +71,22 @@ class ServedTeacher:
 
 
 def scored(batch: Batch, servers: Servers, request: TeacherRequest) -> Batch:
-    """Return the columns that ``request`` names, from the first token of each row on that is trained."""
-    mask = batch.flat("loss_mask") > 0
-    rows = [row.nonzero().flatten().tolist() for row in batch["loss_mask"].to_list()]
-    asked = [
-        ScoringRequest(tokens.tolist(), max(trained[0], 1), request.top_k, str(index))
-        for index, (tokens, trained) in enumerate(zip(batch["tokens"].to_list(), rows))
-        if trained
-    ]
-    scores = iter(on_rank_zero(lambda: servers.client().score_batch(asked)) if asked else [])
-    starts = iter(asked)
-    parts = [
-        _padded(next(scores), next(starts).start) if trained else _padded(_nothing(length, request.top_k), 0)
-        for trained, length in zip(rows, batch.lengths.tolist())
-    ]
-    names = ("logprobs",) * request.logprobs + ("top_ids", "top_logprobs") * (request.top_k > 0)
-    columns: dict[str, Any] = {}
-    for name in names:
-        values = torch.cat([getattr(part, name) for part in parts])
+    """Return the columns that ``request`` names, 0 where ``loss_mask`` is 0."""
+    mask, tokens = batch.flat("loss_mask") > 0, batch["tokens"].to_list()
+    trained = [row.nonzero().flatten().tolist() for row in batch["loss_mask"].to_list()]
+    starts = {row: max(found[0], 1) for row, found in enumerate(trained) if found}
+    asked = [ScoringRequest(tokens[row].tolist(), start, request.top_k, str(row)) for row, start in starts.items()]
+    scores = on_rank_zero(lambda: servers.client().score_batch(asked)) if asked else []
+    columns: dict[str, torch.Tensor] = {}
+    if request.logprobs:
+        columns["logprobs"] = torch.zeros(len(mask))
+    if request.top_k:
+        columns["top_ids"] = torch.zeros(len(mask), request.top_k, dtype=torch.int64)
+        columns["top_logprobs"] = torch.zeros(len(mask), request.top_k)
+    ends = batch.lengths.cumsum(0).tolist()
+    for row, found in zip(starts, scores, strict=True):
+        for name, values in columns.items():
+            values[ends[row] - len(found.logprobs) : ends[row]] = getattr(found, name)
+    for values in columns.values():
         values[~mask] = 0
-        columns[f"teacher_{name}"] = batch.jagged(values)
-    return Batch(columns)
-
-
-def _nothing(length: int, top_k: int) -> TokenScores:
-    return TokenScores(torch.zeros(length), torch.zeros(length, top_k, dtype=torch.int64), torch.zeros(length, top_k))
-
-
-def _padded(scores: TokenScores, start: int) -> TokenScores:
-    """Return ``scores`` with zeros for the first ``start`` tokens."""
-
-    def pad(values: torch.Tensor) -> torch.Tensor:
-        return torch.cat([values.new_zeros(start, *values.shape[1:]), values])
-
-    return replace(
-        scores, logprobs=pad(scores.logprobs), top_ids=pad(scores.top_ids), top_logprobs=pad(scores.top_logprobs)
-    )
+    return Batch({f"teacher_{name}": batch.jagged(values) for name, values in columns.items()})

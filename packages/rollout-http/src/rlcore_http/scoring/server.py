@@ -102,7 +102,9 @@ class ScoringServer:
                     "POST", protocol.path, what, body=protocol.body(request), timeout_s=self._settings.timeout_s
                 )
                 with in_format(self.url, protocol.path):
-                    return protocol.read(answer, request)
+                    scores = protocol.read(answer, request)
+                self._check_candidates(scores)
+                return scores
             except Overloaded as overloaded:
                 if attempt == OVERLOAD_ATTEMPTS - 1:
                     raise EngineError(
@@ -110,6 +112,14 @@ class ScoringServer:
                     ) from None
                 await asyncio.sleep(min(overloaded.retry_after_s or 0.25 * 2**attempt, LONGEST_WAIT_S))
         raise AssertionError("unreachable")
+
+    def _check_candidates(self, scores: TokenScores) -> None:
+        size, largest = len(self.spec.tokenizer), int(scores.top_ids.max()) if scores.top_ids.numel() else 0
+        if largest >= size:
+            raise EngineError(
+                f"{self.url} names {largest} as one of the likeliest tokens, which none of the tokenizer's {size} is: "
+                "its model's vocabulary is padded; lower top_k"
+            )
 
     # --- its tokens --------------------------------------------------------------------------------------------------
 

@@ -143,7 +143,7 @@ def test_the_share_of_prompts_that_the_student_completes(fraction: float) -> Non
             assert not request.sampling.logprobs
             return Completion(tokens=[5], logprobs=[], finish_reason="stop")
 
-    async def all_reasons() -> list[list[str]]:
+    async def all_reasons() -> list[list[Any]]:
         found = []
         for position in range(300):
             sample = PromptSample([3], [], position=position, completion=[8, 1])

@@ -229,5 +229,5 @@ def test_ids_without_a_token_are_refused(peers, engine_over, loaded):
         def decode(self, tokens, **options):
             return loaded.tokenizer.decode(tokens, **options)
 
-    with pytest.raises(EngineError, match=r"names \d+ as one of the likeliest tokens, .*'s 200 is .*; lower top_k"):
+    with pytest.raises(EngineError, match=r"names \d+ as one of the likeliest tokens, .*'s 200 is: .*; lower top_k"):
         engine_over(peers[0], tokenizer=Shorter(), top_k=20)

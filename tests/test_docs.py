@@ -45,7 +45,7 @@ PAGES = {
     for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("packages/*/README.md"))]
 }
 ENTRY_POINT_GROUPS = {*plugins.GROUPS, "rlcore.algorithms", "rlcore.commands", "rlcore.functions", "rlcore.data_sets"}
-RECIPES = ("grpo", "ppo", "dapo", "raft", "prime", "distill", "sft", "dpo", "online_dpo", "spin", "rm")
+RECIPES = ("grpo", "ppo", "dapo", "raft", "prime", "self_play", "distill", "sft", "dpo", "online_dpo", "spin", "rm")
 WITHOUT_ROLLOUTS = ("sft", "dpo", "rm")
 # What a command, or a part of a configuration, leaves out where it says "…".
 LEFT_OUT: Mapping[str, Any] = {

@@ -101,7 +101,7 @@ def test_a_baseline_is_a_file_an_interpreter_or_a_revision(tmp_path: Path) -> No
         (["run", "grpo-leters"], "the gate has no task 'grpo-leters'; did you mean grpo-letters"),
         (["compare", "grpo-letters", "--baseline", "no-such.jsonl"], "there is no such file"),
         (["compare", "grpo-letters", "--baseline", "no-such-thing"], "nor a revision of a git repository"),
-        (["compare", "--seeds", "2"], "2 is not in the range x>=3"),
+        (["compare", "--baseline", "main", "--seeds", "2"], "2 is not in the range x>=3"),
         (["table", "no-such.jsonl"], "no-such.jsonl cannot be read"),
     ],
 )

@@ -51,7 +51,8 @@ OURS: dict[tuple[str, str], str] = {
     ("rlcore.executors", "local"): "rlcore",
     ("rlcore.executors", "ray"): "rlcore[ray]",
     **{("rlcore.rewards", name): "rlcore-rewards" for name in ("gsm8k", "math", "function", "combine", "none")},
-    **{("rlcore.recipes", name): "rlcore[fsdp]" for name in ("sft", "rm", "grpo", "ppo", "dapo")},
+    ("rlcore.rewards", "game"): "rlcore[fsdp]",
+    **{("rlcore.recipes", name): "rlcore[fsdp]" for name in ("sft", "rm", "grpo", "ppo", "dapo", "self_play")},
     **{("rlcore.trackers", name): "rlcore-recipes" for name in ("console", "jsonl", "parquet")},
     **{
         ("rlcore.trackers", name): f"rlcore-recipes[{name}]"

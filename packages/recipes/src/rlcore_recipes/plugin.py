@@ -73,12 +73,27 @@ prime = Plugin(
     summary="Implicit process rewards of a model trained online on outcomes (Cui et al., 2025).",
 )
 
+self_play = Plugin(
+    interface=1,
+    config="rlcore_recipes.self_play:SelfPlayConfig",
+    factory="rlcore_recipes.self_play:run",
+    configs="rlcore_recipes.configs.self_play",
+    summary="Self-play on two-player text games (Liu et al., 2025).",
+)
+
 distill = Plugin(
     interface=1,
     config="rlcore_recipes.settings.distillation:DistillConfig",
     factory="rlcore_recipes.distill:run",
     configs="rlcore_recipes.configs.distill",
     summary="Distillation from teachers, on the student's completions or given ones (Agarwal et al., 2023).",
+)
+
+game_reward = Plugin(
+    interface=1,
+    config="rlcore.config.registry:NoParams",
+    factory="rlcore_recipes.games.reward:GameReward",
+    summary="Outcome of a game of the recipe self_play.",
 )
 
 console_tracker = Plugin(

@@ -10,23 +10,21 @@ from pathlib import Path
 
 from rlcore.errors import ConfigError, RlcoreError
 from rlcore_recipes.gate.compare import Arm
-from rlcore_recipes.gate.results import SHIPPED, Results
+from rlcore_recipes.gate.results import Results
 
 
 def open_baseline(name: str, root: Path) -> Arm:
     """Return the arm that ``name`` means.
 
     Args:
-        name: "released": the results that this package brings; a file ``*.jsonl``; a Python interpreter; otherwise a
-            revision of the git repository in the working folder, whose environment is made by ``uv sync``.
+        name: a file of results ``*.jsonl``; a Python interpreter; otherwise a revision of the git repository in the
+            working folder, whose environment is made by ``uv sync``.
 
     Raises:
         ConfigError: it is none of these.
         RlcoreError: the environment of a revision cannot be made.
     """
     path = Path(name)
-    if name == "released":
-        return Arm("the released version", Results(SHIPPED))
     if path.suffix == ".jsonl":
         if not path.is_file():
             raise ConfigError(f"--baseline {name}: there is no such file")

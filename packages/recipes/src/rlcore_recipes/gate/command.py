@@ -36,7 +36,6 @@ def gate() -> None:
     \b
     rlcore-gate run grpo-letters              train a task, with three seeds
     rlcore-gate compare --baseline v0.1.0     compare this environment with a revision
-    rlcore-gate compare                       compare it with results of the released version
     """
 
 
@@ -79,8 +78,7 @@ def run(tasks: tuple[str, ...], seeds: int, out: Path | None, root: Path, jobs: 
 @_TASKS
 @click.option(
     "--baseline",
-    default="released",
-    show_default=True,
+    required=True,
     help="File of results (*.jsonl), Python interpreter of another environment, or git revision.",
 )
 @click.option("--seeds", type=click.IntRange(min=3), default=8, show_default=True, help="Maximum pairs of a task.")

@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlcore.config import load_config
+import torch
+
+from rlcore.config import load_config, validate_config
 from rlcore_recipes.data.prepare.arithmetic import ArithmeticTask, arithmetic_problems
 from rlcore_recipes.data.prepare.rows import prompt_row
 from rlcore_recipes.data.prepare.writing import write_splits
+from rlcore_recipes.games.prepare import GamesOptions, prepare_games
 from rlcore_recipes.small_model.qwen2 import SmallModelSettings, write_small_model
 
 Keys = Mapping[str, Any]
@@ -49,7 +52,12 @@ def prepare(problem: Problem, root: Path) -> None:
         return
     shutil.rmtree(partial, ignore_errors=True)  # of a preparation that was interrupted
     partial.mkdir(parents=True)
-    problem.prepare(partial)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # models are small, and threads would wait for each other
+    try:
+        problem.prepare(partial)
+    finally:
+        torch.set_num_threads(threads)
     partial.rename(folder)
 
 
@@ -82,6 +90,30 @@ def arithmetic(folder: Path) -> None:
     train_sft(folder / "base", folder / "model", config, lambda step, loss, right: None)
 
 
+def nim(folder: Path) -> None:
+    """Write states of Nim with up to five stones, and a model that makes random moves, most of them legal."""
+    from rlcore_recipes.settings.supervised import SFTConfig
+    from rlcore_recipes.sft import run as run_sft
+
+    splits = prepare_games(validate_config(GamesOptions, {"game": {"name": "nim", "stones": 5}, "train": 320}))
+    write_splits(splits, folder)
+    texts = [text for row in splits["train"] for text in (row["prompt"][0]["content"], row["response"])]
+    settings = SmallModelSettings(hidden_size=64, layers=2, intermediate_size=192, max_position_embeddings=256)
+    write_small_model(folder / "base", texts, settings)
+    keys = {
+        "model.path": folder / "base",
+        "data.train_files": folder / "train.parquet",
+        "data.train_batch_size": 32,
+        "actor.optim.lr": 2e-3,
+        "trainer.total_steps": 90,
+        "trainer.trackers": "[jsonl]",
+        "trainer.save_hf": "true",
+        "trainer.out_dir": folder / "sft",
+    }
+    run_sft(load_config(SFTConfig, None, [f"{key}={value}" for key, value in keys.items()]))
+    (folder / "sft/model").rename(folder / "model")
+
+
 def _rollout_keys(name: str, prompt: int, response: int) -> dict[str, Any]:
     return {
         "model.path": f"{name}/model",
@@ -108,6 +140,12 @@ PROBLEMS: dict[str, Problem] = {
             "sums up to six in words; from a model that answers four of ten",
             arithmetic,
             {**_rollout_keys("arithmetic", 48, 12), "reward.name": "gsm8k"},
+        ),
+        Problem(
+            "nim",
+            "Nim with five stones against random moves; from a model that moves at random",
+            nim,
+            {**_rollout_keys("nim", 64, 128), "game": "{name: nim, stones: 5}", "opponent": "random", "move_tokens": 6},
         ),
     )
 }

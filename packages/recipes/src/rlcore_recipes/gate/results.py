@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,8 +16,6 @@ from rlcore.regular_file import read_regular
 from rlcore_kit.checkpoint.json_file import Finite, JsonFile, first_problem
 from rlcore_recipes.gate.tasks import GateTask
 
-SHIPPED = Path(str(files("rlcore_recipes.gate"))) / "results.jsonl"
-"""Results of this version, measured before its release: the baseline where no other is named."""
 LARGEST = 64 << 20
 """Bytes of a file of results."""
 REPRODUCIBLE = ("actor/", "critic/", "train/", "val-core/", "rm/", "distill/")

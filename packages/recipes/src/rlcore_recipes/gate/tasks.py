@@ -70,6 +70,11 @@ _ARITHMETIC: dict[str, Any] = {
     "actor.optim.lr": 5e-4, "actor.optim.betas": "[0.9, 0.95]", "actor.optim.warmup_steps": 3,
     "trainer.total_steps": 40, "trainer.test_freq": 8,
 }  # fmt: skip
+_NIM: dict[str, Any] = {
+    "data.train_batch_size": 20, "rollout.n": 8, "rollout.validation.n": 16, "actor.mini_batch_size": 10,
+    "actor.optim.lr": 1e-3, "actor.optim.betas": "[0.9, 0.95]", "actor.optim.warmup_steps": 5,
+    "trainer.total_steps": 40, "trainer.test_freq": 10,
+}  # fmt: skip
 
 
 def _letters(algorithm: str, recipe: str, **keys: Any) -> GateTask:
@@ -104,6 +109,7 @@ TASKS: dict[str, GateTask] = {
         _arithmetic("dapo", "dapo", algorithm__overlong="null"),
         _arithmetic("raft", "raft", algorithm__selection__selector="threshold", actor__old_logprobs="recompute"),
         _arithmetic("ppo", "ppo", critic__optim__lr=1e-3, rollout__n=8),
+        GateTask("self_play", "nim", "self_play", "val-core/nim/reward/mean@16", 0.42, _NIM),
     )
 }
 FAST = ("grpo-letters", "ppo-letters")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from rlcore.engines import Completion, GenerationRequest, RolloutEngine, SamplingParams
 from rlcore.engines.rollout import FinishReason
@@ -36,10 +36,12 @@ class Trajectory:
     Attributes:
         segments: in the order of the sequence; the tokens before the first sampled segment are the prompt.
         finish_reason: of the last sampled segment; "given" for a completion of the data set.
+        info: what the episode knows besides the tokens. Rewards and estimators find it among the sample's ``extra``.
     """
 
     segments: tuple[Segment, ...]
     finish_reason: FinishReason | Literal["given"]
+    info: Mapping[str, Any] = field(default_factory=dict)
 
 
 Episode = Callable[[RolloutEngine, PromptSample, int], Awaitable[Trajectory]]

@@ -48,7 +48,10 @@ def training_plan(config: RLConfig, stop_tokens: tuple[int, ...] = ()) -> Rollou
     sampling = training_sampling(config.rollout, config.data.max_response_length, stop_tokens)
     compares = "baseline_score" in config.needed_columns
     episode: Episode = partial(single_completion, sampling=sampling)
-    if config.given_first:
+    own = config.training_episode(sampling)
+    if own is not None:
+        episode = own
+    elif config.given_first:
         episode = partial(given_first, sampling=sampling, run_seed=config.seed)
     elif config.response_key is not None:
         episode = partial(given_or_sampled, sampling=sampling, fraction=config.sampled_fraction, run_seed=config.seed)

@@ -50,7 +50,7 @@ def group_batch(sample: PromptSample, trajectories: Sequence[Trajectory]) -> Bat
             "prompt_text": [sample.text] * rows,
             "ground_truth": [sample.ground_truth] * rows,
             "data_source": [sample.data_source] * rows,
-            "extra": [sample.extra] * rows,
+            "extra": [{**sample.extra, **t.info} if t.info else sample.extra for t in trajectories],
         }
     )
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
 from rlcore.config import ForeignKey
-from rlcore.engines import ModelSettings, WeightSyncSettings
+from rlcore.engines import ModelSettings, SamplingParams, WeightSyncSettings
 from rlcore.engines.settings import gives_logprobs
 from rlcore_recipes.data.settings import DataSettings
 from rlcore_recipes.foreign.answers import foreign_keys
@@ -27,6 +27,9 @@ from rlcore_recipes.settings.roles import (
     RolloutSettings,
 )
 from rlcore_recipes.settings.trainer import TrainerSettings
+
+if TYPE_CHECKING:
+    from rlcore_recipes.rollouts.episode import Episode
 
 
 class RLSections(AsyncSection):
@@ -116,6 +119,14 @@ class RLSections(AsyncSection):
     def frozen_models(self) -> Mapping[str, FrozenRole]:
         """Further models in training engines that are never trained, by role. Recipes with such models override it."""
         return {}
+
+    def training_episode(self, sampling: SamplingParams) -> Episode | None:
+        """Return how a trajectory comes about; None: as a completion. Recipes with several turns override it.
+
+        Args:
+            sampling: of training; ``max_tokens`` bounds everything after the prompt.
+        """
+        return None
 
     @property
     def needs_scores(self) -> bool:

@@ -1,0 +1,1 @@
+"""Ready-made configurations of the recipe grpo."""

@@ -1,0 +1,1 @@
+"""Two-player text games: a registry, perfect play, and the episodes of self-play."""

@@ -19,7 +19,7 @@ class NimParams(Config):
 
 
 @dataclass(frozen=True)
-class Nim:
+class Nim(Game):
     """The game; a state is the number of stones."""
 
     stones: int

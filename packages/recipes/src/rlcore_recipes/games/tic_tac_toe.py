@@ -11,7 +11,7 @@ EMPTY = "." * 9
 LINES = ("012", "345", "678", "036", "147", "258", "048", "246")
 
 
-class TicTacToe:
+class TicTacToe(Game):
     """The game; a state is nine characters, row by row: ``x`` (first player), ``o``, or ``.`` for a free square."""
 
     rules = (

@@ -16,6 +16,8 @@ from rlcore.algorithms.discounted import discounted_suffix_sums
 from rlcore.batch import Batch, Jagged
 
 TOLERANCE = 1e-10
+BUILT_IN = [entry for entry in advantages if entry.function.__module__.startswith("rlcore.")]
+"""The estimators of this package, without those of installed plugins."""
 seeds = given(seed=st.integers(0, 2**32 - 1))
 quick = settings(max_examples=40, deadline=None)
 
@@ -41,7 +43,9 @@ def ragged(seed: int, *, min_group: int = 1, stray_rewards: bool = True) -> Batc
             "loss_mask": column(mask),
             "token_rewards": column(rewards),
             "values": column([rng.gauss(0, 1) for _ in range(total)]),
+            "process_rewards": column([rng.gauss(0, 1) for _ in range(total)]),
             "group": torch.tensor(groups),
+            "sample_weight": torch.tensor([rng.random() for _ in groups], dtype=torch.float64),
             "baseline_score": torch.tensor([rng.gauss(0, 1) for _ in groups], dtype=torch.float64),
         }
     )
@@ -173,16 +177,18 @@ def test_gpg_by_hand() -> None:
     assert compute("gpg", batch)[1::2].tolist() == [-0.75, 0.75, -0.75, 0.75, 0.0, 0.0]
 
 
-@pytest.mark.parametrize("name", [entry.name for entry in advantages if "compares_group" in entry.traits])
+@pytest.mark.parametrize("name", [entry.name for entry in BUILT_IN if "compares_group" in entry.traits])
 def test_a_sample_alone_in_its_group_has_no_advantage(name: str) -> None:
     """Its score would be an advantage without a baseline, and changes nothing. The other groups get what they get
     without it."""
     batch = ragged(0, min_group=2)
-    others = batch.select("loss_mask", "token_rewards", "group")
+    others = batch.select("loss_mask", "token_rewards", "group", "process_rewards")
 
     def with_one_alone(score: float) -> list[torch.Tensor]:
         tokens, one = torch.tensor([0.0, 0.3, score], dtype=torch.float64), torch.tensor([3])
-        columns = {"loss_mask": Jagged(torch.ones_like(tokens), one), "token_rewards": Jagged(tokens, one)}
+        rewards = Jagged(tokens, one)
+        mask = rewards.with_values(torch.ones_like(tokens))
+        columns = {"loss_mask": mask, "token_rewards": rewards, "process_rewards": rewards}
         joined = Batch.concat([Batch({**columns, "group": torch.tensor([99])}), others])
         return joined.jagged(compute(name, joined)).to_list()
 
@@ -307,7 +313,7 @@ def test_equal_scores_give_exactly_zero(name: str, score: float) -> None:
     assert compute(name, batch).abs().max() == 0
 
 
-@pytest.mark.parametrize("name", [entry.name for entry in advantages])
+@pytest.mark.parametrize("name", [entry.name for entry in BUILT_IN])
 @pytest.mark.parametrize("lengths", [[], [0, 0], [1], [2], [3, 0]])
 def test_degenerate_batches(name: str, lengths: list[int]) -> None:
     """Nothing to train on, or a single token: finite, of the right size, in the dtype of the rewards."""
@@ -318,6 +324,8 @@ def test_degenerate_batches(name: str, lengths: list[int]) -> None:
             "loss_mask": Jagged(torch.ones(total), size),
             "token_rewards": Jagged(torch.ones(total), size),
             "values": Jagged(torch.ones(total), size),
+            "process_rewards": Jagged(torch.ones(total), size),
+            "sample_weight": torch.ones(len(lengths)),
             "group": torch.zeros(len(lengths), dtype=torch.int64),
             "baseline_score": torch.zeros(len(lengths)),
         }

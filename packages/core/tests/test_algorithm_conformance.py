@@ -6,7 +6,7 @@ from rlcore.algorithms import advantages, policy_losses
 from rlcore_kit.testing.algorithms import AdvantageConformance, PolicyLossConformance
 
 for _suite, _registry in ((AdvantageConformance, advantages), (PolicyLossConformance, policy_losses)):
-    for _entry in _registry:
+    for _entry in (entry for entry in _registry if entry.function.__module__.startswith("rlcore.")):
         _name = f"Test {_entry.kind} {_entry.name}".title().replace(" ", "").replace("-", "")
         globals()[_name] = type(_name, (_suite,), {"name": _entry.name})
 

@@ -36,7 +36,11 @@ SECTIONS = {
 
 
 ENTRIES: list[tuple[str, Entry]] = [
-    (name, entry) for name, registry in vars(algorithms).items() if isinstance(registry, Registry) for entry in registry
+    (name, entry)
+    for name, registry in vars(algorithms).items()
+    if isinstance(registry, Registry)
+    for entry in registry
+    if entry.function.__module__.startswith("rlcore.")  # not those of installed plugins
 ]
 
 

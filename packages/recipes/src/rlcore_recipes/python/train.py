@@ -30,6 +30,7 @@ from rlcore_recipes.python.open_run import open_run
 from rlcore_recipes.python.reward_objects import reward_argument
 from rlcore_recipes.run.folder import CONFIG
 from rlcore_recipes.run.lock import claimed
+from rlcore_recipes.settings.supervised import SampleTaskConfig
 
 INPUTS = "inputs"
 """Folder, in that of the run, of the objects that were given."""
@@ -151,7 +152,7 @@ def _sets(layers: Sequence[Layer], section: str, key: str) -> bool:
 def _defaults(recipe: str, kind: type[Config], validates: bool, layers: Sequence[Layer]) -> dict[str, Any]:
     """Return what the trainer's keys are from Python unless the configuration says otherwise."""
     values: dict[str, Any] = {"save_hf": True, "save_freq": 50}
-    generates = "rollout" in kind.model_fields
+    generates = "rollout" in kind.model_fields and not issubclass(kind, SampleTaskConfig)
     if generates:
         values["log_rollouts"] = 8
     if validates:

@@ -187,14 +187,14 @@ def test_a_sample_alone_in_its_group_has_no_advantage(name: str) -> None:
     def with_one_alone(score: float) -> list[torch.Tensor]:
         tokens, one = torch.tensor([0.0, 0.3, score], dtype=torch.float64), torch.tensor([3])
         rewards = Jagged(tokens, one)
-        mask = rewards.with_values(torch.ones_like(tokens))
-        columns = {"loss_mask": mask, "token_rewards": rewards, "process_rewards": rewards}
+        ones, zeros = (rewards.with_values(torch.full_like(tokens, value)) for value in (1.0, 0.0))
+        columns = {"loss_mask": ones, "token_rewards": rewards, "process_rewards": zeros}
         joined = Batch.concat([Batch({**columns, "group": torch.tensor([99])}), others])
         return joined.jagged(compute(name, joined)).to_list()
 
     actual = with_one_alone(0.4)
     torch.testing.assert_close(actual, with_one_alone(40.0), rtol=0, atol=0)
-    if name == "reinforce_plus_plus_baseline":  # which subtracts the mean over the batch's tokens from the 0 too
+    if name in ("reinforce_plus_plus_baseline", "prime"):  # which whiten: the batch's mean is taken from the 0 too
         assert actual[0][1:].unique().numel() == 1  # no token predicts the first
         return
     assert actual[0].abs().max() == 0

@@ -13,6 +13,7 @@ from typing import Any
 from rlcore.engines.rollout import GenerationRequest
 from rlcore.errors import EngineError, WorkerError
 from rlcore_http.protocol import SEEDS, Piece, ServerProtocol
+from rlcore_http.served_models import chosen_model
 from rlcore_kit.serving.connection import Connection
 from rlcore_kit.serving.handshake import check_length, check_same_model
 
@@ -34,19 +35,9 @@ class OpenAICompletions(ServerProtocol):
     def shake_hands(self, model: str | None, folder: str, max_model_len: int) -> None:
         """Choose the model; compare it with the policy's where the server's answer says enough."""
         url = self.connection.url
-        try:
-            cards = {
-                str(card["id"]): card for card in self.connection.ask("GET", "/v1/models", "list its models")["data"]
-            }
-        except (KeyError, TypeError) as error:
-            raise EngineError(f"{url} does not list its models in OpenAI's format: {error!r}") from error
-        if model is not None and model not in cards:
-            raise EngineError(f"{url} serves {', '.join(cards)}, not {model} (rollout.http.model)")
-        models = [name for name, card in cards.items() if card.get("parent") is None]  # adapters name their model
-        if model is None and len(models) != 1:
-            raise EngineError(f"{url} serves {', '.join(models) or 'no model'}; choose one with rollout.http.model")
-        self._model = model or models[0]
-        card = cards[self._model]
+        answer = self.connection.ask("GET", "/v1/models", "list its models")
+        card = chosen_model(url, answer, model, "rollout.http.model")
+        self._model = str(card["id"])
         if card.get("max_model_len") is not None:
             remedy = f"a context of {max_model_len} tokens"
             check_length(url, int(card["max_model_len"]), max_model_len, remedy)

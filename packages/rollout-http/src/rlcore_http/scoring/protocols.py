@@ -16,6 +16,7 @@ from rlcore.engines.scoring import ScoringRequest, TokenScores
 from rlcore.errors import EngineError
 from rlcore_http import quirks
 from rlcore_http.scoring.settings import HTTPScoringSettings
+from rlcore_http.served_models import chosen_model
 from rlcore_kit.serving.connection import Connection
 
 Candidates = list[tuple[int, float]]
@@ -78,14 +79,9 @@ class VLLM(ScoringProtocol):
         answer = await self.connection.request(
             "GET", "/v1/models", "list its models", timeout_s=self.connection.timeout_s
         )
-        cards = {str(card["id"]): card for card in answer["data"]}
-        url, names = self.connection.url, ", ".join(cards) or "no model"
-        if self._wanted is not None and self._wanted not in cards:
-            raise EngineError(f"{url} serves {names}, not {self._wanted} (model)")
-        if self._wanted is None and len(cards) != 1:
-            raise EngineError(f"{url} serves {names}; choose one with model")
-        self._model = self._wanted or next(iter(cards))
-        return int(cards[self._model]["max_model_len"]) - 1
+        card = chosen_model(self.connection.url, answer, self._wanted, "model")
+        self._model = str(card["id"])
+        return int(card["max_model_len"]) - 1
 
     def longer(self, length: int) -> str:
         return f"--max-model-len {length + 1}"

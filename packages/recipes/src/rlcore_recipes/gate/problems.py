@@ -5,7 +5,9 @@ Tasks run in one folder, below which every problem has its own. Paths in configu
 
 from __future__ import annotations
 
+import random
 import shutil
+import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +37,8 @@ class Problem:
     """Data, a first model and a reward.
 
     Attributes:
-        prepare: writes them into an empty folder.
-        keys: configuration keys of every task on it; paths start with its name.
+        prepare: writes them into an empty folder, which problems with the same function share.
+        keys: configuration keys of every task on it; paths start with the name of the folder.
     """
 
     name: str
@@ -44,10 +46,15 @@ class Problem:
     prepare: Callable[[Path], None]
     keys: Keys
 
+    @property
+    def folder(self) -> str:
+        """The name of the folder below the root of the gate."""
+        return self.prepare.__name__
+
 
 def prepare(problem: Problem, root: Path) -> None:
     """Write the files of ``problem`` below ``root``, if they are not there."""
-    folder, partial = root / problem.name, root / f".{problem.name}"
+    folder, partial = root / problem.folder, root / f".{problem.folder}"
     if folder.exists():
         return
     shutil.rmtree(partial, ignore_errors=True)  # of a preparation that was interrupted
@@ -73,8 +80,47 @@ def letters(folder: Path) -> None:
     (folder / "reward.py").write_text(LETTERS_REWARD, encoding="utf-8")
 
 
+def judged_letters(folder: Path) -> None:
+    """Write what `letters` does, and a reward model that prefers lower-case letters."""
+    from rlcore_recipes.rm import run as run_rm
+    from rlcore_recipes.settings.supervised import RewardModelConfig
+
+    letters(folder)
+    write_splits({"train": _compared_letters(1024)}, folder / "comparisons")
+    keys = {
+        **_sample_keys(str(folder / "model"), str(folder / "comparisons")),
+        "data.val_files": "[]",
+        "actor.optim.lr": 3e-3,
+        "trainer.total_steps": 60,
+        "trainer.out_dir": folder / "rm",
+        "trainer.save_hf": "true",
+    }
+    run_rm(load_config(RewardModelConfig, None, [f"{key}={value}" for key, value in keys.items()]))
+    (folder / "rm/model").rename(folder / "reward_model")
+
+
+def _compared_letters(count: int) -> list[dict[str, Any]]:
+    """Return pairs of eight letters, of which the chosen ones have more lower-case letters."""
+    draw = random.Random(0)
+
+    def answer(lower: int) -> str:
+        return "".join(
+            [*draw.choices(string.ascii_lowercase, k=lower), *draw.choices(string.ascii_uppercase, k=8 - lower)]
+        )
+
+    rows = []
+    for number in range(count):
+        fewer, more = sorted(draw.sample(range(9), 2))
+        prompt = [{"role": "user", "content": f"say {number % 64}"}]
+        sides = {"chosen": answer(more), "rejected": answer(fewer)}
+        rows.append({"prompt": prompt, **sides, "data_source": "letters"})
+    return rows
+
+
 def arithmetic(folder: Path) -> None:
-    """Write sums up to six in words, and a model that answers four of ten of them."""
+    """Write sums up to six in words, right and wrong solutions of them, and two models: one that answers four of ten,
+    and one that knows nothing.
+    """
     from rlcore_recipes.grpo import GRPOConfig
     from rlcore_recipes.quickstart.train_sft import train_sft
 
@@ -82,12 +128,26 @@ def arithmetic(folder: Path) -> None:
     rows = [row for row in drawn if int(row["ground_truth"]) <= 6]
     splits = {"train": rows[:1024], "test": rows[1024:1280]}
     write_splits(splits, folder)
+    write_splits({name: list(map(_comparison, rows)) for name, rows in splits.items()}, folder / "comparisons")
     texts = [text for row in splits["train"] for text in (row["prompt"][0]["content"], row["response"])]
     settings = SmallModelSettings(hidden_size=64, layers=2, intermediate_size=192, max_position_embeddings=128)
     write_small_model(folder / "base", texts, settings)
     keys = {**_rollout_keys(str(folder), 48, 12), "reward.name": "gsm8k", "trainer.out_dir": str(folder / "none")}
     config = load_config(GRPOConfig, None, [f"{key}={value}" for key, value in keys.items()])
     train_sft(folder / "base", folder / "model", config, lambda step, loss, right: None)
+
+
+def _comparison(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of preferences: the solution of ``row``, and the same with another sum."""
+    right = int(row["ground_truth"])
+    wrong = (right + 1 + row["extra_info"]["index"] % 6) % 7
+    rejected = row["response"].replace(f"{right:02d}", f"{wrong:02d}")
+    return {
+        "prompt": row["prompt"],
+        "chosen": row["response"],
+        "rejected": rejected,
+        "data_source": row["data_source"],
+    }
 
 
 def nim(folder: Path) -> None:
@@ -126,6 +186,18 @@ def _rollout_keys(name: str, prompt: int, response: int) -> dict[str, Any]:
     }
 
 
+def _sample_keys(model: str, data: str) -> dict[str, Any]:
+    return {
+        "model.path": model,
+        "data.train_files": f"{data}/train.parquet",
+        "data.val_files": f"{data}/test.parquet",
+        "data.train_batch_size": 32,
+        "data.max_length": 64,
+        "trainer.trackers": "[jsonl]",
+        "actor.optim.betas": "[0.9, 0.95]",
+    }
+
+
 PROBLEMS: dict[str, Problem] = {
     problem.name: problem
     for problem in (
@@ -136,10 +208,36 @@ PROBLEMS: dict[str, Problem] = {
             {**_rollout_keys("letters", 32, 8), "reward.path": "letters/reward.py:compute_score", "reward.workers": 1},
         ),
         Problem(
+            "judged-letters",
+            "letters, scored by a reward model that was trained on comparisons",
+            judged_letters,
+            {
+                **_rollout_keys("judged_letters", 32, 8),
+                "reward.name": "none",
+                "reward_model.model.path": "judged_letters/reward_model",
+            },
+        ),
+        Problem(
             "arithmetic",
             "sums up to six in words; from a model that answers four of ten",
             arithmetic,
             {**_rollout_keys("arithmetic", 48, 12), "reward.name": "gsm8k"},
+        ),
+        Problem(
+            "solutions",
+            "worked solutions of the sums; from a random model",
+            arithmetic,
+            {
+                **_sample_keys("arithmetic/base", "arithmetic"),
+                "reward.name": "gsm8k",
+                "rollout.max_response_length": 12,
+            },
+        ),
+        Problem(
+            "comparisons",
+            "solutions with the right and with a wrong sum; from the model of arithmetic",
+            arithmetic,
+            _sample_keys("arithmetic/model", "arithmetic/comparisons"),
         ),
         Problem(
             "nim",

@@ -81,9 +81,16 @@ def _letters(algorithm: str, recipe: str, **keys: Any) -> GateTask:
     return GateTask(algorithm, "letters", recipe, "critic/score/mean", 0.8, {**_LETTERS, **_dotted(keys)})
 
 
-def _arithmetic(algorithm: str, recipe: str, **keys: Any) -> GateTask:
+def _arithmetic(algorithm: str, recipe: str, learned: float = 0.65, **keys: Any) -> GateTask:
     metric = VALIDATION.format(source="arithmetic")
-    return GateTask(algorithm, "arithmetic", recipe, metric, 0.65, {**_ARITHMETIC, **_dotted(keys)})
+    every = {**_ARITHMETIC, **_dotted(keys)}
+    known = {key: value for key, value in every.items() if value is not None}  # None takes a key out
+    return GateTask(algorithm, "arithmetic", recipe, metric, learned, known)
+
+
+def _samples(recipe: str, problem: str, metric: str, learned: float, lr: float, steps: int) -> GateTask:
+    keys = {"actor.optim.lr": lr, "trainer.total_steps": steps, "trainer.test_freq": steps // 8}
+    return GateTask(recipe, problem, recipe, metric, learned, keys)
 
 
 def _dotted(keys: Keys) -> dict[str, Any]:
@@ -109,6 +116,43 @@ TASKS: dict[str, GateTask] = {
         _arithmetic("dapo", "dapo", algorithm__overlong="null"),
         _arithmetic("raft", "raft", algorithm__selection__selector="threshold", actor__old_logprobs="recompute"),
         _arithmetic("ppo", "ppo", critic__optim__lr=1e-3, rollout__n=8),
+        _arithmetic(
+            "distill",
+            "distill",
+            0.3,
+            model__path="arithmetic/base",
+            distill__teachers__best__model__path="arithmetic/model",
+            distill__on_policy_fraction=0.5,
+            actor__objective__divergence__kind="forward-kl",
+            actor__optim__lr=3e-3,
+            actor__mini_batch_size=None,
+            actor__old_logprobs=None,
+            rollout__n=1,
+            trainer__total_steps=160,
+            trainer__test_freq=20,
+        ),
+        _arithmetic(
+            "online_dpo",
+            "online_dpo",
+            0.6,
+            actor__old_logprobs=None,
+            actor__optim__lr=2e-4,
+            actor__objective__loss="{name: dpo, beta: 0.3}",
+            trainer__total_steps=100,
+            trainer__test_freq=10,
+        ),
+        GateTask(
+            "ppo",
+            "judged-letters",
+            "ppo",
+            "critic/score/mean",
+            1.0,
+            {**_LETTERS, "critic.optim.lr": 3e-3, "critic.warmup_steps": 2},
+            margin=0.5,
+        ),
+        _samples("sft", "solutions", VALIDATION.format(source="arithmetic"), 0.6, 3e-3, 160),
+        _samples("dpo", "comparisons", "val/rewards/accuracies", 0.85, 5e-4, 60),
+        _samples("rm", "comparisons", "val/accuracy", 0.85, 1e-3, 120),
         GateTask("self_play", "nim", "self_play", "val-core/nim/reward/mean@16", 0.42, _NIM),
     )
 }

@@ -6,9 +6,10 @@ import os
 import pickle
 import tempfile
 import weakref
+from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable, Sequence
-from typing import Generic, TypeVar, overload
+from typing import TypeVar, overload
 
 from rlcore.boundary import boundary
 
@@ -18,7 +19,24 @@ MEMORY_BYTES = 256 << 20
 """Bytes of samples that are kept in memory; more are written to a temporary file."""
 
 
-class SampleStore(Sequence[T], Generic[T]):
+class LazySamples(Sequence[T], ABC):
+    """A sequence of samples, each made when it is used."""
+
+    @abstractmethod
+    def _sample(self, number: int) -> T:
+        """Return the sample of this number, which is in range."""
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        if isinstance(index, slice):
+            return [self._sample(number) for number in range(*index.indices(len(self)))]
+        return self._sample(range(len(self))[index])  # from the end, or out of range, as in a list
+
+
+class SampleStore(LazySamples[T]):
     """Samples that are written once and read in any order.
 
     They are kept as bytes. Those of a large data set are in a file without a name in the folder for temporary files
@@ -59,14 +77,7 @@ class SampleStore(Sequence[T], Generic[T]):
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    @overload
-    def __getitem__(self, index: int) -> T: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[T]: ...
-    def __getitem__(self, index: int | slice) -> T | list[T]:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        number = range(len(self))[index]  # from the end, or out of range, as in a list
+    def _sample(self, number: int) -> T:
         start, end = self._ends[number : number + 2]
         # pread: a process that was forked has the same position in the file
         content = self._memory[start:end] if self._file is None else os.pread(self._file, end - start, start)

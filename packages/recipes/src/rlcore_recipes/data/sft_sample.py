@@ -8,11 +8,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
 import numpy as np
 
 from rlcore.boundary import boundary
+from rlcore_recipes.data.sample_store import LazySamples
 
 T = TypeVar("T")
 
@@ -58,7 +59,7 @@ def _batches(samples: Iterable[SFTSample]) -> Iterator[list[SFTSample]]:
         yield rows
 
 
-class MappedSamples(Sequence[SFTSample]):
+class MappedSamples(LazySamples[SFTSample]):
     """The samples of a file that `write_samples` wrote; they stay on disk until they are used.
 
     Args:
@@ -85,14 +86,7 @@ class MappedSamples(Sequence[SFTSample]):
     def __len__(self) -> int:
         return self._count
 
-    @overload
-    def __getitem__(self, index: int) -> SFTSample: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[SFTSample]: ...
-    def __getitem__(self, index: int | slice) -> SFTSample | list[SFTSample]:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        number = range(len(self))[index]
+    def _sample(self, number: int) -> SFTSample:
         batch = bisect_right(self._ends, number)
         offsets, tokens, masks, sources = self._batches[batch]
         place = number - (self._ends[batch] - len(sources))
@@ -100,7 +94,7 @@ class MappedSamples(Sequence[SFTSample]):
         return SFTSample(array("i", tokens[part].tobytes()), masks[part].tobytes(), sources[place].as_py())
 
 
-class Joined(Sequence[T]):
+class Joined(LazySamples[T]):
     """Several sequences, one after another."""
 
     def __init__(self, parts: Sequence[Sequence[T]]) -> None:
@@ -110,13 +104,6 @@ class Joined(Sequence[T]):
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    @overload
-    def __getitem__(self, index: int) -> T: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[T]: ...
-    def __getitem__(self, index: int | slice) -> T | list[T]:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        number = range(len(self))[index]
+    def _sample(self, number: int) -> T:
         part = bisect_right(self._ends, number)
         return self._parts[part][number - (self._ends[part] - len(self._parts[part]))]

@@ -245,7 +245,7 @@ def test_self_play_learns_demonstrations_and_a_resumed_run_is_the_same(
     [
         ({"actor.fsdp.lora.rank": 4, "algorithm.iteration_steps": 5}, ["algorithm.iteration_steps", "leave it out"]),
         ({"actor.objective.loss": "odpo"}, ["actor.objective.loss", "needs margins"]),
-        ({"algorithm.response_key": "text"}, ["must hold the response as text, not None"]),
+        ({"algorithm.response_key": "text"}, ["must hold one response as text, not None"]),
     ],
 )
 def test_self_play_without_what_it_needs_is_refused(

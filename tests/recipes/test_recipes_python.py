@@ -260,7 +260,7 @@ MISTAKES: Mapping[str, tuple[Mapping[str, Any], str]] = {
     "configuration": ({"config": SFTConfig.model_construct()}, "config= is a SFTConfig, but the recipe takes a GRPO"),
     "ready-made": ({"config": "grpo_gsm"}, "did you mean grpo_gsm8k"),
     "recipe": ({"recipe": "gpro"}, "unknown recipe 'gpro'; did you mean 'grpo'"),
-    "no section": ({"recipe": "sft"}, "the recipe sft takes no reward=: its configuration has no section 'reward'"),
+    "no section": ({"recipe": "rm"}, "the recipe rm takes no reward=: its configuration has no section 'reward'"),
 }
 
 

@@ -10,7 +10,6 @@ from rlcore.engines import ExportSpec
 from rlcore.errors import EngineError
 from rlcore_kit.checkpoint import rank_files
 from rlcore_kit.model_folder.files import Origin
-from rlcore_megatron import cpu_emulation
 from rlcore_megatron.engine import build
 from rlcore_megatron.settings import MegatronSettings
 
@@ -50,6 +49,8 @@ def export(spec: ExportSpec) -> None:
 
 def _frozen_dtype(checkpoint: Path) -> str | None:
     """Return the precision of the frozen weights under the adapters of ``checkpoint``; None if it holds all weights."""
+    from rlcore_megatron import cpu_emulation
+
     cpu_emulation.install()  # before the next module imports megatron-core
     from rlcore_megatron.checkpoint import Manifest
 

@@ -156,11 +156,12 @@ def there_and_back(folder: Path, layout: dict[str, Any], tokens: torch.Tensor) -
     result: dict[str, Any] = {"unloaded": unloaded(modules)}
     batch = Batch({"tokens": Jagged(tokens, torch.tensor(LENGTHS))})
     request = ForwardRequest(("logprobs", "entropy"))
-    pipeline = Pipeline(modules, "policy", here, layout.get("sequence_parallel", False), torch.device("cpu"))
+    sequence_parallel, hidden_size = layout.get("sequence_parallel", False), modules[0].config.hidden_size
+    pipeline = Pipeline(modules, "policy", here, sequence_parallel, torch.device("cpu"), hidden_size)
     with torch.no_grad():
         computed = pipeline.outputs([batch] * here.pp, request)
         if here.last_stage:
-            result |= computed[-1]
+            result |= dict(zip(request.outputs, computed[-1].unbind(-1)))
         if layout == LAYOUTS["one"]:
             result["logits"] = logits(modules[0], batch, here)
     result["names"], result["different"] = compare(export(modules, family, config, here, 20_000), folder)
@@ -178,7 +179,7 @@ def logits(module: Any, batch: Batch, here: Any) -> torch.Tensor:
 
     from rlcore_megatron.packing import pack
 
-    row = pack(batch, "policy", here, False, torch.device("cpu"))
+    row = pack(batch, "policy", here, False, torch.device("cpu"), ForwardRequest(("logprobs",)))
     hidden = GPTModel.forward(module, row.tokens, None, None, packed_seq_params=row.attention)
     tied = module.share_embeddings_and_output_weights
     weight = module.shared_embedding_or_output_weight() if tied else module.output_layer.weight

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,13 +26,12 @@ from rlcore.engines.step_memory import StepMemory
 from rlcore.engines.train import FileRecord, Part
 from rlcore.errors import EngineError
 from rlcore.metrics import Metrics
-from rlcore_kit.checkpoint.base_model import Frozen, frozen
 from rlcore_kit.model_folder import checks, files
 from rlcore_kit.training.device import choose_device
 from rlcore_kit.training.lr_schedule import learning_rate
 from rlcore_kit.training.micro_batches import check_batch, check_request, in_order, inputs_of, micro_batches
 from rlcore_kit.training.policy_outputs import shard_of
-from rlcore_kit.training.process_group import gather_objects, max_over_ranks, sum_over_ranks
+from rlcore_kit.training.process_group import max_over_ranks, sum_over_ranks
 from rlcore_megatron import parallel as layouts
 from rlcore_megatron import weights
 from rlcore_megatron.families import family_of
@@ -143,14 +143,11 @@ class MegatronEngine(TrainEngine):
         self._pipeline = Pipeline(
             chunks, spec.head, self.parallel, settings.sequence_parallel, self._device, hidden_size
         )
+        # no method of the engine: in a cycle of references, process groups of a closed engine would keep their threads
+        base_model = partial(weights.base_model, self.modules, self.family, self.hf_config, self.parallel, self.dtype)
         self._saving = Saving(
-            self.modules, self._optimization, self.parallel, settings.checkpoint_format, settings.lora, self._base_model
+            self.modules, self._optimization, self.parallel, settings.checkpoint_format, settings.lora, base_model
         )
-
-    def _base_model(self) -> Frozen:
-        """Return the fingerprint of the weights that adapters leave frozen; collective."""
-        own = weights.base_model_sum(self.modules, self.family, self.hf_config, self.parallel)
-        return frozen(self.dtype, gather_objects(own))
 
     @property
     def dp_rank(self) -> int:

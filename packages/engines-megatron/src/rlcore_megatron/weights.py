@@ -19,8 +19,9 @@ from torch import nn
 
 from rlcore.engines import WeightBucket
 from rlcore.errors import EngineError
-from rlcore_kit.checkpoint.base_model import sum_of_bits
+from rlcore_kit.checkpoint.base_model import Frozen, frozen, sum_of_bits
 from rlcore_kit.model_folder import checks
+from rlcore_kit.training.process_group import gather_objects
 from rlcore_megatron import quirks
 from rlcore_megatron.families.family import EMBEDDING, LM_HEAD, SCORE, Family
 from rlcore_megatron.families.weight import share_shape, view
@@ -266,8 +267,13 @@ def _gathered(piece: TensorSlice, family: Family, hf_config: Any, parallel: Para
 
 
 @torch.no_grad()
-def base_model_sum(modules: Sequence[nn.Module], family: Family, hf_config: Any, parallel: Parallel) -> int:
-    """Return the sum of the bits of this rank's part of the weights that adapters leave frozen, each counted once."""
+def base_model(
+    modules: Sequence[nn.Module], family: Family, hf_config: Any, parallel: Parallel, dtype: torch.dtype
+) -> Frozen:
+    """Return the fingerprint of the weights of ``dtype`` that adapters leave frozen; collective.
+
+    A rank counts its part of them, and of copies one.
+    """
     heads = family.heads(hf_config)
 
     def own() -> Iterator[torch.Tensor]:
@@ -284,7 +290,7 @@ def base_model_sum(modules: Sequence[nn.Module], family: Family, hf_config: Any,
                 share = share[: stop - start]
             yield share
 
-    return sum_of_bits(own())
+    return frozen(dtype, gather_objects(sum_of_bits(own())))
 
 
 def _owner(expert: int, family: Family, hf_config: Any, parallel: Parallel) -> int:

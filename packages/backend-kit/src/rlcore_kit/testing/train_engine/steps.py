@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,19 @@ from rlcore_kit.testing.train_engine.objectives import BreaksOff, PairMargin, We
 
 class StepTests(TrainEngineTests):
     """`TrainEngine.train` of a policy."""
+
+    def test_a_closed_engine_is_freed_without_the_garbage_collector(self, model_path: Path) -> None:
+        """A cycle of references would keep its weights, and the threads of its process groups, until a collection."""
+        engine = self.engine(model_path)
+        engine.train(make_batch(), WeightedLogprobs())
+        left = weakref.ref(engine)
+        gc.disable()
+        try:
+            engine.close()
+            del engine
+            assert left() is None
+        finally:
+            gc.enable()
 
     def test_steps_equal_plain_adamw(self, model_path: Path) -> None:
         """Three steps with clipping, weight decay, warm-up and decay."""

@@ -140,6 +140,18 @@ def task(tmp_path_factory: pytest.TempPathFactory, forks: ForkServer) -> Task:
 
 
 @pytest.fixture(scope="session")
+def teacher(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that was trained to answer ``abcd``."""
+    out: Path = tmp_path_factory.mktemp("teacher")
+    sft = {name: task.keys[name] for name in ("model.path", "data.train_files", "trainer.trackers")}
+    keys = {**dict.fromkeys(task.keys), **sft, "data.train_batch_size": 16, "data.max_length": 64}
+    keys |= {"trainer.total_steps": 20, "trainer.save_hf": True, "actor.optim.lr": 1e-2}
+    result = task.run("sft", out, keys)
+    assert result.exit_code == 0, result.output
+    return out / "model"
+
+
+@pytest.fixture(scope="session")
 def clusters(forks: ForkServer) -> Iterator[None]:
     """End the cluster that `cluster` started."""
     yield

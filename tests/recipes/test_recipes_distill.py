@@ -24,18 +24,6 @@ DISTILL = {
 }
 
 
-@pytest.fixture(scope="module")
-def teacher(task: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that was trained to answer ``abcd``."""
-    out: Path = tmp_path_factory.mktemp("teacher")
-    sft = {name: task.keys[name] for name in ("model.path", "data.train_files", "trainer.trackers")}
-    keys = {**dict.fromkeys(task.keys), **sft, "data.train_batch_size": 16, "data.max_length": 64}
-    keys |= {"trainer.total_steps": 20, "trainer.save_hf": True, "actor.optim.lr": 1e-2}
-    result = task.run("sft", out, keys)
-    assert result.exit_code == 0, result.output
-    return out / "model"
-
-
 @pytest.mark.parametrize(
     "changes",
     [

@@ -31,18 +31,6 @@ BY_GRADIENT = {"actor.objective.divergence.coeff": 0, "distill.advantage_coeff":
 
 
 @pytest.fixture(scope="module")
-def teacher(task: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that was trained to answer ``abcd``."""
-    out: Path = tmp_path_factory.mktemp("teacher")
-    sft = {name: task.keys[name] for name in ("model.path", "data.train_files", "trainer.trackers")}
-    keys = {**dict.fromkeys(task.keys), **sft, "data.train_batch_size": 16, "data.max_length": 64}
-    keys |= {"trainer.total_steps": 20, "trainer.save_hf": True, "actor.optim.lr": 1e-2}
-    result = task.run("sft", out, keys)
-    assert result.exit_code == 0, result.output
-    return out / "model"
-
-
-@pytest.fixture(scope="module")
 def renumbered(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model, whose tokens (but the special ones) have other numbers."""
     folder: Path = tmp_path_factory.mktemp("renumbered") / "model"

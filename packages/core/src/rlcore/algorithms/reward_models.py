@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 
 from rlcore.algorithms.registries import RewardLossInputs, reward_losses
+from rlcore.algorithms.sequences import per_token
 from rlcore.batch import Batch
 from rlcore.config import Algorithm, AlgorithmField, Config
 from rlcore.engines.train import ForwardRequest
@@ -58,9 +59,8 @@ class RewardObjective:
         entry = self.settings.loss.entry
         entry.check_columns(batch.names)
         tokens = batch.flat("loss_mask").bool().nonzero().squeeze(-1)
-        rows = torch.arange(len(batch)).repeat_interleave(batch.lengths).to(tokens.device)[tokens]
         columns = {
-            name: batch.flat(name)[tokens] if name in batch.jagged_names else batch[name][rows]
+            name: (batch.flat(name) if name in batch.jagged_names else per_token(batch[name], batch.lengths))[tokens]
             for name in entry.required_columns
         }
         return RewardLossInputs(values[tokens], columns)

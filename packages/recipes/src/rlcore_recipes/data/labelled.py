@@ -16,7 +16,6 @@ from rlcore.errors import DataError
 from rlcore_recipes.data.chat import Renderer, as_prompt
 from rlcore_recipes.data.columns import Row, column, data_source
 from rlcore_recipes.data.encoding import encode_answers, is_chat
-from rlcore_recipes.data.end_tokens import written_ends
 from rlcore_recipes.data.files import DataFile
 from rlcore_recipes.data.layouts import CHOSEN, COMPLETION, LABEL, PROMPT, SOURCE, labelled_columns
 from rlcore_recipes.data.preferences import PairReader, Side, as_side, is_empty
@@ -116,12 +115,7 @@ def load_labelled(
     reader = _Reader(pairs)
     read = read_samples(files, labelled_columns(settings), limit, settings.max_length, reader.samples, pairs.left_out)
     return LabelledDataset(
-        samples=read.samples,
-        file_sizes=read.file_sizes,
-        filtered=pairs.overlong,
-        fingerprints=read.fingerprints,
-        ends=written_ends(pairs.renderer, pairs.chat),
-        notes=[*read.notes, *pairs.left_out.notes("samples")],
+        **pairs.fields(read),
         partners=partners_of(reader.prompts, reader.answers) if mismatched else None,
         read=read.samples,
         max_length=settings.max_length,

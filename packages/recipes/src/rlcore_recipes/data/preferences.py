@@ -22,7 +22,7 @@ from rlcore_recipes.data.end_tokens import check_tokens, written_ends
 from rlcore_recipes.data.files import DataFile
 from rlcore_recipes.data.layouts import CHOSEN, MARGIN, PROMPT, REJECTED, SOURCE, pair_columns
 from rlcore_recipes.data.left_out import LeftOut
-from rlcore_recipes.data.sample_data import SampleDataset, read_samples
+from rlcore_recipes.data.sample_data import ReadSamples, SampleDataset, read_samples
 from rlcore_recipes.data.settings import PairDataSettings
 
 Divided = tuple[Prompt, Prompt, Prompt]
@@ -102,10 +102,7 @@ def load_pairs(
     """
     reader = PairReader(settings, Renderer(settings, tokenizer), vocabulary)
     read = read_samples(files, pair_columns(settings), limit, settings.max_length, reader.pairs, reader.left_out)
-    ends = written_ends(reader.renderer, reader.chat)
-    notes = [*read.notes, *reader.left_out.notes("pairs")]
-    overlong = reader.overlong, read.fingerprints, ends, notes, reader.first_overlong
-    return PairDataset(read.samples, read.file_sizes, *overlong)
+    return PairDataset(**reader.fields(read))
 
 
 @dataclass
@@ -128,6 +125,18 @@ class PairReader:
     first_overlong: str = ""
     chat: bool = False
     what: str = "pair"
+
+    def fields(self, read: ReadSamples[Any]) -> dict[str, Any]:
+        """Return the fields of the `SampleDataset` of what was ``read`` with this reader."""
+        return {
+            "samples": read.samples,
+            "file_sizes": read.file_sizes,
+            "filtered": self.overlong,
+            "fingerprints": read.fingerprints,
+            "ends": written_ends(self.renderer, self.chat),
+            "notes": [*read.notes, *self.left_out.notes(f"{self.what}s")],
+            "first_filtered": self.first_overlong,
+        }
 
     def pairs(self, file: DataFile, rows: list[Row], places: list[str]) -> Iterator[Pair]:
         """Yield the pairs of rows, without those that are left out."""

@@ -17,7 +17,6 @@ from rlcore.errors import DataError
 from rlcore_recipes.data.chat import Renderer, as_prompt
 from rlcore_recipes.data.columns import Row, column, data_source
 from rlcore_recipes.data.encoding import Encoded, Prompt, encode_answers, is_chat
-from rlcore_recipes.data.end_tokens import written_ends
 from rlcore_recipes.data.files import DataFile
 from rlcore_recipes.data.layouts import LABEL, PROMPT, RESPONSE, SOURCE, STEP_LABELS, STEPS, scored_columns
 from rlcore_recipes.data.preferences import PairReader, Side, as_side, is_empty
@@ -99,15 +98,7 @@ def load_scored_answers(
     sides = PairReader(settings, Renderer(settings, tokenizer), vocabulary, what="sample")
     reader = _Reader(settings, sides, probabilities)
     read = read_samples(files, scored_columns(settings), limit, settings.max_length, reader.samples, sides.left_out)
-    return ScoredDataset(
-        samples=read.samples,
-        file_sizes=read.file_sizes,
-        filtered=sides.overlong,
-        fingerprints=read.fingerprints,
-        ends=written_ends(sides.renderer, sides.chat),
-        notes=[*read.notes, *sides.left_out.notes("samples")],
-        first_filtered=sides.first_overlong,
-    )
+    return ScoredDataset(**sides.fields(read))
 
 
 @dataclass

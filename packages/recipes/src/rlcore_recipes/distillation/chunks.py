@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import torch
 
+from rlcore.algorithms.sequences import per_token
 from rlcore.batch import Batch, Jagged
 from rlcore.errors import DataError
 from rlcore.metrics import Metrics
@@ -136,6 +137,6 @@ def _numbered(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Return where tokens have a chunk ``[T]``, their chunks counted over all rows, and the number of chunks."""
     chunks = batch.flat(CHUNK)
     scored = chunks != UNSCORED
-    row = torch.arange(len(batch)).repeat_interleave(batch.lengths)
+    row = per_token(torch.arange(len(batch)), batch.lengths)
     keys, numbers = torch.unique(torch.stack([row[scored], chunks[scored]]), dim=1, return_inverse=True)
     return scored, numbers, keys.shape[1]

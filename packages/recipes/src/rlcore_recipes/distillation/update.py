@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from rlcore.algorithms.distillation import GIVEN, DistillObjective
-from rlcore.algorithms.sequences import trained_mask
+from rlcore.algorithms.sequences import per_token, trained_mask
 from rlcore.batch import Batch
 from rlcore.engines import Comparison, Objective
 from rlcore.metrics import Metrics
@@ -40,7 +40,7 @@ def learned(batch: Batch, coeff: float) -> tuple[Batch, Metrics]:
     """
     mask, metrics = trained_mask(batch), Metrics()
     of_data = torch.tensor([reason == GIVEN_REASON for reason in batch["finish_reason"]])
-    given = mask & of_data.repeat_interleave(batch.lengths)
+    given = mask & per_token(of_data, batch.lengths)
     sampled = mask & ~given
     advantages = batch.flat("advantages")
     if coeff and CHUNK in batch:
@@ -52,7 +52,7 @@ def learned(batch: Batch, coeff: float) -> tuple[Batch, Metrics]:
         metrics.mean("distill/sampled_reverse_kl", difference[sampled].mean(), sampled.sum())
     metrics.mean("distill/given_fraction", of_data.float().mean())
     columns = {"advantages": batch.jagged(torch.where(sampled, advantages, 0)), GIVEN: batch.jagged(given.float())}
-    gradientless = without_advantage(batch.with_columns(**columns)).repeat_interleave(batch.lengths)
+    gradientless = per_token(without_advantage(batch.with_columns(**columns)), batch.lengths)
     metrics.mean(GRADIENTLESS, mask[gradientless].sum() / mask.sum().clamp(min=1))
     return Batch(columns), metrics
 

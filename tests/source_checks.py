@@ -37,6 +37,7 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     "rlcore_http": {CORE, KIT},
     "rlcore_rewards": {CORE, KIT},
     "rlcore_recipes": {CORE, KIT},
+    "rlcore_agents": {CORE, KIT},
 }
 # What their tests may import in addition.
 TESTS_MAY_IMPORT = {CORE: {f"{KIT}.testing"}}

@@ -73,6 +73,7 @@ def test_packages_require_versions_of_one_another_that_fit(name: str) -> None:
         ("vllm", {"rlcore-rollout-vllm", "vllm"}),
         ("sglang", {"rlcore-rollout-sglang", "sglang"}),
         ("http", {"rlcore-rollout-http"}),
+        ("agents", {"rlcore-agents"}),
     ],
 )
 def test_each_backends_extra_alone_runs_recipes(extra: str, needed: set[str]) -> None:
@@ -102,7 +103,7 @@ def test_messages_name_extras_that_exist() -> None:
 def test_every_extra_is_documented() -> None:
     table = (ROOT / "packages/core/README.md").read_text().partition("| extra |")[2].partition("\n\n")[0]
     rows = [line.split("|")[1] for line in table.splitlines()[2:]]
-    assert sorted(extra for row in rows for extra in re.findall(r"`(\w+)`", row)) == sorted(EXTRAS["rlcore"])
+    assert sorted(extra for row in rows for extra in re.findall(r"`([\w-]+)`", row)) == sorted(EXTRAS["rlcore"])
 
 
 def test_contributing_installs_what_every_packages_tests_need() -> None:

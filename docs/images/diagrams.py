@@ -64,6 +64,7 @@ LAYERS = (
         Package("rollout-sglang", "rlcore_sglang", "generation"),
         Package("rollout-http", "rlcore_http", "generation"),
         Package("rewards", "rlcore_rewards", "scoring"),
+        Package("agents", "rlcore_agents", "episodes"),
     ),
     (
         Package(

@@ -14,8 +14,8 @@ import pytest
 from rlcore import plugins
 from rlcore.batch import Batch
 from rlcore.config import load_config
+from rlcore.engines.episode import PromptSample
 from rlcore.errors import RlcoreWarning
-from rlcore_recipes.data.prompts import PromptSample
 from rlcore_recipes.rollouts.plan import training_plan
 from rlcore_recipes.rollouts.synchronous import roll_out_together
 from rlcore_recipes.run.open import open_session

@@ -24,9 +24,9 @@ from hypothesis import strategies as st
 from rlcore.batch import Batch
 from rlcore.config import validate_config
 from rlcore.engines import Completion, GenerationRequest, SamplingParams
+from rlcore.engines.episode import PromptSample
 from rlcore.errors import ConfigError, EngineError, WorkerError
 from rlcore_recipes.data.loader import PromptLoader
-from rlcore_recipes.data.prompts import PromptSample
 from rlcore_recipes.grpo import GRPOConfig
 from rlcore_recipes.rollouts.asynchronous import AsynchronousGroups, check_fresh
 from rlcore_recipes.rollouts.episode import single_completion

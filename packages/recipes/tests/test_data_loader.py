@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlcore.batch import Batch, Jagged
+from rlcore.engines.episode import PromptSample
 from rlcore.errors import CheckpointError, DataError
 from rlcore_recipes.data.loader import BatchLoader, PromptLoader
-from rlcore_recipes.data.prompts import PromptDataset, PromptSample
+from rlcore_recipes.data.prompts import PromptDataset
 
 
 def dataset(*sizes: int) -> PromptDataset:

@@ -11,10 +11,10 @@ from transformers import AutoTokenizer
 
 from rlcore.batch import Batch, Jagged
 from rlcore.engines import SamplingParams
+from rlcore.engines.episode import PromptSample
 from rlcore.errors import DataError
 from rlcore_kit.testing.tiny_model import tiny_model
 from rlcore_recipes.data.chat import Renderer
-from rlcore_recipes.data.prompts import PromptSample
 from rlcore_recipes.data.settings import DataSettings
 from rlcore_recipes.distillation.contexts import onto_samples, rendered, teacher_prompts
 from rlcore_recipes.distillation.teachers import rows_by_teacher

@@ -15,10 +15,10 @@ from rlcore.algorithms.registries import advantages
 from rlcore.batch import Batch, Jagged
 from rlcore.config import Algorithm, load_config
 from rlcore.engines import Completion, GenerationRequest, ModelSettings, SamplingParams
+from rlcore.engines.episode import PromptSample
 from rlcore.errors import ConfigError
 from rlcore_kit.testing.algorithms import AdvantageConformance
 from rlcore_kit.testing.tiny_model import tiny_model
-from rlcore_recipes.data.prompts import PromptSample
 from rlcore_recipes.data.settings import DataSettings
 from rlcore_recipes.games.dialogue import dialogue_of
 from rlcore_recipes.games.episode import Table, against, self_play

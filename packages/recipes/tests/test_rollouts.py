@@ -13,8 +13,8 @@ import torch
 from rlcore.batch import Batch
 from rlcore.controller import LocalExecutor
 from rlcore.engines import Completion, GenerationRequest, RewardResult, RolloutEngine, SamplingParams, WeightBucket
-from rlcore_recipes.data.prompts import PromptSample
-from rlcore_recipes.rollouts.episode import Segment, Trajectory, sampled_segment, single_completion
+from rlcore.engines.episode import PromptSample, Segment, Trajectory, sampled_segment
+from rlcore_recipes.rollouts.episode import single_completion
 from rlcore_recipes.rollouts.group_job import GroupJob, run_groups
 from rlcore_recipes.rollouts.plan import RolloutPlan
 from rlcore_recipes.rollouts.sampling import greedy

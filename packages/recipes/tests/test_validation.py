@@ -12,7 +12,7 @@ import torch
 from rlcore.batch import Batch, Jagged
 from rlcore.controller import LocalExecutor
 from rlcore.engines import RewardResult
-from rlcore_recipes.data.prompts import PromptSample
+from rlcore.engines.episode import PromptSample
 from rlcore_recipes.step.logged_rows import COLUMNS
 from rlcore_recipes.step.validation import majority_score, validate_prompts, validation_metrics
 

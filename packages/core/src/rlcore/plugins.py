@@ -29,6 +29,7 @@ GROUPS: dict[str, tuple[str, int]] = {
     "rlcore.train_engines": ("training engine", 1),
     "rlcore.rollout_engines": ("rollout engine", 1),
     "rlcore.scoring_engines": ("scoring engine", 1),
+    "rlcore.environments": ("environment", 1),
     "rlcore.executors": ("executor", 1),
     "rlcore.rewards": ("reward", 1),
     "rlcore.recipes": ("recipe", 1),

@@ -17,7 +17,7 @@ from rlcore.batch import Batch
 from rlcore.cli import run_recipe_module
 from rlcore.config import Algorithm, AlgorithmField
 from rlcore.engines import SamplingParams
-from rlcore_recipes.data.prompts import PromptSample
+from rlcore.engines.episode import PromptSample
 from rlcore_recipes.games.episode import Table, against, self_play
 from rlcore_recipes.games.game import games
 from rlcore_recipes.rollouts.episode import Episode

@@ -13,9 +13,10 @@ from typing import Any, Generic, Protocol, TypeVar
 from pydantic import Field
 
 from rlcore.batch import Batch
+from rlcore.engines.episode import PromptSample
 from rlcore.errors import CheckpointError, DataError
 from rlcore_kit.checkpoint.json_file import Count, JsonFile
-from rlcore_recipes.data.prompts import PromptDataset, PromptSample
+from rlcore_recipes.data.prompts import PromptDataset
 
 T = TypeVar("T")
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
+from rlcore.engines.episode import PromptSample
 from rlcore.errors import DataError
 from rlcore_recipes.data.chat import Message, Renderer, as_prompt
 from rlcore_recipes.data.columns import Columns, Row, column, data_source
@@ -19,32 +20,6 @@ from rlcore_recipes.data.sample_store import SampleStore
 from rlcore_recipes.data.settings import AUTO, DataSettings
 
 Prompt = str | list[Message]
-
-
-@dataclass(frozen=True)
-class PromptSample:
-    """One prompt.
-
-    Attributes:
-        prompt_tokens: token ids, generation prompt included.
-        messages: the conversation; one user message for plain text.
-        extra: the row's other columns, and the fields of a struct ``extra_info``.
-        index: position in its data set.
-        position: how many samples the loader drew before this one in the whole run, from which its seed derives;
-            `PromptLoader` sets it, until then it equals ``index``.
-        text: the prompt as it is in the file, if it is plain text without a chat template; else None.
-        completion: token ids of the response that the file gives, its end token included; None without one.
-    """
-
-    prompt_tokens: list[int]
-    messages: list[Message]
-    ground_truth: Any = None
-    data_source: str = ""
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    index: int = 0
-    position: int = 0
-    text: str | None = None
-    completion: list[int] | None = None
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rlcore.engines.episode import PromptSample
 from rlcore.errors import DataError
 from rlcore_kit.model_folder.length import check_positions, check_rope
 from rlcore_recipes.data.chat import Renderer
 from rlcore_recipes.data.end_tokens import model_tokens
-from rlcore_recipes.data.prompts import PromptSample
 from rlcore_recipes.data.tokenizer import load_tokenizer
 from rlcore_recipes.distillation.contexts import teacher_prompts
 from rlcore_recipes.distillation.teachers import check_sources_taught, own_renderer, own_translator, servers_of

@@ -12,8 +12,8 @@ from rlcore.algorithms.distillation import DistillObjective
 from rlcore.algorithms.divergence import bucketed
 from rlcore.algorithms.sequences import trained_mask
 from rlcore.batch import Batch
+from rlcore.engines.episode import PromptSample
 from rlcore.engines.train import Output
-from rlcore_recipes.data.prompts import PromptSample
 from rlcore_recipes.distillation.teachers import Teachers, teacher_columns
 from rlcore_recipes.distillation.update import objective_of
 from rlcore_recipes.rollouts.plan import validation_plan

@@ -13,10 +13,10 @@ from pydantic import Field, ValidationError
 
 from rlcore.boundary import boundary
 from rlcore.engines import RewardResult
+from rlcore.engines.episode import PromptSample
 from rlcore.errors import ConfigError, DataError
 from rlcore_kit.checkpoint import json_file
 from rlcore_kit.checkpoint.json_file import Count, Finite, JsonFile
-from rlcore_recipes.data.prompts import PromptSample
 
 
 class Header(JsonFile):

@@ -15,12 +15,11 @@ from typing import Literal
 
 from rlcore.config import Algorithm
 from rlcore.engines import GenerationRequest, ModelSettings, RolloutEngine, SamplingParams
+from rlcore.engines.episode import PromptSample, Segment, Trajectory, sampled_segment
 from rlcore.engines.rollout import FinishReason
-from rlcore_recipes.data.prompts import PromptSample
 from rlcore_recipes.data.settings import DataSettings
 from rlcore_recipes.games.dialogue import chooser, dialogue_of
 from rlcore_recipes.games.game import PerfectPlay
-from rlcore_recipes.rollouts.episode import Segment, Trajectory, sampled_segment
 from rlcore_recipes.run.seeds import sample_seed
 
 Opponent = Literal["optimal", "random"]

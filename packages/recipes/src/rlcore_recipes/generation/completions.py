@@ -12,9 +12,10 @@ from typing import Any
 
 from rlcore.batch import Batch
 from rlcore.boundary import boundary
+from rlcore.engines.episode import PromptSample
 from rlcore.errors import ConfigError, DataError
 from rlcore_recipes.data.end_tokens import check_tokens
-from rlcore_recipes.data.prompts import PromptSample, load_prompts
+from rlcore_recipes.data.prompts import load_prompts
 from rlcore_recipes.generation.candidates import Candidate
 from rlcore_recipes.generation.model import LoadedModel, loaded_model
 from rlcore_recipes.rollouts.episode import single_completion

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Literal
 
 from rlcore.engines import RolloutEngine, SamplingParams
-from rlcore_recipes.data.prompts import PromptSample
-from rlcore_recipes.rollouts.episode import Segment, Trajectory, single_completion
+from rlcore.engines.episode import PromptSample, Segment, Trajectory
+from rlcore_recipes.rollouts.episode import single_completion
 from rlcore_recipes.run.seeds import sample_seed
 
 GIVEN_REASON: Literal["given"] = "given"

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from rlcore.batch import Batch
 from rlcore.engines import RolloutEngine
+from rlcore.engines.episode import PromptSample
 from rlcore.event_loop import Runner
 from rlcore.progress import report
-from rlcore_recipes.data.prompts import PromptSample
 from rlcore_recipes.rollouts.episode import Episode
 from rlcore_recipes.rollouts.trajectories import group_batch
 from rlcore_recipes.run.seeds import sample_seed

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from rlcore.config import Algorithm
-from rlcore_recipes.data.prompts import PromptSample
+from rlcore.engines.episode import PromptSample
 from rlcore_recipes.rollouts.episode import Episode, single_completion
 from rlcore_recipes.rollouts.given import given_first, given_or_sampled
 from rlcore_recipes.rollouts.group_job import GroupJob

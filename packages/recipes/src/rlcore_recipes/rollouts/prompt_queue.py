@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
+from rlcore.engines.episode import PromptSample
 from rlcore_recipes.data.loader import PromptLoader
-from rlcore_recipes.data.prompts import PromptSample
 
 
 class PromptQueue:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from rlcore.batch import Batch
-from rlcore_recipes.data.prompts import PromptSample
+from rlcore.engines.episode import PromptSample
 from rlcore_recipes.rollouts.group_job import GroupJob
 from rlcore_recipes.rollouts.plan import RolloutPlan
 

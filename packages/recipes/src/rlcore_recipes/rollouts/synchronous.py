@@ -12,9 +12,9 @@ import torch
 from rlcore.batch import Batch
 from rlcore.controller import Pending
 from rlcore.controller.pending import Done
+from rlcore.engines.episode import PromptSample
 from rlcore.progress import report
 from rlcore_recipes.data.loader import LoaderState, PromptLoader
-from rlcore_recipes.data.prompts import PromptSample
 from rlcore_recipes.rollouts.coroutines import Answer, Coroutines
 from rlcore_recipes.rollouts.group_job import GroupJob, run_groups
 from rlcore_recipes.rollouts.plan import RolloutPlan

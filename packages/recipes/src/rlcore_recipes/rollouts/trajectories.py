@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from rlcore.batch import Batch, Jagged
-from rlcore_recipes.data.prompts import PromptSample
-from rlcore_recipes.rollouts.episode import Segment, Trajectory
+from rlcore.engines.episode import PromptSample, Segment, Trajectory
 
 
 def group_batch(sample: PromptSample, trajectories: Sequence[Trajectory]) -> Batch:

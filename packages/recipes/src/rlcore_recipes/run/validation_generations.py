@@ -20,12 +20,13 @@ from rlcore.engines import (
     SamplingParams,
     WeightSyncSettings,
 )
+from rlcore.engines.episode import PromptSample
 from rlcore.engines.settings import adapter_rank
 from rlcore_recipes.data.arrow_data import is_tokenized
 from rlcore_recipes.data.columns import names_in
 from rlcore_recipes.data.files import open_file
 from rlcore_recipes.data.layouts import every_column
-from rlcore_recipes.data.prompts import PromptSample, load_prompts
+from rlcore_recipes.data.prompts import load_prompts
 from rlcore_recipes.data.settings import DataFiles, DataSettings
 from rlcore_recipes.data.sft_sample import SFTSample
 from rlcore_recipes.data.template_variables import RENDERED

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from rlcore.batch import Batch, Jagged
+from rlcore.engines.episode import PromptSample
 from rlcore.metrics import Metrics
 from rlcore_recipes.data.chat import Renderer
-from rlcore_recipes.data.prompts import Prompt, PromptSample
+from rlcore_recipes.data.prompts import Prompt
 from rlcore_recipes.rollouts.plan import training_plan
 from rlcore_recipes.rollouts.synchronous import roll_out_together
 from rlcore_recipes.run.session import Session

@@ -12,7 +12,7 @@ import torch
 
 from rlcore.batch import Batch
 from rlcore.engines import RewardResult
-from rlcore_recipes.data.prompts import PromptSample
+from rlcore.engines.episode import PromptSample
 from rlcore_recipes.rollouts.plan import validation_plan
 from rlcore_recipes.rollouts.source import joined
 from rlcore_recipes.rollouts.synchronous import roll_out_together

@@ -1,0 +1,1 @@
+"""Agents: episodes of many turns, environments, tools, and a gateway for any agent program."""

@@ -104,7 +104,7 @@ def test_tokens_that_the_policy_did_not_sample_are_masked_wherever_they_are() ->
     assert batch.flat("loss_mask").tolist() == [0, 0, 1, 1, 0, 1]
     assert batch.flat("rollout_logprobs").tolist() == pytest.approx([0, 0, -0.1, -0.2, 0, -0.3])
     assert batch.flat("token_version").tolist() == [-1, -1, 6, 6, -1, 7]
-    assert (batch["prompt_length"].item(), batch["response_length"].item()) == (2, 4)
+    assert (batch["prompt_length"].item(), batch["response_length"].item()) == (2, 3)
     assert (batch["policy_version"].item(), batch["later_version_tokens"].item()) == (6, 1)
 
 

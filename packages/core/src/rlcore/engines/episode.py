@@ -60,6 +60,8 @@ class Segment:
         versions: of sampled tokens, ``(version, count)`` spans in order: the policy that made them.
         parent: index, in the trajectory, of the segment that this one follows; None: the segment before it.
         reward: of a sampled segment, the reward of this turn.
+        state: of a sampled segment, what the environment calls the state in which the policy took this turn. Turns of a
+            group with equal states can be compared (GiGPO); None: all tokens before the turn are its state.
     """
 
     tokens: Sequence[int]
@@ -68,6 +70,7 @@ class Segment:
     versions: Sequence[tuple[int, int]] = ()
     parent: int | None = None
     reward: float | None = None
+    state: str | None = None
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from rlcore_recipes.data.end_tokens import check_tokens
 from rlcore_recipes.data.prompts import load_prompts
 from rlcore_recipes.generation.candidates import Candidate
 from rlcore_recipes.generation.model import LoadedModel, loaded_model
+from rlcore_recipes.rollouts.completion_text import completion_texts, completion_tokens
 from rlcore_recipes.rollouts.episode import single_completion
 from rlcore_recipes.rollouts.group_job import run_groups
 from rlcore_recipes.rollouts.plan import RolloutPlan
-from rlcore_recipes.rollouts.trajectories import completion_texts, completion_tokens
 from rlcore_recipes.settings.generation import GenerationConfig
 
 Row = dict[str, Any]

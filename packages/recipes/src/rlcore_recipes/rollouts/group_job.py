@@ -12,7 +12,7 @@ from rlcore.engines.episode import PromptSample
 from rlcore.event_loop import Runner
 from rlcore.progress import report
 from rlcore_recipes.rollouts.episode import Episode
-from rlcore_recipes.rollouts.trajectories import group_batch
+from rlcore_recipes.rollouts.trajectories import TreeRows, group_batch
 from rlcore_recipes.run.seeds import sample_seed
 
 
@@ -23,6 +23,7 @@ class GroupJob:
     Attributes:
         seed: of the run. Every episode has its own, derived from it, from ``purpose`` and from the sample's position.
         purpose: "train", "baseline" or "validation".
+        trees: how trajectories become rows; None: all have one row.
     """
 
     sample: PromptSample
@@ -30,6 +31,7 @@ class GroupJob:
     n: int
     seed: int
     purpose: str
+    trees: TreeRows | None = None
 
     @property
     def seeds(self) -> list[int]:
@@ -40,7 +42,7 @@ class GroupJob:
 async def run_group(engine: RolloutEngine, job: GroupJob) -> Batch:
     """Run the episodes of ``job``; return their trajectories (`group_batch`)."""
     episodes = (job.episode(engine, job.sample, seed) for seed in job.seeds)
-    return group_batch(job.sample, await asyncio.gather(*episodes))
+    return group_batch(job.sample, await asyncio.gather(*episodes), job.trees)
 
 
 def run_groups(engine: RolloutEngine, jobs: Sequence[GroupJob]) -> Iterator[tuple[list[int], Batch]]:

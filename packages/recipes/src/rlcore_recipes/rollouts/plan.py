@@ -11,6 +11,7 @@ from rlcore_recipes.rollouts.episode import Episode, single_completion
 from rlcore_recipes.rollouts.given import given_first, given_or_sampled
 from rlcore_recipes.rollouts.group_job import GroupJob
 from rlcore_recipes.rollouts.sampling import greedy, training_sampling, validation_sampling
+from rlcore_recipes.rollouts.trajectories import TreeRows
 from rlcore_recipes.settings import RLConfig
 
 
@@ -25,6 +26,7 @@ class RolloutPlan:
         purpose: "train" or "validation"; seeds differ by it.
         baseline: makes the trajectory with whose score the others are compared (ReMax); None without one.
         keep: sampling filter: which groups to train on; None keeps all.
+        trees: how trajectories become rows; None: all have one row.
     """
 
     episode: Episode
@@ -33,10 +35,11 @@ class RolloutPlan:
     purpose: str = "train"
     baseline: Episode | None = None
     keep: Algorithm | None = None
+    trees: TreeRows | None = None
 
     def job(self, sample: PromptSample) -> GroupJob:
         """Return the episodes to run for ``sample``."""
-        return GroupJob(sample, self.episode, self.n, self.seed, self.purpose)
+        return GroupJob(sample, self.episode, self.n, self.seed, self.purpose, self.trees)
 
     def baseline_job(self, sample: PromptSample) -> GroupJob | None:
         """Return the episode to run for the baseline of ``sample``; None without a baseline."""

@@ -6,10 +6,14 @@ from collections.abc import Awaitable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+
 from rlcore.batch import Batch
+from rlcore.config import Algorithm
 from rlcore.engines.episode import PromptSample
 from rlcore_recipes.rollouts.group_job import GroupJob
 from rlcore_recipes.rollouts.plan import RolloutPlan
+from rlcore_recipes.rollouts.trees import scored_rows
 
 
 class Calls(Protocol):
@@ -50,4 +54,10 @@ async def roll_out(group: Group, plan: RolloutPlan, calls: Calls) -> None:
         compared = await calls.score(await baseline)
         group.scores = group.scores.with_columns(baseline_score=compared["score"].repeat_interleave(plan.n))
     if plan.keep is not None:
-        group.kept = bool(plan.keep(group.scores["score"], group.trajectories["group"]).all())
+        group.kept = _keeps(plan.keep, group.trajectories, group.scores["score"])
+
+
+def _keeps(keep: Algorithm, trajectories: Batch, scores: torch.Tensor) -> bool:
+    """Return whether the sampling filter keeps a group, by the scores of its valid trajectories; not without any."""
+    rows = scored_rows(trajectories)
+    return bool(rows.any()) and bool(keep(scores[rows], trajectories["group"][rows]).all())

@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,10 +17,15 @@ from rlcore.controller import Dispatch, dispatch
 from rlcore.engines import ModelSettings, Reward, RewardResult, RewardSample
 from rlcore.engines.reward import result_problem
 from rlcore_recipes.data.tokenizer import load_tokenizer
-from rlcore_recipes.rollouts.trajectories import completion_texts, completion_tokens
+from rlcore_recipes.rollouts.completion_text import joined_turns, policy_turns
+from rlcore_recipes.rollouts.trees import first_rows, scored_rows, trajectory_index, turn_rewards
 from rlcore_recipes.settings import RewardRole
 
 logger = logging.getLogger(__name__)
+
+
+INVALID = RewardResult(0.0, error="invalid")
+"""The result of an episode that has no score, because something failed in it."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +44,31 @@ class Scorer:
     ends: frozenset[int] | None = None
 
     def score(self, batch: Batch) -> Batch:
-        """``score`` (dense fp32), ``reward_result`` (objects) and ``completion`` (objects: the text)."""
-        completions = completion_tokens(batch)
-        texts = completion_texts(completions, self.tokenizer, self.ends)
-        results = checked(self.reward.score_batch(reward_samples(batch, texts, completions)), self.error_score)
+        """``score`` (dense fp32), ``reward_result`` (objects) and ``completion`` (objects: the text).
+
+        The reward scores every valid trajectory once; all of its rows have the result. The score is that of the reward
+        and the rewards of turns together. Invalid trajectories get the score 0 and the error "invalid".
+        """
+        turns, index, first = policy_turns(batch), trajectory_index(batch), first_rows(batch)
+        texts = joined_turns(turns, self.tokenizer, self.ends)
+        results = [INVALID] * len(turns)
+        chosen = scored_rows(batch)[first].nonzero().flatten().tolist()
+        samples = reward_samples(
+            batch.filter(scored_rows(batch)),
+            [texts[number] for number in chosen],
+            [list(chain.from_iterable(turns[number])) for number in chosen],
+        )
+        for number, result in zip(chosen, checked(self.reward.score_batch(samples), self.error_score)):
+            results[number] = result
         scores = torch.tensor([result.score for result in results], dtype=torch.float32)
-        return Batch({"score": scores, "reward_result": results, "completion": texts})
+        rows = index.tolist()
+        return Batch(
+            {
+                "score": (scores + turn_rewards(batch))[index],
+                "reward_result": [results[number] for number in rows],
+                "completion": [texts[number] for number in rows],
+            }
+        )
 
     @dispatch(Dispatch.BROADCAST)
     def close(self) -> None:

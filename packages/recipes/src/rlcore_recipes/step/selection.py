@@ -15,7 +15,7 @@ from rlcore.errors import BatchError
 from rlcore.metrics import Metrics
 from rlcore_recipes.data.selected import write_selected
 from rlcore_recipes.ranks import on_rank_zero
-from rlcore_recipes.rollouts.trajectories import completion_texts, completion_tokens
+from rlcore_recipes.rollouts.completion_text import completion_texts, completion_tokens
 from rlcore_recipes.run.folder import SELECTED
 from rlcore_recipes.run.session import Session
 from rlcore_recipes.settings.selection import RaftAlgorithmSettings

@@ -1,0 +1,94 @@
+"""Chat formats of the package ``renderers``, written by hand for one family of models each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rlcore.boundary import boundary, reason
+from rlcore.errors import DataError
+from rlcore_agents.conversation.chat_format import ChatFormat, RecordedTurn, Tools
+from rlcore_agents.conversation.reply import (
+    Message,
+    ParsedCall,
+    ParsedReply,
+    call_of_json,
+    checked_call,
+)
+from rlcore_agents.conversation.text_tokens import SplittingTokenizer
+
+
+class HandWrittenFormat(ChatFormat):
+    """A renderer of the package ``renderers``."""
+
+    def __init__(self, renderer: Any, name: str, tokenizer: SplittingTokenizer) -> None:
+        self.renderer = renderer
+        self.name = f"the hand-written renderer {name}"
+        self.stop_tokens = tuple(renderer.get_stop_token_ids())
+        self._tokenizer = tokenizer
+
+    def prompt(self, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
+        with boundary(f"{self.name} cannot write this conversation"):
+            return list(
+                self.renderer.render_ids(
+                    self._tokenizer.observations_as_text(with_tool_names(messages)),
+                    tools=list(tools) or None,
+                    add_generation_prompt=True,
+                )
+            )
+
+    def parse(self, prompt: Sequence[int], sampled: Sequence[int], tools: Tools = ()) -> ParsedReply:
+        try:
+            parsed = self.renderer.parse_response(list(sampled), tools=list(tools) or None, prompt_ids=list(prompt))
+        except Exception as error:  # whatever was sampled is a reply
+            text = self._tokenizer.decode(list(sampled))
+            return ParsedReply(text, None, [ParsedCall("", None, f"the reply cannot be read ({reason(error)})", text)])
+        calls = [_checked(call) for call in parsed.tool_calls]
+        lost = [call.raw for call in calls if not call.name]
+        return ParsedReply("\n".join(filter(None, [parsed.content, *lost])), parsed.reasoning_content, calls)
+
+    def continuation(self, turn: RecordedTurn, new: Sequence[Message]) -> list[int] | None:
+        before = [*turn.prompt, *turn.sampled]
+        named = with_tool_names([*turn.messages, turn.message, *new])
+        try:
+            bridged = self.renderer.bridge_to_next_turn(
+                list(turn.prompt),
+                list(turn.sampled),
+                self._tokenizer.observations_as_text(named)[-len(new) :],
+                tools=list(turn.tools) or None,
+            )
+        except Exception as error:
+            raise DataError(f"{self.name} cannot continue this conversation: {reason(error)}") from error
+        if bridged is None or bridged.token_ids[: len(before)] != before:
+            return None
+        return list(bridged.token_ids[len(before) :])
+
+
+def with_tool_names(messages: Sequence[Message]) -> list[Mapping[str, Any]]:
+    """Return ``messages`` in which tool messages name their tool: some formats write it, clients do not send it."""
+    names = {
+        call.get("id"): call["function"].get("name")
+        for message in messages
+        for call in message.get("tool_calls") or ()
+        if isinstance(call.get("function"), Mapping)
+    }
+    return [
+        {**message, "name": names[message.get("tool_call_id")]}
+        if message.get("role") == "tool" and not message.get("name") and message.get("tool_call_id") in names
+        else message
+        for message in messages
+    ]
+
+
+def _checked(call: Any) -> ParsedCall:
+    """Return a call of the library as ours."""
+    if call.status == "invalid_json":
+        return call_of_json(call.raw)
+    if call.status == "ok":
+        return checked_call(call.name, call.arguments, call.raw, call.id)
+    problem = {
+        "unclosed_block": "the tool call is not closed",
+        "missing_name": "the tool call names no tool",
+        "unknown_tool": f"there is no tool {call.name!r}",
+    }.get(str(call.status), "the tool call is malformed")
+    return ParsedCall(call.name or "", None, f"{problem}; nothing was called", call.raw, call.id)

@@ -1,0 +1,68 @@
+"""Text to tokens where special tokens in it may have to stay text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rlcore_agents.conversation.reply import Message
+
+SPLIT = "\ufdd0"
+"""A noncharacter of Unicode, which no text has: the text is divided here, and each part is tokenised alone."""
+
+
+class SplittingTokenizer:
+    """A tokenizer that divides texts at `SPLIT`; otherwise the one that it is made from.
+
+    It gives no character offsets, which tells renderers to do without.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        added = sorted((text for text in tokenizer.get_added_vocab() if len(text) > 1), key=len, reverse=True)
+        self._added = re.compile("|".join(map(re.escape, added))) if added else None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("no character offsets")
+
+    def encode(self, text: str, add_special_tokens: bool = False, **kwargs: Any) -> list[int]:
+        """Return the tokens of ``text``, in which added tokens divided by `SPLIT` stay text."""
+        parts = [part for part in text.split(SPLIT) if part]
+        return [
+            token
+            for part in parts
+            for token in self._tokenizer(part, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+        ]
+
+    def observations_as_text(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        """Return ``messages`` in which special tokens written by tools and environments will stay text.
+
+        That is in every message after the first reply, apart from replies, in which the policy's own special tokens
+        stay tokens. Messages before it are the data's, which recipes tokenise in the same way.
+        """
+        first = next((index for index, each in enumerate(messages) if each.get("role") == "assistant"), len(messages))
+        return [
+            self._as_text(message) if index > first and message.get("role") != "assistant" else dict(message)
+            for index, message in enumerate(messages)
+        ]
+
+    def _as_text(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        content = message.get("content")
+        if isinstance(content, str):
+            content = self._divided(content)
+        elif isinstance(content, Sequence):
+            content = [
+                {**part, "text": self._divided(part["text"])} if isinstance(part.get("text"), str) else part
+                for part in content
+            ]
+        return {**message, "content": content}
+
+    def _divided(self, text: str) -> str:
+        text = text.replace(SPLIT, "")
+        if self._added is None:
+            return text
+        return self._added.sub(lambda found: found[0][0] + SPLIT + found[0][1:], text)

@@ -129,7 +129,10 @@ def test_ppo_with_the_reward_model_improves_what_it_was_trained_on(
 
 
 def write_labels(path: Path, count: int, seed: int, by_step: bool) -> Path:
-    """Answers whose label is their share of lower-case letters, or whose steps are right if they are lower-case."""
+    """Answers whose label is their share of lower-case letters, or whose steps are right if they are lower-case.
+
+    Most answers have their length, too, as a second label.
+    """
     chance, rows = random.Random(seed), list[dict[str, Any]]()
     for _ in range(count):
         labels = [chance.random() < 0.5 for _ in range(chance.randint(1, 4))]
@@ -137,7 +140,8 @@ def write_labels(path: Path, count: int, seed: int, by_step: bool) -> Path:
         steps = ["".join(chance.choices(kind, k=chance.randint(1, 4))) for kind in kinds]
         answer = {"completions": steps, "labels": labels}
         text = "".join(steps)
-        rows.append({"prompt": "say ", **(answer if by_step else {"response": text, "score": lower(text)})})
+        one = {"response": text, "score": lower(text), "length": len(text) / 16 if chance.random() < 0.9 else None}
+        rows.append({"prompt": "say ", **(answer if by_step else one)})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -152,6 +156,7 @@ def test_labels_of_answers_and_steps_are_learned(
         "data.val_files": write_labels(tmp_path / "val.jsonl", 32, 1, loss == "bce"),
         "data.max_length": 64,
         "data.step_separator": "; ",
+        **({"data.label_key": ["score", "length"]} if loss == "mse" else {}),
         "trainer.total_steps": 40,
         "trainer.save_hf": "true",
     }
@@ -160,6 +165,13 @@ def test_labels_of_answers_and_steps_are_learned(
     lines = [line for line in metrics_of(tmp_path / "out") if "val/loss" in line]
     assert lines[-1]["val/loss"] < 0.5 * lines[0]["val/loss"]
     assert lines[-1]["val/accuracy"] > 0.85 if loss == "bce" else lines[-1]["val/absolute_error"] < 0.2
+    if loss == "mse":
+        assert max(lines[-1][f"val/{name}/absolute_error"] for name in ("score", "length")) < 0.2
+        model = {"reward_model.model.path": tmp_path / "out" / "model", "reward_model.weights": [1, -1]}
+        model |= {"trainer.total_steps": 2, "reward_model.coeff": 10}
+        assert task.run("ppo", tmp_path / "ppo", {**PPO, **model}).exit_code == 0
+        refused = task.run("ppo", tmp_path / "refused", {**PPO, **model, "reward_model.weights": 1})
+        assert "set reward_model.weights to 2 factors, one for each label" in " ".join(refused.output.split())
     if loss == "bce":
         model = {"reward_model.model.path": tmp_path / "out" / "model", "reward_model.steps.separator": "a"}
         assert task.run("ppo", tmp_path / "ppo", {**PPO, **model, "trainer.total_steps": 2}).exit_code == 0
@@ -169,7 +181,10 @@ def test_labels_of_answers_and_steps_are_learned(
         assert line["critic/rewards/mean"] == pytest.approx(line["critic/score/mean"])
     other = task.run("rm", tmp_path / "other", {**keys, **changes, "actor.objective.loss": "bradley_terry"})
     assert other.exit_code == 1
-    assert "actor.objective.loss=bce (or mse) learns from them" in " ".join(other.output.split())
+    reason = (
+        "actor.objective.loss=bce (or mse) learns from them" if loss == "bce" else "learns from pairs; take mse or bce"
+    )
+    assert reason in " ".join(other.output.split())
 
 
 def test_the_model_is_a_sequence_classifier_of_transformers(trained: Path, keys: dict[str, Any], task: Any) -> None:
@@ -221,7 +236,7 @@ def test_a_model_that_cannot_be_the_reward_is_refused(task: Any, trained: Path, 
     config = json.loads((folder / "config.json").read_text())
     labels = {"id2label": {str(n): f"L{n}" for n in range(3)}, "label2id": {f"L{n}": n for n in range(3)}}
     (folder / "config.json").write_text(json.dumps(config | labels))
-    assert "gives 3 labels (num_labels): a reward model gives one number" in message(
+    assert "gives 3 labels (num_labels), and a reward model gives one number: set reward_model.weights" in message(
         {"reward_model.model.path": folder}
     )
     (folder / "config.json").write_text(json.dumps(config))

@@ -150,3 +150,24 @@ def test_missing_columns_and_torn_pairs_are_errors() -> None:
     with pytest.raises(ValidationError, match="label_smoothing"):
         objective({"name": "bradley_terry", "label_smoothing": 0.5})
     assert pickle.loads(pickle.dumps(objective("bce"))) == objective("bce")
+
+
+def test_several_outputs_are_the_mean_over_all_labels() -> None:
+    """Each output is trained on its own labels, however many there are."""
+    batch, _ = steps(4, count=9)
+    generator = torch.Generator().manual_seed(5)
+    labels = batch.flat("labels")[:, None].repeat(1, 3) * torch.tensor([1.0, 0.5, 0.25])
+    labels[torch.rand(labels.shape, generator=generator) < 0.3] = math.nan
+    values = torch.randn(labels.shape, generator=generator)
+    both = batch.with_columns(labels=batch.jagged(labels))
+    several = RewardObjective(RewardObjectiveSettings(loss="mse"), outputs=("a", "b", "c"))
+    loss, gradient, metrics = evaluate(several, both, values)
+    labelled = ~labels.isnan()
+    counts = labelled.sum(0)
+    error = torch.where(labelled, (values - labels).double(), 0.0)
+    assert loss == pytest.approx(float(error.square().sum() / labelled.sum()))
+    torch.testing.assert_close(gradient, (2 * error / labelled.sum()).float())
+    found = metrics.to_dict()
+    for index, name in enumerate("abc"):
+        assert found[f"{name}/absolute_error"] == pytest.approx(float((error.abs().sum(0) / counts)[index]))
+    assert found["absolute_error"] == pytest.approx(float(error.abs().sum() / labelled.sum()))

@@ -136,7 +136,7 @@ def build(folder: Path, layout: dict[str, Any], head: str = "policy", dtype: str
     parallel.join_processes(device)
     settings = MegatronSettings(device="cpu", **layout)
     here = parallel.initialize(settings)
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = transformers.AutoConfig.from_pretrained(folder, num_labels=1)
     family = family_of(config)
     options = {"head": head, "head_bias": head == "value", "seed": 5}
     modules = build_modules(config, family, settings, here, device=device, dtype=getattr(torch, dtype), **options)
@@ -150,14 +150,15 @@ def build(folder: Path, layout: dict[str, Any], head: str = "policy", dtype: str
 def there_and_back(folder: Path, layout: dict[str, Any], tokens: torch.Tensor) -> dict[str, Any]:
     """Load, compute and export; the exported stream is compared with the file on every rank."""
     modules, family, config, here = build(folder, layout)
+    from rlcore_megatron.output_columns import OutputSizes
     from rlcore_megatron.pipeline_schedule import Pipeline
 
     load_pretrained(modules, family, config, folder, here)
     result: dict[str, Any] = {"unloaded": unloaded(modules)}
     batch = Batch({"tokens": Jagged(tokens, torch.tensor(LENGTHS))})
     request = ForwardRequest(("logprobs", "entropy"))
-    sequence_parallel, hidden_size = layout.get("sequence_parallel", False), modules[0].config.hidden_size
-    pipeline = Pipeline(modules, "policy", here, sequence_parallel, torch.device("cpu"), hidden_size)
+    sequence_parallel, sizes = layout.get("sequence_parallel", False), OutputSizes(modules[0].config.hidden_size)
+    pipeline = Pipeline(modules, "policy", here, sequence_parallel, torch.device("cpu"), sizes)
     with torch.no_grad():
         computed = pipeline.outputs([batch] * here.pp, request)
         if here.last_stage:

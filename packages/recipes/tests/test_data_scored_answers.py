@@ -118,3 +118,21 @@ def test_labels_that_are_no_probabilities_are_for_regression(tmp_path: Path) -> 
     assert scored(load(tmp_path / "a.jsonl", [steps("a", labels=[-3])], probabilities=False)) == [[("qa<|end|>", -3.0)]]
     with pytest.raises(DataError, match="finite number, not nan"):
         load(tmp_path / "a.jsonl", [steps("a", labels=[math.nan])], probabilities=False)
+
+
+def test_an_answer_has_a_label_for_each_output(tmp_path: Path) -> None:
+    """A missing one is left out; an answer without any is counted."""
+    rows = [
+        {"prompt": "q", "response": "a", "good": 1, "short": 0.5},
+        {"prompt": "q", "response": "b", "good": None, "short": 0.25},
+        {"prompt": "q", "response": "c", "good": None, "short": None},
+    ]
+    data = load(tmp_path / "a.jsonl", rows, label_key=["good", "short"])
+    batch = data.take(range(len(data)))
+    labels = batch.flat("labels")
+    assert labels.shape == (batch.total_tokens, 2)
+    found = labels[batch.flat("loss_mask").bool()]
+    torch.testing.assert_close(found, torch.tensor([[1, 0.5], [math.nan, 0.25]]), equal_nan=True)
+    assert "without a label" in str(data.notes)
+    with pytest.raises(DataError, match="'long'"):
+        load(tmp_path / "a.jsonl", rows, label_key=["good", "long"])

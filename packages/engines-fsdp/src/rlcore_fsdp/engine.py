@@ -82,7 +82,7 @@ class FSDPTrainEngine(TrainEngine):
         master = settings.master_dtype or ("float32" if spec.optim else None)
         self.master_dtype = getattr(torch, master) if master else self.param_dtype
         self._kernel = choose_kernel(spec.model.attn_implementation, self._device, self.param_dtype)
-        config = read_config(spec.model, spec.head, spec.new_head)
+        config = read_config(spec.model, spec.head, spec.new_head, spec.head_outputs)
         if spec.max_length is not None:
             check_rope(spec.model, config, spec.max_length, "the longest sequence of the run")
         self.root = build_model(

@@ -80,7 +80,7 @@ def _model(spec: ExportSpec, manifest: Manifest) -> PreTrainedModel:
         CheckpointError: the frozen weights are not those of the run.
     """
     engine, options = spec.engine, spec.engine.options
-    config = read_config(engine.model, engine.head, engine.new_head)
+    config = read_config(engine.model, engine.head, engine.new_head, engine.head_outputs)
     assert isinstance(options, FSDPSettings)
     if options.lora is None or manifest.frozen is None:
         return empty_model(engine.model, config, engine.head, torch.float32, IMPLEMENTATION)

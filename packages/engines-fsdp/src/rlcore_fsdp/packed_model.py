@@ -68,8 +68,9 @@ class PackedModel(nn.Module):
             head = PolicyHead(layer.weight, layer.bias, self.rule, self.logits_chunk, others=self.others)
             return policy_outputs(states, head, tokens[positions], columns, request)
         score: Any = self.model.score
-        values = states.float() @ score.weight[0].float()
-        return {"values": values if score.bias is None else values + score.bias.float()}
+        values = states.float() @ score.weight.float().T
+        values = values if score.bias is None else values + score.bias.float()
+        return {"values": values if len(score.weight) > 1 else values[:, 0]}
 
 
 def logits_rule(config: Any) -> LogitsRule:

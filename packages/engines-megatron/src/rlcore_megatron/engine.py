@@ -38,7 +38,7 @@ from rlcore_megatron.families import family_of
 from rlcore_megatron.layout import check_layout
 from rlcore_megatron.memory import Offloaded
 from rlcore_megatron.model_folder import find_model
-from rlcore_megatron.output_columns import output_widths, separated, total_width
+from rlcore_megatron.output_columns import OutputSizes, output_widths, separated, total_width
 from rlcore_megatron.settings import MegatronSettings
 from rlcore_megatron.step_memory import step_memory
 from rlcore_megatron.writing import adapter_writer, write_model
@@ -86,7 +86,7 @@ class MegatronEngine(TrainEngine):
         self.spec = spec
         self.settings = settings
         self._device = device
-        self.folder, self.hf_config = find_model(spec.model, spec.head, spec.new_head)
+        self.folder, self.hf_config = find_model(spec.model, spec.head, spec.new_head, spec.head_outputs)
         self._origin = files.Origin.of(spec.model, spec.head)
         with boundary(f"the configuration of the model {spec.model.path!r} cannot be used", EngineError):
             self.family = family_of(self.hf_config)
@@ -102,6 +102,10 @@ class MegatronEngine(TrainEngine):
         self._offloaded: dict[Part, list[Offloaded]] = {}
         self._schedule_step = 0
         self.step_count = 0
+
+    @property
+    def _output_sizes(self) -> OutputSizes:
+        return OutputSizes(self.modules[0].config.hidden_size, self.spec.head_outputs)
 
     def _load(self) -> list[PackedGPT]:
         """Build this process's chunks of the model and read their weights."""
@@ -139,9 +143,8 @@ class MegatronEngine(TrainEngine):
         if self._optimization is None:
             for chunk in chunks:
                 chunk.requires_grad_(False)
-        hidden_size = self.modules[0].config.hidden_size
         self._pipeline = Pipeline(
-            chunks, spec.head, self.parallel, settings.sequence_parallel, self._device, hidden_size
+            chunks, spec.head, self.parallel, settings.sequence_parallel, self._device, self._output_sizes
         )
         # no method of the engine: in a cycle of references, process groups of a closed engine would keep their threads
         base_model = partial(weights.base_model, self.modules, self.family, self.hf_config, self.parallel, self.dtype)
@@ -192,7 +195,7 @@ class MegatronEngine(TrainEngine):
         order = [index for members in divided for index in members]
         lengths = batch.lengths[order]
         given = {name: batch.flat(name) for name in request.columns}
-        widths = output_widths(request, given, self.modules[0].config.hidden_size)
+        widths = output_widths(request, given, self._output_sizes)
         if self.parallel.last_stage:
             together = torch.cat(results)
         else:

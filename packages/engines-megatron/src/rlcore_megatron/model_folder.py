@@ -18,7 +18,7 @@ from rlcore_kit.model_folder.loading import read_config
 _FETCHED = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
 
 
-def find_model(settings: ModelSettings, head: Head, new_head: bool = False) -> tuple[Path, Any]:
+def find_model(settings: ModelSettings, head: Head, new_head: bool = False, head_outputs: int = 1) -> tuple[Path, Any]:
     """Return the model's folder, fetched from the Hub if it is not local, and its configuration.
 
     Raises:
@@ -26,7 +26,7 @@ def find_model(settings: ModelSettings, head: Head, new_head: bool = False) -> t
     """
     folder = files.model_folder(settings) or _fetch(settings)
     local = settings.model_copy(update={"path": str(folder), "trust_remote_code": False})
-    return folder, read_config(local, head, new_head)
+    return folder, read_config(local, head, new_head, head_outputs)
 
 
 def _fetch(settings: ModelSettings) -> Path:

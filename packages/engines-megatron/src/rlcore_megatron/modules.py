@@ -40,18 +40,18 @@ from rlcore_megatron.settings import MegatronSettings
 from rlcore_megatron.spec import block_spec
 
 
-class ScalarHead(nn.Module):
-    """A head with one number per token. New weights are small, so that values start near zero."""
+class ValueHead(nn.Module):
+    """A head with one or a few numbers per token. New weights are small, so that values start near zero."""
 
-    def __init__(self, hidden: int, bias: bool, dtype: torch.dtype, seed: int) -> None:
+    def __init__(self, hidden: int, outputs: int, bias: bool, dtype: torch.dtype, seed: int) -> None:
         super().__init__()
-        weight = torch.randn(1, hidden, generator=torch.Generator().manual_seed(seed)) / (hidden + 1)
+        weight = torch.randn(outputs, hidden, generator=torch.Generator().manual_seed(seed)) / (hidden + 1)
         self.weight = nn.Parameter(weight.to(dtype))
-        self.bias = nn.Parameter(torch.zeros(1, dtype=dtype)) if bias else None
+        self.bias = nn.Parameter(torch.zeros(outputs, dtype=dtype)) if bias else None
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """Return ``[P]`` fp32 for states ``[P, hidden]``."""
-        values = states.float() @ self.weight[0].float()
+        """Return ``[P, outputs]`` fp32 for states ``[P, hidden]``."""
+        values = states.float() @ self.weight.float().T
         return values if self.bias is None else values + self.bias.float()
 
 
@@ -88,7 +88,7 @@ class PackedGPT(GPTModel):  # type: ignore[misc]
             hidden = copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
         states = hidden[:, 0].index_select(0, row.rows)
         if not policy:
-            return self.output_layer(states)[:, None]  # type: ignore[no-any-return]
+            return self.output_layer(states)  # type: ignore[no-any-return]
         outputs = policy_outputs(states, self.policy_head(), row.targets, row.inputs, request)
         return torch.cat([value.float() if value.dim() > 1 else value[:, None] for value in outputs.values()], -1)
 
@@ -180,8 +180,8 @@ def build_modules(
     """Build this process's chunks, in the order of the interleaved schedule (one chunk without it).
 
     Args:
-        hf_config: configuration of transformers.
-        head_bias: whether a scalar head has a bias.
+        hf_config: configuration of transformers; its ``num_labels`` is the number of outputs of a value or score head.
+        head_bias: whether such a head has a bias.
         seed: initialises the weights of a scalar head, and adapters.
     """
     config = transformer_config(family.transformer_config(hf_config), settings, device, dtype)
@@ -206,7 +206,7 @@ def build_modules(
         )
         model.head, model.vocabulary, model.logits_chunk, model.others = head, vocabulary, settings.logits_chunk, {}
         if last and head != "policy":
-            model.output_layer = ScalarHead(config.hidden_size, head_bias, dtype, seed)
+            model.output_layer = ValueHead(config.hidden_size, hf_config.num_labels, head_bias, dtype, seed)
         _mark_divided(model)
         chunks.append(model.to(device).eval())
     if settings.lora is not None:

@@ -6,6 +6,7 @@ All are fp32 there: token ids too, which fp32 holds exactly up to 2^24.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 
@@ -13,7 +14,17 @@ from rlcore.engines import ForwardRequest
 from rlcore.engines.train import Output
 
 
-def output_widths(request: ForwardRequest, columns: Mapping[str, torch.Tensor], hidden_size: int) -> dict[Output, int]:
+@dataclass(frozen=True)
+class OutputSizes:
+    """Entries per token of outputs whose size the model decides."""
+
+    states: int
+    values: int = 1
+
+
+def output_widths(
+    request: ForwardRequest, columns: Mapping[str, torch.Tensor], sizes: OutputSizes
+) -> dict[Output, int]:
     """Return the number of entries per token of each output; 0 is one entry, without a dimension.
 
     Args:
@@ -23,7 +34,8 @@ def output_widths(request: ForwardRequest, columns: Mapping[str, torch.Tensor], 
         "candidate_logprobs": columns[request.candidates].shape[-1] if request.candidates is not None else 0,
         "top_ids": request.top_k,
         "top_logprobs": request.top_k,
-        "states": hidden_size,
+        "states": sizes.states,
+        "values": sizes.values if sizes.values > 1 else 0,
     }
     return {name: several.get(name, 0) for name in request.outputs}
 

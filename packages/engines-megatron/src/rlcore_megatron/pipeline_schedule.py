@@ -16,7 +16,7 @@ from rlcore.engines import ForwardRequest, Objective
 from rlcore.engines.settings import Head
 from rlcore.errors import EngineError
 from rlcore.metrics import Metrics
-from rlcore_megatron.output_columns import output_widths, separated
+from rlcore_megatron.output_columns import OutputSizes, output_widths, separated
 from rlcore_megatron.packing import PackedRow, pack
 from rlcore_megatron.parallel import Parallel
 
@@ -26,7 +26,7 @@ class Pipeline:
 
     Args:
         chunks: instances of `PackedGPT`, or these wrapped for data parallelism.
-        hidden_size: of the model.
+        sizes: of the model's outputs.
     """
 
     def __init__(
@@ -36,14 +36,14 @@ class Pipeline:
         parallel: Parallel,
         sequence_parallel: bool,
         device: torch.device,
-        hidden_size: int,
+        sizes: OutputSizes,
     ) -> None:
         self._chunks = list(chunks)
         self._head = head
         self._parallel = parallel
         self._sequence_parallel = sequence_parallel
         self._device = device
-        self._hidden_size = hidden_size
+        self._sizes = sizes
 
     def outputs(self, micro_batches: Sequence[Batch], request: ForwardRequest) -> list[torch.Tensor]:
         """Compute the outputs ``[T, width]`` of every micro-batch: on the last stage's device, none on other stages.
@@ -76,7 +76,7 @@ class Pipeline:
         def loss(micro: Batch, row: PackedRow, outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
             if len(micro) and not errors:
                 try:
-                    widths = output_widths(request, row.inputs, self._hidden_size)
+                    widths = output_widths(request, row.inputs, self._sizes)
                     columns = separated(self._column(row, outputs), widths)
                     value, measured = objective.loss(columns, micro.to(self._device), denominators)
                     metrics.append(measured)

@@ -55,8 +55,6 @@ def _write_others(
     if adapters is not None:
         adapters(folder / ADAPTERS)
     config = copy.deepcopy(hf_config)
-    if "score.weight" in names:
-        config.num_labels = 1
     write_configuration(config, model_class(config, names), origin, folder)
 
 

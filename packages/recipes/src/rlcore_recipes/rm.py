@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from rlcore.algorithms.reward_models import RewardObjective
 from rlcore.batch import Batch
 from rlcore.cli import run_recipe_module
 from rlcore.metrics import Metrics
@@ -33,14 +32,14 @@ def loader(config: RewardModelConfig) -> LoadSamples:
 
 def step(session: DatasetSession[RewardModelConfig], number: int) -> dict[str, float]:
     """Make one optimizer step over the next batch."""
-    batch, objective = next(session.batches), RewardObjective(session.config.actor.objective)
+    batch, objective = next(session.batches), session.config.objective
     metrics = session.actor.train(batch.drop("data_source"), objective).prefixed("train/").to_dict()
     return metrics | {"perf/total_num_tokens": float(batch.total_tokens)}
 
 
 def validate(session: DatasetSession[RewardModelConfig]) -> Validation:
     """Measure loss, accuracy and scores over all held-out samples, and over those of each data source."""
-    objective = RewardObjective(session.config.actor.objective)
+    objective = session.config.objective
     parts: dict[str, list[Metrics]] = {}
     for batch in _held_out(session):
         outputs = session.actor.forward(batch.select("tokens", "loss_mask"), objective.request)

@@ -35,13 +35,21 @@ def check_config_file(folder: Path) -> None:
         raise EngineError(f"{folder / CONFIG}: num_labels is {labels!r:.100}, more than the maximum of {MAX_LABELS}")
 
 
-def check_files(settings: ModelSettings, config: Any, head: Head, folder: Path | None, new_head: bool = False) -> None:
+def check_files(
+    settings: ModelSettings,
+    config: Any,
+    head: Head,
+    folder: Path | None,
+    new_head: bool = False,
+    head_outputs: int = 1,
+) -> None:
     """Compare the model's files with its configuration and with ``head``.
 
     Args:
         config: configuration of transformers.
         folder: folder of the files; None if they have not been fetched yet.
         new_head: whether the files may lack a score head.
+        head_outputs: numbers per token that a value or score head gives.
 
     Raises:
         EngineError: two of them contradict each other; the message names both.
@@ -50,7 +58,7 @@ def check_files(settings: ModelSettings, config: Any, head: Head, folder: Path |
     found = tensors(folder) if folder else {}
     check_sizes(settings, config, found)
     if folder:
-        check_tensors(settings, found, head, new_head)
+        check_tensors(settings, found, head, new_head, head_outputs)
     if head == "policy":
         end_tokens(settings, int(config.get_text_config().vocab_size))
 
@@ -91,12 +99,15 @@ def check_sizes(settings: ModelSettings, config: Any, found: dict[str, Tensor]) 
             )
 
 
-def check_tensors(settings: ModelSettings, found: dict[str, Tensor], head: Head, new_head: bool = False) -> None:
+def check_tensors(
+    settings: ModelSettings, found: dict[str, Tensor], head: Head, new_head: bool = False, head_outputs: int = 1
+) -> None:
     """Raise `EngineError` if the files hold integers as weights, or a head that does not suit ``head``.
 
     Args:
         head: "policy", "value" or "score". A score head must be in the files unless ``new_head`` says that it may start
             with new weights, as a value head always may.
+        head_outputs: rows that the head must have.
     """
     where = f"weights of {settings.path!r}"
     floats = (".weight", ".bias")  # buffers may hold integers
@@ -119,10 +130,12 @@ def check_tensors(settings: ModelSettings, found: dict[str, Tensor], head: Head,
             f"{where} have no scalar head (score.weight): a reward model needs trained weights for it, under the name "
             "that transformers' sequence classification gives them"
         )
-    if score is not None and score.shape[:1] != (1,):
+    if score is not None and score.shape[:1] != (head_outputs,):
+        wanted = "one number" if head_outputs == 1 else f"{head_outputs} numbers"
+        several = "; reward_model.weights combines several" if head == "score" and head_outputs == 1 else ""
         raise EngineError(
-            f"{where}: the head score.weight has shape {list(score.shape)}, which gives {score.shape[0]} labels; a "
-            f"{'reward model' if head == 'score' else 'critic'} gives one number, so that the head must have one row"
+            f"{where}: the head score.weight has shape {list(score.shape)}, which gives {score.shape[0]} labels; the "
+            f"{'reward model' if head == 'score' else 'critic'} of this run gives {wanted} per token{several}"
         )
 
 

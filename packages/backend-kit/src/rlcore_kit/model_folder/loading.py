@@ -25,11 +25,12 @@ _SCORE = "score"
 """The scalar head's module in transformers' classes."""
 
 
-def read_config(settings: ModelSettings, head: Head = "policy", new_head: bool = False) -> Any:
+def read_config(settings: ModelSettings, head: Head = "policy", new_head: bool = False, head_outputs: int = 1) -> Any:
     """Read the model's configuration and check the files that belong to it.
 
     Args:
         new_head: whether the files may lack a score head; see `rlcore.engines.TrainEngineSpec`.
+        head_outputs: numbers per token of a value or score head, the ``num_labels`` of what is returned.
 
     Raises:
         EngineError: the folder is missing or incomplete, a file is damaged, or the architecture is unsupported.
@@ -41,7 +42,9 @@ def read_config(settings: ModelSettings, head: Head = "policy", new_head: bool =
     with boundary(f"model {settings.path!r} {where}", EngineError), quiet():
         config = AutoConfig.from_pretrained(**_source(settings))
         layers = set(getattr(config.get_text_config(), "layer_types", None) or ())
-        checks.check_files(settings, config, head, folder, new_head)
+        checks.check_files(settings, config, head, folder, new_head, head_outputs)
+    if head != "policy":
+        config.num_labels = head_outputs
     if strange := sorted(layers - _LAYER_TYPES):
         raise EngineError(
             f"model {settings.path!r} ({config.model_type}) has {strange[0]} layers, which mix the sequences of a "
@@ -172,7 +175,7 @@ def quiet() -> Iterator[None]:
 
 
 def _auto_class(settings: ModelSettings, config: Any, head: Head) -> Any:
-    """Return the auto class for ``head``; for a scalar head, set the number of labels of ``config`` to 1."""
+    """Return the auto class for ``head``."""
     cls: Any
     if head == "policy":
         cls = transformers.AutoModelForCausalLM
@@ -181,7 +184,6 @@ def _auto_class(settings: ModelSettings, config: Any, head: Head) -> Any:
         cls = (
             transformers.AutoModelForTokenClassification if biased else transformers.AutoModelForSequenceClassification
         )
-        config.num_labels = 1
     remote = settings.trust_remote_code and cls.__name__ in getattr(config, "auto_map", {})
     if type(config) not in cls._model_mapping and not remote:
         raise EngineError(f"model {settings.path!r} ({config.model_type}) has no {cls.__name__} class in transformers")

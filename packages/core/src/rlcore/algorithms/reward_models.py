@@ -31,9 +31,16 @@ class RewardObjective:
 
     Reads ``loss_mask``, which is 1 on the tokens whose scores are trained (the last of an answer, or of each step), and
     what the loss declares. Metrics: ``loss`` and those of the loss.
+
+    A model with several outputs gives ``values`` and has ``labels`` ``[T, outputs]``; NaN is no label. The loss is the
+    mean over all labels; metrics are also under the name of each output.
+
+    Attributes:
+        outputs: names of the model's outputs; () for a model with one.
     """
 
     settings: RewardObjectiveSettings = field(default_factory=RewardObjectiveSettings)
+    outputs: tuple[str, ...] = ()
 
     @property
     def request(self) -> ForwardRequest:
@@ -41,18 +48,35 @@ class RewardObjective:
 
     def denominators(self, batch: Batch) -> dict[str, float]:
         together = self.settings.loss.entry.together
-        units = batch.flat("loss_mask").sum() if together is None else len(batch[together].unique())
-        return {"units": float(units)}
+        if together is not None:
+            return {"units": float(len(batch[together].unique()))}
+        mask = batch.flat("loss_mask")
+        trained = mask[:, None] * ~batch.flat("labels").isnan() if self.outputs else mask
+        return {"units": float(trained.sum())}
 
     def loss(
         self, outputs: Mapping[str, torch.Tensor], batch: Batch, denominators: Mapping[str, float]
     ) -> tuple[torch.Tensor, Metrics]:
-        losses, metrics = self.settings.loss(self._inputs(outputs["values"], batch))
+        inputs = self._inputs(outputs["values"], batch)
+        losses, metrics = self._losses(inputs) if self.outputs else self.settings.loss(inputs)
         units = max(denominators["units"], 1.0)
         loss = losses.sum() / units
         # a share, so that the weighted mean over a mini-batch's micro-batches is the sum of their losses
         metrics.mean("loss", loss.detach() * units / max(len(losses), 1), len(losses))
         return loss.float(), metrics
+
+    def _losses(self, inputs: RewardLossInputs) -> tuple[torch.Tensor, Metrics]:
+        """Return the losses of all labels, and the metrics of all outputs together and of each."""
+        found, metrics = [], Metrics()
+        for index, name in enumerate(self.outputs):
+            labelled = ~inputs.columns["labels"][:, index].isnan()
+            columns = {key: column[labelled] for key, column in inputs.columns.items()}
+            columns["labels"] = columns["labels"][:, index]
+            losses, measured = self.settings.loss(RewardLossInputs(inputs.scores[labelled, index], columns))
+            found.append(losses)
+            metrics.update(measured.prefixed(f"{name}/"))
+            metrics = Metrics.merge([metrics, measured])
+        return torch.cat(found), metrics
 
     def _inputs(self, values: torch.Tensor, batch: Batch) -> RewardLossInputs:
         """Take what belongs to scored tokens."""

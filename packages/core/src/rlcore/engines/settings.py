@@ -184,6 +184,7 @@ class TrainEngineSpec:
         options: the backend's own section, already validated.
         new_head: a score head that the model's files lack may start with new weights, of which the engine warns; a
             value head always may.
+        head_outputs: numbers per token of a score head.
     """
 
     model: ModelSettings
@@ -194,6 +195,7 @@ class TrainEngineSpec:
     seed: int = 0
     max_length: int | None = None
     new_head: bool = False
+    head_outputs: int = 1
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,8 @@ class ForwardRequest:
     Attributes:
         outputs: per-token columns. "logprobs" and "entropy" need a policy head, "values" a value or score head.
             With a *value* head entry *t* is the value of the state before ``tokens[t]``; with a *score* head entry
-            *t* is the scalar read **at** ``tokens[t]`` (the sequence's score stands at its last token).
+            *t* is the scalar read **at** ``tokens[t]`` (the sequence's score stands at its last token); ``[T, k]`` with
+            a head that gives k numbers (`TrainEngineSpec.head_outputs`).
         temperature: logits are divided by it before log-probs and entropy.
         together: a dense column with one integer per sample, such as ``group`` or a pair's number. Samples with the
             same number are one unit of an `Objective` (its loss compares them): they are on one rank and in one

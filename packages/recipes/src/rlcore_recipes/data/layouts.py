@@ -175,7 +175,7 @@ def scored_columns(settings: RewardDataSettings) -> Choose:
 
     def choose(names: Sequence[str], file: str) -> Columns:
         with_labels = settings.step_labels_key in names
-        labels = {"label", "score", settings.label_key, settings.step_labels_key}
+        labels = {"label", "score", *settings.label_key, settings.step_labels_key}
         if not labels & {*names} and {settings.chosen_key, settings.rejected_key} <= {*names}:
             raise DataError(
                 f"{file} has pairs of answers ({', '.join(names)}) and no labels; actor.objective.loss=bradley_terry "
@@ -185,14 +185,20 @@ def scored_columns(settings: RewardDataSettings) -> Choose:
         keys: dict[str, str | None] = {PROMPT: settings.prompt_key}
         if steps is not None:
             return _only({**keys, STEPS: steps, STEP_LABELS: settings.step_labels_key}, settings, names, file)
-        response, label = settings.response_key, settings.label_key
+        response, label_keys = settings.response_key, settings.label_key
         if response == AUTO:
             response = next((name for name in ("response", "completion") if name in names), "response")
-        if label == AUTO:
-            label = next((name for name in ("label", "score") if name in names), "label")
-        return _only({**keys, RESPONSE: response, LABEL: label}, settings, names, file)
+        if label_keys == [AUTO]:
+            label_keys = [next((name for name in ("label", "score") if name in names), "label")]
+        found = {label_place(number): name for number, name in enumerate(label_keys)}
+        return _only({**keys, RESPONSE: response, **found}, settings, names, file)
 
     return choose
+
+
+def label_place(number: int) -> str:
+    """Return what `Columns.keys` has for the column of the labels of an output: the key, with its place in it."""
+    return f"{LABEL}[{number}]" if number else LABEL
 
 
 def _only(keys: dict[str, str | None], settings: DataFiles, names: Sequence[str], file: str) -> Columns:

@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from rlcore_recipes.data.chat import Renderer, as_prompt
 from rlcore_recipes.data.columns import Row, column, data_source
 from rlcore_recipes.data.encoding import Encoded, Prompt, encode_answers, is_chat
 from rlcore_recipes.data.files import DataFile
-from rlcore_recipes.data.layouts import LABEL, PROMPT, RESPONSE, SOURCE, STEP_LABELS, STEPS, scored_columns
+from rlcore_recipes.data.layouts import PROMPT, RESPONSE, SOURCE, STEP_LABELS, STEPS, label_place, scored_columns
 from rlcore_recipes.data.preferences import PairReader, Side, as_side, is_empty
 from rlcore_recipes.data.sample_data import SampleDataset, read_samples
 from rlcore_recipes.data.settings import RewardDataSettings
@@ -35,6 +36,7 @@ class ScoredAnswer:
 
     Attributes:
         positions: of the tokens with a label.
+        labels: of each position, one for each output of the model; NaN where one has none.
     """
 
     tokens: array[int]
@@ -45,27 +47,34 @@ class ScoredAnswer:
 
 @dataclass(frozen=True)
 class ScoredDataset(SampleDataset[ScoredAnswer]):
-    """Answers with labels."""
+    """Answers with labels.
+
+    Attributes:
+        outputs: labels of a token.
+    """
+
+    outputs: int = 1
 
     def take(self, indices: Iterable[int]) -> Batch:
         """Return answers as a batch, a row each.
 
         Its columns are ``tokens`` (jagged int64), ``loss_mask`` (jagged float32, 1 on tokens with a label), ``labels``
-        (jagged float32, NaN elsewhere) and ``data_source``.
+        (jagged float32 ``[T]``, or ``[T, outputs]`` of a model with several; NaN where there is none) and
+        ``data_source``.
         """
         rows = [self.samples[index] for index in indices]
         lengths = torch.tensor([len(row.tokens) for row in rows])
         mask = torch.zeros(int(lengths.sum()))
-        labels = torch.full_like(mask, math.nan)
+        labels = torch.full((len(mask), self.outputs), math.nan)
         starts = [0, *lengths.cumsum(0).tolist()]
         places = torch.tensor([start + place for start, row in zip(starts, rows) for place in row.positions])
         mask[places] = 1
-        labels[places] = torch.tensor([label for row in rows for label in row.labels])
+        labels[places] = torch.tensor([label for row in rows for label in row.labels]).view(-1, self.outputs)
         return Batch(
             {
                 "tokens": Jagged.from_list([row.tokens for row in rows], dtype=torch.int64),
                 "loss_mask": Jagged(mask, lengths),
-                "labels": Jagged(labels, lengths),
+                "labels": Jagged(labels if self.outputs > 1 else labels[:, 0], lengths),
                 "data_source": [row.source for row in rows],
             }
         )
@@ -98,7 +107,7 @@ def load_scored_answers(
     sides = PairReader(settings, Renderer(settings, tokenizer), vocabulary, what="sample")
     reader = _Reader(settings, sides, probabilities)
     read = read_samples(files, scored_columns(settings), limit, settings.max_length, reader.samples, sides.left_out)
-    return ScoredDataset(**sides.fields(read))
+    return ScoredDataset(**sides.fields(read), outputs=len(settings.label_key))
 
 
 @dataclass
@@ -121,9 +130,10 @@ class _Reader:
         prompts, answers, labels, kept_rows, used = map(list, zip(*kept))
         self.sides.chat = self.sides.chat or any(map(partial(is_chat, self.sides.renderer), prompts, answers))
         encoded = encode_answers(self.sides.renderer, prompts, answers, used)
+        by_step = STEPS in file.columns.keys
         for one, values, row, where in zip(encoded, labels, kept_rows, used):
             side = self.sides.side(one, where)
-            positions = self._positions(one, side, len(values), STEPS in file.columns.keys)
+            positions = self._positions(one, side, len(values), by_step)
             if positions is None:
                 self.sides.leave_out(OTHER_STEPS, where)
             elif side is None:
@@ -134,21 +144,21 @@ class _Reader:
                 yield from self._sample(side, positions, values, name, where)
 
     def _sample(
-        self, side: Side, positions: Sequence[int], labels: Sequence[float], source: str, where: str
+        self, side: Side, positions: Sequence[int], labels: Sequence[Sequence[float]], source: str, where: str
     ) -> Iterator[ScoredAnswer]:
         """Yield the sample, unless no label is left within the maximum length."""
         within = range(len(side.tokens))
-        labelled = [both for both in zip(positions, labels) if both[0] in within and not math.isnan(both[1])]
+        labelled = [both for both in zip(positions, labels) if both[0] in within and not all(map(math.isnan, both[1]))]
         if not labelled:
             self.sides.leave_out(NO_LABEL, where)
             return
         places, values = zip(*labelled)
-        yield ScoredAnswer(side.tokens, array("i", places), array("d", values), source)
+        yield ScoredAnswer(side.tokens, array("i", places), array("d", chain.from_iterable(values)), source)
 
     def _answers(
         self, file: DataFile, rows: list[Row], places: list[str]
-    ) -> Iterator[tuple[Prompt, Prompt, list[float], Row, str]]:
-        """Yield prompt, answer, labels, row and place of the rows that have an answer."""
+    ) -> Iterator[tuple[Prompt, Prompt, list[list[float]], Row, str]]:
+        """Yield prompt, answer, labels at each labelled token, row and place of the rows that have an answer."""
         keys = file.columns.keys
         for row, where in zip(rows, places):
             prompt = as_prompt(column(row, str(keys[PROMPT])), where, file.padded)
@@ -157,14 +167,14 @@ class _Reader:
             else:
                 response = str(keys[RESPONSE])
                 answer = as_side(column(row, response), f"{where}, column {response!r}", file.padded)
-                key = str(keys[LABEL])
-                labels = [self._label(column(row, key), f"{where}, column {key!r}")]
+                columns = [str(keys[label_place(number)]) for number in range(len(self.settings.label_key))]
+                labels = [[self._label(column(row, key), f"{where}, column {key!r}") for key in columns]]
             if is_empty(answer):
                 self.sides.leave_out(EMPTY, where)
             else:
                 yield prompt, answer, labels, row, where
 
-    def _steps(self, row: Row, key: str, labels_key: str, where: str) -> tuple[Prompt, list[float]]:
+    def _steps(self, row: Row, key: str, labels_key: str, where: str) -> tuple[Prompt, list[list[float]]]:
         """Return the text of all steps, and their labels."""
         steps, labels = column(row, key), column(row, labels_key)
         if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps):
@@ -176,7 +186,7 @@ class _Reader:
                 f"{found}"
             )
         place = f"{where}, column {labels_key!r}"
-        return self.settings.step_separator.join(steps), [self._label(label, place) for label in labels]
+        return self.settings.step_separator.join(steps), [[self._label(label, place)] for label in labels]
 
     def _label(self, value: Any, where: str) -> float:
         """Return a label as a number, NaN for null."""

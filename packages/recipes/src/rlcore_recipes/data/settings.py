@@ -226,8 +226,11 @@ class RewardDataSettings(PairDataSettings):
         AUTO,
         description="Column of an answer that has a label: text, or chat messages. auto: response or completion.",
     )
-    label_key: str = Field(
-        AUTO, description="Column of an answer's label: true or false, or a number. auto: label or score."
+    label_key: list[str] = Field(
+        [AUTO],
+        min_length=1,
+        description="Column of an answer's label: true or false, or a number. auto: label or score. Several columns "
+        "train a model with as many outputs, which have their names.",
     )
     steps_key: str | None = Field(
         AUTO,

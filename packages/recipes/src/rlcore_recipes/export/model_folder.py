@@ -100,7 +100,10 @@ def role_spec(trained: TrainedModel, options: ExportOptions) -> tuple[str, Train
     engine, engine_options = engine_of(section, config.actor)
     head: Head = "value" if role == "critic" else getattr(config, "head", "policy")
     # the checkpoint has the head, which the model that the run started from may lack
-    return engine, TrainEngineSpec(model, engine_options, head=head, seed=config.seed, new_head=True)
+    outputs = getattr(config, "head_outputs", 1)
+    return engine, TrainEngineSpec(
+        model, engine_options, head=head, seed=config.seed, new_head=True, head_outputs=outputs
+    )
 
 
 def check_free(folder: Path, overwrite: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -72,6 +73,8 @@ class RewardModel:
 
     def _found(self, values: Batch, batch: Batch) -> Batch:
         """Return the scores that the model's values give."""
+        if self.settings.weights is not None:
+            values = self.executor.compute(combined, values.select("values"), self.settings.weights)
         if self.settings.steps is None:
             return self.executor.compute(last_values, values.select("values"))
         read = batch.select("tokens", "loss_mask").with_columns(values=values["values"])
@@ -104,6 +107,12 @@ def mark_failed(batch: Batch, failed: frozenset[int]) -> Batch:
             ]
         }
     )
+
+
+def combined(batch: Batch, weights: Sequence[float]) -> Batch:
+    """Return the weighted sums ``[T]`` of ``values``, ``[T, outputs]`` or ``[T]``, as ``values``."""
+    values = batch.flat("values").view(-1, len(weights))
+    return Batch({"values": batch.jagged(values @ torch.tensor(weights))})
 
 
 def last_values(batch: Batch) -> Batch:

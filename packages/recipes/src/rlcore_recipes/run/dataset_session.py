@@ -184,7 +184,9 @@ def _engines(
     """Build the model under training and, where the task has one, the reference model; ``stack`` closes them."""
     engine = partial(train_engine, seed=config.seed, max_length=config.data.max_length)
     optim = with_total_steps(config.actor.optim, total_steps)
-    factory = partial(engine, config.actor, config.model, head=config.head, optim=optim)
+    factory = partial(
+        engine, config.actor, config.model, head=config.head, head_outputs=config.head_outputs, optim=optim
+    )
     actor: TrainEngine = executor.build("actor", TrainEngine, factory)  # type: ignore[type-abstract]
     stack.callback(closed, actor)
     if config.ref_role is None or not config.builds_ref:

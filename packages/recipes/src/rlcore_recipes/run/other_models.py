@@ -22,7 +22,8 @@ def check_other_models(config: RLConfig, tokenizer: Any) -> None:
         DataError: one cannot be read or has other tokens, or the reward model has no score head.
     """
     if config.reward_model is not None:
-        check_model("reward_model.model.path", config.reward_model.model, config.model, tokenizer, scores=True)
+        outputs = config.reward_model.outputs
+        check_model("reward_model.model.path", config.reward_model.model, config.model, tokenizer, scores=outputs)
         if not config.reward_model.any_chat_template:
             _check_template(config.reward_model.model, tokenizer)
     critic = config.critic_role
@@ -35,13 +36,13 @@ def check_other_models(config: RLConfig, tokenizer: Any) -> None:
         check_model("ref.model.path", config.ref.model, config.model, tokenizer)
 
 
-def check_model(key: str, model: ModelSettings, policy: ModelSettings, tokenizer: Any, scores: bool = False) -> None:
+def check_model(key: str, model: ModelSettings, policy: ModelSettings, tokenizer: Any, scores: int = 0) -> None:
     """See whether ``model``, at ``key`` of the configuration, reads the tokens of ``policy``: those of ``tokenizer``.
 
     Vocabularies may be padded to different sizes.
 
     Args:
-        scores: the model needs a score head.
+        scores: outputs of the score head that the model needs; 0: none.
 
     Raises:
         DataError: it does not, or cannot be read.
@@ -57,10 +58,11 @@ def check_model(key: str, model: ModelSettings, policy: ModelSettings, tokenizer
             f"{where} is a language model ({architectures[0]}): a reward model has a scalar score head, as "
             "...ForSequenceClassification with one label; train one with rlcore run rm"
         )
-    if scores and architectures and config.num_labels != 1:
+    if scores and architectures and config.num_labels != scores:
+        named = f"reward_model.weights has {scores} factors" if scores > 1 else "a reward model gives one number"
         raise DataError(
-            f"{where} gives {config.num_labels} labels (num_labels): a reward model gives one number; take a model "
-            "with one label"
+            f"{where} gives {config.num_labels} labels (num_labels), and {named}: set reward_model.weights to "
+            f"{config.num_labels} factors, one for each label, or take another model"
         )
     # a tokenizer may know more tokens than its model, which never makes those
     if model.tokenizer_path or not folder.is_dir() or any((folder / name).is_file() for name in TOKENIZER_FILES):

@@ -87,6 +87,7 @@ def train_engine(
     *,
     policy: ModelRole | None = None,
     head: Head = "policy",
+    head_outputs: int = 1,
     optim: OptimSettings | None = None,
     seed: int = 0,
     max_length: int | None = None,
@@ -109,6 +110,7 @@ def train_engine(
         seed=seed,
         max_length=max_length,
         new_head=optim is not None,
+        head_outputs=head_outputs,
     )
     engine: TrainEngine = plugins.get(role.plugin_group, name).build(spec)
     if role.offload:
@@ -181,7 +183,8 @@ def build_roles(
         factory = partial(following, critic, model, head="value", optim=optim)
         value = built("critic", TrainEngine, factory)
     if config.reward_model is not None:
-        factory = partial(following, config.reward_model, config.reward_model.model, head="score")
+        role = config.reward_model
+        factory = partial(following, role, role.model, head="score", head_outputs=role.outputs)
         scorer = built("reward_model", TrainEngine, factory)
     if config.prm_role is not None:
         optim = with_total_steps(config.prm_role.optim, total_steps * updates_per_step(config, *config.prm_sizes))

@@ -207,12 +207,22 @@ class RewardModelSettings(FrozenRole):
         "tokenizer."
     )
     coeff: float = Field(1.0, description="Factor on the model's score.")
+    weights: list[float] | None = Field(
+        None,
+        min_length=1,
+        description="Factors of the model's outputs, whose weighted sum is its score; null: it has one output.",
+    )
     steps: StepRewardSettings | None = Field(
         None, description="The model is a process reward model; null: it scores the last token alone."
     )
     any_chat_template: bool = Field(
         False, description="Accept a model whose chat template writes conversations differently than the policy's."
     )
+
+    @property
+    def outputs(self) -> int:
+        """Numbers per token of the model's head."""
+        return 1 if self.weights is None else len(self.weights)
 
 
 class PRMSettings(FollowingRole):

@@ -8,7 +8,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from rlcore.algorithms.objectives import SFTObjectiveSettings
-from rlcore.algorithms.reward_models import RewardObjectiveSettings
+from rlcore.algorithms.reward_models import RewardObjective, RewardObjectiveSettings
 from rlcore.config import Config, ForeignKey
 from rlcore.engines import ModelSettings, OptimSettings
 from rlcore.engines.settings import Head
@@ -58,6 +58,11 @@ class SampleTaskConfig(Config):
         yield from unused(self.controller, self.roles)
         if self.ref_role is not None:
             yield from ((f"ref.{key}", why) for key, why in self.ref_role.unused(self.actor))
+
+    @property
+    def head_outputs(self) -> int:
+        """Numbers per token of a score head."""
+        return 1
 
     @property
     def ref_role(self) -> RefSettings | None:
@@ -143,6 +148,24 @@ class RewardModelConfig(SampleTaskConfig):
     )
     data: RewardDataSettings = Field(description="Samples to learn; train_batch_size counts pairs.")
     actor: RewardActorSettings = Field(default_factory=RewardActorSettings, description="The reward model.")
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from super().problems()
+        loss = self.actor.objective.loss
+        if self.head_outputs > 1 and "labels" not in loss.entry.required_columns:
+            yield (
+                "data.label_key",
+                f"names {self.head_outputs} columns of labels, and {loss.name} learns from pairs; take mse or bce",
+            )
+
+    @property
+    def head_outputs(self) -> int:
+        return len(self.data.label_key)
+
+    @property
+    def objective(self) -> RewardObjective:
+        """The loss of scores."""
+        return RewardObjective(self.actor.objective, tuple(self.data.label_key) if self.head_outputs > 1 else ())
 
     @classmethod
     def foreign_keys(cls, name: str) -> Iterator[ForeignKey]:

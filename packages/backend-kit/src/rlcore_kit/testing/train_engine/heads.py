@@ -12,7 +12,7 @@ import torch
 from rlcore.batch import Batch, Jagged
 from rlcore.batch.alignment import last_entries
 from rlcore.engines import ForwardRequest
-from rlcore.errors import RlcoreWarning
+from rlcore.errors import EngineError, RlcoreWarning
 from rlcore_kit.testing.train_engine.base import TrainEngineTests
 from rlcore_kit.testing.train_engine.batches import make_batch
 from rlcore_kit.testing.train_engine.objectives import SquaredError
@@ -59,10 +59,13 @@ class HeadTests(TrainEngineTests):
         first, second = (e.forward(batch, request).flat("values") for e in (engine, again))
         torch.testing.assert_close(second, first, atol=self.logprob_atol, rtol=0)
 
-    def test_a_new_score_head_is_trained_and_loads_in_transformers(self, model_path: Path, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("outputs", [1, 3])
+    def test_a_new_score_head_is_trained_and_loads_in_transformers(
+        self, model_path: Path, tmp_path: Path, outputs: int
+    ) -> None:
         """A language model becomes a reward model, whose score of a sequence is that of sequence classification."""
         with pytest.warns(RlcoreWarning, match="scalar head is new"):
-            engine = self.engine(model_path, head="score", new_head=True)
+            engine = self.engine(model_path, head="score", new_head=True, head_outputs=outputs)
         batch = make_batch((5, 30, 17))
         engine.train(batch, SquaredError())
         scores = last_entries(engine.forward(batch, ForwardRequest(("values",))).flat("values"), batch.lengths)
@@ -71,6 +74,9 @@ class HeadTests(TrainEngineTests):
         model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", dtype=torch.float32)
         model.config.pad_token_id = None  # random tokens may include it, and the score would not be the last token's
         with torch.no_grad():
-            expected = [float(model.eval()(tokens[None]).logits) for tokens in batch["tokens"].to_list()]
-        torch.testing.assert_close(scores, torch.tensor(expected), atol=max(1e-5, self.logprob_atol), rtol=0)
-        self.engine(tmp_path / "out", head="score", optim=None)
+            expected = torch.cat([model.eval()(tokens[None]).logits for tokens in batch["tokens"].to_list()])
+        expected = expected if outputs > 1 else expected[:, 0]
+        torch.testing.assert_close(scores, expected, atol=max(1e-5, self.logprob_atol), rtol=0)
+        self.engine(tmp_path / "out", head="score", optim=None, head_outputs=outputs)
+        with pytest.raises(EngineError, match=f"gives {outputs} labels"):
+            self.engine(tmp_path / "out", head="score", optim=None, head_outputs=outputs + 1)

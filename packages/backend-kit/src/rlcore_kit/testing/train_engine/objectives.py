@@ -56,7 +56,7 @@ class BreaksOff(WeightedLogprobs):
 
 @dataclasses.dataclass(frozen=True)
 class SquaredError:
-    """Loss ``Σ mask · (v − target)² / N``."""
+    """Loss ``Σ mask · (v − target)² / N``; the target of all outputs of a head is the same."""
 
     @property
     def request(self) -> ForwardRequest:
@@ -68,7 +68,8 @@ class SquaredError:
     def loss(
         self, outputs: Mapping[str, torch.Tensor], batch: Batch, denominators: Mapping[str, float]
     ) -> tuple[torch.Tensor, Metrics]:
-        error = (outputs["values"] - batch.flat("weights")).square() * batch.flat("loss_mask")
+        values = outputs["values"].view(batch.total_tokens, -1)
+        error = (values - batch.flat("weights")[:, None]).square() * batch.flat("loss_mask")[:, None]
         loss = error.sum() / denominators["tokens"]
         metrics = Metrics()
         metrics.sum("loss", loss.detach())

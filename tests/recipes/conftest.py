@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from rlcore import plugins
 from rlcore.cli.command_tree import cli
 from rlcore_kit.serving.ports import unused_port
 from rlcore_kit.testing.forks import Forked, ForkServer
@@ -125,13 +127,30 @@ def interruptible() -> None:
 
 
 @pytest.fixture(scope="session")
-def forks() -> Iterator[ForkServer]:
+def forks(scripted: None) -> Iterator[ForkServer]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
         server = ForkServer(*SLOW_TO_IMPORT)
     yield server
     server.close()
+
+
+@pytest.fixture(scope="session")
+def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The environment ``scripted``, a package that every process of a session finds."""
+    site = tmp_path_factory.mktemp("site")
+    shutil.copy(Path(__file__).parent / "scripted_environment.py", site)
+    (site / "scripted-1.dist-info").mkdir()
+    (site / "scripted-1.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: scripted\nVersion: 1\n")
+    entry_points = "[rlcore.environments]\nscripted = scripted_environment:scripted\n"
+    (site / "scripted-1.dist-info/entry_points.txt").write_text(entry_points)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(site)
+        patch.setenv("PYTHONPATH", str(site), prepend=os.pathsep)
+        plugins._points.cache_clear()
+        yield
+    plugins._points.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -36,6 +36,19 @@ class Grader(Config):
     function: Function = Function()
 
 
+class Judge(Config):
+    """A section, and a short form of the same name."""
+
+    short_forms = {"model": ShortForm("model.path", {"name": "model"})}  # noqa: RUF012
+
+    name: str
+    model: Function = Function()
+
+    @classmethod
+    def from_text(cls, text: str) -> dict[str, Any]:
+        return {"model": text} if "/" in text else {"name": text}
+
+
 class Run(Config):
     rate: float = 0.5
     cap: Unlimited = Field(2.0, gt=0)
@@ -53,6 +66,7 @@ class Run(Config):
     anything: dict[str, Any] = Field({})
     words: dict[str, str] = Field({})
     grader: Grader = Grader()
+    judge: Judge | None = None
 
 
 def read(*overrides: str) -> Run:
@@ -274,3 +288,19 @@ def test_a_folder_of_the_name_of_a_package_is_not_the_package(tmp_path: Path, mo
     (tmp_path / "no_such_package" / "__init__.py").touch()
     importlib.invalidate_caches()
     assert Package("no_such_package", "some[thing]").installed
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["judge=strict"], {"name": "strict"}),
+        (["judge=a/b"], {"name": "model", "model": {"path": "a/b"}}),
+        (["judge.model.size=3", "judge=a/b"], {"name": "model", "model": {"path": "a/b", "size": 3}}),
+        (["judge.model=a: b/c #1", "judge.model.size=3"], {"name": "model", "model": {"path": "a: b/c #1", "size": 3}}),
+        (["judge.name=strict", "judge.model.size=3"], {"name": "strict", "model": {"size": 3}}),
+        (["judge=strict", "judge=null"], None),
+    ],
+)
+def test_a_text_in_the_place_of_a_section(overrides: list[str], expected: Any) -> None:
+    assert read(*overrides).judge == (None if expected is None else Judge.model_validate(expected))
+    assert load_config(Run, overrides=overrides) == Run.model_validate({"judge": expected})

@@ -49,10 +49,14 @@ OURS: dict[tuple[str, str], str] = {
     ("rlcore.rollout_engines", "sglang"): "rlcore[sglang]",
     ("rlcore.rollout_engines", "http"): "rlcore[http]",
     ("rlcore.scoring_engines", "http"): "rlcore[http]",
+    **{
+        ("rlcore.environments", name): "rlcore[agents]"
+        for name in ("python", "command", "verifiers", "textarena", "openenv", "nemo_gym")
+    },
     ("rlcore.executors", "local"): "rlcore",
     ("rlcore.executors", "ray"): "rlcore[ray]",
     **{("rlcore.rewards", name): "rlcore-rewards" for name in ("gsm8k", "math", "function", "combine", "none")},
-    ("rlcore.rewards", "game"): "rlcore[fsdp]",
+    **{("rlcore.rewards", name): "rlcore[fsdp]" for name in ("game", "environment")},
     **{("rlcore.recipes", name): "rlcore[fsdp]" for name in ("sft", "rm", "grpo", "ppo", "dapo", "self_play")},
     **{("rlcore.trackers", name): "rlcore-recipes" for name in ("console", "jsonl", "parquet")},
     **{

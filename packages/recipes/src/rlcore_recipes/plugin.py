@@ -96,6 +96,13 @@ game_reward = Plugin(
     summary="Outcome of a game of the recipe self_play.",
 )
 
+environment_reward = Plugin(
+    interface=1,
+    config="rlcore.config.registry:NoParams",
+    factory="rlcore_recipes.rollouts.environment_reward:EnvironmentReward",
+    summary="Score that the episodes of rollout.environment give.",
+)
+
 console_tracker = Plugin(
     interface=1,
     config="rlcore_recipes.trackers.settings:ConsoleSettings",

@@ -114,15 +114,20 @@ class Config(BaseModel):
         return iter(())
 
     @classmethod
+    def from_text(cls, text: str) -> Mapping[str, Any] | None:
+        """Return the values that ``text`` in the place of a mapping means; None: it must be a mapping."""
+        return None
+
+    @classmethod
     def spelled_out(cls, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return ``given`` with short forms replaced.
+        """Return ``given`` with short forms replaced. A mapping is no short form: it is a section of that name.
 
         Raises:
             ValueError: a key that a short form sets has another value here, or its parent is not a mapping.
         """
         values = dict(given)
         for name, form in cls.short_forms.items():
-            if name not in values:
+            if name not in values or isinstance(values[name], (Mapping, Config)):
                 continue
             value = values.pop(name)
             for key, text in form.sets.items():
@@ -174,6 +179,8 @@ class Config(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _collect_problems(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        if isinstance(data, str):
+            data = cls.from_text(data) or data
         if cls.short_forms and isinstance(data, Mapping):
             data = cls.spelled_out(data)
         try:

@@ -51,6 +51,8 @@ def overlay(kind: type[Config] | AlgorithmField | None, below: Any, above: Any) 
     """
     if isinstance(kind, AlgorithmField):
         return _overlay_algorithm(below, above)
+    if kind is not None and isinstance(above, str):
+        above = kind.from_text(above) or above
     if not (isinstance(below, Mapping) and isinstance(above, Mapping)):
         if kind is None or not isinstance(above, Mapping):
             return above

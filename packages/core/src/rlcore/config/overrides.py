@@ -100,8 +100,8 @@ def _lost(text: str, value: Any) -> bool:
 def type_at(model: type[Config], path: Sequence[str]) -> Any:
     """Return the type of the key ``path`` of ``model``, short forms included; None if it has none or is unknown."""
     key, *rest = path
-    if form := model.short_forms.get(key):
-        return type_at(model, (*form.key.split("."), *rest))
+    if not rest and (form := model.short_forms.get(key)):
+        return type_at(model, form.key.split("."))
     field = model.model_fields.get(key)
     if field is None:
         inner = schema_of_key(model, key)  # a plugin's section

@@ -125,7 +125,8 @@ class PluginSections(Config):
                 schema["properties"][name] = {"type": ["object", "null"], "description": see}
                 continue
             token = _within.set(within | {model})
-            schema["properties"][name] = {"anyOf": [json_schema(model, handler), {"type": "null"}]}
+            short = [schema["properties"][name]] if name in cls.short_forms else []
+            schema["properties"][name] = {"anyOf": [json_schema(model, handler), {"type": "null"}, *short]}
             _within.reset(token)
         schema["additionalProperties"] = False
         return reference

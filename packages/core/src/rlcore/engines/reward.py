@@ -28,6 +28,9 @@ class RewardSample:
         finish_reason: see `rlcore.engines.rollout.Completion`.
         completion_tokens: the generated token ids, the token that ended the completion included.
         prompt_text: the prompt, if it is plain text without a chat template; else None.
+        transcript: the conversation of an environment's episode as OpenAI messages, with calls of tools and their
+            results; empty for a single completion.
+        episode_score: the score that the episode itself gives; None without one. Rewards of turns are no part of it.
     """
 
     prompt: list[dict[str, Any]]
@@ -38,6 +41,8 @@ class RewardSample:
     finish_reason: str = "stop"
     completion_tokens: Sequence[int] = ()
     prompt_text: str | None = None
+    transcript: Sequence[Mapping[str, Any]] = ()
+    episode_score: float | None = None
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def validate_student(session: Session[DistillConfig], teachers: Teachers) -> Val
     """
     if not session.config.actor.objective.divergence.coeff:
         return validate_completions(session)
-    plan = validation_plan(session.config, session.stop_tokens)
+    plan = validation_plan(session.config, session.stop_tokens, session.end_tokens)
     objective = objective_of(session.config, teachers)
     totals, counts = defaultdict[str, float](float), Counter[str]()
 

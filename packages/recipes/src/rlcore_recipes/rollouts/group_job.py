@@ -53,6 +53,8 @@ def run_groups(engine: RolloutEngine, jobs: Sequence[GroupJob]) -> Iterator[tupl
         waiting = set(tasks)
         while waiting:
             complete, waiting = runner.run(asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED))
+            for task in complete:
+                task.exception()  # the first is raised; asyncio prints a traceback of each other that was not read
             for task in sorted(complete, key=tasks.__getitem__):
                 done += jobs[tasks[task]].n
                 report("completions generated", done, sum(job.n for job in jobs))

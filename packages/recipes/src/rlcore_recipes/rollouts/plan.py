@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from rlcore.config import Algorithm
-from rlcore.engines.episode import PromptSample
+from rlcore.engines import SamplingParams
+from rlcore.engines.episode import EpisodeLimits, EpisodeSpec, PromptSample
+from rlcore_recipes.rollouts.environment import EnvironmentEpisode
 from rlcore_recipes.rollouts.episode import Episode, single_completion
 from rlcore_recipes.rollouts.given import given_first, given_or_sampled
 from rlcore_recipes.rollouts.group_job import GroupJob
 from rlcore_recipes.rollouts.sampling import greedy, training_sampling, validation_sampling
 from rlcore_recipes.rollouts.trajectories import TreeRows
 from rlcore_recipes.settings import RLConfig
+from rlcore_recipes.settings.evaluation import EvalConfig
 
 
 @dataclass(frozen=True)
@@ -46,14 +49,23 @@ class RolloutPlan:
         return None if self.baseline is None else GroupJob(sample, self.baseline, 1, self.seed, "baseline")
 
 
-def training_plan(config: RLConfig, stop_tokens: tuple[int, ...] = ()) -> RolloutPlan:
-    """Return the plan of training; ``stop_tokens`` as in `training_sampling`."""
+def training_plan(
+    config: RLConfig, stop_tokens: tuple[int, ...] = (), end_tokens: frozenset[int] = frozenset()
+) -> RolloutPlan:
+    """Return the plan of training.
+
+    Args:
+        stop_tokens: as in `training_sampling`.
+        end_tokens: all tokens that end a completion.
+    """
     sampling = training_sampling(config.rollout, config.data.max_response_length, stop_tokens)
     compares = "baseline_score" in config.needed_columns
     episode: Episode = partial(single_completion, sampling=sampling)
     own = config.training_episode(sampling)
     if own is not None:
         episode = own
+    elif config.rollout.environment is not None:
+        episode = environment_episode(config, sampling, end_tokens, "train")
     elif config.given_first:
         episode = partial(given_first, sampling=sampling, run_seed=config.seed)
     elif config.response_key is not None:
@@ -67,8 +79,34 @@ def training_plan(config: RLConfig, stop_tokens: tuple[int, ...] = ()) -> Rollou
     )
 
 
-def validation_plan(config: RLConfig, stop_tokens: tuple[int, ...] = ()) -> RolloutPlan:
-    """Return the plan of validation: single completions, sampled as ``rollout.validation`` says."""
+def validation_plan(
+    config: RLConfig, stop_tokens: tuple[int, ...] = (), end_tokens: frozenset[int] = frozenset()
+) -> RolloutPlan:
+    """Return the plan of validation: completions or episodes, sampled as ``rollout.validation`` says.
+
+    For the arguments see `training_plan`.
+    """
     sampling = validation_sampling(config.rollout, config.data.max_response_length, stop_tokens)
-    episode = partial(single_completion, sampling=sampling)
+    episode: Episode = partial(single_completion, sampling=sampling)
+    if config.rollout.environment is not None:
+        episode = environment_episode(config, sampling, end_tokens, "validation")
     return RolloutPlan(episode, config.rollout.validation.n, config.seed, "validation")
+
+
+def environment_episode(
+    config: RLConfig | EvalConfig, sampling: SamplingParams, end_tokens: frozenset[int], purpose: str
+) -> EnvironmentEpisode:
+    """Return the episode of ``rollout.environment``; ``sampling`` is that of a single completion."""
+    role, data = config.rollout.environment, config.data
+    assert role is not None
+    turn_tokens = min(role.turn_tokens or sampling.max_tokens, sampling.max_tokens)
+    spec = EpisodeSpec(
+        model=config.model,
+        options=role.options,
+        sampling=replace(sampling, max_tokens=turn_tokens),
+        limits=EpisodeLimits(role.max_turns, data.max_response_length, data.longest_sequence, role.timeout_s),
+        chat_template_kwargs=data.chat_template_kwargs,
+        end_tokens=end_tokens,
+        purpose=purpose,
+    )
+    return EnvironmentEpisode(role.name, spec, role.retries)

@@ -176,7 +176,7 @@ def rollout_workers(config: RLConfig, executor: Executor, roles: Roles, timed: T
 
 def group_source(session: Session[Any]) -> GroupSource:
     """Return what makes the groups of steps: while the step waits, or ahead of it in asynchronous training."""
-    config, plan = session.config, training_plan(session.config, session.stop_tokens)
+    config, plan = session.config, training_plan(session.config, session.stop_tokens, session.end_tokens)
     batch_size, dynamic = config.data.train_batch_size, config.dynamic_sampling
     rounds = 1 if dynamic is None else dynamic.max_generations
     if config.asynchronous.max_staleness == 0:

@@ -21,6 +21,7 @@ from rlcore.engines import (
 )
 from rlcore.engines.settings import Head, adapter_rank
 from rlcore.errors import WorkerError
+from rlcore_recipes.rollouts.environment import closing_runners
 from rlcore_recipes.rollouts.scorer import Scorer, build_scorer
 from rlcore_recipes.run.folder import LOGS
 from rlcore_recipes.run.micro_batches import Model
@@ -132,7 +133,8 @@ def rollout_engine(config: RLConfig, actor: TrainEngine | None) -> RolloutEngine
 
 
 def _rollout_with_actor(config: RLConfig, engines: Mapping[str, Any]) -> RolloutEngine:
-    return rollout_engine(config, engines.get("actor"))
+    engine = rollout_engine(config, engines.get("actor"))
+    return engine if config.rollout.environment is None else closing_runners(engine)
 
 
 def open_executor(controller: ControllerSettings, roles: Sequence[str], out_dir: Path, stack: ExitStack) -> Executor:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rlcore.config import Config, FileName
 from rlcore.engines import ModelSettings
 from rlcore.engines.settings import wants_adapters
 from rlcore_recipes.data.settings import DataSettings
 from rlcore_recipes.settings.controller import ControllerSettings, unused
+from rlcore_recipes.settings.environment import with_environment_reward
 from rlcore_recipes.settings.roles import RewardRole, RolloutSettings
 
 OF_TRAINING = {
@@ -77,11 +78,18 @@ class EvalConfig(Config):
     model: ModelSettings = Field(description="The model to evaluate; a SOURCE is its path.")
     data: EvalDataSettings = Field(description="Prompts.")
     rollout: EvalRolloutSettings = Field(default_factory=EvalRolloutSettings, description="Generation.")
-    reward: RewardRole = Field(description="Reward of completions.")
+    reward: RewardRole = Field(
+        description="Reward of completions. With rollout.environment its name may be left out: environment."
+    )
     report: ReportSettings = Field(default_factory=ReportSettings, description="Metrics and their intervals.")
     controller: ControllerSettings = Field(
         default_factory=ControllerSettings, description="Executor that runs the engines."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reward_of_environment(cls, data: Any) -> Any:
+        return with_environment_reward(cls, data)
 
     def problems(self) -> Iterator[tuple[str, str]]:
         n = self.rollout.validation.n

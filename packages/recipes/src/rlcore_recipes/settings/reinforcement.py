@@ -37,6 +37,7 @@ class RLConfig(RLSections):
         if self.dynamic_sampling is not None:
             yield from dynamic_sampling_problems(self)
         yield from rollout_problems(self)
+        yield from environment_problems(self)
         yield from ((f"ref.{key}", why) for key, why in self.ref.unused(self.actor) if self.needs_ref)
         yield from unused(self.controller, self.roles)
         yield from async_problems(self)
@@ -84,6 +85,34 @@ def rollout_problems(config: RLSections) -> Iterator[tuple[str, str]]:
             f"{section}.logprobs",
             f"is false, and actor.{setting} needs the log-probs of the rollout engine: set it to true, or change actor."
             f"{setting.split('=')[0]}",
+        )
+
+
+def environment_problems(config: RLSections) -> Iterator[tuple[str, str]]:
+    """Yield why the samples of ``config`` cannot be episodes of an environment, or why nothing scores them."""
+    environment, key = config.rollout.environment, "rollout.environment"
+    if environment is None:
+        if config.reward.name == "environment":
+            yield "reward.name", "is environment, and there is none: set rollout.environment, or name another reward"
+        return
+    if type(config).training_episode is not RLSections.training_episode:
+        yield key, "cannot be set: this recipe has another kind of episode; leave it out, or take the recipe grpo"
+    if config.response_key is not None:
+        yield key, f"samples every episode, and this run takes completions of the data set ({config.response_key})"
+    if "baseline_score" in config.needed_columns:
+        yield (
+            key,
+            f"has no greedy baseline, with which {config.algorithm.advantage.name} compares: an episode with other "
+            "random numbers is another task. Take an advantage estimator that compares episodes of a prompt (grpo, "
+            "rloo)",
+        )
+    if getattr(config.algorithm, "rationalization", None) is not None:
+        yield "algorithm.rationalization", f"changes the prompt, which {key} does not read; set it to null"
+    tokens, limit = environment.turn_tokens, config.data.max_response_length
+    if tokens is not None and tokens > limit:
+        yield (
+            f"{key}.turn_tokens",
+            f"{tokens} does not fit into data.max_response_length={limit}, which is for all turns of an episode",
         )
 
 

@@ -12,6 +12,7 @@ from rlcore.algorithms.off_policy import MISParams
 from rlcore.config import Algorithm, Config, PluginSections, ShortForm
 from rlcore.engines import ModelSettings, OptimSettings, RewardSettings
 from rlcore.engines.settings import adapter_rank, without_adapters
+from rlcore_recipes.settings.environment import EnvironmentRole
 
 MOST_COMPLETIONS = 2**16
 
@@ -269,6 +270,11 @@ class RolloutSettings(PluginSections):
         [], description="Strings that end a completion, besides the model's end of sequence."
     )
     validation: ValidationSampling = Field(default_factory=ValidationSampling, description="Sampling in validation.")
+    environment: EnvironmentRole | None = Field(
+        None,
+        description="What the policy acts in: a name, the path of a class or function (file.py:Name), or a section; "
+        "null: a rollout is one completion.",
+    )
 
 
 class ValidationRollout(ValidationSampling, PluginSections):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rlcore.config import ForeignKey
 from rlcore.engines import ModelSettings, SamplingParams, WeightSyncSettings
@@ -16,6 +16,7 @@ from rlcore_recipes.settings.algorithm import AlgorithmSettings, DynamicSampling
 from rlcore_recipes.settings.asynchronous import AsyncSection, AsyncSettings
 from rlcore_recipes.settings.columns import ON_DEMAND, SAMPLED, SCORED, SHAPED
 from rlcore_recipes.settings.controller import ControllerSettings
+from rlcore_recipes.settings.environment import with_environment_reward
 from rlcore_recipes.settings.roles import (
     ActorSettings,
     CriticSettings,
@@ -48,7 +49,9 @@ class RLSections(AsyncSection):
     actor: ActorSettings = Field(default_factory=ActorSettings, description="The policy under training.")
     ref: RefSettings = Field(default_factory=RefSettings, description="The frozen reference policy.")
     rollout: RolloutSettings = Field(default_factory=RolloutSettings, description="Generation.")
-    reward: RewardRole = Field(description="Reward of completions.")
+    reward: RewardRole = Field(
+        description="Reward of completions. With rollout.environment its name may be left out: environment."
+    )
     reward_model: RewardModelSettings | None = Field(
         None, description="Model whose scores are added to the reward's; null: none."
     )
@@ -67,6 +70,11 @@ class RLSections(AsyncSection):
     trace: bool = Field(
         False, description="Write what every process did, and when, to out_dir/trace.json (Chrome trace format)."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reward_of_environment(cls, data: Any) -> Any:
+        return with_environment_reward(cls, data)
 
     @classmethod
     def foreign_keys(cls, name: str) -> Iterator[ForeignKey]:

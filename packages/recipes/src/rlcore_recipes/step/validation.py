@@ -26,7 +26,7 @@ LOGGED_ORDER_SEED = 42  # the same prompts are shown at every validation
 
 def validate_completions(session: Session[Any]) -> Validation:
     """Validate on single completions of the held-out prompts, sampled as ``rollout.validation`` says."""
-    plan = validation_plan(session.config, session.stop_tokens)
+    plan = validation_plan(session.config, session.stop_tokens, session.end_tokens)
 
     def answered(prompts: Sequence[PromptSample]) -> Batch:
         samples = roll_out_together(session.workers, plan, prompts)

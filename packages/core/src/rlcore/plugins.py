@@ -57,6 +57,7 @@ OURS: dict[tuple[str, str], str] = {
     ("rlcore.executors", "ray"): "rlcore[ray]",
     **{("rlcore.rewards", name): "rlcore-rewards" for name in ("gsm8k", "math", "function", "combine", "none")},
     **{("rlcore.rewards", name): "rlcore[fsdp]" for name in ("game", "environment")},
+    ("rlcore.rewards", "reasoning_gym"): "rlcore-agents[reasoning-gym]",
     **{("rlcore.recipes", name): "rlcore[fsdp]" for name in ("sft", "rm", "grpo", "ppo", "dapo", "self_play")},
     **{("rlcore.trackers", name): "rlcore-recipes" for name in ("console", "jsonl", "parquet")},
     **{

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 import click
 
@@ -62,16 +62,22 @@ def data() -> None:
 
 
 def _command(name: str, prepare: Preparation) -> click.Command:
-    """Return the command of a data set: an option for every field of its options, and where to write."""
+    """Return the command of a data set: an option for every field of its options, and where to write.
+
+    An option of a field that is a mapping takes ``key=value``, and may be repeated.
+    """
     options = next(iter(get_type_hints(prepare).values()), None)
     if not (isinstance(options, type) and issubclass(options, Config)):
         raise DataError(f"{name}: the function's argument must be annotated with its options, an rlcore.config.Config")
+
+    mappings = [name for name, info in options.model_fields.items() if get_origin(info.annotation) in (dict, Mapping)]
 
     def run(out: Path, overwrite: bool, **given: Any) -> None:
         from rlcore.config import load_config
         from rlcore_recipes.data.prepare.writing import write_splits
 
-        words = [f"{field}={value}" for field, value in given.items() if value is not None]
+        words = [f"{field}={value}" for field, value in given.items() if value is not None and field not in mappings]
+        words += [f"{field}.{word}" for field in mappings for word in given[field]]
         chosen = load_config(options, overrides=words)
         for path, rows in write_splits(prepare(chosen), out, overwrite).items():
             click.echo(f"{path}: {rows:,} rows")
@@ -80,6 +86,8 @@ def _command(name: str, prepare: Preparation) -> click.Command:
     for field, info in options.model_fields.items():
         default = {"required": True} if info.is_required() else {"default": info.default, "show_default": True}
         flag = f"--{field.replace('_', '-')}"
+        if field in mappings:
+            default = {"multiple": True, "metavar": "KEY=VALUE"}
         # text: the options' model reads it, and reports all problems together
         params.append(click.Option([flag, field], type=str, help=info.description, **default))
     params += [

@@ -1,0 +1,14 @@
+"""Entry points of this package. Nothing is imported until an environment or a reward is used.
+
+Factory contracts: ``rlcore.environments``: ``factory(spec: EpisodeSpec) -> EpisodeRunner``;
+``rlcore.rewards``: ``factory(options: Config, settings: RewardSettings) -> Reward``.
+"""
+
+from rlcore.plugins import Plugin
+
+reasoning_gym_reward = Plugin(
+    interface=1,
+    config="rlcore_agents.reasoning_gym.settings:ReasoningGymReward",
+    factory="rlcore_agents.reasoning_gym.reward:reasoning_gym_reward",
+    summary="The scorer of the sample's task of reasoning-gym",
+)

@@ -12,3 +12,9 @@ reasoning_gym_reward = Plugin(
     factory="rlcore_agents.reasoning_gym.reward:reasoning_gym_reward",
     summary="The scorer of the sample's task of reasoning-gym",
 )
+python = Plugin(
+    interface=1,
+    config="rlcore_agents.environment.settings:PythonEnvironmentSettings",
+    factory="rlcore_agents.environment.runner:PythonEnvironment",
+    summary="A class or function in Python, by file or import path",
+)

@@ -62,7 +62,7 @@ class CallSyntax:
         if self.opening:
             return text.find(self.opening, position)
         stripped = text.lstrip()
-        is_call = not position and stripped.startswith(("{", "[{")) and '"name"' in stripped
+        is_call = not position and stripped.startswith("{") and '"name"' in stripped
         return len(text) - len(stripped) if is_call else -1
 
     def _block(self, text: str, start: int) -> tuple[int, list[ParsedCall]]:
@@ -84,7 +84,7 @@ class CallSyntax:
             calls = [checked_call(name, raw, raw) if name else call_of_json(raw)]
         else:
             raw = text[inside:end]
-            values = value if isinstance(value, list) else [value]
+            values = value if isinstance(value, list) and self.opening else [value]
             calls = [checked_call(name, value, raw)] if name else [call_of(each, raw) for each in values]
         after = end + len(text[end:]) - len(text[end:].lstrip())
         closed = shared_length(text[after:], self.closing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,12 +18,21 @@ from rlcore_agents.conversation.reply import (
 )
 from rlcore_agents.conversation.text_tokens import SplittingTokenizer
 
+UNFENCED_CALL = re.compile(r'\s*\{\s*"name"\s*:')
+
 
 class HandWrittenFormat(ChatFormat):
     """A renderer of the package ``renderers``."""
 
-    def __init__(self, renderer: Any, name: str, tokenizer: SplittingTokenizer) -> None:
+    def __init__(self, renderer: Any, keeping: Any, name: str, tokenizer: SplittingTokenizer) -> None:
+        """Wrap a renderer.
+
+        Args:
+            keeping: the same renderer, for conversations without reasoning: it goes on where ``renderer`` removes
+                reasoning from the history.
+        """
         self.renderer = renderer
+        self._keeping = keeping
         self.name = f"the hand-written renderer {name}"
         self.stop_tokens = tuple(renderer.get_stop_token_ids())
         self._tokenizer = tokenizer
@@ -41,17 +51,21 @@ class HandWrittenFormat(ChatFormat):
         try:
             parsed = self.renderer.parse_response(list(sampled), tools=list(tools) or None, prompt_ids=list(prompt))
         except Exception as error:  # whatever was sampled is a reply
-            text = self._tokenizer.decode(list(sampled))
+            text = self._tokenizer.text(sampled)
             return ParsedReply(text, None, [ParsedCall("", None, f"the reply cannot be read ({reason(error)})", text)])
         calls = [_checked(call) for call in parsed.tool_calls]
+        if not calls and tools and UNFENCED_CALL.match(parsed.content):  # Llama's calls have no marks around them
+            calls = [call_of_json(parsed.content)]
+            parsed.content = ""
         lost = [call.raw for call in calls if not call.name]
         return ParsedReply("\n".join(filter(None, [parsed.content, *lost])), parsed.reasoning_content, calls)
 
     def continuation(self, turn: RecordedTurn, new: Sequence[Message]) -> list[int] | None:
         before = [*turn.prompt, *turn.sampled]
         named = with_tool_names([*turn.messages, turn.message, *new])
+        renderer = self.renderer if any(map(_has_reasoning, named)) else self._keeping
         try:
-            bridged = self.renderer.bridge_to_next_turn(
+            bridged = renderer.bridge_to_next_turn(
                 list(turn.prompt),
                 list(turn.sampled),
                 self._tokenizer.observations_as_text(named)[-len(new) :],
@@ -78,6 +92,11 @@ def with_tool_names(messages: Sequence[Message]) -> list[Mapping[str, Any]]:
         else message
         for message in messages
     ]
+
+
+def _has_reasoning(message: Message) -> bool:
+    content = message.get("content")
+    return bool(message.get("reasoning_content")) or (isinstance(content, str) and "</think>" in content)
 
 
 def _checked(call: Any) -> ParsedCall:

@@ -74,20 +74,23 @@ class SegmentTree:
         return tuple(segments)
 
     def _walk(self, tokens: Sequence[int], after: int | None) -> tuple[int, int]:
-        """Return the deepest node whose whole path ``tokens`` begin with, and the length of that path."""
-        if after is None:
-            best, stack = (ROOT, 0), [(ROOT, 0)]
-        else:
-            length = sum(len(self._nodes[node].segment.tokens) for node in self._path(after))
-            best, stack = (after, length), [(after, length)]
+        """Return the last node, and the length, of the path that shares most of ``tokens`` with it and a child.
+
+        Whole nodes only: the part of a child is `_longest_child`'s.
+        """
+        start = ROOT if after is None else after
+        length = sum(len(self._nodes[node].segment.tokens) for node in self._path(start))
+        best, most, stack = (start, length), -1, [(start, length)]
         while stack:
             node, position = stack.pop()
-            if position > best[1]:
-                best = node, position
+            inner = self._longest_child(node, tokens, position)
+            shared = position + (inner[1] if inner else 0)
+            if shared > most:
+                best, most = (node, position), shared
             for child in self._nodes[node].children:
-                length = len(self._nodes[child].segment.tokens)
-                if self._shared(child, tokens, position) == length:
-                    stack.append((child, position + length))
+                own = len(self._nodes[child].segment.tokens)
+                if own and self._shared(child, tokens, position) == own:
+                    stack.append((child, position + own))
         return best
 
     def _longest_child(self, node: int, tokens: Sequence[int], position: int) -> tuple[int, int] | None:

@@ -116,7 +116,11 @@ def _handwritten(tokenizer: SplittingTokenizer, name: str, variables: Mapping[st
             f"{reason(error)}"
         ) from error
     _compare(tokenizer, name, written, variables)
-    return HandWrittenFormat(renderer, name, tokenizer)
+    try:
+        keeping = create_renderer(tokenizer, renderer.config.model_copy(update={"thinking_retention": "all"}))
+    except Exception:  # nothing to keep
+        keeping = renderer
+    return HandWrittenFormat(renderer, keeping, name, tokenizer)
 
 
 def _compare(tokenizer: SplittingTokenizer, name: str, written: list[int], variables: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ class SplittingTokenizer:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         added = sorted((text for text in tokenizer.get_added_vocab() if len(text) > 1), key=len, reverse=True)
+        self._added_ids = set(tokenizer.get_added_vocab().values())
         self._added = re.compile("|".join(map(re.escape, added))) if added else None
 
     def __getattr__(self, name: str) -> Any:
@@ -37,6 +38,14 @@ class SplittingTokenizer:
             for part in parts
             for token in self._tokenizer(part, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
         ]
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens, special ones included."""
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=False))
+
+    def is_added(self, token: int) -> bool:
+        """Return whether ``token`` is one that text is searched for before it is tokenised, as special tokens are."""
+        return token in self._added_ids
 
     def observations_as_text(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         """Return ``messages`` in which special tokens written by tools and environments will stay text.

@@ -37,6 +37,9 @@ def tools_as_text(messages: Sequence[Message], tools: Tools, system: bool) -> li
                 written.append({"role": "user", "content": result})
             written[-1]["results"] = True
             continue
+        if message.get("role") == "user" and written and written[-1].get("results"):  # roles may have to alternate
+            written[-1]["content"] += f"\n\n{message.get('content') or ''}"
+            continue
         calls = [_call(call) for call in message.get("tool_calls") or ()]
         kept = {key: value for key, value in message.items() if key != "tool_calls"}
         written.append(

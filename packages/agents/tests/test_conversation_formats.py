@@ -1,0 +1,227 @@
+"""Trajectories hold exactly what was sampled, under chat templates of the field and under hand-written renderers.
+
+The templates in ``chat_templates`` behave as those of the families that they are named after; tokenizers are trained on
+their own text, so that a text has several tokenisations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rlcore.engines.episode import EpisodeLimits, Trajectory
+from rlcore.engines.rollout import Completion
+from rlcore_agents.conversation import ChatFormat, Reply, TokenTree, Turn, format_for
+
+TEMPLATES = Path(__file__).parent / "chat_templates"
+LIMITS = EpisodeLimits(max_turns=20, max_tokens=100_000, max_model_len=100_000, timeout_s=10)
+ADD = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "description": "Add two numbers.",
+        "parameters": {"type": "object", "properties": {"x": {"type": "integer"}, "y": {"type": "integer"}}},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """Special tokens of a family of models, and how one of its models calls ``add`` with x=1."""
+
+    end: str
+    special: tuple[str, ...]
+    call: str
+    start: str | None = None
+    renderer: str = "template"
+    template: str | None = None
+    call_end: str | None = None
+
+
+HERMES = '<tool_call>\n{"name": "add", "arguments": {"x": 1}}\n</tool_call>'
+QWEN = ("<|endoftext|>", "<|im_start|>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+THINK = ("<think>", "</think>")
+LLAMA = ("<|start_header_id|>", "<|end_header_id|>", "<|end_of_text|>", "<|eom_id|>", "<|python_tag|>")
+LLAMA_CALL = '{"name": "add", "parameters": {"x": 1}}'
+MISTRAL = (
+    "[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]",
+)  # fmt: skip
+DEEPSEEK = tuple(
+    f"<｜{name}｜>"
+    for name in (
+        "User", "Assistant", "tool▁calls▁begin", "tool▁calls▁end", "tool▁call▁begin", "tool▁call▁end", "tool▁sep",
+        "tool▁outputs▁begin", "tool▁outputs▁end", "tool▁output▁begin", "tool▁output▁end",
+    )
+)  # fmt: skip
+DEEPSEEK_CALL = (
+    "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>add\n```json\n"
+    '{"x": 1}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>'
+)
+HARMONY = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>", "<|constrain|>")
+HARMONY_CALL = ' to=functions.add<|channel|>commentary json<|message|>{"x": 1}'
+GLM = (
+    "<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|assistant|>", "<|observation|>", "<tool_call>",
+    "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>",
+)  # fmt: skip
+GLM_CALL = "<tool_call>add\n<arg_key>x</arg_key>\n<arg_value>1</arg_value>\n</tool_call>"
+
+FAMILIES = {
+    "qwen2.5": Family("<|im_end|>", QWEN, HERMES),
+    "qwen3": Family("<|im_end|>", QWEN + THINK, HERMES),
+    "llama3": Family("<|eot_id|>", LLAMA, LLAMA_CALL, "<|begin_of_text|>"),
+    "mistral": Family("</s>", MISTRAL, '[TOOL_CALLS] [{"name": "add", "arguments": {"x": 1}}]', "<s>"),
+    "gemma": Family("<end_of_turn>", ("<start_of_turn>",), HERMES, "<bos>"),
+    "deepseek": Family("<｜end▁of▁sentence｜>", DEEPSEEK, DEEPSEEK_CALL, "<｜begin▁of▁sentence｜>"),
+    "gpt-oss": Family("<|return|>", HARMONY, HARMONY_CALL, call_end="<|call|>"),
+    "smollm2": Family("<|im_end|>", ("<|im_start|>",), HERMES),
+    "qwen3 by hand": Family("<|im_end|>", QWEN + THINK, HERMES, renderer="qwen3", template="qwen3"),
+    "llama3 by hand": Family("<|eot_id|>", LLAMA, LLAMA_CALL, "<|begin_of_text|>", "llama-3", "llama3"),
+    "glm by hand": Family(
+        "<|user|>", GLM + THINK, GLM_CALL, renderer="glm-4.5", template="", call_end="<|observation|>"
+    ),
+}
+
+
+@cache
+def tokenizer_of(name: str) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    family = FAMILIES[name]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [family.end, *([family.start] if family.start else []), *family.special]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([path.read_text() for path in sorted(TEMPLATES.iterdir())], trainer)
+    template = name if family.template is None else family.template
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=family.end,
+        bos_token=family.start,
+        additional_special_tokens=list(family.special),
+        chat_template=(TEMPLATES / f"{template}.jinja").read_text() if template else None,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+@cache
+def format_of(name: str) -> ChatFormat:
+    return format_for(tokenizer_of(name), FAMILIES[name].renderer)
+
+
+TEXTS = st.one_of(
+    st.text(max_size=12),
+    st.sampled_from(
+        [
+            "", " ", "  two  spaces\n", "naïve 日本語 🦀\u200d", "</tool_call>", "<think>", "<|im_end|>", "<|eot_id|>",
+            "</s>", '{"a": [1, true]}', "\n\n", "a</think>b", "\u2028\u0085",
+        ]
+    ),
+)  # fmt: skip
+
+
+@st.composite
+def completions(draw: st.DrawFn, name: str) -> Completion:
+    """Draw what an engine may return: any tokens, or replies that a model would write, tokenised in an odd way."""
+    tokenizer, family = tokenizer_of(name), FAMILIES[name]
+    kind = draw(st.sampled_from(["tokens", "answer", "reasoning", "call", "broken call"]))
+    end = family.end
+    if kind == "tokens":
+        tokens = draw(st.lists(st.integers(0, len(tokenizer) - 1), min_size=1, max_size=10))
+    else:
+        text = draw(TEXTS)
+        if kind == "reasoning":
+            text = f"<think>\n{text}\n</think>\n\n{draw(TEXTS)}"
+        if "call" in kind:
+            call = family.call if kind == "call" else family.call.replace("1}", "1,").replace('"arguments"', '"args')
+            text = ("" if family.call.startswith("{") else text) + call
+            end = family.call_end or end
+        cuts = sorted(draw(st.lists(st.integers(0, len(text)), max_size=3)))
+        pieces = [text[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(text)])]
+        tokens = [token for piece in pieces for token in tokenizer.encode(piece, add_special_tokens=False)]
+    if draw(st.booleans()) or not tokens:
+        tokens, finish = [*tokens, tokenizer.convert_tokens_to_ids(end)], "stop"
+    else:
+        tokens, finish = tokens[: draw(st.integers(1, len(tokens)))], "length"
+    logprobs = [-0.25 * (place + 1) for place in range(len(tokens))]
+    return Completion(tokens, logprobs, finish, [(7, len(tokens))])  # type: ignore[arg-type]
+
+
+@dataclass
+class Episode:
+    """A tree, and what the policy saw and sampled."""
+
+    tree: TokenTree
+    asked: list[tuple[list[dict[str, Any]], Turn, Completion, Reply]]
+
+    def reply(self, messages: list[dict[str, Any]], completion: Completion) -> None:
+        turn = self.tree.prompt(messages, [ADD])
+        self.asked.append((messages, turn, completion, self.tree.add(turn, completion)))
+
+
+@st.composite
+def episodes(draw: st.DrawFn, name: str) -> Episode:
+    """Draw an episode: conversations that go on, are asked again, go on from an earlier turn, or are compacted."""
+    episode = Episode(TokenTree(format_of(name), LIMITS), [])
+    messages: list[dict[str, Any]] = [{"role": "user", "content": draw(TEXTS)}]
+    episode.reply(messages, draw(completions(name)))
+    for _ in range(draw(st.integers(1, 5))):
+        kind = draw(st.sampled_from(["go on", "go on", "go on", "again", "earlier", "compacted"]))
+        at = draw(st.integers(0, len(episode.asked) - 1)) if kind == "earlier" else -1
+        messages, _, _, reply = episode.asked[at]
+        if kind == "compacted":
+            messages = [{"role": "user", "content": draw(TEXTS)}]
+        elif kind != "again":
+            named = [call for call in reply.tool_calls if call.name]
+            results = [{"role": "tool", "tool_call_id": call.id, "content": draw(TEXTS)} for call in named]
+            messages = [*messages, reply.message, *(results or [{"role": "user", "content": draw(TEXTS)}])]
+        episode.reply(messages, draw(completions(name)))
+    return episode
+
+
+def rows(trajectory: Trajectory) -> Iterator[tuple[list[int], list[bool]]]:
+    """Yield tokens and loss positions of each row."""
+    for path in trajectory.rows():
+        segments = [trajectory.segments[index] for index in path]
+        yield (
+            [token for segment in segments for token in segment.tokens],
+            [segment.sampled for segment in segments for _ in segment.tokens],
+        )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_rows_are_what_was_sampled(name: str, data: st.DataObject) -> None:
+    episode = data.draw(episodes(name))
+    trajectory = episode.tree.trajectory()
+    sampled = [segment for segment in trajectory.segments if segment.sampled]
+    assert sorted(tuple(each.tokens) for each in sampled) == sorted(tuple(c.tokens) for _, _, c, _ in episode.asked)
+    for segment in sampled:
+        assert len(segment.tokens) == len(segment.logprobs or ()) == sum(count for _, count in segment.versions)
+    written = list(rows(trajectory))
+    for _, turn, completion, _ in episode.asked:
+        seen = [*turn.tokens, *completion.tokens]
+        start = len(turn.tokens)
+        assert any(tokens[: len(seen)] == seen and all(mask[start : len(seen)]) for tokens, mask in written), (
+            "no row has this turn"
+        )
+        if turn.continues is not None:
+            _, before, earlier, _ = episode.asked[turn.continues]
+            prefix = [*before.tokens, *earlier.tokens]
+            assert turn.tokens[: len(prefix)] == prefix
+    breaks = sum(turn.continues is None for _, turn, _, _ in episode.asked)
+    assert len(written) <= len({tuple(turn.tokens) for _, turn, _, _ in episode.asked}) + len(episode.asked)
+    assert trajectory.metrics["branches"] == len(written) - 1
+    assert breaks >= 1

@@ -12,9 +12,10 @@ reasoning_gym_reward = Plugin(
     factory="rlcore_agents.reasoning_gym.reward:reasoning_gym_reward",
     summary="The scorer of the sample's task of reasoning-gym",
 )
-python = Plugin(
+
+verifiers = Plugin(
     interface=1,
-    config="rlcore_agents.environment.settings:PythonEnvironmentSettings",
-    factory="rlcore_agents.environment.runner:PythonEnvironment",
-    summary="A class or function in Python, by file or import path",
+    config="rlcore_agents.verifiers.settings:VerifiersSettings",
+    factory="rlcore_agents.verifiers.runner:build",
+    summary="Task sets, agents and environments of the package verifiers",
 )

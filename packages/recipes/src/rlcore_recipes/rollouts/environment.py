@@ -75,10 +75,11 @@ class EnvironmentEpisode:
         """Return ``trajectory`` if it is one, with tokens, and no row of it is longer than a sequence may be."""
         if not isinstance(trajectory, Trajectory):
             raise EngineError(f"{what}: it returned a {type(trajectory).__name__}, not a Trajectory")
-        if not trajectory.segments or not trajectory.segments[0].tokens:
-            raise EngineError(f"{what}: its trajectory does not begin with tokens")
         sizes = [len(segment.tokens) for segment in trajectory.segments]
-        longest = max(sum(sizes[index] for index in row) for row in trajectory.rows())
+        lengths = [sum(sizes[index] for index in row) for row in trajectory.rows()]
+        if not lengths or not all(lengths):
+            raise EngineError(f"{what}: its trajectory has {'a row' if lengths else 'no row'} without tokens")
+        longest = max(lengths)
         if longest > self.spec.limits.max_model_len:
             limit = self.spec.limits.max_model_len
             raise EngineError(f"{what}: its trajectory has a row of {longest} tokens, and {limit} are allowed")

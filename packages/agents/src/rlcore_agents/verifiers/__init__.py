@@ -1,0 +1,1 @@
+"""Environments and agents of the package `verifiers`, whose model calls a rollout engine answers."""

@@ -1,1 +1,0 @@
-"""Programs of a sandbox's processes, outside in: `namespaces` (or bwrap), `supervisor`, `worker`."""

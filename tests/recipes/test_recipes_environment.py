@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from rlcore import plugins
 from rlcore.config import load_config
-from rlcore.errors import ConfigError
+from rlcore.errors import ConfigError, RlcoreWarning
 from rlcore_recipes.settings.environment import EnvironmentRole
 
 Metrics = Callable[[Path], list[dict[str, float]]]
@@ -28,12 +29,31 @@ def test_a_run_without_a_reward_learns_from_the_scores_of_its_episodes(
     task: Any, metrics_of: Metrics, tmp_path: Path
 ) -> None:
     log = tmp_path / "log"
-    keys = {"trainer.test_freq": 1, "trainer.val_before_train": False, "rollout.environment.scripted.log": log}
+    keys = {
+        "trainer.test_freq": 1,
+        "trainer.val_before_train": False,
+        "trainer.log_rollouts": -1,
+        "trainer.log_val_generations": 2,
+        "rollout.environment.scripted": {"log": str(log), "turn_rewards": True},
+    }
     result = task.run("grpo", tmp_path / "run", EPISODES | keys)
     assert result.exit_code == 0, result.output
     (metrics,) = metrics_of(tmp_path / "run")
-    assert metrics["critic/score/mean"] >= 0
-    assert 0 <= metrics["val-core/letters/reward/mean@1"] <= 1
+    assert 0 < metrics["critic/score/mean"] < 3
+    assert metrics["critic/score/max"] > 1, "the rewards of two turns are added to the score of the episode"
+    assert 0 <= metrics["val-core/letters/reward/mean@1"] <= 3
+    for prefix in ("", "val-aux/"):
+        assert metrics[f"{prefix}rollout/turns"] == 2
+        assert metrics[f"{prefix}rollout/tool_calls"] == 1
+        assert metrics[f"{prefix}rollout/invalid_episodes"] == 0
+    tables = tmp_path / "run" / "tables"
+    rows = [json.loads(line) for line in (tables / "rollouts.jsonl").read_text().splitlines()]
+    assert len(rows) == 8 * 4
+    roles = [message["role"] for message in json.loads(rows[0]["transcript"])]
+    assert roles == ["user", "assistant", "tool", "assistant"]
+    assert rows[0]["invalid"] == ""
+    (generations,) = tables.glob("*generations*.jsonl")
+    assert "transcript" in json.loads(generations.read_text().splitlines()[0])
     lines = log.read_text().splitlines()
     assert sum(line.startswith("begin train") for line in lines) == 8 * 4
     assert sum(line.startswith("begin validation") for line in lines) == 6
@@ -95,3 +115,62 @@ def test_a_text_is_the_name_of_an_environment_or_the_path_of_one(task: Any, tmp_
 def load(task: Any, recipe: str, out_dir: Path, keys: dict[str, Any]) -> Any:
     arguments = task.arguments(recipe, out_dir, keys)[2:]
     return load_config(plugins.get("rlcore.recipes", recipe).config_class(), overrides=arguments)
+
+
+INVALID = list(range(48))  # positions of all prompts of the first epoch
+
+
+def test_an_invalid_episode_is_run_again_with_another_seed(task: Any, metrics_of: Metrics, tmp_path: Path) -> None:
+    keys = {"rollout.environment.scripted": {"invalid": [3], "invalid_once": True, "log": str(tmp_path / "log")}}
+    result = task.run("grpo", tmp_path / "run", EPISODES | keys)
+    assert result.exit_code == 0, result.output
+    (metrics,) = metrics_of(tmp_path / "run")
+    assert metrics["rollout/retries"] == 1 / 32
+    assert metrics["rollout/invalid_episodes"] == 0
+    seeds = [
+        line.split()[3] for line in (tmp_path / "log").read_text().splitlines() if line.startswith("begin train 3 ")
+    ]
+    assert len(set(seeds)) == 5
+
+
+@pytest.mark.filterwarnings("ignore:.*of the episodes of a step are invalid:rlcore.errors.RlcoreWarning")
+def test_what_is_learned_of_valid_episodes_does_not_depend_on_invalid_ones(
+    task: Any, metrics_of: Metrics, tmp_path: Path
+) -> None:
+    keys = EPISODES | {"rollout.environment.scripted": {"invalid": [3, 5]}, "rollout.environment.retries": 0}
+    with pytest.warns(
+        RlcoreWarning, match="25% of the episodes of a step are invalid, the first one because the game is b"
+    ):
+        assert task.run("grpo", tmp_path / "out", keys | {"trainer.log_rollouts": -1}).exit_code == 0
+    assert task.run("grpo", tmp_path / "scored", keys | {"rollout.environment.error_score": -7}).exit_code == 0
+    (out,), (scored,) = metrics_of(tmp_path / "out"), metrics_of(tmp_path / "scored")
+    assert out["rollout/invalid_episodes"] == scored["rollout/invalid_episodes"] == 8
+    assert out["critic/score/min"] >= 0
+    assert scored["critic/score/min"] == -7
+    assert out["reward/error_ratio"] == scored["reward/error_ratio"] == 0
+    rows = [json.loads(line) for line in (tmp_path / "out/tables/rollouts.jsonl").read_text().splitlines()]
+    assert {row["group"] for row in rows if row["invalid"]} == {3, 5}
+
+
+@pytest.mark.filterwarnings("ignore:.*of the episodes of a step are invalid:rlcore.errors.RlcoreWarning")
+def test_a_broken_environment_ends_the_run_with_its_reason(task: Any, metrics_of: Metrics, tmp_path: Path) -> None:
+    keys = {"rollout.environment.scripted": {"invalid": INVALID}, "rollout.environment.retries": 0}
+    keys |= {"trainer.total_steps": 2, "trainer.test_freq": 1}
+    result = task.run("grpo", tmp_path, EPISODES | keys)
+    assert result.exit_code == 1
+    message = (
+        "100% of the episodes of the last 2 steps were invalid, more than rollout.environment.max_invalid_ratio=0.9"
+    )
+    assert f"{message} (64 times: the game is broken)" in " ".join(result.output.split())
+    assert metrics_of(tmp_path)[-1]["val-aux/rollout/invalid_ratio"] == 1
+
+
+def test_a_reward_function_reads_the_conversation(task: Any, metrics_of: Metrics, tmp_path: Path) -> None:
+    reward = tmp_path / "reward.py"
+    reward.write_text(
+        "def score(solution_str, transcript):\n    return float([m['role'] for m in transcript].count('tool'))\n"
+    )
+    keys = {"reward.path": f"{reward}:score", "rollout.environment.scripted.turns": 3}
+    result = task.run("grpo", tmp_path / "run", EPISODES | keys)
+    assert result.exit_code == 0, result.output
+    assert metrics_of(tmp_path / "run")[0]["critic/score/mean"] == 2

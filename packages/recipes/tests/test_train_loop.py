@@ -98,6 +98,7 @@ def make(tmp_path: Path, *keys: str, recipe: str = "number", steps: int = 4, par
         timed=Timings(),
         records=Records(),
         max_error_ratio=1.0,
+        max_invalid_ratio=1.0,
         engines={"actor": executor.workers(TrainEngine, model, "actor")},  # type: ignore[type-abstract]
         parts={"counter": counter} if parts else {},
         save_tokenizer=lambda folder: (folder / "tokenizer").write_text("words"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +141,23 @@ def test_a_function_that_cannot_be_called_in_its_form(loaded: Callable[..., Scor
         loaded("def f(completions): return [1]", scale=2)
     with pytest.raises(WorkerFailure, match=r"it must take keyword arguments among data_sources, .*'other'"):
         loaded("def f(solution_strs, other): return [1]")
+
+
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": {"name": "add"}}]}
+RESULT = {"role": "tool", "tool_call_id": "1", "content": "42"}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "def f(sample): return len(sample.transcript) + sample.episode_score",
+        "def f(solution_str, transcript): return len(transcript) + 0.5",
+        "def f(solution_strs, transcripts): return [len(messages) + 0.5 for messages in transcripts]",
+        "def f(completions, **kwargs):\n"
+        "    assert [message['role'] for message in completions[0]] == ['assistant', 'tool']\n"
+        "    return [4.5]",
+    ],
+)
+def test_functions_read_the_conversation_of_an_episode(loaded: Callable[..., Score], source: str) -> None:
+    episode = replace(CHAT, transcript=(*CHAT.prompt, CALL, RESULT), episode_score=0.5)
+    assert loaded(source)(episode).score == 4.5

@@ -6,7 +6,7 @@ All forms but ours take keyword arguments, by which a function's form is recogni
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -20,14 +20,16 @@ VERL: dict[str, Callable[[RewardSample], Any]] = {
     "solution_str": lambda sample: sample.completion,
     "ground_truth": lambda sample: sample.ground_truth,
     "extra_info": lambda sample: _extra_info(sample.extra),
+    "transcript": lambda sample: _messages(sample.transcript),
 }
-"""The keyword arguments of verl's ``compute_score``, as functions of a sample."""
+"""The keyword arguments of verl's ``compute_score`` as functions of a sample; ``transcript`` is a further one."""
 
 VERL_BATCH = {
     "data_sources": "data_source",
     "solution_strs": "solution_str",
     "ground_truths": "ground_truth",
     "extra_infos": "extra_info",
+    "transcripts": "transcript",
 }
 """The arguments of verl's batch functions, which are lists of those in `VERL`."""
 
@@ -133,6 +135,9 @@ def _trl(sample: RewardSample, wanted: Callable[[str], bool], needed: list[str])
         WorkerFailure: the data lacks a column that the function needs.
     """
     text, chat = sample.prompt_text, [{"role": "assistant", "content": sample.completion}]
+    if sample.transcript:  # as TRL gives the messages of policy and tools after the prompt
+        begins = _messages(sample.transcript[: len(sample.prompt)]) == sample.prompt
+        chat = _messages(sample.transcript[len(sample.prompt) if begins else 0 :])
     ids = list(sample.completion_tokens)
     columns = {
         "data_source": sample.data_source,
@@ -192,6 +197,10 @@ def name_of(function: Callable[..., Any]) -> str:
     if isinstance(function, partial):
         return name_of(function.func)
     return getattr(function, "__name__", type(function).__name__)
+
+
+def _messages(transcript: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [dict(message) for message in transcript]
 
 
 def _extra_info(extra: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,11 +19,12 @@ from rlcore_recipes.data.tokenizer import load_tokenizer
 from rlcore_recipes.evaluation.results import Answer, Header, Record, ResultsFile, keys_of
 from rlcore_recipes.generation.candidates import Candidate
 from rlcore_recipes.generation.engines import rollout_engine
-from rlcore_recipes.rollouts.episode import single_completion
-from rlcore_recipes.rollouts.plan import RolloutPlan
+from rlcore_recipes.rollouts.episode import Episode, single_completion
+from rlcore_recipes.rollouts.plan import RolloutPlan, environment_episode, tree_rows
 from rlcore_recipes.rollouts.sampling import validation_sampling
 from rlcore_recipes.rollouts.scorer import Scorer, build_scorer
 from rlcore_recipes.rollouts.synchronous import roll_out_together
+from rlcore_recipes.rollouts.trees import first_rows
 from rlcore_recipes.rollouts.workers import RolloutWorkers
 from rlcore_recipes.run.preflight import check_ground_truth, check_sources
 from rlcore_recipes.run.roles import closed, open_executor
@@ -58,7 +59,7 @@ def evaluate(config: EvalConfig, candidate: Candidate, out: Path, progress: Prog
         if missing:
             with ExitStack() as stack:
                 workers = _workers(config, model, model_ends.union(stop_tokens), out, stack)
-                plan = _plan(config, stop_tokens)
+                plan = _plan(config, model, stop_tokens, model_ends.union(stop_tokens))
                 for start in range(0, len(missing), config.data.val_batch_size):
                     chosen = missing[start : start + config.data.val_batch_size]
                     made = roll_out_together(workers, plan, [prompts[number] for number in chosen])
@@ -75,10 +76,13 @@ def _tokenizer(config: EvalConfig, candidate: Candidate) -> str | None:
     return config.model.tokenizer_path if candidate.model == config.model.path else None
 
 
-def _plan(config: EvalConfig, stop_tokens: tuple[int, ...]) -> RolloutPlan:
+def _plan(config: EvalConfig, model: ModelSettings, stop_tokens: tuple[int, ...], ends: frozenset[int]) -> RolloutPlan:
     sampling = validation_sampling(config.rollout, config.data.max_response_length, stop_tokens)
-    episode = partial(single_completion, sampling=sampling)
-    return RolloutPlan(episode, config.rollout.validation.n, config.seed, "validation")
+    episode: Episode = partial(single_completion, sampling=sampling)
+    if config.rollout.environment is not None:
+        episode = environment_episode(config, model, sampling, ends, "validation")
+    trees = tree_rows(config.rollout.environment)
+    return RolloutPlan(episode, config.rollout.validation.n, config.seed, "validation", trees=trees)
 
 
 def _workers(
@@ -105,20 +109,22 @@ def fingerprint(prompts: PromptDataset) -> str:
 
 
 def records(batch: Batch, keys: Sequence[str], n: int) -> list[Record]:
-    """Return the records of scored samples that were rolled out together, ``n`` rows of each in order."""
+    """Return the records of scored samples that were rolled out together, ``n`` trajectories of each in order."""
+    batch = batch.filter(first_rows(batch))
+    earned = batch["score"].tolist() if "step_rewards" in batch else [result.score for result in batch["reward_result"]]
     lengths: torch.Tensor = batch["response_length"]
     answers = [
         Answer(
             text=text,
             tokens=tokens,
             finish_reason=reason,
-            score=result.score,
+            score=score,
             answer=result.answer,
             extras=dict(result.extras),
             error=result.error,
         )
-        for text, tokens, reason, result in zip(
-            batch["completion"], lengths.tolist(), batch["finish_reason"], batch["reward_result"], strict=True
+        for text, tokens, reason, score, result in zip(
+            batch["completion"], lengths.tolist(), batch["finish_reason"], earned, batch["reward_result"], strict=True
         )
     ]
     return [

@@ -7,6 +7,7 @@ from typing import Any
 
 from rlcore import plugins
 from rlcore.engines import ModelSettings, RolloutEngine, RolloutSpec
+from rlcore_recipes.rollouts.environment import closing_runners
 from rlcore_recipes.settings import RolloutSettings
 
 
@@ -24,4 +25,5 @@ def rollout_engine(
         engines: the other engines of its process.
     """
     spec = RolloutSpec(model=model, options=rollout.options, max_model_len=longest, seed=seed)
-    return plugins.get(rollout.plugin_group, rollout.engine).build(spec)  # type: ignore[no-any-return]
+    engine: RolloutEngine = plugins.get(rollout.plugin_group, rollout.engine).build(spec)
+    return engine if rollout.environment is None else closing_runners(engine)

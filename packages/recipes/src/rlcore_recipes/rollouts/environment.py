@@ -26,6 +26,9 @@ GRACE_S = 10.0
 """How much longer than its timeout an episode may take: runners end their episodes themselves, and keep the tokens."""
 
 
+MOST_LOGGED = 100
+
+
 @dataclass(frozen=True)
 class EnvironmentEpisode:
     """The `Episode` of the environment ``name``; picklable.
@@ -50,7 +53,7 @@ class EnvironmentEpisode:
             trajectory = await self._run(runner, engine, sample, own)
             if not trajectory.invalid:
                 break
-            logger.warning("episode %d-%d is invalid: %s", sample.position, own, trajectory.invalid)
+            _log_invalid(f"{sample.position}-{own}", trajectory.invalid)
         return replace(trajectory, metrics={**trajectory.metrics, "retries": float(retry)})
 
     async def _run(self, runner: EpisodeRunner, engine: RolloutEngine, sample: PromptSample, seed: int) -> Trajectory:
@@ -84,6 +87,16 @@ class EnvironmentEpisode:
             limit = self.spec.limits.max_model_len
             raise EngineError(f"{what}: its trajectory has a row of {longest} tokens, and {limit} are allowed")
         return trajectory
+
+
+_logged: set[str] = set()
+
+
+def _log_invalid(episode: str, reason: str) -> None:
+    """Log why ``episode`` is invalid, if no other was for this reason; reasons after `MOST_LOGGED` are not logged."""
+    if reason not in _logged and len(_logged) < MOST_LOGGED:
+        _logged.add(reason)
+        logger.warning("episode %s is invalid (the first one for this reason): %s", episode, reason)
 
 
 _building = Lock()

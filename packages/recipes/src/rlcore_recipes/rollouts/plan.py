@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from rlcore.config import Algorithm
-from rlcore.engines import SamplingParams
+from rlcore.engines import ModelSettings, SamplingParams
 from rlcore.engines.episode import EpisodeLimits, EpisodeSpec, PromptSample
 from rlcore_recipes.rollouts.environment import EnvironmentEpisode
 from rlcore_recipes.rollouts.episode import Episode, single_completion
@@ -15,6 +15,7 @@ from rlcore_recipes.rollouts.group_job import GroupJob
 from rlcore_recipes.rollouts.sampling import greedy, training_sampling, validation_sampling
 from rlcore_recipes.rollouts.trajectories import TreeRows
 from rlcore_recipes.settings import RLConfig
+from rlcore_recipes.settings.environment import EnvironmentRole
 from rlcore_recipes.settings.evaluation import EvalConfig
 
 
@@ -65,7 +66,7 @@ def training_plan(
     if own is not None:
         episode = own
     elif config.rollout.environment is not None:
-        episode = environment_episode(config, sampling, end_tokens, "train")
+        episode = environment_episode(config, config.model, sampling, end_tokens, "train")
     elif config.given_first:
         episode = partial(given_first, sampling=sampling, run_seed=config.seed)
     elif config.response_key is not None:
@@ -76,6 +77,7 @@ def training_plan(
         seed=config.seed,
         baseline=partial(single_completion, sampling=greedy(sampling)) if compares else None,
         keep=None if config.dynamic_sampling is None else config.dynamic_sampling.filter,
+        trees=tree_rows(config.rollout.environment),
     )
 
 
@@ -89,19 +91,29 @@ def validation_plan(
     sampling = validation_sampling(config.rollout, config.data.max_response_length, stop_tokens)
     episode: Episode = partial(single_completion, sampling=sampling)
     if config.rollout.environment is not None:
-        episode = environment_episode(config, sampling, end_tokens, "validation")
-    return RolloutPlan(episode, config.rollout.validation.n, config.seed, "validation")
+        episode = environment_episode(config, config.model, sampling, end_tokens, "validation")
+    trees = tree_rows(config.rollout.environment)
+    return RolloutPlan(episode, config.rollout.validation.n, config.seed, "validation", trees=trees)
+
+
+def tree_rows(environment: EnvironmentRole | None) -> TreeRows | None:
+    """Return how the trajectories of ``environment`` become rows; None without one."""
+    return None if environment is None else TreeRows(error_score=environment.error_score)
 
 
 def environment_episode(
-    config: RLConfig | EvalConfig, sampling: SamplingParams, end_tokens: frozenset[int], purpose: str
+    config: RLConfig | EvalConfig,
+    model: ModelSettings,
+    sampling: SamplingParams,
+    end_tokens: frozenset[int],
+    purpose: str,
 ) -> EnvironmentEpisode:
     """Return the episode of ``rollout.environment``; ``sampling`` is that of a single completion."""
     role, data = config.rollout.environment, config.data
     assert role is not None
     turn_tokens = min(role.turn_tokens or sampling.max_tokens, sampling.max_tokens)
     spec = EpisodeSpec(
-        model=config.model,
+        model=model,
         options=role.options,
         sampling=replace(sampling, max_tokens=turn_tokens),
         limits=EpisodeLimits(role.max_turns, data.max_response_length, data.longest_sequence, role.timeout_s),

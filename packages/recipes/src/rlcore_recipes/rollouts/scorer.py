@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, replace
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -18,14 +19,14 @@ from rlcore.engines import ModelSettings, Reward, RewardResult, RewardSample
 from rlcore.engines.reward import result_problem
 from rlcore_recipes.data.tokenizer import load_tokenizer
 from rlcore_recipes.rollouts.completion_text import joined_turns, policy_turns
-from rlcore_recipes.rollouts.trees import first_rows, scored_rows, trajectory_index, turn_rewards
+from rlcore_recipes.rollouts.trees import first_rows, trajectory_index, turn_rewards
 from rlcore_recipes.settings import RewardRole
 
 logger = logging.getLogger(__name__)
 
 
 INVALID = RewardResult(0.0, error="invalid")
-"""The result of an episode that has no score, because something failed in it."""
+"""The result of an episode in which something failed; `TreeRows.error_score` may give it another score."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +47,16 @@ class Scorer:
     def score(self, batch: Batch) -> Batch:
         """``score`` (dense fp32), ``reward_result`` (objects) and ``completion`` (objects: the text).
 
-        The reward scores every valid trajectory once; all of its rows have the result. The score is that of the reward
-        and the rewards of turns together. Invalid trajectories get the score 0 and the error "invalid".
+        The reward scores every trajectory once in which nothing failed; all of its rows have the result. The score is
+        that of the reward and the rewards of turns together. The others get `INVALID`, or their ``episode_score``.
         """
         turns, index, first = policy_turns(batch), trajectory_index(batch), first_rows(batch)
         texts = joined_turns(turns, self.tokenizer, self.ends)
-        results = [INVALID] * len(turns)
-        chosen = scored_rows(batch)[first].nonzero().flatten().tolist()
+        asked = first & complete_rows(batch)
+        results = failed_results(batch.filter(first)) if "invalid" in batch else [INVALID] * len(turns)
+        chosen = asked[first].nonzero().flatten().tolist()
         samples = reward_samples(
-            batch.filter(scored_rows(batch)),
+            batch.filter(asked),
             [texts[number] for number in chosen],
             [list(chain.from_iterable(turns[number])) for number in chosen],
         )
@@ -92,6 +94,18 @@ def build_scorer(role: RewardRole, model: ModelSettings, ends: frozenset[int], e
     return Scorer(reward_of(role), load_tokenizer(model), role.error_score, kept)
 
 
+def complete_rows(batch: Batch) -> torch.Tensor:
+    """Return which rows are of a trajectory in which nothing failed, ``[B]`` bool."""
+    reasons = batch["invalid"] if "invalid" in batch else [""] * len(batch)
+    return torch.tensor([not reason for reason in reasons], dtype=torch.bool)
+
+
+def failed_results(batch: Batch) -> list[RewardResult]:
+    """Return the result of each row as if something had failed in it: with its ``episode_score`` if it has one."""
+    scores = batch["episode_score"].tolist()
+    return [INVALID if math.isnan(score) else replace(INVALID, score=score) for score in scores]
+
+
 def checked(results: Sequence[RewardResult], error_score: float) -> list[RewardResult]:
     """``results``, of which those that cannot be used have become failed ones (kind "result")."""
     found, problems = [], Counter[str]()
@@ -122,8 +136,10 @@ def reward_samples(batch: Batch, texts: list[str], completions: list[list[int]])
             finish_reason=reason,
             completion_tokens=tokens,
             prompt_text=prompt_text,
+            transcript=transcript,
+            episode_score=None if episode_score is None or math.isnan(episode_score) else episode_score,
         )
-        for messages, prompt_text, text, truth, source, extra, reason, tokens in zip(
+        for messages, prompt_text, text, truth, source, extra, reason, tokens, transcript, episode_score in zip(
             batch["messages"],
             batch["prompt_text"],
             texts,
@@ -132,5 +148,7 @@ def reward_samples(batch: Batch, texts: list[str], completions: list[list[int]])
             batch["extra"],
             batch["finish_reason"],
             completions,
+            batch["transcript"] if "transcript" in batch else repeat(()),
+            batch["episode_score"].tolist() if "episode_score" in batch else repeat(None),
         )
     ]

@@ -52,6 +52,7 @@ class DatasetSession(Generic[C]):
         stop_tokens: those of them that the model does not know as end tokens.
         notes: what was recognised in the data, and how many samples were too long.
         max_error_ratio: share of samples whose reward may fail over some steps.
+        max_invalid_ratio: without effect: there are no episodes.
         more: what the task built besides the models.
         stack: closes it.
     """
@@ -70,6 +71,7 @@ class DatasetSession(Generic[C]):
     stop_tokens: tuple[int, ...]
     notes: tuple[str, ...] = ()
     max_error_ratio: float = 1.0
+    max_invalid_ratio: float = 1.0
     more: Any = None
     stack: ExitStack = field(default_factory=ExitStack)
     records: Records = field(default_factory=Records)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping
 from warnings import warn
 
@@ -20,12 +20,19 @@ class Health:
 
     Args:
         max_error_ratio: share of samples whose reward may fail over `WINDOW` steps; 1 never ends the run.
+        max_invalid_ratio: as ``max_error_ratio``, of invalid episodes.
+        invalid: why episodes were invalid so far, and how many.
     """
 
-    def __init__(self, trainer: TrainerSettings, max_error_ratio: float) -> None:
+    def __init__(
+        self, trainer: TrainerSettings, max_error_ratio: float, max_invalid_ratio: float, invalid: Counter[str]
+    ) -> None:
         self._trainer = trainer
         self._max_error_ratio = max_error_ratio
+        self._max_invalid_ratio = max_invalid_ratio
+        self._invalid = invalid
         self._error_ratios: deque[float] = deque(maxlen=WINDOW)
+        self._invalid_ratios: deque[float] = deque(maxlen=WINDOW)
         self._steps = 0
         self._skipped = 0
         self._warned: set[str] = set()
@@ -37,10 +44,11 @@ class Health:
             last: it is the run's last step, at which shorter failures count too if they lasted for the whole run.
 
         Raises:
-            TrainingError: rewards failed, or updates were skipped, for too long.
+            TrainingError: rewards failed, episodes were invalid, or updates were skipped, for too long.
         """
         self._steps += 1
         self.check_validation(metrics)
+        self._check_episodes(metrics, last)
         self._check_rewards(metrics, last)
         self._check_updates(metrics, last)
         self._check_duration(metrics)
@@ -50,6 +58,20 @@ class Health:
         ratio = metrics.get("val-aux/reward_error_ratio", 0.0)
         if ratio > self._max_error_ratio:
             self._warn("validation", f"the reward failed on {ratio:.0%} of the samples of a validation")
+
+    def _check_episodes(self, metrics: Mapping[str, float], last: bool) -> None:
+        if "rollout/invalid_ratio" not in metrics:
+            return
+        limit = self._max_invalid_ratio
+        self._invalid_ratios.append(metrics["rollout/invalid_ratio"])
+        mean = sum(self._invalid_ratios) / len(self._invalid_ratios)
+        if mean > limit and (last or len(self._invalid_ratios) == WINDOW):
+            reasons = "; ".join(f"{count} times: {reason}" for reason, count in self._invalid.most_common(3))
+            raise TrainingError(
+                f"{mean:.0%} of the episodes of the last {len(self._invalid_ratios)} steps were invalid, more than "
+                f"rollout.environment.max_invalid_ratio={limit:g} ({reasons}). Correct the environment, or raise the "
+                "limit (1: never)"
+            )
 
     def _check_rewards(self, metrics: Mapping[str, float], last: bool) -> None:
         if "reward/error_ratio" not in metrics:

@@ -44,7 +44,7 @@ def train(run: Run) -> None:
     complete = done >= total_steps
     if not complete:
         print_start(run.recipe, session.about(), trainer, done, total_steps)
-    health = Health(trainer, session.max_error_ratio)
+    health = Health(trainer, session.max_error_ratio, session.max_invalid_ratio, session.records.invalid)
     with (
         tracking(run, run_id, done) as tracker,
         system_metrics(trainer.system_metrics_s if is_main() else None) as machine,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,13 +28,18 @@ class Table:
 
 @dataclass
 class Records:
-    """Histograms and tables of the step under way, by name."""
+    """Histograms and tables of the step under way, by name.
+
+    Attributes:
+        invalid: why episodes were invalid, and how many, since the run was started.
+    """
 
     histograms: dict[str, Histogram] = field(default_factory=dict)
     tables: dict[str, Table] = field(default_factory=dict)
+    invalid: Counter[str] = field(default_factory=Counter)
 
     def hand_over(self, tracker: Tracker, step: int) -> None:
-        """Give all of them to ``tracker``, and forget them."""
+        """Give histograms and tables to ``tracker``, and forget them."""
         for name, histogram in self.histograms.items():
             tracker.log_histogram(name, histogram.edges, histogram.counts, step)
         for name, table in self.tables.items():

@@ -79,6 +79,12 @@ class Session(Generic[C]):
         return self.config.reward.max_error_ratio
 
     @property
+    def max_invalid_ratio(self) -> float:
+        """Share of episodes that may be invalid over some steps."""
+        environment = self.config.rollout.environment
+        return 1.0 if environment is None else environment.max_invalid_ratio
+
+    @property
     def engines(self) -> dict[str, TrainEngine]:
         """The engines whose state is in every checkpoint."""
         return self.roles.trained()
@@ -104,6 +110,9 @@ class Session(Generic[C]):
         models = model_rows(self.executor, actor, config.model, budgets, self.tokenizer, self.end_tokens)
         if config.needs_ref and not config.builds_ref:
             models.append(("reference", "the actor without its adapters"))
+        if (environment := config.rollout.environment) is not None:
+            limits = f"at most {environment.max_turns} turns and {environment.timeout_s:g} s in an episode"
+            models.append(("environment", f"{environment.name}, {limits}"))
         return [*models, ("data", prompts), *(("", note) for note in self.notes)]
 
     def warn_once(self, subject: str, message: str) -> None:

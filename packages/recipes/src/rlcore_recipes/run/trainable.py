@@ -65,6 +65,11 @@ class Trainable(Protocol):
         ...
 
     @property
+    def max_invalid_ratio(self) -> float:
+        """Share of episodes that may be invalid over some steps (see `Health`)."""
+        ...
+
+    @property
     def engines(self) -> Mapping[str, TrainEngine]:
         """The engines whose state is in every checkpoint, by name. "actor" is exported at the end."""
         ...

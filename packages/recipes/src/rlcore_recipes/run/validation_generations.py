@@ -41,8 +41,8 @@ from rlcore_recipes.run.dataset_session import DatasetSession
 from rlcore_recipes.run.roles import closed
 from rlcore_recipes.run.trainable import Validation
 from rlcore_recipes.settings.supervised import SFTConfig
-from rlcore_recipes.step.logged_rows import BATCH_COLUMNS, COLUMNS, with_prompts
-from rlcore_recipes.step.validation import LOGGED_ORDER_SEED, metrics_and_rows
+from rlcore_recipes.step.logged_rows import BATCH_COLUMNS, with_prompts
+from rlcore_recipes.step.validation import LOGGED_ORDER_SEED, metrics_and_table
 
 
 @dataclass(frozen=True)
@@ -154,5 +154,6 @@ def validate_generations(session: DatasetSession[SFTConfig]) -> Validation:
         scores = samples.scores.result()
         batch = samples.batch.with_columns(**{name: scores[name] for name in scores.names})
         parts.append(batch.select(*BATCH_COLUMNS, "response_length"))
-    metrics, rows = executor.compute(metrics_and_rows, joined(parts), config.trainer.log_val_generations)
-    return Validation(metrics, COLUMNS, with_prompts(rows, session.tokenizer))
+    metrics, table = executor.compute(metrics_and_table, joined(parts), config.trainer.log_val_generations)
+    table = with_prompts(table, session.tokenizer)
+    return Validation(metrics, table.columns, table.rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field
@@ -33,3 +34,7 @@ class GenerationConfig(Config):
     model: ModelSettings = Field(description="The model; SOURCE is its path.")
     data: PromptSettings = Field(default_factory=PromptSettings, description="Prompts.")
     rollout: EvalRolloutSettings = Field(default_factory=EvalRolloutSettings, description="Engine and sampling.")
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.rollout.environment is not None:
+            yield "rollout.environment", "takes no part in generation; evaluate episodes with rlcore eval"

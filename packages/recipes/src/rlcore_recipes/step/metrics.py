@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,34 +13,47 @@ from rlcore.algorithms.sequences import sequence_sums
 from rlcore.algorithms.value_loss import explained_variance
 from rlcore.batch import Batch
 from rlcore.config.registry import NoParams
+from rlcore.engines import RewardResult
+from rlcore_recipes.rollouts.scorer import INVALID
+from rlcore_recipes.rollouts.trees import first_rows
 from rlcore_recipes.run.records import Histogram, Table
 from rlcore_recipes.run.session import Session
+from rlcore_recipes.step.episodes import INVALID_RATIO, episode_metrics
 from rlcore_recipes.step.histograms import batch_histograms
-from rlcore_recipes.step.logged_rows import COLUMNS, rows_of, with_prompts
+from rlcore_recipes.step.logged_rows import table_of, with_prompts
 from rlcore_recipes.trackers import show_histograms
 
 
 def step_metrics(session: Session[Any], batch: Batch, number: int) -> dict[str, float]:
     """Return the `batch_metrics` of the batch that step ``number`` trained on; record histograms and rollouts of it."""
     trainer = session.config.trainer
-    logged = len(batch) if trainer.log_rollouts == -1 else min(trainer.log_rollouts, len(batch))
-    metrics, histograms, rows = session.executor.compute(
-        described, batch, number - 1, show_histograms(trainer.trackers), logged
+    metrics, histograms, table, invalid = session.executor.compute(
+        described, batch, number - 1, show_histograms(trainer.trackers), trainer.log_rollouts
     )
     session.records.histograms |= histograms
-    if rows:
-        session.records.tables["rollouts"] = Table(COLUMNS, with_prompts(rows, session.tokenizer))
+    if table.rows:
+        session.records.tables["rollouts"] = with_prompts(table, session.tokenizer)
+    if invalid:
+        session.records.invalid.update(invalid)
+        session.warn_once(
+            INVALID_RATIO,
+            f"{metrics[INVALID_RATIO]:.0%} of the episodes of a step are invalid, the first one because "
+            f"{next(iter(invalid))}. {INVALID_RATIO} has the share of every step",
+        )
     return metrics
 
 
 def described(
     batch: Batch, version: int, histograms: bool, logged: int
-) -> tuple[dict[str, float], dict[str, Histogram], list[list[Any]]]:
-    """Return the metrics of ``batch``, `batch_histograms` if they are asked for, and rows of its first samples."""
+) -> tuple[dict[str, float], dict[str, Histogram], Table, Counter[str]]:
+    """Return the metrics of ``batch``, `batch_histograms` if they are asked for, the table of its first ``logged``
+    trajectories (-1: of all), and why some are invalid."""
+    first = first_rows(batch).nonzero().flatten().tolist()
     return (
         batch_metrics(batch, version),
         batch_histograms(batch) if histograms else {},
-        rows_of(batch, range(logged)) if logged else [],
+        table_of(batch, first if logged == -1 else first[:logged]),
+        Counter(batch["invalid"][row] for row in first if batch["invalid"][row]) if "invalid" in batch else Counter(),
     )
 
 
@@ -66,7 +81,7 @@ def batch_metrics(batch: Batch, version: int | None = None) -> dict[str, float]:
     found["response_length/clip_ratio"] = reasons.count("length") / max(len(reasons), 1)
     found["response/aborted_ratio"] = reasons.count("abort") / max(len(reasons), 1)
     found["perf/total_num_tokens"] = float(batch.total_tokens)
-    return found | staleness(batch, version) | reward_metrics(batch)
+    return found | staleness(batch, version) | reward_metrics(batch) | episode_metrics(batch)
 
 
 def staleness(batch: Batch, version: int | None) -> dict[str, float]:
@@ -83,12 +98,18 @@ def staleness(batch: Batch, version: int | None) -> dict[str, float]:
 def reward_metrics(batch: Batch) -> dict[str, float]:
     """Return the means of the rewards' extra numbers, the shares of failed rewards and of groups of equal scores."""
     results = batch["reward_result"]
-    found = {"reward/error_ratio": sum(result.error is not None for result in results) / max(len(results), 1)}
+    found = {"reward/error_ratio": failed_ratio(results)}
     for name in sorted({name for result in results for name in result.extras}):
         values = [result.extras[name] for result in results if name in result.extras]
         found[f"reward/{name}"] = sum(values) / len(values)
     differs = nonzero_spread(batch["score"], batch["group"], NoParams())  # per sample; groups are of one size
     return found | {"reward/equal_score_groups": 1 - float(differs.float().mean())}
+
+
+def failed_ratio(results: Sequence[RewardResult]) -> float:
+    """Return the share of results of a reward that failed; it was not asked about invalid episodes."""
+    asked = [result for result in results if result.error != INVALID.error]
+    return sum(result.error is not None for result in asked) / max(len(asked), 1)
 
 
 def spread(name: str, values: torch.Tensor) -> dict[str, float]:

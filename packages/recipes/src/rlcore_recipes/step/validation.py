@@ -16,16 +16,20 @@ from rlcore.engines.episode import PromptSample
 from rlcore_recipes.rollouts.plan import validation_plan
 from rlcore_recipes.rollouts.source import joined
 from rlcore_recipes.rollouts.synchronous import roll_out_together
+from rlcore_recipes.rollouts.trees import first_rows, scored_rows
+from rlcore_recipes.run.records import Table
 from rlcore_recipes.run.session import Session
 from rlcore_recipes.run.trainable import Validation
-from rlcore_recipes.step.logged_rows import BATCH_COLUMNS, COLUMNS, rows_of, with_prompts
+from rlcore_recipes.step.episodes import episode_metrics
+from rlcore_recipes.step.logged_rows import BATCH_COLUMNS, OF_EPISODES, table_of, with_prompts
+from rlcore_recipes.step.metrics import failed_ratio
 from rlcore_recipes.step.rollout import add_scores
 
 LOGGED_ORDER_SEED = 42  # the same prompts are shown at every validation
 
 
 def validate_completions(session: Session[Any]) -> Validation:
-    """Validate on single completions of the held-out prompts, sampled as ``rollout.validation`` says."""
+    """Validate on completions or episodes of the held-out prompts, sampled as ``rollout.validation`` says."""
     plan = validation_plan(session.config, session.stop_tokens, session.end_tokens)
 
     def answered(prompts: Sequence[PromptSample]) -> Batch:
@@ -49,14 +53,19 @@ def validate_prompts(session: Session[Any], answered: Callable[[Sequence[PromptS
     columns: tuple[str, ...] = (*BATCH_COLUMNS, "response_length")
     if "reward_model_score" in parts[0]:
         columns += ("reward_model_score",)
+    if "trajectory" in parts[0]:
+        columns += (*OF_EPISODES, "trajectory", "shared_prefix", "valid", "episode_metrics")
     batch = joined([part.select(*columns) for part in parts])
-    metrics, rows = session.executor.compute(metrics_and_rows, batch, config.trainer.log_val_generations)
-    return Validation(metrics, COLUMNS, with_prompts(rows, session.tokenizer))
+    metrics, table = session.executor.compute(metrics_and_table, batch, config.trainer.log_val_generations)
+    table = with_prompts(table, session.tokenizer)
+    return Validation(metrics, table.columns, table.rows)
 
 
-def metrics_and_rows(batch: Batch, logged: int) -> tuple[dict[str, float], list[list[Any]]]:
-    """Return the metrics of ``batch`` and ``logged`` rows of the table."""
-    return validation_metrics(batch), logged_rows(batch, logged)
+def metrics_and_table(batch: Batch, logged: int) -> tuple[dict[str, float], Table]:
+    """Return the metrics of ``batch`` and the table of ``logged`` samples."""
+    episodes = {f"val-aux/{name}": value for name, value in episode_metrics(batch).items()}
+    metrics = validation_metrics(batch.filter(scored_rows(batch))) | episodes
+    return metrics, logged_table(batch.filter(first_rows(batch)), logged)
 
 
 def validation_metrics(batch: Batch) -> dict[str, float]:
@@ -66,7 +75,12 @@ def validation_metrics(batch: Batch) -> dict[str, float]:
     of the most frequent answer, where the reward reads answers. Scores are under ``val-core/{source}/reward``, the
     reward's extra numbers under ``val-aux/{source}/{name}``. A reward model has its share in all scores but ``maj@N``,
     which is the reward's alone; its own are under ``val-aux/{source}/reward_model_score``.
+
+    Args:
+        batch: one row per trajectory; if no episode is valid, it is empty, and nothing is returned.
     """
+    if not len(batch):
+        return {}
     by_source: defaultdict[str, defaultdict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
     for index, (source, group) in enumerate(zip(batch["data_source"], batch["group"].tolist())):
         by_source[source][group].append(index)
@@ -91,7 +105,7 @@ def validation_metrics(batch: Batch) -> dict[str, float]:
     lengths: torch.Tensor = batch["response_length"]
     found["val-aux/response_length/mean"] = float(lengths.float().mean())
     found["val-aux/response_length/clip_ratio"] = batch["finish_reason"].count("length") / len(batch)
-    found["val-aux/reward_error_ratio"] = fmean(float(result.error is not None) for result in results)
+    found["val-aux/reward_error_ratio"] = failed_ratio(results)
     return found
 
 
@@ -112,8 +126,8 @@ def majority_score(results: Sequence[RewardResult]) -> float:
     return next(result.score for result in results if result.answer == winner)
 
 
-def logged_rows(batch: Batch, count: int) -> list[list[Any]]:
-    """``count`` rows of the table, for the same prompts every time; the prompt still as token ids."""
+def logged_table(batch: Batch, count: int) -> Table:
+    """``count`` samples as a table, for the same prompts every time; the prompt still as token ids."""
     chosen = list(range(len(batch)))
     random.Random(LOGGED_ORDER_SEED).shuffle(chosen)
-    return rows_of(batch, sorted(chosen[:count]))
+    return table_of(batch, sorted(chosen[:count]))

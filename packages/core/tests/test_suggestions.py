@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-from rlcore.suggestions import functions_of, similar_paths
+from rlcore.suggestions import definitions_of, similar_paths
 
 
 @pytest.mark.parametrize(
@@ -24,10 +24,10 @@ def test_similar_paths(tmp_path: Path, missing: str, meant: str | None) -> None:
     assert similar_paths(tmp_path / missing) == expected
 
 
-def test_functions_of_a_module() -> None:
+def test_functions_and_classes_of_a_module() -> None:
     module = ModuleType("mine")
-    assert functions_of(module) == "; it has no functions"
+    assert definitions_of(module) == "; it has no functions or classes"
     exec("from os.path import join\nlimit = 3\ndef score(x): ...\ndef other(x): ...\nclass C: ...", vars(module))
-    assert functions_of(module) == "; it has score, other"
+    assert definitions_of(module) == "; it has score, other, C"
     exec("\n".join(f"def f{number}(): ..." for number in range(30)), vars(module))
-    assert functions_of(module).endswith("f17 and 12 more")
+    assert definitions_of(module).endswith("f16 and 13 more")

@@ -19,3 +19,10 @@ verifiers = Plugin(
     factory="rlcore_agents.verifiers.runner:build",
     summary="Task sets, agents and environments of the package verifiers",
 )
+
+python = Plugin(
+    interface=1,
+    config="rlcore_agents.environment.settings:PythonEnvironmentSettings",
+    factory="rlcore_agents.environment.runner:PythonEnvironment",
+    summary="A class or function in Python, by file or import path",
+)

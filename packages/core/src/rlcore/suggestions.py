@@ -24,12 +24,12 @@ def similar_paths(path: Path) -> str:
     return ""
 
 
-def functions_of(module: ModuleType) -> str:
-    """Return "; it has …" with the functions that ``module`` defines."""
+def definitions_of(module: ModuleType) -> str:
+    """Return "; it has …" with the functions and classes that ``module`` defines."""
     names = [
         name
         for name, value in vars(module).items()
-        if inspect.isfunction(value) and value.__module__ == module.__name__
+        if (inspect.isfunction(value) or inspect.isclass(value)) and value.__module__ == module.__name__
     ]
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return f"; it has {', '.join(names[:_NAMED])}{more}" if names else "; it has no functions"
+    return f"; it has {', '.join(names[:_NAMED])}{more}" if names else "; it has no functions or classes"

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import sys
 from collections.abc import Awaitable, Callable, Mapping
-from functools import reduce
-from importlib import import_module
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import cloudpickle
 
 from rlcore.engines.reward import RewardSample
-from rlcore.suggestions import functions_of
+from rlcore.errors import ConfigError
+from rlcore.object_path import load_object
 from rlcore_rewards.forms import prepare
 from rlcore_rewards.reply import WorkerFailure
 
@@ -38,14 +34,10 @@ def load(options: Mapping[str, Any]) -> Callable[[RewardSample], Any]:
         WorkerFailure: the function does not exist or takes other arguments.
     """
     home, name, kwargs = options["home"], options["name"], options["kwargs"]
-    if home.endswith(PICKLE):
-        function = cloudpickle.loads(Path(home).read_bytes())
-    else:
-        module = _from_file(Path(home)) if home.endswith(".py") else _from_import(home)
-        try:
-            function = reduce(getattr, name.split("."), module)
-        except AttributeError:
-            raise WorkerFailure("startup", f"{home} has no {name!r}{functions_of(module)}") from None
+    try:
+        function = cloudpickle.loads(Path(home).read_bytes()) if home.endswith(PICKLE) else load_object(home, name)
+    except ConfigError as error:
+        raise WorkerFailure("startup", str(error)) from None
     if not callable(function):
         raise WorkerFailure("startup", f"{name!r} in {home} is a {type(function).__name__}, not a function")
     arguments_of = prepare(function, options["form"], kwargs)
@@ -60,23 +52,3 @@ def load(options: Mapping[str, Any]) -> Callable[[RewardSample], Any]:
         return finish(runner.run(wait(value)) if inspect.isawaitable(value) else value)
 
     return score
-
-
-def _from_file(file: Path) -> ModuleType:
-    sys.path.insert(0, str(file.parent))  # the file can import its neighbours, as a script can
-    spec = spec_from_file_location(f"reward_function_{file.stem}", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and others look up their module here
-    spec.loader.exec_module(module)
-    return module
-
-
-def _from_import(home: str) -> ModuleType:
-    try:
-        return import_module(home)
-    except ModuleNotFoundError as error:
-        if error.name and (home == error.name or home.startswith(f"{error.name}.")):
-            raise WorkerFailure("startup", f"there is no module {error.name!r}") from None
-        raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 from pydantic import Field, JsonValue, field_validator
@@ -12,7 +11,7 @@ from rlcore.config import Config, FileName
 from rlcore.config.values import is_url
 from rlcore.engines.settings import RewardSettings
 from rlcore.errors import ConfigError
-from rlcore.suggestions import similar_paths
+from rlcore.object_path import existing_file
 from rlcore_rewards.calling import PICKLE
 from rlcore_rewards.forms import Form
 from rlcore_rewards.pool import PooledReward
@@ -49,14 +48,11 @@ def function_reward(options: FunctionOptions, settings: RewardSettings) -> Poole
         ConfigError: the file, module or function does not exist, or cannot be called with a sample.
     """
     home, _, name = options.path.rpartition(":")
-    if is_url(home):
-        raise ConfigError(f"reward function {options.path!r}: it must be in a file on this machine, not at a URL")
-    if home.endswith((".py", PICKLE)):
-        file = Path(home).expanduser().resolve()
-        if not file.is_file():
-            problem = "is not a regular file" if file.exists() else f"does not exist{similar_paths(file)}"
-            raise ConfigError(f"reward function {options.path!r}: file {file} {problem}")
-        home = str(file)
+    if is_url(home) or home.endswith((".py", PICKLE)):
+        try:
+            home = str(existing_file(home))
+        except ConfigError as error:
+            raise ConfigError(f"reward function {options.path!r}: {error}") from None
     spec: dict[str, Any] = {"home": home, "name": name, "kwargs": options.kwargs, "form": options.form}
     try:
         return PooledReward("function", "rlcore_rewards.calling:load", spec, settings)

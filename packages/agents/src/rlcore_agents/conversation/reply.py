@@ -79,6 +79,12 @@ class Reply:
     finish_reason: FinishReason
     turn: int
 
+    @property
+    def text(self) -> str:
+        """The answer, without reasoning and calls of tools."""
+        content: str = self.message["content"]
+        return content
+
 
 def call_of_json(text: str) -> ParsedCall:
     """Return the call that the JSON object ``text`` describes, malformed or not."""

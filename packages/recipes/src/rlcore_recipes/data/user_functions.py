@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlcore.errors import DataError
-from rlcore.suggestions import functions_of, similar_paths
+from rlcore.suggestions import definitions_of, similar_paths
 
 
 def function_in(path: Path, name: str) -> Callable[..., Any]:
@@ -35,7 +35,7 @@ def function_in(path: Path, name: str) -> Callable[..., Any]:
         sys.path.pop(0)
     function = getattr(module, name, None)
     if not callable(function):
-        raise DataError(f"{path} has no function {name!r}{_nested(path, name) or functions_of(module)}")
+        raise DataError(f"{path} has no function {name!r}{_nested(path, name) or definitions_of(module)}")
     return function  # type: ignore[no-any-return]
 
 

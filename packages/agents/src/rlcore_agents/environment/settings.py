@@ -1,0 +1,35 @@
+"""Settings of environments in Python."""
+
+from __future__ import annotations
+
+from pydantic import Field, JsonValue, field_validator
+
+from rlcore.config import FileName, Seconds
+from rlcore.object_path import checked_object_path
+from rlcore_agents.conversation import ConversationSettings
+
+
+class PythonEnvironmentSettings(ConversationSettings):
+    """Settings of `python`: an environment that is a class or a function."""
+
+    path: FileName = Field(
+        description="'file.py:name' or 'package.module:name' of a subclass of rlcore_agents.Environment, or of a "
+        "function that takes a chat and a sample and returns a score."
+    )
+    kwargs: dict[str, JsonValue] = Field(
+        {}, description="Keyword arguments of the class, or additional ones of the function."
+    )
+    turn_timeout_s: Seconds = Field(
+        60.0,
+        gt=0,
+        description="Seconds that the environment may take between two replies of the policy, its tools included, to "
+        "begin and to close.",
+    )
+    max_observation_chars: int = Field(
+        32768, ge=100, description="Longer messages of the environment and of tools are cut to so many characters."
+    )
+
+    @field_validator("path")
+    @classmethod
+    def _names_an_object(cls, path: str) -> str:
+        return checked_object_path(path)

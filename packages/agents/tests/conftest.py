@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rlcore import plugins
-from rlcore.engines import ModelSettings, RolloutEngine, RolloutSpec
-from rlcore_kit.testing.tiny_model import tiny_model
+from rlcore.engines import Completion, GenerationRequest, ModelSettings, RolloutEngine, RolloutSpec
+from rlcore_kit.testing.tiny_model import tiny_model, tiny_tokenizer
 
 MAX_MODEL_LEN = 4096
 
@@ -28,3 +29,37 @@ def engine(policy: Path) -> Iterator[RolloutEngine]:
     engine: RolloutEngine = inline.build(spec)
     yield engine
     engine.close()
+
+
+class ScriptedEngine(RolloutEngine):
+    """Answers what a function says of the text of the prompt.
+
+    Attributes:
+        prompts: texts of the prompts so far.
+    """
+
+    version = 0
+
+    def __init__(self, answer: Callable[[str], str]) -> None:
+        self.answer, self.prompts = answer, list[str]()
+        self._tokenizer = tiny_tokenizer()
+
+    async def generate(self, request: GenerationRequest) -> Completion:
+        self.prompts.append(self._tokenizer.decode(request.prompt))
+        tokens = self._tokenizer.encode(self.answer(self.prompts[-1]) + "<|end|>")
+        whole = len(tokens) <= request.sampling.max_tokens
+        tokens = tokens[: request.sampling.max_tokens]
+        return Completion(tokens, [-0.5] * len(tokens), "stop" if whole else "length", [(0, len(tokens))])
+
+    def update_weights(self, buckets: Any, version: int) -> None: ...
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
+    def abort(self, request_ids: Any = None) -> None: ...
+    def sleep(self) -> None: ...
+    def wake(self) -> None: ...
+
+
+@pytest.fixture(scope="session")
+def scripted() -> type[ScriptedEngine]:
+    """An engine that is made with the function of a prompt that answers it."""
+    return ScriptedEngine

@@ -26,3 +26,15 @@ python = Plugin(
     factory="rlcore_agents.environment.runner:PythonEnvironment",
     summary="A class or function in Python, by file or import path",
 )
+gymnasium = Plugin(
+    interface=1,
+    config="rlcore_agents.gymnasium.settings:GymnasiumSettings",
+    factory="rlcore_agents.gymnasium.environment:gymnasium_environment",
+    summary="A text environment with gymnasium's reset and step, by file or import path",
+)
+textarena = Plugin(
+    interface=1,
+    config="rlcore_agents.textarena.settings:TextArenaSettings",
+    factory="rlcore_agents.textarena.play:textarena_environment",
+    summary="A game of TextArena, for one player, against others or in self-play",
+)

@@ -51,7 +51,7 @@ OURS: dict[tuple[str, str], str] = {
     ("rlcore.scoring_engines", "http"): "rlcore[http]",
     **{
         ("rlcore.environments", name): "rlcore[agents]"
-        for name in ("python", "command", "verifiers", "textarena", "openenv", "nemo_gym")
+        for name in ("python", "command", "verifiers", "gymnasium", "textarena", "openenv", "nemo_gym")
     },
     ("rlcore.executors", "local"): "rlcore",
     ("rlcore.executors", "ray"): "rlcore[ray]",

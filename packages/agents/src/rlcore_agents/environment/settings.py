@@ -9,16 +9,9 @@ from rlcore.object_path import checked_object_path
 from rlcore_agents.conversation import ConversationSettings
 
 
-class PythonEnvironmentSettings(ConversationSettings):
-    """Settings of `python`: an environment that is a class or a function."""
+class EnvironmentSettings(ConversationSettings):
+    """What holds for environments in Python, those of users and those of this package."""
 
-    path: FileName = Field(
-        description="'file.py:name' or 'package.module:name' of a subclass of rlcore_agents.Environment, or of a "
-        "function that takes a chat and a sample and returns a score."
-    )
-    kwargs: dict[str, JsonValue] = Field(
-        {}, description="Keyword arguments of the class, or additional ones of the function."
-    )
     turn_timeout_s: Seconds = Field(
         60.0,
         gt=0,
@@ -27,6 +20,18 @@ class PythonEnvironmentSettings(ConversationSettings):
     )
     max_observation_chars: int = Field(
         32768, ge=100, description="Longer messages of the environment and of tools are cut to so many characters."
+    )
+
+
+class PythonEnvironmentSettings(EnvironmentSettings):
+    """Settings of `python`: an environment that is a class or a function."""
+
+    path: FileName = Field(
+        description="'file.py:name' or 'package.module:name' of a subclass of rlcore_agents.Environment, or of a "
+        "function that takes a chat and a sample and returns a score."
+    )
+    kwargs: dict[str, JsonValue] = Field(
+        {}, description="Keyword arguments of the class, or additional ones of the function."
     )
 
     @field_validator("path")

@@ -1,0 +1,1 @@
+"""Text environments with gymnasium's interface."""

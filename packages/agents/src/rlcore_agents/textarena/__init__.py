@@ -1,0 +1,1 @@
+"""TextArena: games in text for one or several players."""

@@ -22,7 +22,8 @@ VERL: dict[str, Callable[[RewardSample], Any]] = {
     "extra_info": lambda sample: _extra_info(sample.extra),
     "transcript": lambda sample: _messages(sample.transcript),
 }
-"""The keyword arguments of verl's ``compute_score`` as functions of a sample; ``transcript`` is a further one."""
+"""The keyword arguments of verl's ``compute_score`` as functions of a sample, and ``transcript`` for functions that name
+it."""
 
 VERL_BATCH = {
     "data_sources": "data_source",
@@ -32,6 +33,8 @@ VERL_BATCH = {
     "transcripts": "transcript",
 }
 """The arguments of verl's batch functions, which are lists of those in `VERL`."""
+
+NOT_OF_VERL = ("transcript", "transcripts")
 
 MARKS: dict[str, Form] = {"solution_str": "verl", "solution_strs": "verl_batch", "completions": "trl"}
 """Parameters that only functions of one form have."""
@@ -67,7 +70,8 @@ def prepare(
         needed = [] if signature is None else [name for name in _required(signature) if name not in bound]
         return lambda sample: _trl(sample, wanted, needed)
     names = {"verl": list(VERL), "verl_batch": list(VERL_BATCH)}.get(form, [])
-    chosen = [name for name in names if wanted(name)]
+    named = () if signature is None else signature.parameters
+    chosen = [name for name in names if wanted(name) and (name in named or name not in NOT_OF_VERL)]
     if signature is not None:
         _check(function, signature.bind, form, chosen, kwargs)
     if form == "verl":

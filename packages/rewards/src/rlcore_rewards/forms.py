@@ -22,8 +22,7 @@ VERL: dict[str, Callable[[RewardSample], Any]] = {
     "extra_info": lambda sample: _extra_info(sample.extra),
     "transcript": lambda sample: _messages(sample.transcript),
 }
-"""The keyword arguments of verl's ``compute_score`` as functions of a sample, and ``transcript`` for functions that name
-it."""
+"""The keyword arguments of verl's ``compute_score`` as functions of a sample; functions may name ``transcript`` too."""
 
 VERL_BATCH = {
     "data_sources": "data_source",

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rlcore import plugins
-from rlcore.engines import Completion, GenerationRequest, ModelSettings, RolloutEngine, RolloutSpec
+from rlcore.engines import GenerationRequest, ModelSettings, RolloutEngine, RolloutSpec
+from rlcore.engines.rollout import Completion
 from rlcore_kit.testing.tiny_model import tiny_model, tiny_tokenizer
 
 MAX_MODEL_LEN = 4096
@@ -32,34 +33,40 @@ def engine(policy: Path) -> Iterator[RolloutEngine]:
 
 
 class ScriptedEngine(RolloutEngine):
-    """Answers what a function says of the text of the prompt.
+    """Answers with given texts, exactly as a model that samples them would: within ``max_tokens``, to a stop string.
 
     Attributes:
-        prompts: texts of the prompts so far.
+        replies: the next replies, or a function of the prompt's text.
+        made: requests and completions in their order.
+        prompts: texts of the prompts.
     """
 
     version = 0
 
-    def __init__(self, answer: Callable[[str], str]) -> None:
-        self.answer, self.prompts = answer, list[str]()
-        self._tokenizer = tiny_tokenizer()
+    def __init__(self, replies: Sequence[str] | Callable[[str], str]) -> None:
+        self.replies = list(replies) if isinstance(replies, Sequence) else replies
+        self.made: list[tuple[GenerationRequest, Completion]] = []
+        self.prompts: list[str] = []
+        self.tokenizer = tiny_tokenizer()
 
     async def generate(self, request: GenerationRequest) -> Completion:
-        self.prompts.append(self._tokenizer.decode(request.prompt))
-        tokens = self._tokenizer.encode(self.answer(self.prompts[-1]) + "<|end|>")
-        whole = len(tokens) <= request.sampling.max_tokens
-        tokens = tokens[: request.sampling.max_tokens]
-        return Completion(tokens, [-0.5] * len(tokens), "stop" if whole else "length", [(0, len(tokens))])
+        self.prompts.append(self.tokenizer.decode(list(request.prompt)))
+        reply = self.replies.pop(0) if isinstance(self.replies, list) else self.replies(self.prompts[-1])
+        ends = [reply.index(stop) + len(stop) for stop in request.sampling.stop if stop in reply]
+        tokens = self.tokenizer.encode(reply[: min(ends)] if ends else f"{reply}<|end|>")
+        kept = tokens[: request.sampling.max_tokens]
+        reason = "length" if len(kept) < len(tokens) else "stop"
+        logprobs = [-0.01 * place for place in range(len(kept))]
+        completion = Completion(kept, logprobs, reason, [(self.version, len(kept))], request.request_id)
+        self.made.append((request, completion))
+        return completion
 
-    def update_weights(self, buckets: Any, version: int) -> None: ...
-    def pause(self) -> None: ...
-    def resume(self) -> None: ...
-    def abort(self, request_ids: Any = None) -> None: ...
-    def sleep(self) -> None: ...
-    def wake(self) -> None: ...
+    def _nothing(self, *_: Any) -> None: ...
+
+    update_weights = pause = resume = abort = sleep = wake = _nothing  # type: ignore[assignment]
 
 
 @pytest.fixture(scope="session")
 def scripted() -> type[ScriptedEngine]:
-    """An engine that is made with the function of a prompt that answers it."""
+    """Makes engines that answer with given texts."""
     return ScriptedEngine

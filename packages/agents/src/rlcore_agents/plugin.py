@@ -38,3 +38,9 @@ textarena = Plugin(
     factory="rlcore_agents.textarena.play:textarena_environment",
     summary="A game of TextArena, for one player, against others or in self-play",
 )
+command = Plugin(
+    interface=1,
+    config="rlcore_agents.gateway.settings:CommandSettings",
+    factory="rlcore_agents.gateway.command:CommandEnvironment",
+    summary="An agent program that reaches the policy by OpenAI's or Anthropic's protocol",
+)

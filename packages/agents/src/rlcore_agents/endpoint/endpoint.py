@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 MAXIMUM_BODY = 64 << 20
 """Bytes of a request."""
 
+ErrorForm = Callable[[Refusal], Mapping[str, Any]]
+"""Returns the body of an error in a protocol's form."""
+
 S = TypeVar("S", bound=Session)
 
 
@@ -41,7 +44,7 @@ class Route:
 
     path: str
     answer: Callable[[Any, Mapping[str, Any], Mapping[str, str]], Awaitable[Response]]
-    error: Callable[[Refusal], Mapping[str, Any]] = token_protocol.error
+    error: ErrorForm = token_protocol.error
     method: str = "POST"
 
 
@@ -74,7 +77,7 @@ class Endpoint:
         port: 0 chooses a free one.
 
     Attributes:
-        strays: requests with the address of no session, or with a wrong key; `take_strays` resets it.
+        strays: requests with the address of no session; `take_strays` resets it.
     """
 
     def __init__(self, routes: Sequence[Route] = TOKEN_ROUTES, host: str = "127.0.0.1", port: int = 0) -> None:
@@ -145,66 +148,69 @@ class Endpoint:
         async def handle(request: Request) -> Response:
             session = None
             try:
-                session = self._authorized(request)
+                session = self._session(request)
                 session.requests += 1
+                _check_key(session, request)
                 body = await _json_object(request) if route.method == "POST" else {}
                 work = asyncio.ensure_future(route.answer(session, body, request.headers))
                 session.tasks.add(work)
                 work.add_done_callback(session.tasks.discard)
                 return await _unless_disconnected(request, work)
             except Refusal as refusal:
-                return self._refuse(route, session, refusal)
+                return self._refuse(route.error, session, refusal)
             except ClientDisconnect:
                 return Response(status_code=499)
             except asyncio.CancelledError:
-                return self._refuse(route, session, Refusal(404, f"episode {_identity(request)} has ended"))
+                return self._refuse(route.error, session, Refusal(404, f"episode {_identity(request)} has ended"))
             except Exception as error:
                 logger.exception("a request to %s failed", request.url.path)
                 if session is not None:
                     session.failure = error
-                return self._refuse(route, session, Refusal(500, f"internal error: {type(error).__name__}: {error}"))
+                return self._refuse(
+                    route.error, session, Refusal(500, f"internal error: {type(error).__name__}: {error}")
+                )
 
         return handle
 
-    def _authorized(self, request: Request) -> Session:
+    def _session(self, request: Request) -> Session:
         """Return the session of the request's address.
 
         Raises:
-            Refusal: there is none, or the key is not its key.
+            Refusal: there is none.
         """
         identity = _identity(request)
-        session = self._sessions.get(identity)
-        if session is None:
+        if identity not in self._sessions:
             raise Refusal(404, f"episode {identity} has ended, or there never was one; requests are no longer answered")
-        scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
-        given = request.headers.get("x-api-key") or (bearer if scheme.lower() == "bearer" else "")
-        if not secrets.compare_digest(given.encode(), session.key.encode()):
-            problem = "the API key is not that of" if given else "no API key was sent to"
-            raise Refusal(401, f"{problem} episode {identity}; use the key that the episode's program was given")
-        return session
+        return self._sessions[identity]
 
-    def _refuse(self, route: Route, session: Session | None, refusal: Refusal) -> Response:
+    def _refuse(self, form: ErrorForm, session: Session | None, refusal: Refusal) -> Response:
         if session is None:
             self.strays += 1
         else:
-            session.refused += 1
             if session.id not in refusal.message:
                 refusal.message += f" (episode {session.id})"
-        return JSONResponse(dict(route.error(refusal)), refusal.status)
+            session.refused += 1
+            session.refusal = refusal.message
+        return JSONResponse(dict(form(refusal)), refusal.status)
 
     def _unknown_path(self, request: Request, error: Exception) -> Response:
         session = self._sessions.get(request.url.path.removeprefix("/sessions/").split("/")[0])
-        where = f" of episode {session.id}" if session else f"; addresses begin with {self.url}/sessions/"
-        if session is None:
-            self.strays += 1
-        else:
-            session.refused += 1
+        where = "" if session else f"; addresses begin with {self.url}/sessions/"
         refusal = Refusal(404, f"there is no {request.method} {request.url.path}{where}")
-        return JSONResponse(dict(self._fallback(refusal)), 404)
+        return self._refuse(self._fallback, session, refusal)
 
 
 def _identity(request: Request) -> str:
     return str(request.path_params["session"])[:100]
+
+
+def _check_key(session: Session, request: Request) -> None:
+    """Refuse a request without the key of ``session``."""
+    scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
+    given = request.headers.get("x-api-key") or (bearer if scheme.lower() == "bearer" else "")
+    if not secrets.compare_digest(given.encode(), session.key.encode()):
+        problem = "the API key is not that of" if given else "no API key was sent to"
+        raise Refusal(401, f"{problem} episode {session.id}; use the key that the episode's program was given")
 
 
 async def _json_object(request: Request) -> Mapping[str, Any]:

@@ -53,6 +53,7 @@ class Session:
         calls: finished requests, in the order of their ends.
         requests: requests so far, refused ones included.
         refused: requests that were answered with an error.
+        refusal: the last error.
         failure: the engine's failure, to be raised by the owner of the session: the client's program sees an answer
             with status 503.
     """
@@ -68,6 +69,7 @@ class Session:
     calls: list[Call] = field(default_factory=list)
     requests: int = 0
     refused: int = 0
+    refusal: str = ""
     failure: BaseException | None = None
     tasks: set[asyncio.Task[Any]] = field(default_factory=set, repr=False)
     _prompts: Counter[bytes] = field(default_factory=Counter, repr=False)

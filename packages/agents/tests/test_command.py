@@ -1,0 +1,203 @@
+"""The environment ``command``: a program per episode, whose failures cost that episode alone."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlcore.engines import ModelSettings, SamplingParams
+from rlcore.engines.episode import EpisodeLimits, EpisodeSpec, PromptSample, Trajectory
+from rlcore.errors import ConfigError, WorkerDied
+from rlcore_agents.gateway.command import CommandEnvironment
+from rlcore_agents.gateway.settings import CommandSettings
+
+SAMPLE = PromptSample(
+    [3], [{"role": "user", "content": "2+3?"}], ground_truth="5", extra={"level": 1}, index=4, position=7
+)
+ASK = """
+import json, os, sys, urllib.request
+sample = json.load(open(os.environ["RLCORE_SAMPLE"]))
+def ask(messages, model="policy", key=os.environ["OPENAI_API_KEY"]):
+    request = urllib.request.Request(
+        os.environ["OPENAI_BASE_URL"] + "/chat/completions",
+        json.dumps({"model": model, "messages": messages}).encode(),
+        {"Authorization": "Bearer " + key, "Content-Type": "application/json"},
+    )
+    return json.load(urllib.request.urlopen(request))["choices"][0]["message"]["content"]
+def result(**values):
+    json.dump(values, open(os.environ["RLCORE_RESULT"], "w"))
+"""
+Run = Callable[..., Trajectory]
+
+
+@pytest.fixture
+def run(policy: Path, scripted: Any, tmp_path: Path) -> Run:
+    """Run one episode of a program with this code, after `ASK`."""
+
+    def episode(code: str, replies: Any = None, timeout_s: float = 20, turns: int = 4, **options: Any) -> Trajectory:
+        program = tmp_path / "agent.py"
+        program.write_text(ASK + code)
+        if "function" not in options:
+            options.setdefault("command", f"{sys.executable} {program}")
+        limits = EpisodeLimits(turns, 500, 1000, timeout_s)
+        settings = CommandSettings(**options)
+        spec = EpisodeSpec(
+            ModelSettings(path=str(policy)), settings, SamplingParams(50), limits, end_tokens=frozenset({1})
+        )
+        environment = CommandEnvironment(spec)
+        engine = scripted(lambda prompt: "5") if replies is None else replies
+        try:
+            return asyncio.run(environment.run(engine, SAMPLE, seed=3))
+        finally:
+            environment.close()
+
+    return episode
+
+
+def test_a_program_gets_its_sample_and_gives_a_score(run: Run) -> None:
+    trajectory = run("""
+answer = ask(sample["messages"])
+assert os.listdir(".") == [] and "SECRET" not in os.environ
+result(score=float(answer == sample["ground_truth"]), info={"level": sample["extra"]["level"]})
+""")
+    assert not trajectory.invalid
+    assert (trajectory.score, trajectory.info) == (1.0, {"level": 1})
+    assert trajectory.messages[-1] == {"role": "assistant", "content": "5"}
+    assert [len(segment.tokens) for segment in trajectory.segments if segment.sampled] == [2]
+    assert trajectory.metrics["requests"] == trajectory.metrics["turns"] == 1
+
+
+def test_a_shell_script_needs_only_the_base_url(run: Run, tmp_path: Path) -> None:
+    script = tmp_path / "agent.sh"
+    script.write_text(
+        'curl -sf "$OPENAI_BASE_URL/chat/completions" -H "Authorization: Bearer $OPENAI_API_KEY" '
+        """-d '{"model": "policy", "messages": [{"role": "user", "content": "hello"}]}' | grep -q '"content":"5"' """
+        """&& echo '{"score": 1}' > "$RLCORE_RESULT"\n"""
+    )
+    assert run("", command=f"sh {script}").score == 1.0
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("ask(sample['messages'])\nprint('no luck')\nsys.exit(3)", "with exit status 3; its last output:\nno luck"),
+        ("os.kill(os.getpid(), 9)", "the program was ended by SIGKILL; it printed nothing"),
+        ("", "the program ended without a reply of the policy; its client must use the base URL in OPENAI_BASE_URL"),
+        ("ask(sample['messages'], model='gpt-4o')", "last request that was refused: the model 'gpt-4o' does not exist"),
+        ("ask(sample['messages'], key='sk-1')", "request that was refused: the API key is not that of episode 7-3-"),
+        ("ask(sample['messages'])\nresult(score='high')", "to RLCORE_RESULT: score: Input should be a valid number"),
+        ("ask(sample['messages'])\nresult(score=float('nan'))", "to RLCORE_RESULT: score:"),
+        ("ask(sample['messages'])\nos.mkfifo(os.environ['RLCORE_RESULT'])", "is not a regular file"),
+    ],
+)  # fmt: skip
+def test_a_program_that_fails_costs_its_episode(run: Run, code: str, message: str) -> None:
+    trajectory = run(code)
+    assert trajectory.invalid.startswith("episode 7-3-")
+    assert message in trajectory.invalid
+    assert trajectory.score is None
+
+
+def test_what_was_sampled_before_a_failure_is_kept(run: Run) -> None:
+    trajectory = run("ask(sample['messages'])\nsys.exit(1)")
+    assert trajectory.invalid
+    assert [segment.sampled for segment in trajectory.segments] == [False, True]
+
+
+def running(pid: str) -> bool:
+    """Whether a process has not ended; the system's first process collects the ended ones."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_timeout_ends_every_process_within_seconds(run: Run, tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    start = time.monotonic()
+    trajectory = run(
+        f"""
+import signal, subprocess, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+stubborn = [sys.executable, "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(100)"]
+children = [subprocess.Popen(stubborn), subprocess.Popen(stubborn, start_new_session=True)]
+open({str(pids)!r}, "w").write(" ".join(str(child.pid) for child in children) + f" {{os.getpid()}}")
+sys.stdout.write("x" * 10_000_000)
+time.sleep(100)
+""",
+        timeout_s=1.5,
+        max_output_kb=1,
+    )
+    assert time.monotonic() - start < 1.5 + 5
+    assert "took longer than 1.5 s (rollout.environment.timeout_s)" in trajectory.invalid
+    assert len(trajectory.invalid) < 2500
+    assert not [pid for pid in pids.read_text().split() if running(pid)]
+
+
+def test_children_that_a_program_leaves_behind_are_ended(run: Run, tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    trajectory = run(f"""
+import subprocess
+ask(sample["messages"])
+child = subprocess.Popen(["sleep", "100"], start_new_session=True)
+open({str(pid)!r}, "w").write(str(child.pid))
+""")
+    assert not trajectory.invalid
+    assert not running(pid.read_text())
+
+
+def test_a_program_that_fails_at_the_limit_is_truncated_and_not_invalid(run: Run) -> None:
+    code = "messages = sample['messages']\nwhile True: ask(messages)"
+    trajectory = run(code, turns=2, truncated_score=-1)
+    assert (trajectory.invalid, trajectory.score, trajectory.finish_reason) == ("", -1.0, "length")
+    assert trajectory.metrics["truncated"] == 1.0
+    assert "exit status 1" in run(code, turns=2, truncated_score=None).invalid
+
+
+def test_a_failure_of_the_engine_is_one_of_the_run(run: Run, scripted: Any) -> None:
+    def dead(prompt: str) -> str:
+        raise WorkerDied("rank 3 is gone")
+
+    with pytest.raises(WorkerDied, match="rank 3 is gone"):
+        run("ask(sample['messages'])", scripted(dead))
+
+
+FUNCTION = """
+import openai
+async def agent(base_url, api_key, sample):
+    async with openai.AsyncOpenAI(base_url=base_url, api_key=api_key, max_retries=0) as client:
+        answer = await client.chat.completions.create(model=sample["model"], messages=sample["messages"])
+    return GIVEN
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "score", "invalid"),
+    [
+        ("answer.choices[0].message.content == sample['ground_truth']", 1.0, ""),
+        ("{'score': 0.5, 'info': {'a': 1}}", 0.5, ""),
+        ("None", None, ""),
+        ("'five'", None, "agent returned neither a score nor"),
+        ("1 / 0", None, "agent failed: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_an_async_function_is_an_agent(run: Run, tmp_path: Path, given: str, score: float | None, invalid: str) -> None:
+    file = tmp_path / "function.py"
+    file.write_text(FUNCTION.replace("GIVEN", given))
+    trajectory = run("", function=f"{file}:agent")
+    assert trajectory.score == score
+    assert invalid in trajectory.invalid
+    assert bool(invalid) == bool(trajectory.invalid)
+    assert trajectory.metrics["turns"] == 1
+
+
+def test_programs_and_functions_that_do_not_exist_are_named_at_the_start(run: Run) -> None:
+    with pytest.raises(ConfigError, match="there is no program 'no-such-agent'"):
+        run("", command="no-such-agent --x")
+    with pytest.raises(ConfigError, match=r"no-such-agent\.py does not exist"):
+        run("", function="no-such-agent.py:agent")

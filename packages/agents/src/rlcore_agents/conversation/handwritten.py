@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlcore.boundary import boundary, reason
-from rlcore.errors import DataError
 from rlcore_agents.conversation.chat_format import ChatFormat, RecordedTurn, Tools
 from rlcore_agents.conversation.reply import (
     Message,
@@ -55,10 +54,8 @@ class HandWrittenFormat(ChatFormat):
             return ParsedReply(text, None, [ParsedCall("", None, f"the reply cannot be read ({reason(error)})", text)])
         calls = [_checked(call) for call in parsed.tool_calls]
         if not calls and tools and UNFENCED_CALL.match(parsed.content):  # Llama's calls have no marks around them
-            calls = [call_of_json(parsed.content)]
-            parsed.content = ""
-        lost = [call.raw for call in calls if not call.name]
-        return ParsedReply("\n".join(filter(None, [parsed.content, *lost])), parsed.reasoning_content, calls)
+            return _reply("", None, [call_of_json(parsed.content)])
+        return _reply(parsed.content, parsed.reasoning_content, calls)
 
     def continuation(self, turn: RecordedTurn, new: Sequence[Message]) -> list[int] | None:
         before = [*turn.prompt, *turn.sampled]
@@ -71,11 +68,32 @@ class HandWrittenFormat(ChatFormat):
                 self._tokenizer.observations_as_text(named)[-len(new) :],
                 tools=list(turn.tools) or None,
             )
-        except Exception as error:
-            raise DataError(f"{self.name} cannot continue this conversation: {reason(error)}") from error
+        except Exception:  # `prompt` says what it cannot write
+            return None
         if bridged is None or bridged.token_ids[: len(before)] != before:
             return None
         return list(bridged.token_ids[len(before) :])
+
+
+class LibraryCalls:
+    """A parser of the package ``renderers`` for calls in a chat template's syntax."""
+
+    def __init__(self, tokenizer: SplittingTokenizer, name: str) -> None:
+        from renderers.parsers import get_tool_parser
+
+        self._tokenizer = tokenizer
+        self._parser = get_tool_parser(name, tokenizer)
+
+    def parse(self, text: str) -> ParsedReply:
+        """Return the content and the calls of a reply."""
+        content, parsed = self._parser.extract(self._tokenizer.encode(text))
+        return _reply(self._tokenizer.text(content), None, [_checked(call) for call in parsed])
+
+
+def _reply(content: str, reasoning: str | None, calls: Sequence[ParsedCall]) -> ParsedReply:
+    """Return a reply that has calls without a name in its content too."""
+    nameless = [call.raw for call in calls if not call.name]
+    return ParsedReply("\n".join(filter(None, [content, *nameless])), reasoning, calls)
 
 
 def with_tool_names(messages: Sequence[Message]) -> list[Mapping[str, Any]]:

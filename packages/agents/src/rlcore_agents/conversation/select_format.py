@@ -31,6 +31,7 @@ def chat_format(spec: EpisodeSpec) -> ChatFormat:
 
     Raises:
         ConfigError: the renderer is unknown or does not fit the model, or the model has no chat template.
+        DataError: the chat template is broken.
     """
     renderer = getattr(spec.options, "renderer", "auto")
     ends = sorted(spec.end_tokens)

@@ -12,6 +12,7 @@ from typing import Any
 from rlcore.boundary import boundary
 from rlcore.errors import DataError
 from rlcore_agents.conversation.chat_format import ChatFormat, RecordedTurn, Tools
+from rlcore_agents.conversation.handwritten import LibraryCalls
 from rlcore_agents.conversation.reply import Message, ParsedReply
 from rlcore_agents.conversation.template_syntax import CALL, CONTENT, REASONING, TemplateSyntax
 from rlcore_agents.conversation.text_tokens import SplittingTokenizer
@@ -33,6 +34,8 @@ class TemplateFormat(ChatFormat):
         ends |= {token for token in last if tokenizer.is_added(token)}
         self._ends = {token: tokenizer.text([token]) for token in sorted(ends)}
         self.stop_tokens = tuple(self._ends)
+        parser = self._syntax.parser if self._syntax.knows_tools else ""
+        self._calls = LibraryCalls(tokenizer, parser) if parser else self._syntax.calls
         calls = "in its own syntax" if self._syntax.knows_tools else "as text, in the syntax of Hermes"
         self.name = f"the model's chat template (tool calls {calls})"
 
@@ -43,13 +46,13 @@ class TemplateFormat(ChatFormat):
         tokens = list(sampled)
         while tokens and tokens[-1] in self._ends:
             tokens.pop()
-        text, reasoning = self._tokenizer.text(tokens), None
         syntax = self._syntax
+        text, reasoning = self._tokenizer.text(tokens), None
         if syntax.closing and text.lstrip().startswith(syntax.opening):
             reasoning, _, text = text.lstrip().removeprefix(syntax.opening).partition(syntax.closing)
             reasoning, text = reasoning.strip("\n"), text.lstrip("\n")
         text = text.removeprefix(syntax.answer)
-        parsed = syntax.calls.parse(text) if tools else ParsedReply(text)
+        parsed = self._calls.parse(text) if tools else ParsedReply(text)
         return replace(parsed, reasoning=reasoning)
 
     def continuation(self, turn: RecordedTurn, new: Sequence[Message]) -> list[int] | None:

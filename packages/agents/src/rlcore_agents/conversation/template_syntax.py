@@ -17,6 +17,8 @@ CONTENT, REASONING, CALL, RESULT = "Q7content7Q", "Q7reasoning7Q", "Q7call7Q", "
 QUESTION: Message = {"role": "user", "content": "question"}
 REASONED = {"role": "assistant", "content": CONTENT, "reasoning_content": REASONING}
 SCHEMA = "probe_schema"
+PARSERS = {"<function=": "qwen3.5", "<arg_key>": "glm"}
+"""Parsers of the package ``renderers`` for calls whose arguments are not JSON, by a text that such calls contain."""
 TOOL = {"type": "function", "function": {"name": SCHEMA, "description": "", "parameters": {"type": "object"}}}
 
 
@@ -26,7 +28,8 @@ class TemplateSyntax:
     Attributes:
         knows_tools: it writes schemas, calls and results; if not, they are text (see `tools_as_text`).
         takes_system: it takes system messages.
-        calls: around calls.
+        calls: around calls, if their arguments are JSON.
+        parser: name of the parser in the package ``renderers`` that reads calls; "" if their arguments are JSON.
         opening: before reasoning; "" if the generation prompt ends with it.
         closing: between reasoning and an answer or call; "" if the template knows no reasoning.
         answer: before an answer, after ``closing``.
@@ -47,8 +50,10 @@ class TemplateSyntax:
         self.takes_system = self._shows([{"role": "system", "content": CONTENT}, QUESTION], CONTENT)
         self._learn_reasoning()
         calls = learned_syntax(self._calls, ends)
-        self.knows_tools = calls is not None and self._shows_tools()
-        self.calls: CallSyntax = calls if calls is not None and self.knows_tools else SYNTAX
+        marked = self._calls(["probe_tool"]) or ""
+        self.parser = next((parser for mark, parser in PARSERS.items() if mark in marked and calls is None), "")
+        self.knows_tools = bool(calls or self.parser) and self._shows_tools()
+        self.calls: CallSyntax = calls if calls and self.knows_tools else SYNTAX
         replies = [{"role": "assistant", "content": CONTENT}, _calling(["probe_tool"])]
         self.ends = [text.rstrip() for reply in replies if (text := self._reply(reply))]
 

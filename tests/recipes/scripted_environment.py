@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +27,7 @@ class Options(Config):
     invalid_once: bool = Field(False, description="Only the first episode with a seed is.")
     turn_rewards: bool = False
     log: Path | None = None
+    kills_at: int = Field(-1, description="The first episode of this prompt kills its process after a turn.")
 
 
 class Scripted(EpisodeRunner):
@@ -53,6 +57,8 @@ class Scripted(EpisodeRunner):
             even = float(completion.tokens[-1] % 2 == 0) if self.options.turn_rewards else None
             segments.append(replace(made, reward=even))
             messages.append({"role": "assistant", "content": f"turn {turn}"})
+            if turn == 0 and sample.position == self.options.kills_at:
+                self._kill()
             if turn + 1 < self.options.turns:
                 segments.append(Segment(ANSWER))
                 messages.append({"role": "tool", "tool_call_id": "1", "content": "the same"})
@@ -74,6 +80,11 @@ class Scripted(EpisodeRunner):
             messages=messages,
             metrics={"turns": self.options.turns, "tool_calls": self.options.turns - 1, "odd": sampled[-1] % 2},
         )
+
+    def _kill(self) -> None:
+        with suppress(FileExistsError):
+            self.options.log.with_suffix(".killed").touch(exist_ok=False)
+            os.kill(os.getpid(), signal.SIGKILL)
 
     async def _mistake(self) -> None:
         if self.options.mistake == "raises":

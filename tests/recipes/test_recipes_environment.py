@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from rlcore import plugins
 from rlcore.config import load_config
 from rlcore.errors import ConfigError, RlcoreWarning
+from rlcore_recipes.rollouts import environment
 from rlcore_recipes.settings.environment import EnvironmentRole
 
 Metrics = Callable[[Path], list[dict[str, float]]]
@@ -174,3 +177,93 @@ def test_a_reward_function_reads_the_conversation(task: Any, metrics_of: Metrics
     result = task.run("grpo", tmp_path / "run", EPISODES | keys)
     assert result.exit_code == 0, result.output
     assert metrics_of(tmp_path / "run")[0]["critic/score/mean"] == 2
+
+
+# --- resume, asynchronous training, workers that die ------------------------------------------------------------------
+
+APART = {
+    "controller.kind": "ray",
+    "controller.pools": {"train": {"cpus_per_process": 0.5}, "gen": {"processes": 2, "cpus_per_process": 0.5}},
+    "controller.placement": {"actor": "train", "rollout": "gen", "reward": "gen", "compute": "gen"},
+    "controller.call_timeout_s": 200,
+    "actor.fsdp.device": "cpu",
+    "rollout.inline.device": "cpu",
+    "actor.objective.correction": "tis",
+}
+
+
+def test_a_resumed_run_is_the_same_to_the_bit(task: Any, metrics_of: Metrics, tmp_path: Path) -> None:
+    keys = EPISODES | {
+        "trainer.total_steps": 3,
+        "trainer.save_freq": 1,
+        "actor.optim.lr": 1e-2,
+        "trainer.save_hf": True,
+    }
+    keys["rollout.environment.scripted"] = {"invalid": [3, 9], "invalid_once": True, "turn_rewards": True}
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    for folder, steps in ((whole, 3), (halves, 2), (halves, 3)):
+        result = task.run("grpo", folder, keys | {"trainer.total_steps": steps, "actor.optim.total_steps": 3})
+        assert result.exit_code == 0, result.output
+    assert "continuing after step 2" in result.output
+    for before, after in zip(metrics_of(whole), metrics_of(halves), strict=True):
+        assert before["critic/score/mean"] == after["critic/score/mean"]
+    expected, found = (load_file(folder / "model" / "model.safetensors") for folder in (whole, halves))
+    assert all(expected[name].equal(found[name]) for name in expected)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.filterwarnings("ignore:.*it is replaced:rlcore.errors.RlcoreWarning")
+def test_asynchronous_episodes_outlive_a_rollout_process(task: Any, metrics_of: Metrics, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    keys = EPISODES | APART | {"async.max_staleness": 1, "trainer.total_steps": 4, "trainer.log_rollouts": -1}
+    keys["rollout.environment.scripted"] = {"log": str(log), "kills_at": 10}
+    result = task.run("grpo", tmp_path / "run", keys)
+    assert result.exit_code == 0, result.output
+    lines = metrics_of(tmp_path / "run")
+    assert all(line["rollout/staleness_max"] <= 1 for line in lines)
+    assert all(line["rollout/turns"] == 2 for line in lines)
+    rows = [json.loads(line) for line in (tmp_path / "run/tables/rollouts.jsonl").read_text().splitlines()]
+    trained = Counter(row["group"] for row in rows)
+    assert trained == dict.fromkeys(range(4 * 8), 4), "every episode of every prompt is trained on once"
+    events = Counter(tuple(line.split()[::2]) for line in log.read_text().splitlines())
+    assert log.with_suffix(".killed").exists()
+    assert events["begin", "10"] > events["end", "10"] >= 4, "the episodes of the process that died are run again"
+    assert "close" in log.read_text()
+
+
+# --- other recipes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*of the episodes of a step are invalid:rlcore.errors.RlcoreWarning")
+@pytest.mark.parametrize(
+    ("recipe", "keys"),
+    [
+        ("ppo", {}),
+        ("dapo", {"algorithm.overlong": "null"}),
+        ("raft", {}),
+        ("online_dpo", {}),
+        ("prime", {"algorithm.dynamic_sampling": None}),
+    ],
+)
+def test_every_recipe_that_samples_trains_on_episodes(
+    recipe: str, keys: dict[str, Any], task: Any, metrics_of: Metrics, tmp_path: Path
+) -> None:
+    keys = EPISODES | {"rollout.environment.scripted": {"invalid": [3], "turn_rewards": True}} | keys
+    result = task.run(recipe, tmp_path, keys)
+    assert result.exit_code == 0, result.output
+    (metrics,) = metrics_of(tmp_path)
+    assert metrics["rollout/turns"] == 2
+    if recipe != "dapo":  # whose groups without valid episodes are replaced
+        assert metrics["rollout/invalid_episodes"] == 4
+
+
+def test_an_episode_that_outlasts_its_time_is_invalid(
+    task: Any, metrics_of: Metrics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "GRACE_S", 0.1)
+    keys = {"rollout.environment.timeout_s": 0.1, "rollout.environment.retries": 0}
+    keys |= {"rollout.environment.scripted.mistake": "hangs"}
+    result = task.run("grpo", tmp_path, EPISODES | keys)
+    assert result.exit_code == 1
+    assert "32 times: it did not end within rollout.environment.timeout_s=0.1" in " ".join(result.output.split())

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from rlcore.engines.reward import RewardResult, RewardSample
+from rlcore_kit.worker.process import WorkerFailure
 from rlcore_rewards.calling import load
-from rlcore_rewards.reply import WorkerFailure, decode, encode_result
+from rlcore_rewards.reply import decode, encode_result
 
 Score = Callable[[RewardSample], RewardResult]
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rlcore.config.values import is_url
 from rlcore.errors import ConfigError
 from rlcore.suggestions import definitions_of, similar_paths
 
@@ -35,6 +34,8 @@ def existing_file(name: str) -> Path:
     Raises:
         ConfigError: it is no regular file of this machine.
     """
+    from rlcore.config.values import is_url  # pydantic, which worker processes that load objects do without
+
     if is_url(name):
         raise ConfigError("it must be in a file on this machine, not at a URL")
     file = Path(name).expanduser().resolve()
@@ -48,9 +49,9 @@ def load_object(home: str, name: str) -> Any:
     """Import the file or module ``home``, and return its object ``name``, which may be dotted.
 
     Raises:
-        ConfigError: there is no such file, module or object. Errors of the module's own code pass.
+        ConfigError: there is no such module or object. Errors of the module's own code pass.
     """
-    module = _from_file(existing_file(home)) if home.endswith(".py") else _from_import(home)
+    module = _from_file(Path(home).expanduser().resolve()) if home.endswith(".py") else _from_import(home)
     try:
         return reduce(getattr, name.split("."), module)
     except AttributeError:

@@ -13,8 +13,8 @@ import cloudpickle
 from rlcore.engines.reward import RewardSample
 from rlcore.errors import ConfigError
 from rlcore.object_path import load_object
+from rlcore_kit.worker.process import WorkerFailure
 from rlcore_rewards.forms import prepare
-from rlcore_rewards.reply import WorkerFailure
 
 PICKLE = ".pickle"
 """Ending of a file that holds a function, written by cloudpickle."""

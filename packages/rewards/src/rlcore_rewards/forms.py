@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, Literal
 
 from rlcore.engines.reward import RewardResult, RewardSample
-from rlcore_rewards.reply import WorkerFailure
+from rlcore_kit.worker.process import WorkerFailure
 
 Form = Literal["auto", "sample", "verl", "verl_batch", "trl"]
 

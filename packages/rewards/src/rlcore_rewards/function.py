@@ -12,10 +12,10 @@ from rlcore.config.values import is_url
 from rlcore.engines.settings import RewardSettings
 from rlcore.errors import ConfigError
 from rlcore.object_path import existing_file
+from rlcore_kit.worker.process import WorkerFailure
 from rlcore_rewards.calling import PICKLE
 from rlcore_rewards.forms import Form
 from rlcore_rewards.pool import PooledReward
-from rlcore_rewards.reply import WorkerFailure
 
 _PATH = re.compile(r"(.+\.(?:py|pickle)|[A-Za-z_][\w.]*):([A-Za-z_][\w.]*)")
 

@@ -10,8 +10,8 @@ from pydantic import Field
 from rlcore.config import Config, Package
 from rlcore.engines.settings import RewardSettings
 from rlcore.errors import PluginError
+from rlcore_kit.worker.process import WorkerFailure
 from rlcore_rewards.pool import PooledReward
-from rlcore_rewards.reply import WorkerFailure
 
 
 class MathOptions(Config):

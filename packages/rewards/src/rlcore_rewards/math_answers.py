@@ -16,7 +16,7 @@ from typing import Any
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
 from rlcore.engines.reward import RewardResult, RewardSample
-from rlcore_rewards.reply import WorkerFailure
+from rlcore_kit.worker.process import WorkerFailure
 
 _LATEX = LatexExtractionConfig(boxed_match_priority=0)
 _EXPRESSION = ExprExtractionConfig()

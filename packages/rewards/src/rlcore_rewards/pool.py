@@ -19,9 +19,10 @@ from typing import Any
 
 from rlcore.engines.reward import Reward, RewardResult, RewardSample
 from rlcore.engines.settings import RewardSettings
-from rlcore_rewards.reply import HARMLESS, WorkerFailure, decode
+from rlcore_kit.worker.process import WorkerFailure
+from rlcore_rewards.function_worker import FunctionWorker
+from rlcore_rewards.reply import HARMLESS, decode
 from rlcore_rewards.tally import Tally
-from rlcore_rewards.worker_process import WorkerProcess
 
 
 class PooledReward(Reward):
@@ -47,7 +48,7 @@ class PooledReward(Reward):
         self._tally = Tally(name, settings.error_score)
         self._threads = ThreadPoolExecutor(settings.workers, thread_name_prefix=f"reward-{name}")
         self._lock = Lock()
-        self._workers: set[WorkerProcess] = set()
+        self._workers: set[FunctionWorker] = set()
         self._owner = os.getpid()
         self._closed = False
         self._slowest_first: float | None = None
@@ -88,7 +89,7 @@ class PooledReward(Reward):
         self._idle.append(worker)
         return self._tally.scored(result)
 
-    def _ask(self, worker: WorkerProcess, request: bytes) -> bytes:
+    def _ask(self, worker: FunctionWorker, request: bytes) -> bytes:
         """Return the worker's reply to a pickled sample, within the sample's timeout.
 
         The first call of a worker may import modules, so its timeout is ``startup_timeout_s``. After the first call of
@@ -109,7 +110,7 @@ class PooledReward(Reward):
         self._slowest_first = max(self._slowest_first or 0.0, time.monotonic() - start)
         return reply
 
-    def _borrow(self) -> WorkerProcess:
+    def _borrow(self) -> FunctionWorker:
         while True:
             try:
                 worker = self._idle.pop()
@@ -119,12 +120,12 @@ class PooledReward(Reward):
                 return worker
             self._kill(worker)
 
-    def _start(self) -> WorkerProcess:
+    def _start(self) -> FunctionWorker:
         with self._lock:
             if self._closed:
                 raise WorkerFailure("closed", "the reward was closed")
             try:
-                worker = WorkerProcess(self._settings)
+                worker = FunctionWorker(self._settings)
             except OSError as error:
                 raise WorkerFailure("startup", f"a worker process cannot be started: {error}") from error
             self._workers.add(worker)
@@ -135,7 +136,7 @@ class PooledReward(Reward):
             raise
         return worker
 
-    def _kill(self, worker: WorkerProcess) -> None:
+    def _kill(self, worker: FunctionWorker) -> None:
         worker.kill()
         with self._lock:
             self._workers.discard(worker)

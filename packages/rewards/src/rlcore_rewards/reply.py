@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlcore.engines.reward import RewardResult, result_problem
+from rlcore_kit.worker.process import WorkerFailure
 
 MAX_BYTES = 1 << 20
 """Maximum size of a reply."""
@@ -18,20 +19,6 @@ HARMLESS = frozenset({"exception", "exit", "result", "ground_truth"})
 
 REPORTED = HARMLESS | {"memory", "startup"}
 """Kinds of failure that a worker reports; the trainer detects the others."""
-
-
-class WorkerFailure(Exception):
-    """A sample could not be scored, or a function not be loaded.
-
-    Attributes:
-        kind: kind of failure, which is counted.
-        killed: the worker was ended by SIGKILL, for which the sample is not necessarily the cause.
-    """
-
-    def __init__(self, kind: str, message: str, killed: bool = False) -> None:
-        super().__init__(message)
-        self.kind = kind
-        self.killed = killed
 
 
 def encode_result(value: Any) -> bytes:

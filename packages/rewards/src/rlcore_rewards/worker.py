@@ -1,24 +1,24 @@
-"""The worker process: ``python -m rlcore_rewards.worker``, started by `rlcore_rewards.worker_process`.
+"""The worker process: ``python -m rlcore_rewards.worker``, started by `rlcore_rewards.function_worker`.
 
-It reads pickled requests of the trainer and writes replies (`rlcore_rewards.reply`), each after its length in four
-bytes. The first request names the function to load.
+It reads pickled requests of the trainer and writes replies (`rlcore_rewards.reply`), as messages
+(`rlcore_kit.worker.messages`). The first request names the function to load.
 """
 
 from __future__ import annotations
 
 import os
 import pickle
-import struct
 import sys
 import traceback
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any, BinaryIO
+from typing import Any
 
-from rlcore_rewards.reply import WorkerFailure, encode_failure, encode_result
-from rlcore_rewards.worker_guard import run_guarded
+from rlcore_kit.worker.guard import run_guarded
+from rlcore_kit.worker.messages import read_message, write_message
+from rlcore_kit.worker.process import WorkerFailure
+from rlcore_rewards.reply import encode_failure, encode_result
 
-LENGTH = struct.Struct("!I")
 READY = b"{}"
 MAX_MESSAGE = 4000
 
@@ -43,7 +43,7 @@ def serve(requests: int, replies: int) -> None:
     process = os.getpid()
     score: Callable[[Any], Any] | None = None
     with open(requests, "rb") as incoming, open(replies, "wb") as outgoing:
-        while request := _read(incoming):
+        while request := read_message(incoming):
             if score is None:
                 score, reply = _load(pickle.loads(request))
             else:
@@ -53,13 +53,7 @@ def serve(requests: int, replies: int) -> None:
                     stream.flush()
             if os.getpid() != process:  # the function forked; this is the forked process
                 os._exit(0)
-            outgoing.write(LENGTH.pack(len(reply)) + reply)
-            outgoing.flush()
-
-
-def _read(incoming: BinaryIO) -> bytes:
-    header = incoming.read(LENGTH.size)
-    return incoming.read(LENGTH.unpack(header)[0]) if len(header) == LENGTH.size else b""
+            write_message(outgoing, reply)
 
 
 def _load(setup: dict[str, Any]) -> tuple[Callable[[Any], Any] | None, bytes]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from rlcore.boundary import boundary
 from rlcore.errors import ConfigError
-from rlcore.object_path import load_object
+from rlcore.object_path import existing_file, load_object
 from rlcore_agents.environment.checks import short
 from rlcore_agents.environment.environment import Environment
 from rlcore_agents.environment.play import Program
@@ -23,6 +23,8 @@ def load_program(options: PythonEnvironmentSettings) -> Program:
     home, _, name = options.path.rpartition(":")
     what = f"environment {options.path!r}"
     try:
+        if home.endswith(".py"):
+            existing_file(home)
         with boundary("importing it fails", ConfigError):
             code = load_object(home, name)
         _check(code, name, options.kwargs)

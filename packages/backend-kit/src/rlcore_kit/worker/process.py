@@ -1,24 +1,24 @@
-"""The trainer's end of one worker process: start it, send it samples, kill it. Blocking; used from one thread."""
+"""The trainer's end of one worker process: start it, exchange messages with it, kill it. Blocking; for one thread.
+
+A worker is ``python -m MODULE`` under `rlcore_kit.worker.guard`, which ends everything that it started. Messages are
+bytes after their length in four bytes.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import select
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from dataclasses import dataclass
 from threading import Lock
-from typing import Any
 
-from rlcore.engines.settings import RewardSettings
-from rlcore_rewards import worker_guard
-from rlcore_rewards.reply import MAX_BYTES, WorkerFailure, decode
-from rlcore_rewards.worker import LENGTH, READY
-from rlcore_rewards.worker_guard import CHECK, QUIT
+from rlcore_kit.worker import guard
+from rlcore_kit.worker.guard import CHECK, QUIT
+from rlcore_kit.worker.messages import LENGTH
 
 CHECK_INTERVAL = 0.1
 """Seconds between checks of a busy worker and its descendants (number of processes, memory)."""
@@ -37,32 +37,64 @@ _ENVIRONMENT_SET = {
 }
 
 
-class WorkerProcess:
-    """One worker process; `start` must be called before `ask`.
+class WorkerFailure(Exception):
+    """A worker did not do what it was asked to, or could not be started.
 
     Attributes:
-        answered: True if the worker has replied to a sample.
+        kind: kind of failure, for counting.
+        killed: the worker was ended by SIGKILL, for which what it worked on is not necessarily the cause.
     """
 
-    def __init__(self, settings: RewardSettings) -> None:
-        self._settings = settings
+    def __init__(self, kind: str, message: str, killed: bool = False) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.killed = killed
+
+
+@dataclass(frozen=True)
+class WorkerLimits:
+    """What a worker and its children may use.
+
+    Attributes:
+        max_output_kb: stdout and stderr of one exchange.
+        max_reply: bytes of a message from the worker.
+        pass_env: environment variables that the worker sees besides PATH, HOME, locale and the like.
+        what: what runs in the worker, for messages.
+    """
+
+    memory_mb: int
+    max_processes: int
+    max_output_kb: int
+    max_reply: int
+    pass_env: tuple[str, ...] = ()
+    what: str = "the function"
+
+
+class WorkerProcess:
+    """One worker process.
+
+    Args:
+        module: its program, which calls `rlcore_kit.worker.guard.run_guarded` with the arguments of its command line.
+    """
+
+    def __init__(self, module: str, limits: WorkerLimits) -> None:
+        self._limits = limits
         self._closing = Lock()
         self._closed = False
-        self.answered = False
         request_read, self._requests = os.pipe()
         self._replies, reply_write = os.pipe()
         control_read, self._control = os.pipe()
         self._output, output_write = os.pipe()
         theirs = (request_read, reply_write, control_read)
-        numbers = (*theirs, os.getpid(), settings.memory_mb << 20, settings.max_processes)
+        numbers = (*theirs, os.getpid(), limits.memory_mb << 20, limits.max_processes)
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "rlcore_rewards.worker", *map(str, numbers)],
+                [sys.executable, "-P", "-m", module, *map(str, numbers)],
                 stdin=subprocess.DEVNULL,
                 stdout=output_write,
                 stderr=output_write,
                 pass_fds=theirs,
-                env=environment(settings.pass_env),
+                env=environment(limits.pass_env),
                 start_new_session=True,  # only the trainer receives Ctrl-C
             )
         except BaseException:
@@ -73,32 +105,6 @@ class WorkerProcess:
                 os.close(descriptor)
         for descriptor in (self._requests, self._replies, self._output):
             os.set_blocking(descriptor, False)
-
-    def start(self, loader: str, options: Mapping[str, Any]) -> None:
-        """Load the function in the worker: ``loader`` is ``module:attribute`` of a function that takes ``options``.
-
-        Raises:
-            WorkerFailure: the function cannot be loaded; the worker must be killed.
-        """
-        setup = {"sys_path": sys.path, "loader": loader, "options": dict(options)}
-        seconds = self._settings.startup_timeout_s
-        reply = self._exchange(pickle.dumps(setup), seconds, f"startup_timeout_s={seconds:g}")
-        if reply != READY:
-            decode(reply)
-
-    def ask(self, request: bytes, seconds: float, limit: str) -> bytes:
-        """Send a pickled sample and return the reply.
-
-        Args:
-            seconds: timeout.
-            limit: setting that defines ``seconds``, for the error message.
-
-        Raises:
-            WorkerFailure: no reply arrived; the worker must be killed.
-        """
-        reply = self._exchange(request, seconds, limit)
-        self.answered = True
-        return reply
 
     def idle(self) -> bool:
         """Return True if the worker is alive and has sent nothing unexpected."""
@@ -129,8 +135,15 @@ class WorkerProcess:
         for descriptor in (self._control, self._requests, self._replies, self._output):
             os.close(descriptor)
 
-    def _exchange(self, request: bytes, seconds: float, limit: str) -> bytes:
-        """Write a request, read the reply and the worker's output, all within ``seconds``."""
+    def exchange(self, request: bytes, seconds: float, limit: str) -> bytes:
+        """Write a request, read the reply and the worker's output, all within ``seconds``.
+
+        Args:
+            limit: setting that defines ``seconds``, for the error message.
+
+        Raises:
+            WorkerFailure: no reply arrived; the worker must be killed.
+        """
         now = time.monotonic()
         deadline, check = now + seconds, now + CHECK_INTERVAL
         outgoing = memoryview(LENGTH.pack(len(request)) + request)
@@ -151,9 +164,10 @@ class WorkerProcess:
                     output = (output + text)[-LOGGED_OUTPUT:]
                     if not text:  # the worker closed its stdout and stderr
                         poll.unregister(self._output)
-                    if printed > self._settings.max_output_kb << 10:
+                    if printed > self._limits.max_output_kb << 10:
                         raise WorkerFailure(
-                            "output", f"the function printed more than max_output_kb={self._settings.max_output_kb}"
+                            "output",
+                            f"{self._limits.what} printed more than max_output_kb={self._limits.max_output_kb}",
                         )
                 else:
                     text = os.read(self._replies, 65536)
@@ -164,11 +178,11 @@ class WorkerProcess:
                         expected = LENGTH.size + LENGTH.unpack_from(reply)[0]
                         if len(reply) == expected:
                             return bytes(reply[LENGTH.size :])
-                        if len(reply) > expected or expected > LENGTH.size + MAX_BYTES:
+                        if len(reply) > expected or expected > LENGTH.size + self._limits.max_reply:
                             raise WorkerFailure("protocol", "the worker sent data that is not one reply")
             now = time.monotonic()
             if now >= deadline:
-                raise WorkerFailure("timeout", f"the function took longer than {limit}")
+                raise WorkerFailure("timeout", f"{self._limits.what} took longer than {limit}")
             if now >= check:
                 check = now + CHECK_INTERVAL
                 self._command(CHECK)
@@ -190,10 +204,10 @@ class WorkerProcess:
             code = self._process.wait(1)
         except subprocess.TimeoutExpired:
             return WorkerFailure("died", "the worker closed its pipe")
-        if code == worker_guard.MEMORY:
-            return WorkerFailure("memory", f"the worker held more than memory_mb={self._settings.memory_mb}")
-        if code == worker_guard.PROCESSES:
-            return WorkerFailure("processes", f"the worker had more than max_processes={self._settings.max_processes}")
+        if code == guard.MEMORY:
+            return WorkerFailure("memory", f"the worker held more than memory_mb={self._limits.memory_mb}")
+        if code == guard.PROCESSES:
+            return WorkerFailure("processes", f"the worker had more than max_processes={self._limits.max_processes}")
         number = -code if code < 0 else code - 128  # negative: the guard itself was killed
         how = f"by signal {signal.Signals(number).name}" if number in set(signal.Signals) else f"with code {code}"
         printed = output.decode(errors="replace").strip()

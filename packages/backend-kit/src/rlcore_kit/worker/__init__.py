@@ -1,0 +1,1 @@
+"""Worker processes that run code of users, within limits, and that leave nothing behind."""

@@ -23,7 +23,7 @@ verifiers = Plugin(
 python = Plugin(
     interface=1,
     config="rlcore_agents.environment.settings:PythonEnvironmentSettings",
-    factory="rlcore_agents.environment.runner:PythonEnvironment",
+    factory="rlcore_agents.environment.runner:python_environment",
     summary="A class or function in Python, by file or import path",
 )
 gymnasium = Plugin(
@@ -43,4 +43,10 @@ command = Plugin(
     config="rlcore_agents.gateway.settings:CommandSettings",
     factory="rlcore_agents.gateway.command:CommandEnvironment",
     summary="An agent program that reaches the policy by OpenAI's or Anthropic's protocol",
+)
+tools = Plugin(
+    interface=1,
+    config="rlcore_agents.tools.settings:ToolsEnvironmentSettings",
+    factory="rlcore_agents.tools.environment:ToolsEnvironment",
+    summary="A conversation with tools, until a reply calls none",
 )

@@ -17,26 +17,32 @@ from rlcore_agents.conversation import ChatFormat, Reply, TokenTree, chat_format
 from rlcore_agents.environment.exchange import EnvironmentFailure, Outcome, Request
 from rlcore_agents.environment.loading import load_program
 from rlcore_agents.environment.local import LocalHost, LocalSession
+from rlcore_agents.environment.play import Program
 from rlcore_agents.environment.settings import PythonEnvironmentSettings
 
 LAST_S = 2.0
 """Seconds that an environment has after the end of its episode's time, to close."""
 
 
-class PythonEnvironment(EpisodeRunner):
-    """Runs episodes of one `Environment`, or of a function.
+def python_environment(spec: EpisodeSpec) -> ProgramRunner:
+    """Return the runner of the class or function that the settings name.
 
     Raises:
-        ConfigError: the class or function cannot be loaded or called.
+        ConfigError: it cannot be loaded or called.
     """
+    options = spec.options
+    assert isinstance(options, PythonEnvironmentSettings)
+    return ProgramRunner(spec, load_program(options), options.turn_timeout_s)
 
-    def __init__(self, spec: EpisodeSpec) -> None:
-        options = spec.options
-        assert isinstance(options, PythonEnvironmentSettings)
+
+class ProgramRunner(EpisodeRunner):
+    """Runs episodes of one `Environment`, or of a function."""
+
+    def __init__(self, spec: EpisodeSpec, program: Program, turn_timeout_s: float) -> None:
         self._spec = spec
-        self._timeout_s = options.turn_timeout_s
+        self._timeout_s = turn_timeout_s
         self._chat = chat_format(spec)
-        self._host = LocalHost(load_program(options))
+        self._host = LocalHost(program)
 
     async def run(self, engine: RolloutEngine, sample: PromptSample, seed: int) -> Trajectory:
         session = await self._host.open(sample, seed)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from rlcore.engines.episode import EpisodeRunner, EpisodeSpec, PromptSample
-from rlcore_agents.environment.runner import PythonEnvironment
+from rlcore_agents.environment.runner import python_environment
 from rlcore_agents.environment.settings import EnvironmentSettings, PythonEnvironmentSettings
 
 
@@ -18,7 +18,7 @@ def shipped_runner(spec: EpisodeSpec, options: EnvironmentSettings, path: str, *
         kwargs: arguments of the environment, of JSON values.
     """
     shared = {name: getattr(options, name) for name in EnvironmentSettings.model_fields}
-    return PythonEnvironment(replace(spec, options=PythonEnvironmentSettings(path=path, kwargs=kwargs, **shared)))
+    return python_environment(replace(spec, options=PythonEnvironmentSettings(path=path, kwargs=kwargs, **shared)))
 
 
 def seed_of(sample: PromptSample) -> int:

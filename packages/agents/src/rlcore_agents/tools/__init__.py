@@ -2,6 +2,6 @@
 
 from rlcore_agents.tools.function import function_tool
 from rlcore_agents.tools.run import ToolUse, run_tools
-from rlcore_agents.tools.tool import BadArguments, Tool, ToolFailure
+from rlcore_agents.tools.tool import BadArguments, Tool, ToolError, ToolFailure
 
-__all__ = ["BadArguments", "Tool", "ToolFailure", "ToolUse", "function_tool", "run_tools"]
+__all__ = ["BadArguments", "Tool", "ToolError", "ToolFailure", "ToolUse", "function_tool", "run_tools"]

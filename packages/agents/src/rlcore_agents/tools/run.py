@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from pydantic_core import PydanticSerializationError, to_json
 
 from rlcore.boundary import reason
-from rlcore_agents.tools.tool import BadArguments, Tool, ToolFailure
+from rlcore_agents.tools.tool import BadArguments, Tool, ToolError, ToolFailure
 
 MAX_CALLS = 32
 """Calls of one reply that are run."""
@@ -102,6 +102,8 @@ async def _answer(tools: Mapping[str, Tool], call: _Call) -> tuple[str, str]:
         kind = "result"
     except (_Malformed, BadArguments) as error:
         kind, text = "malformed", f"Error: {error}"
+    except ToolError as error:
+        kind, text = "error", f"Error: {error}"
     except (ToolFailure, asyncio.CancelledError, GeneratorExit):
         raise
     except BaseException as error:  # a tool that calls sys.exit() does not end the run

@@ -19,6 +19,10 @@ class ToolFailure(RlcoreError):
     """
 
 
+class ToolError(Exception):
+    """A call failed; the message is for the policy, which sees all of it (of other exceptions, the last line)."""
+
+
 class BadArguments(Exception):
     """The policy called a tool with arguments that it does not take; the message says which, for the policy."""
 

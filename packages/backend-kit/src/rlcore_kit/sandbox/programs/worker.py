@@ -12,6 +12,7 @@ import os
 import sys
 import tempfile
 import traceback
+from io import TextIOWrapper
 from types import ModuleType
 from typing import Any, BinaryIO, NoReturn
 
@@ -31,6 +32,9 @@ def serve(plan: Plan) -> NoReturn:
         *plan["packages"],
     ]
     sys.argv[:] = [""]
+    for stream in (sys.stdout, sys.stderr):
+        assert isinstance(stream, TextIOWrapper)
+        stream.reconfigure(line_buffering=True)  # what was printed is known, also of code that is killed
     main = ModuleType("__main__")
     sys.modules["__main__"] = main
     own, number = os.getpid(), 0

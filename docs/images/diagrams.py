@@ -1,9 +1,9 @@
-"""Draw dataflow.svg and packages.svg, which README and documentation show.
+"""Draw dataflow.svg, packages.svg and token-tree.svg, which README and documentation show.
 
-    python docs/images/diagrams.py    # writes both into this folder
+    python docs/images/diagrams.py    # writes all into this folder
 
-The text of the diagrams is in `STAGES` and `LAYERS`; everything else is layout. The pictures have a background and two
-palettes, so they can be read on light and dark pages.
+The text of the diagrams is in `STAGES`, `LAYERS` and `TREE`; everything else is layout. The pictures have a background
+and two palettes, so they can be read on light and dark pages.
 """
 
 from __future__ import annotations
@@ -81,6 +81,29 @@ LAYERS = (
         ),
     ),
 )
+
+
+class TreeSegment(NamedTuple):
+    """A segment of a token tree: its place (column and row of the picture), the column where it ends, and its text."""
+
+    row: int
+    start: float
+    end: float
+    origin: str
+    text: str
+    sampled: bool = False
+
+
+TREE = (
+    TreeSegment(0, 0, 2, "prompt", "system, tools · user: 17·23?"),
+    TreeSegment(0, 2, 4, "sampled", "<think>…</think> call 17·23", True),
+    TreeSegment(0, 4, 5, "result", "391"),
+    TreeSegment(0, 5, 7, "sampled", "<think>…</think> 391.", True),
+    TreeSegment(1, 2, 4, "rendered", "call · 391 · 391. · user: 19·29?"),
+    TreeSegment(1, 4, 6, "sampled", "<think>…</think> 551.", True),
+    TreeSegment(2, 2, 4, "sampled", "391, I believe.", True),
+)
+"""The first conversation, one whose template removes the reasoning before a new question, and a second reply."""
 
 LIGHT = {"panel": "#ffffff", "edge": "#d1d9e0", "box": "#f6f8fa", "line": "#818b98", "ink": "#1f2328",
          "muted": "#59636e", "accent": "#0969da", "tint": "#ddf4ff"}  # fmt: skip
@@ -207,7 +230,37 @@ def packages(light: Mapping[str, str] = LIGHT) -> str:
     return svg(right + 40, rows[-1] + height + 24, "Packages and the direction of imports", body, light)
 
 
-DRAWINGS = {"dataflow.svg": dataflow, "packages.svg": packages}
+def token_tree(light: Mapping[str, str] = LIGHT) -> str:
+    """Draw a tree of segments with the rows that its leaves become."""
+    left, unit, top, height, space = 34, 126, 82, 50, 34
+    body = [
+        text(left, 32, "A token tree", "title left"),
+        text(
+            left,
+            54,
+            "Coloured segments were sampled and are trained on. Every leaf ends a row of the batch.",
+            "note left",
+        ),
+    ]
+    leaves = 0
+    for segment in TREE:
+        x, y = left + segment.start * unit, top + segment.row * (height + space)
+        width = (segment.end - segment.start) * unit - 8
+        body += [
+            box(x, y, width, height, "step" if segment.sampled else "box"),
+            text(x + width / 2, y + 20, segment.origin, "title small"),
+            text(x + width / 2, y + 38, segment.text, "code" if segment.sampled else "note"),
+        ]
+        if segment.row and segment.start == 2:
+            body.append(arrow([(x - 22, top + height), (x - 22, y + height / 2), (x - 1, y + height / 2)]))
+        if not any(other.row == segment.row and other.start == segment.end for other in TREE):
+            leaves += 1
+            body.append(text(x + width + 12, y + height / 2 + 5, f"row {leaves}", "note left"))
+    bottom = top + 3 * (height + space)
+    return svg(left + 7 * unit + 70, bottom, "A tree of segments and the rows of its leaves", body, light)
+
+
+DRAWINGS = {"dataflow.svg": dataflow, "packages.svg": packages, "token-tree.svg": token_tree}
 
 if __name__ == "__main__":
     for name, draw in DRAWINGS.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from rlcore.cli.command_tree import cli
 from rlcore.engines import ModelSettings, SamplingParams
 from rlcore.engines.episode import EpisodeLimits, EpisodeSpec, PromptSample, Trajectory
 from rlcore.errors import ConfigError, WorkerDied
@@ -86,11 +89,11 @@ def test_a_shell_script_needs_only_the_base_url(run: Run, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        ("ask(sample['messages'])\nprint('no luck')\nsys.exit(3)", "with exit status 3; its last output:\nno luck"),
-        ("os.kill(os.getpid(), 9)", "the program was ended by SIGKILL; it printed nothing"),
-        ("", "the program ended without a reply of the policy; its client must use the base URL in OPENAI_BASE_URL"),
-        ("ask(sample['messages'], model='gpt-4o')", "last request that was refused: the model 'gpt-4o' does not exist"),
-        ("ask(sample['messages'], key='sk-1')", "request that was refused: the API key is not that of episode 7-3-"),
+        ("ask(sample['messages'])\nprint('no luck')\nsys.exit(3)", "with exit status 3. Its last output:\nno luck"),
+        ("os.kill(os.getpid(), 9)", "the program was ended by SIGKILL. It printed nothing"),
+        ("", "without a reply of the policy: its client must use the base URL in OPENAI_BASE_URL"),
+        ("ask(sample['messages'], model='gpt-4o')", "request that was refused last: the model 'gpt-4o' does not exist"),
+        ("ask(sample['messages'], key='sk-1')", "refused last: the API key is not that of episode 7-3-"),
         ("ask(sample['messages'])\nresult(score='high')", "to RLCORE_RESULT: score: Input should be a valid number"),
         ("ask(sample['messages'])\nresult(score=float('nan'))", "to RLCORE_RESULT: score:"),
         ("ask(sample['messages'])\nos.mkfifo(os.environ['RLCORE_RESULT'])", "is not a regular file"),
@@ -98,9 +101,9 @@ def test_a_shell_script_needs_only_the_base_url(run: Run, tmp_path: Path) -> Non
 )  # fmt: skip
 def test_a_program_that_fails_costs_its_episode(run: Run, code: str, message: str) -> None:
     trajectory = run(code)
-    assert trajectory.invalid.startswith("episode 7-3-")
     assert message in trajectory.invalid
     assert trajectory.score is None
+    assert trajectory.segments[0].tokens
 
 
 def test_what_was_sampled_before_a_failure_is_kept(run: Run) -> None:
@@ -201,3 +204,27 @@ def test_programs_and_functions_that_do_not_exist_are_named_at_the_start(run: Ru
         run("", command="no-such-agent --x")
     with pytest.raises(ConfigError, match=r"no-such-agent\.py does not exist"):
         run("", function="no-such-agent.py:agent")
+
+
+def test_a_recipe_trains_a_program(policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my_agent.py").write_text(ASK + """
+first = ask(sample["messages"])
+answer = ask([*sample["messages"], {"role": "assistant", "content": first}, {"role": "user", "content": "again"}])
+result(score=sum(letter.islower() for letter in answer) / 8, info={"letters": len(answer)})
+""")  # fmt: skip
+    prompts = [{"prompt": [{"role": "user", "content": f"say {number}"}], "ground_truth": "x"} for number in range(4)]
+    Path("train.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    keys = {
+        "model.path": policy, "data.train_files": "train.jsonl", "data.train_batch_size": 2, "rollout.n": 2,
+        "data.max_prompt_length": 64, "data.max_response_length": 100, "trainer.total_steps": 2,
+        "trainer.trackers": "[jsonl,parquet]", "trainer.out_dir": "out",
+        "rollout.environment.command": f"{sys.executable} my_agent.py", "rollout.environment.turn_tokens": 8,
+    }  # fmt: skip
+    arguments = ["run", "grpo", *(f"{key}={value}" for key, value in keys.items())]
+    result = CliRunner().invoke(cli, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    steps = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    assert [step["rollout/turns"] for step in steps] == [2.0, 2.0]
+    assert all(step["rollout/invalid_ratio"] == step["rollout/branches"] == 0 for step in steps)
+    assert all(abs(step["actor/rollout_kl"]) < 1e-4 for step in steps)  # trained tokens are the sampled ones

@@ -187,10 +187,10 @@ class Endpoint:
         if session is None:
             self.strays += 1
         else:
-            if session.id not in refusal.message:
-                refusal.message += f" (episode {session.id})"
             session.refused += 1
             session.refusal = refusal.message
+            if session.id not in refusal.message:
+                refusal.message += f" (episode {session.id})"
         return JSONResponse(dict(form(refusal)), refusal.status)
 
     def _unknown_path(self, request: Request, error: Exception) -> Response:

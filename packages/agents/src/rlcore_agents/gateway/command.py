@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from rlcore.boundary import boundary, reason
-from rlcore.engines.episode import EpisodeRunner, EpisodeSpec, PromptSample, Trajectory
+from rlcore.engines.episode import EpisodeRunner, EpisodeSpec, PromptSample, Segment, Trajectory
 from rlcore.engines.rollout import RolloutEngine
 from rlcore.errors import ConfigError
 from rlcore.object_path import load_object
@@ -27,7 +27,7 @@ from rlcore_agents.conversation import TokenTree, chat_format
 from rlcore_agents.endpoint import Endpoint
 from rlcore_agents.gateway.episode_session import EpisodeSession
 from rlcore_agents.gateway.gateway import gateway
-from rlcore_agents.gateway.program import MARK, AgentFailure, environment, resolved, run_program
+from rlcore_agents.gateway.program import MARK, AgentFailure, environment, excerpt, resolved, run_program
 from rlcore_agents.gateway.settings import CommandSettings, ProgramResult, words
 from rlcore_kit.model_folder.tokenizer import load_tokenizer
 
@@ -63,15 +63,18 @@ class CommandEnvironment(EpisodeRunner):
             if self._gateway is None:
                 self._gateway = gateway()
         session = self._session(engine, self._gateway, sample, seed)
-        result, failure = ProgramResult(), ""
+        result: ProgramResult | AgentFailure
         with self._gateway.serving(session):
             try:
                 result = await self._agent(session, self._sample(sample, seed), self._spec.limits.timeout_s)
-            except AgentFailure as error:
-                failure = str(error)
+            except AgentFailure as failure:
+                result = failure
         if session.failure is not None:
             raise session.failure
-        return self._trajectory(session, self._gateway, result, failure)
+        trajectory = self._trajectory(session, self._gateway, result)
+        if not session.tree.turns:
+            return replace(trajectory, segments=(Segment(sample.prompt_tokens),), finish_reason="abort")
+        return trajectory
 
     def close(self) -> None:
         if self._gateway is not None:
@@ -107,21 +110,21 @@ class CommandEnvironment(EpisodeRunner):
             "model": MODEL,
         }
 
-    def _trajectory(self, session: EpisodeSession, server: Endpoint, result: ProgramResult, failure: str) -> Trajectory:
-        tree, score = session.tree, result.score
-        truncated = session.limited > 0 and tree.turns > 0
-        if failure and truncated and self._options.truncated_score is not None:
-            score, failure = self._options.truncated_score, ""
-        elif not failure and not tree.turns:
-            failure = (
-                "the program ended without a reply of the policy; its client must use the base URL in OPENAI_BASE_URL "
+    def _trajectory(
+        self, session: EpisodeSession, server: Endpoint, result: ProgramResult | AgentFailure
+    ) -> Trajectory:
+        truncated = session.limited > 0 and session.tree.turns > 0
+        if isinstance(result, AgentFailure) and truncated and self._options.truncated_score is not None:
+            result = ProgramResult(score=self._options.truncated_score)
+        elif not isinstance(result, AgentFailure) and not session.tree.turns:
+            result = AgentFailure(
+                "the program ended without a reply of the policy: its client must use the base URL in OPENAI_BASE_URL "
                 "or ANTHROPIC_BASE_URL, and the API key in OPENAI_API_KEY or ANTHROPIC_API_KEY"
             )
-        elif not failure and score is None:
+        invalid = _sentence(result, session.refusal) if isinstance(result, AgentFailure) else ""
+        given = ProgramResult() if isinstance(result, AgentFailure) else result
+        if given.score is None and not invalid:
             _note_missing_score()
-        if failure and session.refusal:
-            failure = f"{failure}\nThe last request that was refused: {session.refusal}"
-        invalid = f"episode {session.id}: {failure}" if failure else ""
         metrics = {
             "truncated": float(truncated),
             "requests": float(session.requests),
@@ -129,8 +132,18 @@ class CommandEnvironment(EpisodeRunner):
             "ignored_parameters": float(session.ignored.total()),
             "stray_requests": float(server.take_strays()),
         }
-        trajectory = tree.trajectory(score, invalid, result.info, metrics)
+        trajectory = session.tree.trajectory(given.score, invalid, given.info, metrics)
         return replace(trajectory, finish_reason="length") if truncated else trajectory
+
+
+def _sentence(failure: AgentFailure, refusal: str) -> str:
+    """Return why an episode is invalid. Without the episode's id: sentences that are equal are counted together."""
+    parts = [str(failure)]
+    if refusal:
+        parts.append(f"The request that was refused last: {refusal}")
+    if failure.output is not None:
+        parts.append(excerpt(failure.output))
+    return ". ".join(parts)
 
 
 def _program(options: CommandSettings) -> Agent:

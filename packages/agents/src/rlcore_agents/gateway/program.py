@@ -26,7 +26,15 @@ KEPT_PREFIXES = ("LC_", "PYTHON")
 
 
 class AgentFailure(RlcoreError):
-    """The agent program failed; the episode is invalid."""
+    """The agent program failed; the episode is invalid.
+
+    Attributes:
+        output: the end of what it printed; None if that is not known.
+    """
+
+    def __init__(self, message: str, output: bytes | bytearray | None = None) -> None:
+        super().__init__(message)
+        self.output = output
 
 
 def environment(passed: Sequence[str], added: Mapping[str, str]) -> dict[str, str]:
@@ -80,8 +88,10 @@ async def run_program(
             env=dict(variables),
             start_new_session=True,
         )
-    except OSError as error:
+    except BaseException as error:
         os.close(reading)
+        if not isinstance(error, OSError):
+            raise
         raise AgentFailure(f"the program {command[0]} cannot be started: {error.strerror or error}") from None
     finally:
         os.close(writing)
@@ -99,13 +109,13 @@ async def run_program(
         await asyncio.wait([reader], timeout=OUTPUT_S)
         reader.cancel()
     if problem:
-        raise AgentFailure(f"{problem}; {excerpt(output)}")
+        raise AgentFailure(problem, output)
 
 
 def excerpt(output: bytes | bytearray) -> str:
     """Return the end of a program's output for a message."""
     text = output.decode("utf-8", "backslashreplace").strip()[-LONGEST_EXCERPT:]
-    return f"its last output:\n{text}" if text else "it printed nothing"
+    return f"Its last output:\n{text}" if text else "It printed nothing"
 
 
 def _ending(code: int) -> str:

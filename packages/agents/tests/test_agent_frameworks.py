@@ -1,0 +1,121 @@
+"""Agents of the field's frameworks run in an episode unchanged, and their tokens are exactly those of the policy."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import agents
+import openai
+import pytest
+from pydantic_ai import Agent as PydanticAgent
+from pydantic_ai.models.openai import OpenAIChatModel
+from pydantic_ai.providers.openai import OpenAIProvider
+
+from rlcore.engines import ModelSettings, SamplingParams
+from rlcore.engines.episode import EpisodeLimits, EpisodeSpec, PromptSample, Trajectory
+from rlcore_agents.gateway.command import CommandEnvironment
+from rlcore_agents.gateway.settings import CommandSettings
+
+LIMITS = EpisodeLimits(max_turns=8, max_tokens=3000, max_model_len=4000, timeout_s=30)
+SAMPLE = PromptSample([3], [{"role": "user", "content": "2+3?"}])
+Agent = Callable[[str, str, Any], Awaitable[Any]]
+Play = Callable[[Agent, Any], Trajectory]
+
+
+def call(name: str, arguments: str) -> str:
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+
+
+@pytest.fixture
+def play(policy: Path, monkeypatch: pytest.MonkeyPatch) -> Play:
+    """Run one episode of an agent."""
+    agents.set_tracing_disabled(True)
+
+    def episode(agent: Agent, engine: Any) -> Trajectory:
+        module = ModuleType("my_agents")
+        module.agent = agent  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "my_agents", module)
+        options = CommandSettings(function="my_agents:agent")
+        spec = EpisodeSpec(
+            ModelSettings(path=str(policy)), options, SamplingParams(200), LIMITS, end_tokens=frozenset({1})
+        )
+        environment = CommandEnvironment(spec)
+        try:
+            trajectory = asyncio.run(environment.run(engine, SAMPLE, seed=1))
+        finally:
+            environment.close()
+        assert not trajectory.invalid
+        found = [list(segment.tokens) for segment in trajectory.segments if segment.sampled]
+        assert found == [completion.tokens for _, completion in engine.made]
+        return trajectory
+
+    return episode
+
+
+@pytest.mark.parametrize("protocol", ["chat_completions", "responses"])
+def test_openai_agents_use_tools_and_hand_over(play: Play, scripted: Any, protocol: str) -> None:
+    @agents.function_tool
+    def add(a: int, b: int) -> str:
+        """Add two numbers."""
+        return str(a + b)
+
+    async def agent(base_url: str, api_key: str, sample: Any) -> bool:
+        client = openai.AsyncOpenAI(base_url=base_url, api_key=api_key, max_retries=0)
+        kind = agents.OpenAIChatCompletionsModel if protocol == "chat_completions" else agents.OpenAIResponsesModel
+        model = kind("policy", client)
+        adder = agents.Agent(name="Adder", instructions="Add.", tools=[add], model=model)
+        boss = agents.Agent(name="Boss", instructions="Hand over.", handoffs=[adder], model=model)
+        result = await agents.Runner.run(boss, sample["messages"][0]["content"])
+        assert result.last_agent is adder
+        return bool(result.final_output == "It is 5.")
+
+    engine = scripted([call("transfer_to_adder", "{}"), call("add", '{"a": 2, "b": 3}'), "It is 5."])
+    trajectory = play(agent, engine)
+    assert trajectory.score == 1.0
+    # the adder has instructions and tools, so its conversation is a second row
+    assert [len([i for i in row if trajectory.segments[i].sampled]) for row in trajectory.rows()] == [1, 2]
+    assert trajectory.metrics["branches"] == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_pydantic_ai_uses_tools(play: Play, scripted: Any, stream: bool) -> None:
+    async def agent(base_url: str, api_key: str, sample: Any) -> bool:
+        provider = OpenAIProvider(base_url=base_url, api_key=api_key)
+        one = PydanticAgent(OpenAIChatModel("policy", provider=provider), instructions="Be brief.")
+
+        @one.tool_plain
+        def add(a: int, b: int) -> int:
+            """Add two numbers."""
+            return a + b
+
+        question = sample["messages"][0]["content"]
+        if not stream:
+            return (await one.run(question)).output == "It is 5."
+        async with one.run_stream(question) as result:
+            return await result.get_output() == "It is 5."
+
+    trajectory = play(agent, scripted([call("add", '{"a": 2, "b": 3}'), "It is 5."]))
+    assert trajectory.score == 1.0
+    assert len(trajectory.rows()) == 1
+    assert [message["role"] for message in trajectory.messages][-3:] == ["assistant", "tool", "assistant"]
+
+
+def test_sub_agents_that_run_at_the_same_time_are_rows_of_one_trajectory(play: Play, scripted: Any) -> None:
+    async def agent(base_url: str, api_key: str, sample: Any) -> float:
+        async with openai.AsyncOpenAI(base_url=base_url, api_key=api_key, max_retries=0) as client:
+
+            async def ask(role: str) -> str:
+                messages: Any = [{"role": "system", "content": f"You are {role}."}, *sample["messages"]]
+                answer = await client.chat.completions.create(model="policy", messages=messages)
+                return str(answer.choices[0].message.content)
+
+            return float(len(set(await asyncio.gather(*map(ask, ("a", "b", "c"))))))
+
+    trajectory = play(agent, scripted(lambda prompt: prompt.split("You are ")[1][0]))
+    assert trajectory.score == 3.0
+    assert len(trajectory.rows()) == 3

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from rlcore import plugins
+from rlcore.cli.command_tree import cli
 from rlcore.config import load_config
 from rlcore.errors import ConfigError, RlcoreWarning
 from rlcore_recipes.rollouts import environment
@@ -60,6 +62,7 @@ def test_a_run_without_a_reward_learns_from_the_scores_of_its_episodes(
     lines = log.read_text().splitlines()
     assert sum(line.startswith("begin train") for line in lines) == 8 * 4
     assert sum(line.startswith("begin validation") for line in lines) == 6
+    assert lines[0] == "close train", "it was opened once before the models were built"
     assert lines[-2:] == ["close train", "close validation"]
 
 
@@ -267,3 +270,16 @@ def test_an_episode_that_outlasts_its_time_is_invalid(
     result = task.run("grpo", tmp_path, EPISODES | keys)
     assert result.exit_code == 1
     assert "32 times: it did not end within rollout.environment.timeout_s=0.1" in " ".join(result.output.split())
+
+
+def test_a_run_is_evaluated_in_its_environment(task: Any, metrics_of: Metrics, tmp_path: Path) -> None:
+    keys = {"trainer.save_freq": 1, "trainer.test_freq": 1, "rollout.environment.scripted.turn_rewards": True}
+    assert task.run("grpo", tmp_path / "run", EPISODES | keys).exit_code == 0
+    arguments = ["eval", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(cli, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    (model,) = json.loads((tmp_path / "out/results.json").read_text())["models"]
+    validated = metrics_of(tmp_path / "run")[-1]["val-core/letters/reward/mean@1"]
+    assert model["estimates"]["letters"]["mean@1"]["value"] == pytest.approx(validated, abs=1e-6)
+    with pytest.warns(RlcoreWarning, match=r"the run's rollout.environment takes no part"):
+        assert CliRunner().invoke(cli, ["generate", str(tmp_path / "run"), "--prompt", "say 1"]).exit_code == 0

@@ -19,6 +19,7 @@ from rlcore_recipes.data.tokenizer import load_tokenizer
 from rlcore_recipes.evaluation.results import Answer, Header, Record, ResultsFile, keys_of
 from rlcore_recipes.generation.candidates import Candidate
 from rlcore_recipes.generation.engines import rollout_engine
+from rlcore_recipes.rollouts.environment import check_environment
 from rlcore_recipes.rollouts.episode import Episode, single_completion
 from rlcore_recipes.rollouts.plan import RolloutPlan, environment_episode, tree_rows
 from rlcore_recipes.rollouts.sampling import validation_sampling
@@ -57,9 +58,10 @@ def evaluate(config: EvalConfig, candidate: Candidate, out: Path, progress: Prog
         missing = [number for number, key in enumerate(keys) if key not in results.records]
         progress(len(keys) - len(missing), len(keys))
         if missing:
+            plan = _plan(config, model, stop_tokens, model_ends.union(stop_tokens))
+            check_environment(plan.episode)
             with ExitStack() as stack:
                 workers = _workers(config, model, model_ends.union(stop_tokens), out, stack)
-                plan = _plan(config, model, stop_tokens, model_ends.union(stop_tokens))
                 for start in range(0, len(missing), config.data.val_batch_size):
                     chosen = missing[start : start + config.data.val_batch_size]
                     made = roll_out_together(workers, plan, [prompts[number] for number in chosen])

@@ -17,6 +17,8 @@ from rlcore.boundary import boundary
 from rlcore.engines import RolloutEngine
 from rlcore.engines.episode import EpisodeRunner, EpisodeSpec, PromptSample, Segment, Trajectory
 from rlcore.errors import EngineError
+from rlcore_recipes.rollouts.episode import Episode
+from rlcore_recipes.rollouts.invalid import Reasons
 from rlcore_recipes.run.seeds import sample_seed
 from rlcore_recipes.settings.environment import EnvironmentRole
 
@@ -24,9 +26,6 @@ logger = logging.getLogger(__name__)
 
 GRACE_S = 10.0
 """How much longer than its timeout an episode may take: runners end their episodes themselves, and keep the tokens."""
-
-
-MOST_LOGGED = 100
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,9 @@ class EnvironmentEpisode:
             trajectory = await self._run(runner, engine, sample, own)
             if not trajectory.invalid:
                 break
-            _log_invalid(f"{sample.position}-{own}", trajectory.invalid)
+            if _reasons.add(trajectory.invalid):
+                found = (sample.position, own, trajectory.invalid)
+                logger.warning("episode %d-%d is invalid, the first one for this reason: %s", *found)
         return replace(trajectory, metrics={**trajectory.metrics, "retries": float(retry)})
 
     async def _run(self, runner: EpisodeRunner, engine: RolloutEngine, sample: PromptSample, seed: int) -> Trajectory:
@@ -89,16 +90,7 @@ class EnvironmentEpisode:
         return trajectory
 
 
-_logged: set[str] = set()
-
-
-def _log_invalid(episode: str, reason: str) -> None:
-    """Log why ``episode`` is invalid, if no other was for this reason; reasons after `MOST_LOGGED` are not logged."""
-    if reason not in _logged and len(_logged) < MOST_LOGGED:
-        _logged.add(reason)
-        logger.warning("episode %s is invalid (the first one for this reason): %s", episode, reason)
-
-
+_reasons = Reasons()
 _building = Lock()
 _runners: WeakKeyDictionary[RolloutEngine, list[tuple[EnvironmentEpisode, EpisodeRunner]]] = WeakKeyDictionary()
 
@@ -110,13 +102,27 @@ def _runner(engine: RolloutEngine, episode: EnvironmentEpisode) -> EpisodeRunner
         for other, runner in built:
             if other == episode:
                 return runner
-        plugin = plugins.get(EnvironmentRole.plugin_group, episode.name)
-        with boundary(f"the environment {episode.name!r} cannot be opened", EngineError):
-            runner = plugin.build(episode.spec)
-        if not isinstance(runner, EpisodeRunner):
-            raise EngineError(f"the environment {episode.name!r} made a {type(runner).__name__}, not an EpisodeRunner")
-        built.append((episode, runner))
-        return runner
+        built.append((episode, _opened(episode)))
+        return built[-1][1]
+
+
+def _opened(episode: EnvironmentEpisode) -> EpisodeRunner:
+    plugin = plugins.get(EnvironmentRole.plugin_group, episode.name)
+    with boundary(f"the environment {episode.name!r} cannot be opened", EngineError):
+        runner = plugin.build(episode.spec)
+    if not isinstance(runner, EpisodeRunner):
+        raise EngineError(f"the environment {episode.name!r} made a {type(runner).__name__}, not an EpisodeRunner")
+    return runner
+
+
+def check_environment(episode: Episode) -> None:
+    """Open and close the environment of ``episode``, if it has one, so that mistakes are found before models load.
+
+    Raises:
+        EngineError: it cannot be opened; or another `RlcoreError`.
+    """
+    if isinstance(episode, EnvironmentEpisode):
+        _opened(episode).close()
 
 
 def closing_runners(engine: RolloutEngine) -> RolloutEngine:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Mapping
 from warnings import warn
 
 from rlcore.errors import RlcoreWarning, TrainingError
+from rlcore_recipes.rollouts.invalid import Reasons
 from rlcore_recipes.settings import TrainerSettings
 
 WINDOW = 5
@@ -21,11 +22,11 @@ class Health:
     Args:
         max_error_ratio: share of samples whose reward may fail over `WINDOW` steps; 1 never ends the run.
         max_invalid_ratio: as ``max_error_ratio``, of invalid episodes.
-        invalid: why episodes were invalid so far, and how many.
+        invalid: why episodes were invalid so far.
     """
 
     def __init__(
-        self, trainer: TrainerSettings, max_error_ratio: float, max_invalid_ratio: float, invalid: Counter[str]
+        self, trainer: TrainerSettings, max_error_ratio: float, max_invalid_ratio: float, invalid: Reasons
     ) -> None:
         self._trainer = trainer
         self._max_error_ratio = max_error_ratio

@@ -19,6 +19,7 @@ from rlcore_recipes.data.settings import DataSettings
 from rlcore_recipes.data.tokenizer import load_tokenizer
 from rlcore_recipes.ranks import launched_as_main
 from rlcore_recipes.rollouts.asynchronous import AsynchronousGroups
+from rlcore_recipes.rollouts.environment import check_environment
 from rlcore_recipes.rollouts.group_scheduler import GroupScheduler
 from rlcore_recipes.rollouts.plan import training_plan
 from rlcore_recipes.rollouts.prompt_queue import PromptQueue
@@ -93,6 +94,7 @@ def open_session(config: C, check: Callable[[C, RunData], None] | None = None) -
     data = read_data(config)
     if check is not None:
         check(config, data)
+    check_environment(training_plan(config, data.stop_tokens, data.end_tokens).episode)
     out_dir, penalty = config.trainer.out_dir, config.algorithm.kl_in_reward
     with ExitStack() as stack:
         executor = open_executor(config.controller, config.roles, out_dir, stack)

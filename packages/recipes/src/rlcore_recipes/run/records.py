@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rlcore.tracking import Tracker
+from rlcore_recipes.rollouts.invalid import Reasons
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ class Records:
     """Histograms and tables of the step under way, by name.
 
     Attributes:
-        invalid: why episodes were invalid, and how many, since the run was started.
+        invalid: why episodes were invalid since the run was started.
     """
 
     histograms: dict[str, Histogram] = field(default_factory=dict)
     tables: dict[str, Table] = field(default_factory=dict)
-    invalid: Counter[str] = field(default_factory=Counter)
+    invalid: Reasons = field(default_factory=Reasons)
 
     def hand_over(self, tracker: Tracker, step: int) -> None:
         """Give histograms and tables to ``tracker``, and forget them."""

@@ -121,6 +121,10 @@ class RLSections(AsyncSection):
                 f"{data.longest_sequence} tokens",
             )
         )
+        if (environment := self.rollout.environment) is not None:
+            tokens = environment.turn_tokens or data.max_response_length
+            how = f"rollout.environment.max_turns, each of at most {tokens} tokens"
+            rows.append(("turns of an episode", how, f"{environment.max_turns}"))
         return [*rows, ("steps", *self.trainer.length)]
 
     @property

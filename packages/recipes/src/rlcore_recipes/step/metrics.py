@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,19 +32,20 @@ def step_metrics(session: Session[Any], batch: Batch, number: int) -> dict[str, 
     session.records.histograms |= histograms
     if table.rows:
         session.records.tables["rollouts"] = with_prompts(table, session.tokenizer)
+    for reason in invalid:
+        session.records.invalid.add(reason)
     if invalid:
-        session.records.invalid.update(invalid)
         session.warn_once(
             INVALID_RATIO,
             f"{metrics[INVALID_RATIO]:.0%} of the episodes of a step are invalid, the first one because "
-            f"{next(iter(invalid))}. {INVALID_RATIO} has the share of every step",
+            f"{invalid[0]}. {INVALID_RATIO} has the share of every step",
         )
     return metrics
 
 
 def described(
     batch: Batch, version: int, histograms: bool, logged: int
-) -> tuple[dict[str, float], dict[str, Histogram], Table, Counter[str]]:
+) -> tuple[dict[str, float], dict[str, Histogram], Table, list[str]]:
     """Return the metrics of ``batch``, `batch_histograms` if they are asked for, the table of its first ``logged``
     trajectories (-1: of all), and why some are invalid."""
     first = first_rows(batch).nonzero().flatten().tolist()
@@ -53,7 +53,7 @@ def described(
         batch_metrics(batch, version),
         batch_histograms(batch) if histograms else {},
         table_of(batch, first if logged == -1 else first[:logged]),
-        Counter(batch["invalid"][row] for row in first if batch["invalid"][row]) if "invalid" in batch else Counter(),
+        [batch["invalid"][row] for row in first if batch["invalid"][row]] if "invalid" in batch else [],
     )
 
 

@@ -25,6 +25,8 @@ class Options(Config):
     mistake: Literal["", "raises", "hangs", "no trajectory", "too long", "cannot be built"] = ""
     invalid: list[int] = Field([], description="Positions of prompts whose episodes are invalid.")
     invalid_once: bool = Field(False, description="Only the first episode with a seed is.")
+    broken_share: int = Field(0, description="One episode of so many is invalid, by its seed; 0: none.")
+    branches: bool = Field(False, description="All turns but the first two branch off after the first.")
     turn_rewards: bool = False
     log: Path | None = None
     kills_at: int = Field(-1, description="The first episode of this prompt kills its process after a turn.")
@@ -49,18 +51,19 @@ class Scripted(EpisodeRunner):
         self.log(f"begin {self.spec.purpose} {sample.position} {seed}")
         segments, messages = [Segment(sample.prompt_tokens)], list(sample.messages)
         for turn in range(self.options.turns):
-            tokens = [token for segment in segments for token in segment.tokens]
+            path = Trajectory(tuple(segments), "stop").rows()[-1]
+            tokens = [token for index in path for token in segments[index].tokens]
             room = len(sample.prompt_tokens) + self.spec.limits.max_tokens - len(tokens)
             sampling = replace(self.spec.sampling, seed=seed + turn, max_tokens=min(2, room))
             completion = await engine.generate(GenerationRequest(tokens, sampling, f"{sample.position}-{seed}-{turn}"))
             made = sampled_segment(completion, sampling.logprobs)
             even = float(completion.tokens[-1] % 2 == 0) if self.options.turn_rewards else None
-            segments.append(replace(made, reward=even))
+            segments.append(replace(made, reward=even, state=str(turn)))
             messages.append({"role": "assistant", "content": f"turn {turn}"})
             if turn == 0 and sample.position == self.options.kills_at:
                 self._kill()
             if turn + 1 < self.options.turns:
-                segments.append(Segment(ANSWER))
+                segments.append(Segment(ANSWER, parent=1 if self.options.branches else None))
                 messages.append({"role": "tool", "tool_call_id": "1", "content": "the same"})
         await self._mistake()
         if self.options.mistake == "no trajectory":
@@ -68,7 +71,8 @@ class Scripted(EpisodeRunner):
         if self.options.mistake == "too long":
             segments.append(Segment(ANSWER * 100))
         sampled = [token for segment in segments if segment.sampled for token in segment.tokens]
-        invalid = sample.position in self.options.invalid
+        share = self.options.broken_share
+        invalid = sample.position in self.options.invalid or (share > 0 and seed % share == 0)
         if self.options.invalid_once:
             invalid, _ = invalid and sample.position not in self.positions, self.positions.add(sample.position)
         self.log(f"end {self.spec.purpose} {sample.position} {seed}")

@@ -44,6 +44,7 @@ def ragged(seed: int, *, min_group: int = 1, stray_rewards: bool = True) -> Batc
             "token_rewards": column(rewards),
             "values": column([rng.gauss(0, 1) for _ in range(total)]),
             "process_rewards": column([rng.gauss(0, 1) for _ in range(total)]),
+            "turn_state": Jagged(torch.tensor([rng.randrange(3) for _ in range(total)]), size),
             "group": torch.tensor(groups),
             "sample_weight": torch.tensor([rng.random() for _ in groups], dtype=torch.float64),
             "baseline_score": torch.tensor([rng.gauss(0, 1) for _ in groups], dtype=torch.float64),
@@ -182,13 +183,14 @@ def test_a_sample_alone_in_its_group_has_no_advantage(name: str) -> None:
     """Its score would be an advantage without a baseline, and changes nothing. The other groups get what they get
     without it."""
     batch = ragged(0, min_group=2)
-    others = batch.select("loss_mask", "token_rewards", "group", "process_rewards")
+    others = batch.select("loss_mask", "token_rewards", "group", "process_rewards", "turn_state")
 
     def with_one_alone(score: float) -> list[torch.Tensor]:
         tokens, one = torch.tensor([0.0, 0.3, score], dtype=torch.float64), torch.tensor([3])
         rewards = Jagged(tokens, one)
         ones, zeros = (rewards.with_values(torch.full_like(tokens, value)) for value in (1.0, 0.0))
         columns = {"loss_mask": ones, "token_rewards": rewards, "process_rewards": zeros}
+        columns["turn_state"] = rewards.with_values(torch.zeros(3, dtype=torch.int64))
         joined = Batch.concat([Batch({**columns, "group": torch.tensor([99])}), others])
         return joined.jagged(compute(name, joined)).to_list()
 
@@ -325,6 +327,7 @@ def test_degenerate_batches(name: str, lengths: list[int]) -> None:
             "token_rewards": Jagged(torch.ones(total), size),
             "values": Jagged(torch.ones(total), size),
             "process_rewards": Jagged(torch.ones(total), size),
+            "turn_state": Jagged(torch.ones(total, dtype=torch.int64), size),
             "sample_weight": torch.ones(len(lengths)),
             "group": torch.zeros(len(lengths), dtype=torch.int64),
             "baseline_score": torch.zeros(len(lengths)),

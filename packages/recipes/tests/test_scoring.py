@@ -36,7 +36,7 @@ def test_results_that_cannot_be_used_become_failed_ones(caplog: pytest.LogCaptur
 @pytest.mark.parametrize("value", [math.nan, math.inf, 3e38])
 def test_a_reward_model_without_a_finite_score_fails_its_sample(value: float, caplog: pytest.LogCaptureFixture) -> None:
     engine = SimpleNamespace(offload=lambda: None)
-    settings = SimpleNamespace(coeff=2.0, offload=True, steps=None)
+    settings = SimpleNamespace(coeff=2.0, offload=True, steps=None, weights=None)
     model = RewardModel(engine, settings, -1.0, LocalExecutor(), Timings(), ModelSettings(path="x"))  # type: ignore[arg-type]
     results = [RewardResult(0.5), RewardResult(1.0, {"words": 2.0}), RewardResult(0.0, error="timeout")]
     batch = Batch({"score": torch.tensor([0.5, 1.0, 0.0]), "group": torch.tensor([7, 8, 9]), "reward_result": results})
@@ -76,7 +76,7 @@ def step_scores(policy: ModelSettings, combine: Any, sigmoid: bool = True, broke
     batch = Batch({"tokens": tokens, "loss_mask": Jagged.from_list(mask), "group": torch.arange(3)})
     batch = batch.with_columns(values=batch.jagged(values))
     steps = StepRewardSettings(combine=combine, sigmoid=sigmoid)
-    settings: Any = SimpleNamespace(coeff=2.0, offload=False, steps=steps)
+    settings: Any = SimpleNamespace(coeff=2.0, offload=False, steps=steps, weights=None)
     engine: Any = None
     model = RewardModel(engine, settings, -1.0, LocalExecutor(), Timings(), policy)
     results = [RewardResult(1.0)] * 3
@@ -115,3 +115,29 @@ def test_a_step_without_a_finite_score_fails_its_sample(policy: ModelSettings) -
     assert [result.error for result in batch["reward_result"]] == ["reward_model", None, None]
     assert batch["step_rewards"].values.nonzero().flatten().tolist() == [10]
     assert rewards_of(batch, batch["score"])[8] == -1
+
+
+@pytest.mark.parametrize("combine", [None, "sum", "tokens"])
+def test_a_trajectory_of_two_rows_has_one_score_of_the_reward_model(policy: ModelSettings, combine: Any) -> None:
+    """The second row shares four tokens; its steps come after those of the first one."""
+    ids = tiny_tokenizer()("qab\n\ncd\n\ne")["input_ids"]
+    rows = [torch.tensor(ids[:5]), torch.tensor(ids[:4] + ids[5:])]
+    columns = {
+        "tokens": Jagged.from_list(rows),
+        "loss_mask": Jagged.from_list([[0.0, 1, 1, 1, 1], [0.0] * 4 + [1.0] * (len(rows[1]) - 4)]),
+        "values": Jagged.from_list([torch.full((len(row),), 0.25) for row in rows]),
+        "step_rewards": Jagged.from_list([[0, 0, 8.0, 0, 0], [0.0] * len(rows[1])]),
+    }
+    shared = {"trajectory": torch.tensor([5, 5]), "shared_prefix": torch.tensor([0, 4]), "group": torch.tensor([0, 0])}
+    batch = Batch({**columns, **shared})
+    steps = None if combine is None else StepRewardSettings(combine=combine, sigmoid=False)
+    settings: Any = SimpleNamespace(coeff=1.0, offload=False, steps=steps, weights=None)
+    engine: Any = None
+    model = RewardModel(engine, settings, -1.0, LocalExecutor(), Timings(), policy)
+    scores = Batch({"score": torch.ones(2), "reward_result": [RewardResult(1.0)] * 2})
+    found = model.added(scores, batch.select("values"), batch)
+    score = 0.25 if combine is None else 0.25 * 3  # ab, cd and e
+    assert found["reward_model_score"].tolist() == [score] * 2
+    assert found["score"].tolist() == [1 + score] * 2
+    if combine == "tokens":
+        assert float(found.flat("step_rewards").sum()) == 8 + 0.75

@@ -145,6 +145,17 @@ def test_episodes_that_need_rows_of_trees_are_refused_without() -> None:
             group_batch(SAMPLE, [trajectory])
 
 
+def test_rows_have_log_probs_as_the_run_needs_them_whatever_fails() -> None:
+    without = Trajectory((Segment([1]), Segment([4], True)), "stop")
+    only_prompts = [Trajectory((Segment([1]),), "abort", invalid="no time")] * 2
+    for trajectories in (only_prompts, [replace(without, invalid="gone")]):
+        for logprobs in (True, False):
+            batch = group_batch(SAMPLE, trajectories, TreeRows(logprobs=logprobs))
+            assert ("rollout_logprobs" in batch) == logprobs
+    with pytest.raises(EngineError, match="sampled tokens without log-probs"):
+        group_batch(SAMPLE, [without], TreeRows())
+
+
 def test_states_of_turns_are_those_that_the_environment_names_or_all_tokens_before() -> None:
     def states(*segments: Segment) -> list[int]:
         batch = group_batch(SAMPLE, [Trajectory(segments, "stop")], TreeRows(turn_state=True))

@@ -56,6 +56,7 @@ def algorithm_batch(seed: int, lengths: Sequence[int] = LENGTHS, groups: Sequenc
         "tokens": torch.randint(5, 250, (total,), generator=generator),
         "token_rewards": torch.randn(total, generator=generator) * trained,
         **{name: torch.randn(total, generator=generator) / 2 for name in PER_TOKEN},
+        "turn_state": torch.arange(total) % 3,
     }
     scores = torch.rand(samples, generator=generator)
     return batch.with_columns(
@@ -159,8 +160,9 @@ class AdvantageConformance(_AlgorithmConformance):
         assert batch.select(*batch.jagged_names, "group").equals(before.select(*before.jagged_names, "group"))
 
     def test_equal_scores_give_no_advantage(self) -> None:
-        """Applies to estimators that compare the samples of a group."""
-        if "compares_group" not in self.algorithm.entry.traits:
+        """Applies to estimators that compare the samples of a group, and not their turns."""
+        traits = self.algorithm.entry.traits
+        if "compares_group" not in traits or "compares_turns" in traits:
             return
         batch = self.batch(0)
         first = torch.zeros(batch.total_tokens)

@@ -21,6 +21,7 @@ from rlcore.algorithms import (
     selection,
     sequence_losses,
     token_losses,
+    turns,
     unpaired_losses,
     value_loss,
 )
@@ -70,6 +71,7 @@ __all__ = [
     "selection",
     "sequence_losses",
     "token_losses",
+    "turns",
     "unpaired_losses",
     "value_loss",
     "value_losses",

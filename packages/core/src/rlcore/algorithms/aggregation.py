@@ -13,11 +13,28 @@ from rlcore.batch import Batch
 from rlcore.config import Config
 from rlcore.config.registry import NoParams
 
+TRAJECTORY_TOKENS = "trajectory_tokens"
+"""A dense column of trajectories with several rows: the trained tokens of the row's trajectory. Such rows are one
+sequence to an aggregation."""
+
 
 def denominators(batch: Batch) -> dict[str, float]:
     """Return the sums that normalise every aggregation: trained tokens, and sequences that hold at least one."""
     counts = trained_counts(trained_mask(batch), batch.lengths)
-    return {"tokens": float(counts.sum()), "sequences": float((counts > 0).sum())}
+    sequences = float((counts > 0).sum())
+    if TRAJECTORY_TOKENS in batch:
+        sequences = float(row_shares(batch, counts).sum())
+    return {"tokens": float(counts.sum()), "sequences": sequences}
+
+
+def row_shares(batch: Batch, counts: torch.Tensor) -> torch.Tensor:
+    """Return the share of each row in the trained tokens of its trajectory, ``[B]`` fp64: they add up to 1 in each.
+
+    Args:
+        counts: ``[B]``, trained tokens of each row.
+    """
+    tokens: torch.Tensor = batch[TRAJECTORY_TOKENS]
+    return counts.double() / tokens.cpu().clamp(min=1)
 
 
 class ConstantLengthParams(Config):
@@ -48,7 +65,7 @@ def seq_mean_token_sum(
     return _total(losses, mask) / max(denominators["sequences"], 1.0)
 
 
-@aggregations.register("seq-mean-token-mean")
+@aggregations.register("seq-mean-token-mean", traits={"mean_per_sequence"})
 def seq_mean_token_mean(
     losses: torch.Tensor, mask: torch.Tensor, lengths: torch.Tensor, denominators: Mapping[str, float], params: NoParams
 ) -> torch.Tensor:

@@ -36,12 +36,12 @@ def gae(batch: Batch, params: GAEParams) -> Advantages:
 
     Source: generalized advantage estimation, Schulman et al. 2016, arXiv:1506.02438.
     """
-    mask, rewards, lengths = _actions(batch)
+    mask, rewards, lengths = actions(batch)
     values = batch.flat("values")[mask]
     errors = rewards + params.gamma * next_entries(values, lengths) - values
     result = discounted_suffix_sums(errors, lengths, params.gamma * params.lam)
     returns = result + values
-    return Advantages(_at(mask, whiten(result) if params.whiten else result), _at(mask, returns))
+    return Advantages(at_trained(mask, whiten(result) if params.whiten else result), at_trained(mask, returns))
 
 
 class ReinforcePlusPlusParams(Config):
@@ -56,8 +56,8 @@ def reinforce_plus_plus(batch: Batch, params: ReinforcePlusPlusParams) -> Advant
 
     Source: REINFORCE++, Hu et al. 2025, arXiv:2501.03262.
     """
-    mask, rewards, lengths = _actions(batch)
-    return Advantages(_at(mask, whiten(discounted_suffix_sums(rewards, lengths, params.gamma))))
+    mask, rewards, lengths = actions(batch)
+    return Advantages(at_trained(mask, whiten(discounted_suffix_sums(rewards, lengths, params.gamma))))
 
 
 @advantages.register("remax", required_columns={"baseline_score"})
@@ -66,9 +66,9 @@ def remax(batch: Batch, params: NoParams) -> Advantages:
 
     Source: ReMax, Li et al. 2024, arXiv:2310.10505.
     """
-    mask, rewards, lengths = _actions(batch)
+    mask, rewards, lengths = actions(batch)
     baseline = per_token(batch["baseline_score"].to(rewards.dtype), lengths)
-    return Advantages(_at(mask, discounted_suffix_sums(rewards, lengths, 1.0) - baseline))
+    return Advantages(at_trained(mask, discounted_suffix_sums(rewards, lengths, 1.0) - baseline))
 
 
 def discounted_suffix_sums(values: torch.Tensor, lengths: torch.Tensor, discount: float) -> torch.Tensor:
@@ -97,22 +97,23 @@ def _suffix_sums(values: torch.Tensor, lengths: torch.Tensor, discount: float) -
     return result
 
 
-def _actions(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def actions(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the mask ``[T]`` of trained tokens, their rewards ``[N]``, and their number in each sequence ``[B]``."""
     mask = trained_mask(batch)
     lengths = trained_counts(mask, batch.lengths)
     rewards = batch.flat("token_rewards")
-    actions = rewards[mask]
+    earned = rewards[mask]
     stray = (~mask & (rewards != 0)).nonzero().squeeze(-1)
     if len(stray):
         owner = mask.cumsum(0)[stray] - 1
         sequence = torch.searchsorted(batch.lengths.cumsum(0).to(stray.device), stray, right=True)
         owned = owner >= (lengths.cumsum(0) - lengths).to(stray.device)[sequence]
-        actions.index_add_(0, owner[owned], rewards[stray[owned]])
-    return mask, actions, lengths
+        earned.index_add_(0, owner[owned], rewards[stray[owned]])
+    return mask, earned, lengths
 
 
-def _at(mask: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+def at_trained(mask: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Put ``values`` ``[N]`` at the trained tokens of a column ``[T]`` that is 0 on others."""
     result = values.new_zeros(len(mask))
     result[mask] = values
     return result

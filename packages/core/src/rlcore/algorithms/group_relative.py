@@ -110,7 +110,7 @@ def pass_at_k(batch: Batch, params: PassAtKParams) -> Advantages:
 
 
 @dataclass(frozen=True)
-class _Groups:
+class Groups:
     """Per sample, all ``[B]``: ``scores`` (fp64), ``index`` of its group, ``count`` of samples in it, and ``shifted``:
     the score above the lowest of the group. Baselines are subtracted from ``shifted``, so that equal scores cancel
     without rounding."""
@@ -131,14 +131,19 @@ class _Groups:
 
     @property
     def std(self) -> torch.Tensor:
+        """σ, unbiased; 0 of a sample alone."""
         return (self.sums(self.deviation.square()) / (self.count - 1).clamp(min=1)).sqrt()
 
 
-def _groups(batch: Batch) -> _Groups:
-    scores = sequence_sums(batch.flat("token_rewards").double(), batch.lengths)
-    _, index, counts = torch.unique(batch["group"], return_inverse=True, return_counts=True)
+def grouped(scores: torch.Tensor, group: torch.Tensor) -> Groups:
+    """Return ``scores`` ``[B]`` fp64 with those of the same ``group`` ``[B]``, of integers."""
+    _, index, counts = torch.unique(group, return_inverse=True, return_counts=True)
     lowest = torch.zeros_like(scores).scatter_reduce_(0, index, scores, "amin", include_self=False)
-    return _Groups(scores, index, counts[index], scores - lowest[index])
+    return Groups(scores, index, counts[index], scores - lowest[index])
+
+
+def _groups(batch: Batch) -> Groups:
+    return grouped(sequence_sums(batch.flat("token_rewards").double(), batch.lengths), batch["group"])
 
 
 def _spread(values: torch.Tensor, batch: Batch) -> Advantages:

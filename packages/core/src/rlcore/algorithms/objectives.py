@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 
-from rlcore.algorithms.aggregation import denominators
+from rlcore.algorithms.aggregation import TRAJECTORY_TOKENS, denominators, row_shares
 from rlcore.algorithms.off_policy import mismatch_metrics
 from rlcore.algorithms.registries import (
     PolicyLossInputs,
@@ -23,7 +23,7 @@ from rlcore.algorithms.registries import (
     policy_losses,
     value_losses,
 )
-from rlcore.algorithms.sequences import record_mean, trained_mask
+from rlcore.algorithms.sequences import per_token, record_mean, trained_counts, trained_mask
 from rlcore.batch import Batch
 from rlcore.config import Algorithm, AlgorithmField, Config
 from rlcore.config.registry import Entry
@@ -237,6 +237,9 @@ class LossTerms:
 
     def aggregate(self, losses: torch.Tensor) -> torch.Tensor:
         """Return the share of ``losses`` ``[T]`` in the mini-batch's."""
+        if TRAJECTORY_TOKENS in self.batch and "mean_per_sequence" in self.aggregation.entry.traits:
+            shares = row_shares(self.batch, trained_counts(self._trained, self.batch.lengths))
+            losses = losses * per_token(shares.to(losses), self.batch.lengths)
         share: torch.Tensor = self.aggregation(losses, self.mask, self.batch.lengths, self.denominators)
         return share
 

@@ -274,6 +274,22 @@ class Batch:
             objects=lambda column: column[start:stop],
         )
 
+    def resequenced(self, lengths: torch.Tensor, samples: torch.Tensor | Sequence[int]) -> Batch:
+        """Return the same tokens in the same order, divided into other sequences.
+
+        Args:
+            lengths: ``[N]`` int64, tokens of each sequence.
+            samples: ``[N]``, the sample from which each sequence has its dense columns and objects.
+        """
+        index = sample_indices(samples, self._size)
+        chosen = index.tolist()
+        return self._changed(
+            lengths,
+            tokens=lambda values: values,
+            dense=lambda column: column[index.to(column.device)],
+            objects=lambda column: [column[i] for i in chosen],
+        )
+
     def split(self, size: int, together: str | None = None) -> list[Batch]:
         """Return consecutive batches of ``size`` samples, as views; the last may be smaller.
 

@@ -14,17 +14,26 @@ from rlcore.plugins import import_algorithms
 F = TypeVar("F", bound=Callable[..., object])
 
 Trait = Literal[
-    "compares_group", "vanishes_with_advantage", "importance_ratio", "sequence_ratio", "imitates", "probability_labels"
+    "compares_group",
+    "compares_turns",
+    "vanishes_with_advantage",
+    "importance_ratio",
+    "sequence_ratio",
+    "imitates",
+    "probability_labels",
+    "mean_per_sequence",
 ]
 """Properties of a function that the rest of a run depends on:
 
 - ``compares_group``: an advantage estimator whose baseline is computed from other samples of the same prompt;
+- ``compares_turns``: one that compares the turns of trajectories, besides whole trajectories;
 - ``vanishes_with_advantage``: a policy loss that is 0, with gradient 0, on a sequence whose advantages are all 0;
 - ``importance_ratio``: a policy loss that weighs samples by π/π_old itself, or a correction that weighs by π/π_rollout;
 - ``sequence_ratio``: a policy loss whose ratio is one per sequence, derived for means per sequence;
 - ``imitates``: an advantage estimator whose advantages are given weights of samples, with which a loss without a ratio
   is supervised learning: exact whatever policy made the samples;
-- ``probability_labels``: a loss of reward models whose labels are from 0 to 1.
+- ``probability_labels``: a loss of reward models whose labels are from 0 to 1;
+- ``mean_per_sequence``: a loss aggregation that averages over the tokens of each sequence.
 """
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 from rlcore.config import Algorithm
 from rlcore.engines import ModelSettings, SamplingParams
 from rlcore.engines.episode import EpisodeLimits, EpisodeSpec, PromptSample
+from rlcore.engines.settings import gives_logprobs
 from rlcore_recipes.rollouts.environment import EnvironmentEpisode
 from rlcore_recipes.rollouts.episode import Episode, single_completion
 from rlcore_recipes.rollouts.given import given_first, given_or_sampled
@@ -77,7 +79,12 @@ def training_plan(
         seed=config.seed,
         baseline=partial(single_completion, sampling=greedy(sampling)) if compares else None,
         keep=None if config.dynamic_sampling is None else config.dynamic_sampling.filter,
-        trees=tree_rows(config.rollout.environment),
+        trees=tree_rows(
+            config.rollout.environment,
+            getattr(config.algorithm, "shared_tokens", "once"),
+            "turn_state" in config.needed_columns,
+            sampling.logprobs and gives_logprobs(config.rollout.options),
+        ),
     )
 
 
@@ -96,9 +103,14 @@ def validation_plan(
     return RolloutPlan(episode, config.rollout.validation.n, config.seed, "validation", trees=trees)
 
 
-def tree_rows(environment: EnvironmentRole | None) -> TreeRows | None:
-    """Return how the trajectories of ``environment`` become rows; None without one."""
-    return None if environment is None else TreeRows(error_score=environment.error_score)
+def tree_rows(
+    environment: EnvironmentRole | None,
+    shared_tokens: Literal["once", "every_row"] = "once",
+    turn_state: bool = False,
+    logprobs: bool = False,
+) -> TreeRows | None:
+    """Return how the trajectories of ``environment`` become rows (see `TreeRows`); None without one."""
+    return None if environment is None else TreeRows(shared_tokens, environment.error_score, turn_state, logprobs)
 
 
 def environment_episode(

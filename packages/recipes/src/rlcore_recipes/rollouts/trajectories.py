@@ -29,11 +29,13 @@ class TreeRows:
         shared_tokens: train tokens that several rows of a trajectory share "once", in the first one, or in "every_row".
         error_score: score of an invalid episode; None: nothing is learned from it.
         turn_state: whether rows have the column ``turn_state``.
+        logprobs: whether they have ``rollout_logprobs``, which valid trajectories need then.
     """
 
     shared_tokens: Literal["once", "every_row"] = "once"
     error_score: float | None = None
     turn_state: bool = False
+    logprobs: bool = True
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def group_batch(sample: PromptSample, trajectories: Sequence[Trajectory], trees:
     ``trees.shared_tokens`` says on those that an earlier row of the trajectory has.
 
     Raises:
-        EngineError: a trajectory branches or is invalid, without ``trees``.
+        EngineError: a trajectory branches or is invalid, without ``trees``; or lacks the log-probs that these say.
     """
     rows = list(_rows(sample, trajectories))
     if trees is None:
@@ -105,7 +107,7 @@ def group_batch(sample: PromptSample, trajectories: Sequence[Trajectory], trees:
         {
             "tokens": tokens,
             "loss_mask": tokens.with_values(sampled.float()),
-            **_logprobs(tokens, rows, sampled),
+            **_logprobs(tokens, rows, sampled, trees),
             "token_version": tokens.with_values(token_version),
             "group": torch.full((len(rows),), sample.position, dtype=torch.int64),
             "prompt_length": torch.tensor([row.prompt_length for row in rows]),
@@ -203,15 +205,20 @@ def _turn_states(row: _Row) -> torch.Tensor:
     return states
 
 
-def _logprobs(tokens: Jagged, rows: Sequence[_Row], sampled: torch.Tensor) -> dict[str, Jagged]:
-    """Return the column ``rollout_logprobs``; no column if a sampled segment of a valid trajectory has no log-probs."""
+def _logprobs(tokens: Jagged, rows: Sequence[_Row], sampled: torch.Tensor, trees: TreeRows | None) -> dict[str, Jagged]:
+    """Return the column ``rollout_logprobs``, if all sampled segments have them or ``trees`` say so."""
     segments = [(row.trajectory, segment) for row in rows for segment in row.segments if segment.sampled]
-    found = [[0.0] * len(s.tokens) if t.invalid and s.logprobs is None else s.logprobs for t, s in segments]
-    given = [logprobs for logprobs in found if logprobs is not None]
-    if len(given) < len(found):
+    missing = [trajectory for trajectory, segment in segments if segment.logprobs is None]
+    if missing if trees is None else not trees.logprobs:
         return {}
+    if not all(trajectory.invalid for trajectory in missing):
+        raise EngineError(
+            "an episode has sampled tokens without log-probs, which this run needs: its environment must ask for them "
+            "(EpisodeSpec.sampling.logprobs), and keep them in Segment.logprobs"
+        )
     values = torch.zeros(len(tokens.values))
-    values[sampled] = torch.tensor(list(chain.from_iterable(given)))
+    found = [[0.0] * len(segment.tokens) if segment.logprobs is None else segment.logprobs for _, segment in segments]
+    values[sampled] = torch.tensor(list(chain.from_iterable(found)))
     return {"rollout_logprobs": tokens.with_values(values)}
 
 

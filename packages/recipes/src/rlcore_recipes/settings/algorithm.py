@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -28,6 +28,19 @@ class AlgorithmSettings(Config):
 
     advantage: Annotated[Algorithm, AlgorithmField(advantages)] = Field(  # type: ignore[assignment]  # a name is enough
         "grpo", description="Advantage estimator."
+    )
+    credit: Literal["trajectory", "turn", "branch"] = Field(
+        "trajectory",
+        description="What the advantage estimator compares in episodes of an environment: trajectories, by all rewards "
+        "of each; their turns, by what each and later ones earned; or their branches, by the rewards on each.",
+    )
+    turn_discount: float = Field(
+        1.0, ge=0, le=1, description="With credit=turn: discount of the rewards of later turns, per turn."
+    )
+    shared_tokens: Literal["once", "every_row"] = Field(
+        "once",
+        description="Where an episode branches, train the tokens that branches share once, or in the row of every "
+        "branch.",
     )
     kl_in_reward: KLPenaltySettings | None = Field(
         None, description="KL penalty on the token rewards; null is off. With a target, β adapts to reach it."

@@ -15,6 +15,14 @@ SAMPLED = frozenset(
 )  # fmt: skip
 """Of trajectories (`rlcore_recipes.rollouts.trajectories.group_batch`)."""
 
+EPISODES = frozenset(
+    {
+        "trajectory", "shared_prefix", "episode_score", "valid", "step_rewards", "turn_state", "transcript", "invalid",
+        "episode_metrics",
+    }
+)  # fmt: skip
+"""Of trajectories of an environment, in addition (`rlcore_recipes.rollouts.trajectories.tree_columns`)."""
+
 SCORED = frozenset({"score", "reward_result", "completion"})
 """Of the reward."""
 
@@ -27,9 +35,10 @@ SHAPED = frozenset({"token_rewards"})
 MADE_BY = {
     "values": ("ppo", "the values of a critic, which the recipe ppo trains"),
     "process_rewards": ("prime", "the rewards of tokens, which the recipe prime computes"),
+    "turn_state": ("grpo", "the states of turns, which episodes of an environment (rollout.environment) have"),
     "sample_weight": ("raft", "the weights of samples, which the recipe raft selects"),
 }
-"""Columns that one recipe of ours makes: its name, and the column in words."""
+"""Columns that not every run makes: a recipe that can, and the column in words."""
 
 
 def missing_columns(key: str, choice: Algorithm, available: Set[str]) -> Iterator[tuple[str, str]]:

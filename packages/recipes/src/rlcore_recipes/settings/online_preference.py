@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -28,6 +28,7 @@ class PairAlgorithmSettings(Config):
     """How completions become pairs."""
 
     kl_in_reward: ClassVar[None] = None
+    shared_tokens: ClassVar[Literal["every_row"]] = "every_row"  # a row is compared as a whole
 
     pairs: Annotated[Algorithm, AlgorithmField(pair_builders)] = Field(  # type: ignore[assignment]  # a name is enough
         "best-worst", description="Pair builder: which completions of a prompt are compared."

@@ -8,6 +8,7 @@ from rlcore.algorithms.registries import advantages
 from rlcore.config import Algorithm
 from rlcore.engines.settings import adapter_rank, gives_logprobs, keeps_weights, wants_adapters
 from rlcore_recipes.divisors import nearest_divisors
+from rlcore_recipes.settings.algorithm import AlgorithmSettings
 from rlcore_recipes.settings.columns import MADE_BY, missing_columns
 from rlcore_recipes.settings.combinations import doubts
 from rlcore_recipes.settings.controller import unused
@@ -46,6 +47,7 @@ class RLConfig(RLSections):
         """Yield why the advantage estimator or the policy loss cannot work with the samples of the run."""
         yield from ungrouped(self.algorithm.advantage, self.rollout.n)
         yield from missing_columns("algorithm.advantage", self.algorithm.advantage, self.columns)
+        yield from credit_problems(self.algorithm, self.rollout.environment is not None)
         estimated = self.columns | {"advantages"} | ({"returns"} if self.has_critic else set())
         yield from missing_columns("actor.objective.policy_loss", self.actor.objective.policy_loss, estimated)
 
@@ -155,6 +157,25 @@ def indivisible(train_batch_size: int, key: str, mini_batch_size: int) -> Iterat
             f"data.train_batch_size={train_batch_size} is no multiple of {key}={mini_batch_size} (both count prompts); "
             f"the nearest size that divides it is {near}",
         )
+
+
+def credit_problems(algorithm: AlgorithmSettings, episodes: bool) -> Iterator[tuple[str, str]]:
+    """Yield why credit cannot be assigned as ``algorithm`` says, in a run whose rollouts are ``episodes`` or not."""
+    credit, advantage = algorithm.credit, algorithm.advantage
+    if not episodes:
+        chosen = {"credit": credit != "trajectory", "shared_tokens": algorithm.shared_tokens != "once"}
+        for key in (key for key, given in chosen.items() if given):
+            yield f"algorithm.{key}", "is for episodes of several turns, and there is no rollout.environment"
+    if credit != "trajectory" and "compares_turns" in advantage.entry.traits:
+        yield "algorithm.credit", f"is {credit}, and {advantage.name} compares trajectories and their turns: unset it"
+    elif credit == "turn" and "compares_group" not in advantage.entry.traits:
+        yield (
+            "algorithm.credit",
+            f"is turn, and {advantage.name} does not compare the samples of a prompt: it gives every token the rewards "
+            "after it. Unset it, or take an estimator that compares (grpo, rloo)",
+        )
+    if credit != "turn" and algorithm.turn_discount != 1:
+        yield "algorithm.turn_discount", f"is for algorithm.credit=turn, which is {credit}"
 
 
 def ungrouped(advantage: Algorithm, n: int) -> Iterator[tuple[str, str]]:

@@ -14,7 +14,7 @@ from rlcore_recipes.data.settings import DataSettings
 from rlcore_recipes.foreign.answers import foreign_keys
 from rlcore_recipes.settings.algorithm import AlgorithmSettings, DynamicSamplingSettings
 from rlcore_recipes.settings.asynchronous import AsyncSection, AsyncSettings
-from rlcore_recipes.settings.columns import ON_DEMAND, SAMPLED, SCORED, SHAPED
+from rlcore_recipes.settings.columns import EPISODES, ON_DEMAND, SAMPLED, SCORED, SHAPED
 from rlcore_recipes.settings.controller import ControllerSettings
 from rlcore_recipes.settings.environment import with_environment_reward
 from rlcore_recipes.settings.roles import (
@@ -259,6 +259,7 @@ class RLSections(AsyncSection):
             | self.own_columns
             | ({"values"} if self.has_critic else frozenset())
             | self._of_reward_model
+            | (frozenset() if self.rollout.environment is None else EPISODES)
         )
 
     @property

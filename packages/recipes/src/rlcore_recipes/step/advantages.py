@@ -6,13 +6,17 @@ from typing import Any
 
 import torch
 
+from rlcore.algorithms.aggregation import TRAJECTORY_TOKENS
 from rlcore.algorithms.kl import KLController, apply_kl_penalty
 from rlcore.algorithms.sequences import sequence_sums, trained_counts, trained_mask
 from rlcore.algorithms.shaping import overlong_punishment, terminal_rewards
+from rlcore.algorithms.turns import turn_sequences
 from rlcore.batch import Batch
 from rlcore.metrics import Metrics
+from rlcore_recipes.rollouts.trees import trajectory_tokens
 from rlcore_recipes.run.session import Session
 from rlcore_recipes.settings import AlgorithmSettings
+from rlcore_recipes.step.credit import estimator_view
 from rlcore_recipes.step.non_finite import IN_LOSS, containment, described
 
 GRADIENTLESS, SINGLE = "actor/zero_advantage_ratio", "reward/single_sample_groups"
@@ -44,7 +48,8 @@ def contained_advantages(
     `advantages`; return its result, with the columns that this replaces, and ``in_loss`` if there were any; and where
     the first such number is, in words.
 
-    ``rollout/non_finite_samples`` counts those samples. Advantages that are not finite are contained too.
+    ``rollout/non_finite_samples`` counts those samples. Advantages that are not finite are contained too. Invalid
+    trajectories are not in the loss either. Rows of trees get ``trajectory_tokens`` (`rlcore.algorithms.aggregation`).
     """
     replaced, found = containment(batch)
     batch = batch.with_columns(**replaced)
@@ -56,8 +61,13 @@ def contained_advantages(
     if len(found) == len(batch):
         again = {}
     changed = batch.with_columns(**again).select(*dict.fromkeys([*replaced, *columns.names, *again]))
-    if replaced or again:
-        changed = changed.with_columns(**{IN_LOSS: torch.tensor([row not in found for row in range(len(batch))])})
+    if "trajectory" in batch:
+        changed = changed.with_columns(**{TRAJECTORY_TOKENS: trajectory_tokens(batch.with_columns(**again))})
+    in_loss = torch.tensor([row not in found for row in range(len(batch))], dtype=torch.bool)
+    if "valid" in batch:
+        in_loss &= batch["valid"]
+    if replaced or again or ("valid" in batch and not batch["valid"].all()):
+        changed = changed.with_columns(**{IN_LOSS: in_loss})
     return changed, metrics, state, described(batch, found) if found else ""
 
 
@@ -76,7 +86,24 @@ def advantages(
         batch: all columns; of objects, only those that the estimator needs must be there.
         kl: holds the coefficient of the KL penalty, and adapts it; None without a penalty.
     """
+    view = estimator_view(batch, algorithm)
+    columns, metrics = estimated(batch if view is None else view.batch, algorithm, kl, max_response_length)
+    if view is not None:
+        columns = view.back(columns, batch)
+    tokens = trained_counts(trained_mask(batch), batch.lengths)
+    idle = without_advantage(batch.with_columns(advantages=columns["advantages"]))
+    metrics.mean(GRADIENTLESS, float(tokens[idle].sum()) / max(float(tokens.sum()), 1.0))
+    return columns, metrics, {} if kl is None else kl.state_dict()
+
+
+def estimated(
+    batch: Batch, algorithm: AlgorithmSettings, kl: KLController | None, max_response_length: int
+) -> tuple[Batch, Metrics]:
+    """Return the columns and metrics of `advantages` for the sequences that the estimator compares."""
     scores, metrics = batch["score"], Metrics()
+    if not len(batch):  # every episode was invalid
+        nothing = batch.jagged(torch.zeros(0))
+        return Batch({"token_rewards": nothing, "advantages": nothing, "returns": nothing}), metrics
     if algorithm.overlong is not None:
         punishment = overlong_punishment(batch["response_length"], max_response_length, algorithm.overlong)
         scores = scores + punishment
@@ -86,17 +113,14 @@ def advantages(
         batch, measured = apply_kl_penalty(batch, algorithm.kl_in_reward.estimator, kl)
         metrics.update(measured.prefixed("actor/"))
     algorithm.advantage.entry.check_columns(batch.names)
-    found = algorithm.advantage(batch)
-    tokens = trained_counts(trained_mask(batch), batch.lengths)
-    idle = without_advantage(batch.with_columns(advantages=batch.jagged(found.advantages)))
-    metrics.mean(GRADIENTLESS, float(tokens[idle].sum()) / max(float(tokens.sum()), 1.0))
+    found = algorithm.advantage(turn_sequences(batch, algorithm.turn_discount) if algorithm.credit == "turn" else batch)
     if "compares_group" in algorithm.advantage.entry.traits:
         sizes = torch.unique(batch["group"], return_counts=True)[1]
         metrics.mean(SINGLE, float((sizes == 1).sum()) / max(len(sizes), 1))
     columns = {"token_rewards": batch["token_rewards"], "advantages": batch.jagged(found.advantages)}
     if found.returns is not None:
         columns["returns"] = batch.jagged(found.returns)
-    return Batch(columns), metrics, {} if kl is None else kl.state_dict()
+    return Batch(columns), metrics
 
 
 def rewards_of(batch: Batch, scores: torch.Tensor) -> torch.Tensor:

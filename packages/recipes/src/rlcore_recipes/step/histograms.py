@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from rlcore.batch import Batch
+from rlcore_recipes.rollouts.trees import longest_rows, scored_rows
 from rlcore_recipes.run.records import Histogram
 
 BINS = 64
@@ -17,10 +18,11 @@ def batch_histograms(batch: Batch) -> dict[str, Histogram]:
     engine, over that under the engine that sampled it: 1 where both agree. Only batches with both have it.
     """
     mask = batch.flat("loss_mask").bool()
+    episodes = scored_rows(batch)
     values = {
-        "response_length": batch["response_length"],
-        "prompt_length": batch["prompt_length"],
-        "critic/score": batch["score"],
+        "response_length": longest_rows(batch)[episodes],
+        "prompt_length": batch["prompt_length"][episodes],
+        "critic/score": batch["score"][episodes],
         "critic/advantages": batch.flat("advantages")[mask],
     }
     if "old_logprobs" in batch and "rollout_logprobs" in batch:

@@ -8,13 +8,18 @@ from typing import Any
 import torch
 
 from rlcore.algorithms.filters import nonzero_spread
-from rlcore.algorithms.sequences import sequence_sums
 from rlcore.algorithms.value_loss import explained_variance
 from rlcore.batch import Batch
 from rlcore.config.registry import NoParams
 from rlcore.engines import RewardResult
 from rlcore_recipes.rollouts.scorer import INVALID
-from rlcore_recipes.rollouts.trees import first_rows
+from rlcore_recipes.rollouts.trees import (
+    first_rows,
+    longest_rows,
+    one_per_trajectory,
+    trajectory_index,
+    trajectory_sums,
+)
 from rlcore_recipes.run.records import Histogram, Table
 from rlcore_recipes.run.session import Session
 from rlcore_recipes.step.episodes import INVALID_RATIO, episode_metrics
@@ -60,28 +65,38 @@ def described(
 def batch_metrics(batch: Batch, version: int | None = None) -> dict[str, float]:
     """Return statistics of scores, rewards, advantages, returns, values and lengths, and staleness.
 
+    Scores, rewards and lengths are those of valid trajectories; the length of one is that of its longest row.
+
     Args:
         version: of the policy that the batch is about to train; None leaves out how far behind it the samples are.
     """
+    found = token_metrics(batch) | episode_metrics(batch) | staleness(batch, version)
+    rewards = trajectory_sums(batch, batch.flat("token_rewards"))[trajectory_index(batch)]
+    episodes = one_per_trajectory(batch.with_columns(rewards=rewards, response_length=longest_rows(batch)))
+    found |= spread("critic/score", episodes["score"])
+    if "reward_model_score" in episodes:
+        found |= spread("reward_model/score", episodes["reward_model_score"])
+    if "steps" in episodes:
+        found |= spread("reward_model/steps", episodes["steps"])
+    found |= spread("critic/rewards", episodes["rewards"])
+    found |= spread("response_length", episodes["response_length"])
+    found |= spread("prompt_length", episodes["prompt_length"])
+    reasons = episodes["finish_reason"]
+    found["response_length/clip_ratio"] = reasons.count("length") / max(len(reasons), 1)
+    found["response/aborted_ratio"] = reasons.count("abort") / max(len(reasons), 1)
+    return found | reward_metrics(episodes)
+
+
+def token_metrics(batch: Batch) -> dict[str, float]:
+    """Return statistics of the trained tokens' advantages, returns and values, and the number of all tokens."""
     mask = batch.flat("loss_mask").bool()
-    found = spread("critic/score", batch["score"])
-    if "reward_model_score" in batch:
-        found |= spread("reward_model/score", batch["reward_model_score"])
-    if "steps" in batch:
-        found |= spread("reward_model/steps", batch["steps"])
-    found |= spread("critic/rewards", sequence_sums(batch.flat("token_rewards"), batch.lengths))
+    found = {"perf/total_num_tokens": float(batch.total_tokens)}
     for column in ("advantages", "returns", "values"):
         if column in batch:
             found |= spread(f"critic/{column}", batch.flat(column)[mask])
     if "returns" in batch and "values" in batch:
         found["critic/vf_explained_var"] = explained_variance(batch)
-    found |= spread("response_length", batch["response_length"])
-    found |= spread("prompt_length", batch["prompt_length"])
-    reasons = batch["finish_reason"]
-    found["response_length/clip_ratio"] = reasons.count("length") / max(len(reasons), 1)
-    found["response/aborted_ratio"] = reasons.count("abort") / max(len(reasons), 1)
-    found["perf/total_num_tokens"] = float(batch.total_tokens)
-    return found | staleness(batch, version) | reward_metrics(batch) | episode_metrics(batch)
+    return found
 
 
 def staleness(batch: Batch, version: int | None) -> dict[str, float]:
@@ -102,8 +117,10 @@ def reward_metrics(batch: Batch) -> dict[str, float]:
     for name in sorted({name for result in results for name in result.extras}):
         values = [result.extras[name] for result in results if name in result.extras]
         found[f"reward/{name}"] = sum(values) / len(values)
-    differs = nonzero_spread(batch["score"], batch["group"], NoParams())  # per sample; groups are of one size
-    return found | {"reward/equal_score_groups": 1 - float(differs.float().mean())}
+    if len(batch):
+        differs = nonzero_spread(batch["score"], batch["group"], NoParams())  # per sample; groups are of one size
+        found["reward/equal_score_groups"] = 1 - float(differs.float().mean())
+    return found
 
 
 def failed_ratio(results: Sequence[RewardResult]) -> float:

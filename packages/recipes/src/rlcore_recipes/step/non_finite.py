@@ -13,6 +13,9 @@ IN_LOSS = "in_loss"
 """A dense column of bools: false for samples that were taken out. A batch of which all samples train has none."""
 
 
+NOT_CHECKED = ("loss_mask", "episode_score")
+
+
 def containment(batch: Batch) -> tuple[dict[str, Jagged | torch.Tensor], dict[int, str]]:
     """Return the columns that take samples with a number that is not finite out of the loss.
 
@@ -62,10 +65,13 @@ def described(batch: Batch, found: dict[int, str]) -> str:
 
 
 def _floating(batch: Batch) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the columns of floating-point numbers but the mask, and their values."""
+    """Yield the columns of floating-point numbers but the mask, and their values.
+
+    ``episode_score`` has NaN where an episode gives no score: what the reward made of it is in ``score``.
+    """
     for name in batch.names:
         values = batch.flat(name) if name in batch.jagged_names else batch[name]
-        if isinstance(values, torch.Tensor) and values.is_floating_point() and name != "loss_mask":
+        if isinstance(values, torch.Tensor) and values.is_floating_point() and name not in NOT_CHECKED:
             yield name, values
 
 

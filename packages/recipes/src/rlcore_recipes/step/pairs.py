@@ -12,6 +12,7 @@ from rlcore.algorithms.shaping import overlong_punishment, terminal_rewards
 from rlcore.batch import Batch
 from rlcore.metrics import Metrics
 from rlcore_recipes.rollouts.given import GIVEN_REASON
+from rlcore_recipes.rollouts.trees import last_rows
 from rlcore_recipes.run.session import Session
 from rlcore_recipes.settings.online_preference import PairAlgorithmSettings
 from rlcore_recipes.step.preferences import summed_logprobs
@@ -26,7 +27,8 @@ def completion_pairs(session: Session[Any], batch: Batch) -> tuple[Batch, Batch,
     (dense int64: 0 chosen, 1 rejected) and ``margin`` (dense fp32: the difference of the scores).
     """
     config = session.config
-    columns = batch.select("loss_mask", "score", "group", "reward_result", "response_length")
+    episode = [name for name in ("trajectory",) if name in batch]
+    columns = batch.select("loss_mask", "score", "group", "reward_result", "response_length", *episode)
     with session.timed("pairs"):
         rewards, rows, margins, metrics = session.executor.compute(
             compared, columns, config.algorithm, config.data.max_response_length
@@ -74,7 +76,8 @@ def compared(
 ) -> tuple[Batch, torch.Tensor, torch.Tensor, Metrics]:
     """Return ``token_rewards``; the rows of each pair ``[P, 2]``; the differences of their scores ``[P]``; metrics.
 
-    Completions whose reward failed, or that have no token, are in no pair.
+    Completions whose reward failed, or that have no token, are in no pair. Of an episode with several rows the last one
+    is compared.
     """
     scores, metrics = batch["score"], Metrics()
     if algorithm.overlong is not None:
@@ -82,7 +85,7 @@ def compared(
         scores = scores + punishment
         metrics.mean("reward/overlong_punishment", float(punishment.mean()))
     usable = torch.tensor([result.error is None for result in batch["reward_result"]], dtype=torch.bool)
-    left = (usable & (batch["response_length"] > 0)).nonzero().squeeze(-1)
+    left = (usable & last_rows(batch) & (batch["response_length"] > 0)).nonzero().squeeze(-1)
     chosen, rejected = algorithm.pairs(scores[left], batch["group"][left])
     rows = left[torch.stack([chosen, rejected], dim=1)]
     margins = scores[rows[:, 0]] - scores[rows[:, 1]]
@@ -91,7 +94,8 @@ def compared(
     metrics.mean("pairs/prompts", len(torch.unique(batch["group"][rows[:, 0]])) / max(groups, 1), groups)
     if len(rows):
         metrics.mean("pairs/score_gap", margins.mean(), len(rows))
-    return Batch({"token_rewards": batch.jagged(terminal_rewards(batch, scores))}), rows, margins, metrics
+    rewards = terminal_rewards(batch, torch.where(last_rows(batch), scores, 0))
+    return Batch({"token_rewards": batch.jagged(rewards)}), rows, margins, metrics
 
 
 def add_pair_reference(session: Session[Any], pairs: Batch) -> Batch:

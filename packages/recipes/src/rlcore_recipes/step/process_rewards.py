@@ -11,6 +11,7 @@ from rlcore.algorithms.sequences import sequence_sums
 from rlcore.batch import Batch, Jagged
 from rlcore.engines import ForwardRequest
 from rlcore.metrics import Metrics
+from rlcore_recipes.rollouts.trees import by_trajectories
 from rlcore_recipes.run.session import Session
 from rlcore_recipes.step.update import train_epochs
 
@@ -28,9 +29,10 @@ def update_prm(session: Session[Any], batch: Batch) -> Metrics:
     prompts, epochs = config.prm_sizes
     with session.timed("update_prm"):
         outcome, known = session.executor.compute(outcomes, batch.select(*LABELS), settings.right_above)
-        labelled = batch.select(*READ).with_columns(outcome=outcome).filter(known)
+        read = [*READ, *(name for name in ("trajectory",) if name in batch)]
+        labelled = batch.select(*read).with_columns(outcome=outcome).filter(known)
         objective = ImplicitRewardObjective(settings.beta, config.rollout.temperature)
-        parts = [(part, objective) for part in labelled.split(prompts * config.rollout.n)]
+        parts = [(part, objective) for part in by_trajectories(labelled, prompts * config.rollout.n)]
         metrics = train_epochs(prm, parts, epochs)
         metrics.sum("unlabelled", len(batch) - len(labelled))
     return metrics.prefixed("prm/")

@@ -16,6 +16,7 @@ from rlcore.metrics import Metrics
 from rlcore_recipes.data.selected import write_selected
 from rlcore_recipes.ranks import on_rank_zero
 from rlcore_recipes.rollouts.completion_text import completion_texts, completion_tokens
+from rlcore_recipes.rollouts.trees import first_rows, longest_rows, trajectory_index
 from rlcore_recipes.run.folder import SELECTED
 from rlcore_recipes.run.session import Session
 from rlcore_recipes.settings.selection import RaftAlgorithmSettings
@@ -26,11 +27,21 @@ READ = ("score", "group", "completion", "finish_reason", "reward_result", "respo
 def add_sample_weights(session: Session[Any], batch: Batch, prefix: str = "selection") -> tuple[Batch, Metrics]:
     """Add ``sample_weight`` (dense fp32), 0 for samples that are left out; return metrics under ``prefix/``."""
     config = session.config
+    read = [*READ, *(name for name in ("trajectory",) if name in batch)]
     with session.timed("selection"):
         weights, metrics = session.executor.compute(
-            sample_weights, batch.select(*READ), config.algorithm, config.data.max_response_length
+            row_weights, batch.select(*read), config.algorithm, config.data.max_response_length
         )
     return batch.with_columns(sample_weight=weights), metrics.prefixed(f"{prefix}/")
+
+
+def row_weights(
+    batch: Batch, algorithm: RaftAlgorithmSettings, max_response_length: int
+) -> tuple[torch.Tensor, Metrics]:
+    """Return the `sample_weights` of trajectories for all of their rows."""
+    episodes = batch.with_columns(response_length=longest_rows(batch)).filter(first_rows(batch))
+    weights, metrics = sample_weights(episodes, algorithm, max_response_length)
+    return weights[trajectory_index(batch)], metrics
 
 
 def sample_weights(
@@ -114,6 +125,14 @@ def save_selected(session: Session[Any], batch: Batch, number: int) -> dict[str,
     config = session.config
     if not config.algorithm.selection.save:
         return {}
+    if "trajectory" in batch:
+        kept = batch["sample_weight"][first_rows(batch)] > 0
+        session.warn_once(
+            "selection/unsaved",
+            "algorithm.selection.save writes single completions, not episodes of an environment: nothing is written. "
+            "selection/unsaved counts the kept ones",
+        )
+        return {"selection/unsaved": float(kept.sum())}
     with session.timed("save_selected"):
         rows = session.executor.compute(selected_rows, batch.filter(batch["sample_weight"] > 0))
         texts = completion_texts([row.pop("tokens") for row in rows], session.tokenizer, session.end_tokens)

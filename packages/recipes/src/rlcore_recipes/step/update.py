@@ -9,16 +9,19 @@ from typing import Any
 
 import torch
 
+from rlcore.algorithms.aggregation import TRAJECTORY_TOKENS
 from rlcore.algorithms.objectives import LOSS_METRICS, PolicyObjective, ValueObjective
 from rlcore.batch import Batch
 from rlcore.config.registry import Entry
 from rlcore.engines import ForwardRequest, Objective, TrainEngine
 from rlcore.metrics import Metrics
+from rlcore_recipes.rollouts.trees import by_trajectories, first_rows
 from rlcore_recipes.run.session import Session
 from rlcore_recipes.step.advantages import without_advantage
 from rlcore_recipes.step.non_finite import IN_LOSS
 
 LEFT_OUT = "left_out/"
+OF_TREES = ("trajectory", "shared_prefix", TRAJECTORY_TOKENS)
 
 
 def update_policy(session: Session[Any], batch: Batch) -> Metrics:
@@ -44,10 +47,13 @@ def imitate(session: Session[Any], batch: Batch) -> Metrics:
 
 
 def kept_parts(batch: Batch, count: int) -> list[Batch]:
-    """Return the samples with a ``sample_weight`` in at most ``count`` parts, none empty, whose sizes differ by 1."""
+    """Return the trajectories with a ``sample_weight`` in at most ``count`` parts, none empty, whose sizes differ by
+    1."""
     kept = batch.filter(batch["sample_weight"] > 0)
-    count = min(count, len(kept))
-    ends = [len(kept) * number // count for number in range(count + 1)] if count else [0]
+    starts = [*first_rows(kept).nonzero().flatten().tolist(), len(kept)]
+    total = len(starts) - 1
+    count = min(count, total)
+    ends = [starts[total * number // count] for number in range(count + 1)] if count else [0]
     return [kept.slice(start, end) for start, end in pairwise(ends)]
 
 
@@ -86,7 +92,7 @@ def train_epochs(engine: TrainEngine, parts: Sequence[tuple[Batch, Objective]], 
 
 
 def mini_batches(batch: Batch, size: int, loss: Entry[Any] | None = None) -> list[Batch]:
-    """Split into mini-batches of ``size`` samples, without samples that were taken out of the loss.
+    """Split into mini-batches of ``size`` trajectories, without rows that were taken out of the loss.
 
     These have no trained token, so that nothing changes; but a model that computes NaN for one of them would have NaN
     gradients. They stay where a unit of ``loss`` or a whole mini-batch would be torn.
@@ -95,10 +101,14 @@ def mini_batches(batch: Batch, size: int, loss: Entry[Any] | None = None) -> lis
         BatchError: a mini-batch would divide a unit of ``loss``, or a column is missing.
     """
     together = None if loss is None else loss.together
-    parts = training_columns(batch, loss).split(size, together)
+    columns = training_columns(batch, loss)
+    if "trajectory" in batch:
+        parts = by_trajectories(columns, size, together)
+    else:
+        parts = columns.split(size, together)
     if IN_LOSS not in batch:
         return parts
-    stays = [part.clone() for part in batch[IN_LOSS].split(size)]
+    stays = [part.clone() for part in batch[IN_LOSS].split([len(part) for part in parts])]
     for part, kept in zip(parts, stays):
         if together is not None:
             kept |= torch.isin(part[together], part[together][kept])
@@ -107,15 +117,16 @@ def mini_batches(batch: Batch, size: int, loss: Entry[Any] | None = None) -> lis
 
 
 def training_columns(batch: Batch, loss: Entry[Any] | None = None) -> Batch:
-    """Return what objectives may read: per-token columns, and what the policy loss declares.
+    """Return what objectives may read: per-token columns, what rows of trees share, and what the policy loss declares.
 
     Raises:
         BatchError: ``batch`` has no such column as the policy loss declares.
     """
-    if loss is None:
-        return batch.select(*batch.jagged_names)
-    loss.check_columns({*batch.names, "entropy"})  # the entropy is computed in the update
-    return batch.select(*dict.fromkeys([*batch.jagged_names, *sorted(loss.required_columns & set(batch.names))]))
+    names = [*batch.jagged_names, *(name for name in OF_TREES if name in batch)]
+    if loss is not None:
+        loss.check_columns({*batch.names, "entropy"})  # the entropy is computed in the update
+        names += sorted(loss.required_columns & set(batch.names))
+    return batch.select(*dict.fromkeys(names))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from rlcore.engines.episode import PromptSample
 from rlcore_recipes.rollouts.plan import validation_plan
 from rlcore_recipes.rollouts.source import joined
 from rlcore_recipes.rollouts.synchronous import roll_out_together
-from rlcore_recipes.rollouts.trees import first_rows, scored_rows
+from rlcore_recipes.rollouts.trees import first_rows, longest_rows, scored_rows
 from rlcore_recipes.run.records import Table
 from rlcore_recipes.run.session import Session
 from rlcore_recipes.run.trainable import Validation
@@ -64,11 +64,13 @@ def validate_prompts(session: Session[Any], answered: Callable[[Sequence[PromptS
 def metrics_and_table(batch: Batch, logged: int) -> tuple[dict[str, float], Table]:
     """Return the metrics of ``batch`` and the table of ``logged`` samples."""
     episodes = {f"val-aux/{name}": value for name, value in episode_metrics(batch).items()}
-    metrics = validation_metrics(batch.filter(scored_rows(batch))) | episodes
+    n = int(batch["group"][first_rows(batch)].unique(return_counts=True)[1].max()) if episodes else None
+    batch = batch.with_columns(response_length=longest_rows(batch))
+    metrics = validation_metrics(batch.filter(scored_rows(batch)), n) | episodes
     return metrics, logged_table(batch.filter(first_rows(batch)), logged)
 
 
-def validation_metrics(batch: Batch) -> dict[str, float]:
+def validation_metrics(batch: Batch, n: int | None = None) -> dict[str, float]:
     """Return ``mean@N`` per data source, with N completions per prompt; for N > 1 also ``best@N`` and the like.
 
     ``best@N`` (``worst@N``) is the mean over prompts of the best (worst) of the N scores; ``maj@N`` that of the score
@@ -78,6 +80,7 @@ def validation_metrics(batch: Batch) -> dict[str, float]:
 
     Args:
         batch: one row per trajectory; if no episode is valid, it is empty, and nothing is returned.
+        n: N, where invalid episodes are not in ``batch``; None: the rows of a prompt.
     """
     if not len(batch):
         return {}
@@ -87,21 +90,22 @@ def validation_metrics(batch: Batch) -> dict[str, float]:
     scores, results = batch["score"].tolist(), batch["reward_result"]
     found: dict[str, float] = {}
     for source, groups in sorted(by_source.items()):
-        found |= group_metrics(f"val-core/{source}/reward", [[scores[i] for i in group] for group in groups.values()])
+        of_all = [[scores[i] for i in group] for group in groups.values()]
+        found |= group_metrics(f"val-core/{source}/reward", of_all, n)
         answers = [[results[i] for i in group] for group in groups.values()]
-        n = max(map(len, answers))
-        if n > 1 and any(result.answer is not None for group in answers for result in group):
-            found[f"val-core/{source}/reward/maj@{n}"] = fmean(map(majority_score, answers))
+        votes = n or max(map(len, answers))
+        if votes > 1 and any(result.answer is not None for group in answers for result in group):
+            found[f"val-core/{source}/reward/maj@{votes}"] = fmean(map(majority_score, answers))
         names = sorted({name for group in groups.values() for i in group for name in results[i].extras})
         for name in names:
             values = [
                 [results[i].extras[name] for i in group if name in results[i].extras] for group in groups.values()
             ]
-            found |= group_metrics(f"val-aux/{source}/{name}", [group for group in values if group])
+            found |= group_metrics(f"val-aux/{source}/{name}", [group for group in values if group], n)
         if "reward_model_score" in batch:
             model_scores = batch["reward_model_score"].tolist()
             of_model = [[model_scores[i] for i in group] for group in groups.values()]
-            found |= group_metrics(f"val-aux/{source}/reward_model_score", of_model)
+            found |= group_metrics(f"val-aux/{source}/reward_model_score", of_model, n)
     lengths: torch.Tensor = batch["response_length"]
     found["val-aux/response_length/mean"] = float(lengths.float().mean())
     found["val-aux/response_length/clip_ratio"] = batch["finish_reason"].count("length") / len(batch)
@@ -109,9 +113,13 @@ def validation_metrics(batch: Batch) -> dict[str, float]:
     return found
 
 
-def group_metrics(name: str, groups: Sequence[Sequence[float]]) -> Mapping[str, float]:
-    """Return mean, best and worst of the scores in each group, averaged over groups."""
-    n = max(map(len, groups))
+def group_metrics(name: str, groups: Sequence[Sequence[float]], n: int | None = None) -> Mapping[str, float]:
+    """Return mean, best and worst of the scores in each group, averaged over groups.
+
+    Args:
+        n: samples of a group, in the names of the metrics; None: those of the largest one.
+    """
+    n = n or max(map(len, groups))
     found = {f"{name}/mean@{n}": fmean(map(fmean, groups))}
     if n > 1:
         found[f"{name}/best@{n}"] = fmean(map(max, groups))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
 from typing import Any
 
@@ -27,7 +28,29 @@ class SumData(vf.TaskData):
     mode: str = "single"
 
 
-class SumTask(vf.Task[SumData, vf.State, vf.TaskConfig]):
+class AddConfig(vf.ToolsetConfig):
+    pass
+
+
+class AddToolset(vf.Toolset[AddConfig, vf.State]):
+    TOOL_PREFIX = None
+
+    @vf.tool
+    async def add(self, a: int, b: int) -> int:
+        """Add two numbers."""
+        return a + b
+
+
+class SumTaskConfig(vf.TaskConfig):
+    server: bool = False
+    """whether the tool is offered by a server of MCP"""
+
+
+class SumTask(vf.Task[SumData, vf.State, SumTaskConfig]):
+    @classmethod
+    def toolsets(cls, config: SumTaskConfig) -> list[vf.Toolset]:
+        return [AddToolset(AddConfig())] if config.server else []
+
     async def setup(self, trace: vf.Trace, runtime: vf.Runtime) -> None:
         if self.data.mode == "raise":
             raise ValueError("the data base of sums is gone")
@@ -44,6 +67,7 @@ class SumTask(vf.Task[SumData, vf.State, vf.TaskConfig]):
 class SumsConfig(vf.TasksetConfig):
     mode: str = "single"
     size: int = 4
+    task: SumTaskConfig = SumTaskConfig()
 
 
 class SumsTaskset(vf.Taskset[SumTask, SumsConfig]):
@@ -86,6 +110,8 @@ class ChatHarness(vf.Harness[ChatConfig]):
             for _ in range(8):
                 body = {"model": ctx.model, "messages": messages, **({"tools": [ADD]} if mode == "tools" else {})}
                 response = await client.post(f"{endpoint}/chat/completions", json=body)
+                if response.status_code != 200 and mode == "stubborn":
+                    await asyncio.sleep(30)
                 if response.status_code != 200:
                     return vf.ProgramResult(exit_code=1, stdout="", stderr=response.text)
                 message = response.json()["choices"][0]["message"]
@@ -103,3 +129,6 @@ class ChatHarness(vf.Harness[ChatConfig]):
 
 
 __all__ = ["ChatHarness", "SumsTaskset"]
+
+if __name__ == "__main__":  # the process of the server of tools
+    AddToolset.run()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import distributions
 from typing import TYPE_CHECKING, Any
@@ -68,8 +68,12 @@ def _one_sentence(what: str) -> Iterator[None]:
         except ModuleNotFoundError as error:
             raise ConfigError(f"{what}: {error} Installed task sets: {', '.join(_task_sets())}.") from error
         except ValidationError as error:
-            problems = (f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors())
-            raise ConfigError(f"{what}: {'; '.join(problems)}") from error
+            raise ConfigError(f"{what}: {'; '.join(map(_problem, error.errors()))}") from error
+
+
+def _problem(error: Mapping[str, Any]) -> str:
+    said = "unknown key" if error["type"] == "extra_forbidden" else error["msg"]
+    return f"{'.'.join(map(str, error['loc']))}: {said}"
 
 
 def _task_sets() -> list[str]:

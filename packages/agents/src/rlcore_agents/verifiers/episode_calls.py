@@ -6,7 +6,7 @@ key. Its train client names the agent's run (the trace) in a header; the run bel
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,9 +30,11 @@ class EpisodeCalls(Session):
 
     Attributes:
         limits: ``max_tokens`` bounds everything after the first prompt of an agent's run.
+        on_failure: called when the rollout engine fails: agents would ask again and again.
     """
 
     limits: EpisodeLimits = field(kw_only=True)
+    on_failure: Callable[[], object] = field(default=lambda: None, repr=False)
     _first_prompts: dict[str, int] = field(default_factory=dict)
 
     def room(self, run: str, prompt: Sequence[int]) -> int:
@@ -45,6 +47,14 @@ class EpisodeCalls(Session):
         if len(prompt) >= longest:
             raise Refusal(400, f"the prompt has {len(prompt)} tokens, and the maximum context length is {longest}")
         return longest - len(prompt)
+
+    async def generate(self, prompt: Sequence[int], wanted: SamplingParams) -> Completion:
+        """Sample one completion, as `Session.generate` does."""
+        try:
+            return await super().generate(prompt, wanted)
+        finally:
+            if self.failure is not None:
+                self.on_failure()
 
     def completions(self) -> Mapping[tuple[tuple[int, ...], tuple[int, ...]], Completion]:
         """Return the completions by the tokens of prompt and completion."""

@@ -54,9 +54,14 @@ class VerifiersRunner(EpisodeRunner):
         if self._calls is None:
             self._calls = CallServer(engine, self._spec.limits, self._spec.sampling)
         with self._calls.episode(f"{sample.position}-{seed}", seed) as calls:
-            episode = await asyncio.wrap_future(self._loop.submit(self._play(task, self._calls, calls)))
-        if calls.failure is not None:
-            raise EngineError(f"the rollout engine failed in episode {calls.id}: {calls.failure}") from calls.failure
+            playing = self._loop.submit(self._play(task, self._calls, calls))
+            calls.on_failure = playing.cancel
+            try:
+                episode = await asyncio.wrap_future(playing)
+            finally:
+                if calls.failure is not None:
+                    why = f"the rollout engine failed in episode {calls.id}: {calls.failure}"
+                    raise EngineError(why) from calls.failure
         for trace in episode.traces:
             _check_sampling(trace, self._spec.sampling)
         complete = self._env.complete(episode)

@@ -27,11 +27,13 @@ class Run:
     """An agent's run in a tree of segments.
 
     Attributes:
+        turns: completions in it.
         ends: nodes of the tree at the ends of the run's conversations.
         last: the completion of the last turn.
     """
 
     trace: Trace
+    turns: int
     ends: frozenset[int]
     last: Completion
 
@@ -80,7 +82,7 @@ def trajectory_of(episode: Episode, completions: Completions, prompt: Sequence[i
         score=None if invalid else score,
         invalid=invalid,
         messages=[message for run in runs for message in run.messages(named=len(runs) > 1)],
-        metrics=dict(_metrics(traces)),
+        metrics=dict(_metrics(runs)),
     )
 
 
@@ -112,7 +114,8 @@ def _add(tree: SegmentTree, trace: Trace, completions: Completions) -> Run | Non
         ends.add(end)
     if not made:
         return None
-    return Run(trace, frozenset(end for end in ends - before if end is not None), max(made, key=lambda m: m[0])[1])
+    _, last = max(made, key=lambda each: each[0])
+    return Run(trace, len(made), frozenset(end for end in ends - before if end is not None), last)
 
 
 def _reason(episode: Episode) -> str:
@@ -133,20 +136,20 @@ def _line(text: str) -> str:
 
 
 def _info(traces: Sequence[Trace]) -> dict[str, Any]:
-    return {
-        "stop_condition": ", ".join(trace.stop_condition or "" for trace in traces),
-        **{key: value for trace in traces for key, value in trace.info.items()},
-    }
+    """Return how the runs ended, and what the environment noted about them, by agent."""
+    noted = {trace.agent.name: trace.info for trace in traces if trace.info}
+    stopped = ", ".join(trace.stop_condition or "" for trace in traces)
+    return {"stop_condition": stopped, **({"trace_info": noted} if noted else {})}
 
 
-def _metrics(traces: Sequence[Trace]) -> Iterator[tuple[str, float]]:
-    """Yield the metrics of the runs; names of several agents' runs begin with the agent's."""
-    for trace in traces:
-        agent = f"{trace.agent.name}/" if len(traces) > 1 else ""
-        values = {
-            **{name: value for name, value in trace.metrics.items() if value is not None},
-            **{f"reward/{name}": reward.value for name, reward in trace.rewards.items() if reward is not None},
-            "harness_s": trace.timing.agent.harness.duration,
-        }
-        for name, value in values.items():
-            yield f"{agent}{name}", float(value)
+def _metrics(runs: Sequence[Run]) -> Iterator[tuple[str, float]]:
+    """Yield the metrics of the episode, and those of the runs; names of several agents' runs begin with the agent's."""
+    yield "turns", float(sum(run.turns for run in runs))
+    yield "tool_calls", float(sum(len(run.trace.tool_messages) for run in runs))
+    yield "harness_seconds", sum(run.trace.timing.agent.harness.duration for run in runs)
+    for run in runs:
+        agent = f"{run.trace.agent.name}/" if len(runs) > 1 else ""
+        rewards = {f"reward/{name}": reward and reward.value for name, reward in run.trace.rewards.items()}
+        for name, value in {**run.trace.metrics, **rewards}.items():
+            if value is not None:
+                yield f"{agent}{name}", float(value)

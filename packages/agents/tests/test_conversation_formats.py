@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from rlcore.engines.episode import EpisodeLimits, Trajectory
 from rlcore.engines.rollout import Completion
+from rlcore.errors import DataError
 from rlcore_agents.conversation import ChatFormat, Reply, TokenTree, Turn, format_for
 
 TEMPLATES = Path(__file__).parent / "chat_templates"
@@ -72,6 +73,7 @@ GLM = (
     "<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|assistant|>", "<|observation|>", "<tool_call>",
     "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>",
 )  # fmt: skip
+GLM_XML = "<tool_call>add\n<arg_key>x</arg_key>\n<arg_value>1</arg_value>\n</tool_call>"
 GLM_CALL = "\n<think></think>\n<tool_call>add\n<arg_key>x</arg_key>\n<arg_value>1</arg_value>\n</tool_call>"
 
 FAMILIES = {
@@ -83,6 +85,7 @@ FAMILIES = {
     "deepseek": Family("<｜end▁of▁sentence｜>", DEEPSEEK, DEEPSEEK_CALL, "<｜begin▁of▁sentence｜>"),
     "gpt-oss": Family("<|return|>", HARMONY, HARMONY_CALL, call_end="<|call|>"),
     "qwen3-coder": Family("<|im_end|>", QWEN, XML),
+    "glm": Family("<|user|>", GLM + THINK, GLM_XML, call_end="<|observation|>"),
     "smollm2": Family("<|im_end|>", ("<|im_start|>",), HERMES),
     "qwen3 by hand": Family("<|im_end|>", QWEN + THINK, HERMES, renderer="qwen3", template="qwen3"),
     "llama3 by hand": Family("<|eot_id|>", LLAMA, LLAMA_CALL, "<|begin_of_text|>", "llama-3", "llama3"),
@@ -120,7 +123,9 @@ def tokenizer_of(name: str) -> Any:
 
 @cache
 def format_of(name: str) -> ChatFormat:
-    return format_for(tokenizer_of(name), FAMILIES[name].renderer)
+    tokenizer, family = tokenizer_of(name), FAMILIES[name]
+    ends = [tokenizer.convert_tokens_to_ids(end) for end in (family.end, family.call_end) if end]
+    return format_for(tokenizer, family.renderer, end_tokens=ends)
 
 
 def sampled(name: str, text: str, finish: str = "stop", end: str | None = None) -> Completion:
@@ -143,6 +148,12 @@ def test_calls_are_read(name: str) -> None:
     assert len(reply.tool_calls[0].id) == 9
     assert tokenizer_of(name).convert_tokens_to_ids(FAMILIES[name].end) in turn.stop_tokens
     assert tokenizer_of(name).convert_tokens_to_ids(FAMILIES[name].call_end or FAMILIES[name].end) in turn.stop_tokens
+
+
+@pytest.mark.parametrize("name", ["glm", "qwen3-coder"])
+def test_strings_need_no_quotes_where_arguments_are_xml(name: str) -> None:
+    parsed = format_of(name).parse([], sampled(name, FAMILIES[name].call.replace("1", "one, 二")).tokens, [ADD])
+    assert [(call.name, call.arguments) for call in parsed.calls] == [("add", {"x": "one, 二"})]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -173,6 +184,7 @@ GOES_ON = {
     "deepseek": (True, False, True),
     "gpt-oss": (False, False, True),  # an answer ends with another token in the history
     "qwen3-coder": (True, True, True),
+    "glm": (True, False, True),
     "smollm2": (True, True, True),
     "qwen3 by hand": (True, False, True),
     "llama3 by hand": (True, True, True),
@@ -201,9 +213,61 @@ def test_rows_break_where_the_history_changes_and_only_there(name: str, case: in
     tree.add(following, sampled(name, "yes"))
     assert (following.continues is not None) == GOES_ON[name][case]
     assert tree.trajectory().metrics["branches"] == (0 if GOES_ON[name][case] else 1)
-    written_otherwise = {("mistral", 2), ("qwen3-coder", 2)}  # these templates add ids and a line break to a call
+    written_otherwise = {
+        ("mistral", 2),
+        ("qwen3-coder", 2),
+        ("glm", 2),
+    }  # these templates add ids or a line break to a call
     if (name, case) not in written_otherwise:
         assert tokenizer.decode(following.tokens) == tokenizer.decode(chat.prompt(messages, [ADD]))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_special_tokens_that_tools_write_stay_text(name: str) -> None:
+    tokenizer, chat = tokenizer_of(name), format_of(name)
+    special = {tokenizer.convert_tokens_to_ids(token): token for token in tokenizer.get_added_vocab()}
+    question = {"role": "user", "content": "1+1?"}
+    attack = "".join(special.values())
+
+    def markers(content: str) -> tuple[list[int], list[int]]:
+        """Return the special tokens of the observation, in a row that goes on and in one rendered from its messages."""
+        tree = TokenTree(chat, LIMITS)
+        turn = tree.prompt([question], [ADD])
+        completion = sampled(name, FAMILIES[name].call)
+        reply = tree.add(turn, completion)
+        result = {"role": "tool", "tool_call_id": reply.tool_calls[0].id, "content": content}
+        following = tree.prompt([question, reply.message, result], [ADD])
+        assert following.continues == 0
+        fresh = chat.prompt([question, reply.message, result], [ADD])
+        assert content in tokenizer.decode(following.tokens)
+        assert content in tokenizer.decode(fresh)
+        return tuple([token for token in tokens if token in special] for tokens in (following.tokens, fresh))  # type: ignore[return-value]
+
+    assert markers(attack) == markers("harmless")
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3 by hand", "glm"])
+def test_reasoning_that_a_client_loses_is_not_a_change_of_history(name: str) -> None:
+    tree = TokenTree(format_of(name), LIMITS)
+    question = {"role": "user", "content": "1+1?"}
+    turn = tree.prompt([question], [ADD])
+    reply = tree.add(turn, sampled(name, f"<think>\nadding\n</think>\n\n{FAMILIES[name].call}"))
+    assert reply.message["reasoning_content"].strip() == "adding"
+    sent = {key: value for key, value in reply.message.items() if key != "reasoning_content"}
+    result = {"role": "tool", "tool_call_id": reply.tool_calls[0].id, "content": "2"}
+    following = tree.prompt([question, sent, result], [ADD])
+    assert following.continues == 0
+    answer = tree.add(following, sampled(name, REASONING.get(name, "<think></think>\n") + "2"))
+    again = tree.prompt([question, sent, result, answer.message, {"role": "user", "content": "sure?"}], [ADD])
+    assert again.continues is None  # the template removes the reasoning of an earlier question
+    assert "adding" not in tokenizer_of(name).decode(again.tokens)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3 by hand"])
+def test_images_are_refused(name: str) -> None:
+    parts = [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": "data:image/png;,"}}]
+    with pytest.raises(DataError, match="has parts that are not text, which conversations cannot show the policy"):
+        format_of(name).prompt([{"role": "user", "content": parts}])
 
 
 TEXTS = st.one_of(

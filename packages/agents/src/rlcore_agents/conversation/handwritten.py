@@ -37,10 +37,11 @@ class HandWrittenFormat(ChatFormat):
         self._tokenizer = tokenizer
 
     def prompt(self, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
+        written = self._tokenizer.observations_as_text(with_tool_names(messages))
         with boundary(f"{self.name} cannot write this conversation"):
             return list(
                 self.renderer.render_ids(
-                    self._tokenizer.observations_as_text(with_tool_names(messages)),
+                    written,
                     tools=list(tools) or None,
                     add_generation_prompt=True,
                 )
@@ -119,6 +120,8 @@ def _has_reasoning(message: Message) -> bool:
 
 def _checked(call: Any) -> ParsedCall:
     """Return a call of the library as ours."""
+    if call.status == "invalid_json" and isinstance(call.arguments, Mapping) and call.name:
+        return checked_call(call.name, dict(call.arguments), call.raw, call.id)  # GLM's strings have no quotes
     if call.status == "invalid_json":
         return call_of_json(call.raw)
     if call.status == "ok":

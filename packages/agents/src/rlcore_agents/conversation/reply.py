@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlcore.engines.rollout import FinishReason
+from rlcore.errors import DataError
 
 Message = Mapping[str, Any]
 NAME = re.compile(r'"name"\s*:\s*("(?:[^"\\]|\\.)*")')
@@ -84,6 +85,27 @@ class Reply:
         """The answer, without reasoning and calls of tools."""
         content: str = self.message["content"]
         return content
+
+
+def plain(message: Message) -> dict[str, Any]:
+    """Return ``message`` with its content as text and without null fields.
+
+    Raises:
+        DataError: it has no role, or its content has an image or another part that is not text.
+    """
+    if not isinstance(message.get("role"), str):
+        raise DataError(f"a message has no role: {message!r:.200}")
+    content = message.get("content")
+    if content is not None and not isinstance(content, str):
+        texts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
+        if not all(isinstance(text, str) for text in texts):
+            raise DataError(
+                f"a message of the role {message.get('role')!r} has parts that are not text, which "
+                "conversations cannot show the policy"
+            )
+        content = "".join(texts)
+    kept = {key: value for key, value in message.items() if value is not None}
+    return {**kept, "content": content or ""}
 
 
 def call_of_json(text: str) -> ParsedCall:

@@ -86,7 +86,6 @@ class TemplateFormat(ChatFormat):
 
     def _text(self, messages: Sequence[Message], tools: Tools, generate: bool) -> str:
         """Return the text of a conversation, up to where a reply begins if ``generate``."""
-        messages = [_plain(message) for message in messages]
         if self._syntax.knows_tools:
             return self._written(messages, tools, generate)
         return self._written(tools_as_text(messages, tools, self._syntax.takes_system), (), generate)
@@ -137,21 +136,6 @@ def _marked(message: Message) -> tuple[dict[str, Any], list[str]]:
         marked["tool_calls"] = [*calls[:-1], last]
         marks.append(CALL)
     return marked, list(dict.fromkeys(marks))
-
-
-def _plain(message: Message) -> dict[str, Any]:
-    """Return ``message`` with its content as text and without null fields."""
-    content = message.get("content")
-    if content is not None and not isinstance(content, str):
-        texts = [part.get("text") for part in content]
-        if not all(isinstance(text, str) for text in texts):
-            raise DataError(
-                f"a message of the role {message.get('role')!r} has parts that are not text, which the chat template "
-                "of this model cannot show"
-            )
-        content = "".join(texts)
-    kept = {key: value for key, value in message.items() if value is not None}
-    return {**kept, "content": content or ""}
 
 
 def _object_arguments(call: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class TemplateSyntax:
         opening: before reasoning; "" if the generation prompt ends with it.
         closing: between reasoning and an answer or call; "" if the template knows no reasoning.
         answer: before an answer, after ``closing``.
-        ends: texts at the end of an answer and of a call.
+        ends: an answer and a call up to the tokens that end them; empty if the next message does.
     """
 
     opening, closing, answer = "", "", ""
@@ -54,8 +54,10 @@ class TemplateSyntax:
         self.parser = next((parser for mark, parser in PARSERS.items() if mark in marked and calls is None), "")
         self.knows_tools = bool(calls or self.parser) and self._shows_tools()
         self.calls: CallSyntax = calls if calls and self.knows_tools else SYNTAX
-        replies = [{"role": "assistant", "content": CONTENT}, _calling(["probe_tool"])]
-        self.ends = [text.rstrip() for reply in replies if (text := self._reply(reply))]
+        answer = (self._reply({"role": "assistant", "content": CONTENT}) or CONTENT).rstrip()
+        call = (self._reply(_calling(["probe_tool"])) or "").rstrip()
+        # without an end of answers, as in GLM's formats, the last token of a call is the mark that closes it
+        self.ends = [] if answer.endswith(CONTENT) else [answer, call]
 
     def _learn_reasoning(self) -> None:
         text = self._reply(REASONED) or ""

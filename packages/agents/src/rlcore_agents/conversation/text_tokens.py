@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from rlcore_agents.conversation.reply import Message
+from rlcore_agents.conversation.reply import Message, plain
 
 SPLIT = "\ufdd0"
 """A noncharacter of Unicode, which no text has: the text is divided here, and each part is tokenised alone."""
@@ -48,27 +48,20 @@ class SplittingTokenizer:
         return token in self._added_ids
 
     def observations_as_text(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
-        """Return ``messages`` in which special tokens written by tools and environments will stay text.
+        """Return ``messages`` as text in which special tokens written by tools and environments will stay text.
 
         That is in every message after the first reply, apart from replies, in which the policy's own special tokens
         stay tokens. Messages before it are the data's, which recipes tokenise in the same way.
+
+        Raises:
+            DataError: a content has an image or another part that is not text.
         """
         first = next((index for index, each in enumerate(messages) if each.get("role") == "assistant"), len(messages))
-        return [
-            self._as_text(message) if index > first and message.get("role") != "assistant" else dict(message)
-            for index, message in enumerate(messages)
-        ]
-
-    def _as_text(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        content = message.get("content")
-        if isinstance(content, str):
-            content = self._divided(content)
-        elif isinstance(content, Sequence):
-            content = [
-                {**part, "text": self._divided(part["text"])} if isinstance(part.get("text"), str) else part
-                for part in content
-            ]
-        return {**message, "content": content}
+        texts = [plain(message) for message in messages]
+        for message in texts[first + 1 :]:
+            if message["role"] != "assistant":
+                message["content"] = self._divided(message["content"])
+        return texts
 
     def _divided(self, text: str) -> str:
         text = text.replace(SPLIT, "")

@@ -9,7 +9,7 @@ from typing import Any
 from rlcore.engines.episode import EpisodeLimits, Segment, Trajectory, sampled_segment
 from rlcore.engines.rollout import Completion, FinishReason, GenerationRequest, SamplingParams
 from rlcore_agents.conversation.chat_format import ChatFormat, RecordedTurn, Tools
-from rlcore_agents.conversation.comparison import Comparable, comparable, extends
+from rlcore_agents.conversation.comparison import Comparable, comparable, extends, same
 from rlcore_agents.conversation.reply import Message, ParsedCall, Reply, ToolCall
 from rlcore_agents.conversation.segments import SegmentTree
 
@@ -42,8 +42,9 @@ class Turn:
 @dataclass(frozen=True)
 class _Recorded:
     turn: RecordedTurn
-    conversation: list[Comparable]
-    """messages of the prompt and the reply, as they are compared"""
+    asked: list[Comparable]
+    """messages of the prompt, as they are compared"""
+    reply: Comparable
     node: int
     continues: int | None
 
@@ -81,8 +82,15 @@ class TokenTree:
         Raises:
             DataError: the chat format cannot write this conversation.
         """
-        messages, tools = list(messages), list(tools)
-        continues, tokens = self._continued(messages, tools)
+        tools = list(tools)
+        sent = [comparable(message) for message in messages]
+        known = self._known(sent)
+        if known:  # replies as they were recorded: clients may have lost their reasoning
+            length, number = known[0]
+            turn = self._turns[number].turn
+            messages = [*[*turn.messages, turn.message][:length], *messages[length:]]
+        messages = list(messages)
+        continues, tokens = self._continued(messages, tools, known)
         if tokens is None:
             tokens = self.chat.prompt(messages, tools)
         start = self._segments.prompt_length(tokens, None if continues is None else self._turns[continues].node)
@@ -94,18 +102,29 @@ class TokenTree:
             self._transcript = messages
         return Turn(tokens, room, messages, tools, self.chat.stop_tokens, continues)
 
-    def _continued(self, messages: list[Message], tools: Tools) -> tuple[int | None, list[int] | None]:
-        """Return the recorded turn with most of ``messages`` whose tokens can go on, and the tokens."""
-        sent = [comparable(message) for message in messages]
-        for number in sorted(range(self.turns), key=lambda n: (-len(self._turns[n].conversation), -n)):
+    def _known(self, sent: list[Comparable]) -> list[tuple[int, int]]:
+        """Return turns whose prompts ``sent`` begins with, and how many messages they have in common, longest first."""
+        known = []
+        for number, recorded in enumerate(self._turns):
+            length = len(recorded.asked)
+            if extends(sent, recorded.asked):
+                replied = len(sent) > length and same(recorded.reply, sent[length])
+                known.append((length + replied, number))
+        return sorted(known, reverse=True)
+
+    def _continued(
+        self, messages: list[Message], tools: Tools, known: list[tuple[int, int]]
+    ) -> tuple[int | None, list[int] | None]:
+        """Return the turn whose tokens can go on, and the tokens of the prompt."""
+        for length, number in known:
             recorded = self._turns[number]
             turn = recorded.turn
             if list(turn.tools) != tools:
                 continue
-            if len(sent) == len(recorded.conversation) - 1 and extends(sent, recorded.conversation[:-1]):
+            if len(messages) == len(recorded.asked):
                 return recorded.continues, list(turn.prompt)  # another reply to the same prompt
-            if len(sent) > len(recorded.conversation) and extends(sent, recorded.conversation):
-                tail = self.chat.continuation(turn, messages[len(recorded.conversation) :])
+            if len(recorded.asked) < length < len(messages):
+                tail = self.chat.continuation(turn, messages[length:])
                 if tail is not None:
                     return number, [*turn.prompt, *turn.sampled, *tail]
         return None, None
@@ -127,8 +146,8 @@ class TokenTree:
         after = None if turn.continues is None else self._turns[turn.continues].node
         node = self._segments.add(turn.tokens, sampled_segment(completion, logprobs), after)
         recorded = RecordedTurn(turn.messages, turn.tools, turn.tokens, completion.tokens, message)
-        conversation = [comparable(each) for each in (*turn.messages, message)]
-        self._turns.append(_Recorded(recorded, conversation, node, turn.continues))
+        asked = [comparable(each) for each in turn.messages]
+        self._turns.append(_Recorded(recorded, asked, comparable(message), node, turn.continues))
         self._transcript = [*turn.messages, message]
         self._malformed += sum(bool(call.error) for call in calls)
         self._cut_off += completion.finish_reason != "stop"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -74,16 +75,6 @@ result(score=float(answer == sample["ground_truth"]), info={"level": sample["ext
     assert trajectory.messages[-1] == {"role": "assistant", "content": "5"}
     assert [len(segment.tokens) for segment in trajectory.segments if segment.sampled] == [2]
     assert trajectory.metrics["requests"] == trajectory.metrics["turns"] == 1
-
-
-def test_a_shell_script_needs_only_the_base_url(run: Run, tmp_path: Path) -> None:
-    script = tmp_path / "agent.sh"
-    script.write_text(
-        'curl -sf "$OPENAI_BASE_URL/chat/completions" -H "Authorization: Bearer $OPENAI_API_KEY" '
-        """-d '{"model": "policy", "messages": [{"role": "user", "content": "hello"}]}' | grep -q '"content":"5"' """
-        """&& echo '{"score": 1}' > "$RLCORE_RESULT"\n"""
-    )
-    assert run("", command=f"sh {script}").score == 1.0
 
 
 @pytest.mark.parametrize(
@@ -204,6 +195,25 @@ def test_programs_and_functions_that_do_not_exist_are_named_at_the_start(run: Ru
         run("", command="no-such-agent --x")
     with pytest.raises(ConfigError, match=r"no-such-agent\.py does not exist"):
         run("", function="no-such-agent.py:agent")
+
+
+PAGE = Path(__file__).parents[3] / "docs" / "train-your-agent.md"
+
+
+def printed(name: str) -> str:
+    """The file ``name`` as the documentation prints it."""
+    found = re.search(rf"^```\w+\n(# {re.escape(name)}\n.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    assert found
+    return found[1]
+
+
+@pytest.mark.parametrize("name", ["my_agent.py", "my_agent.sh", "my_function.py"])
+def test_agents_of_the_documentation_run(run: Run, tmp_path: Path, name: str) -> None:
+    file = tmp_path / name
+    file.write_text(printed(name))
+    program = {".py": sys.executable, ".sh": "sh"}[file.suffix]
+    options = {"function": f"{file}:agent"} if name == "my_function.py" else {"command": f"{program} {file}"}
+    assert run("", **options).score == 1.0
 
 
 def test_a_recipe_trains_a_program(policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,3 +50,9 @@ tools = Plugin(
     factory="rlcore_agents.tools.environment:ToolsEnvironment",
     summary="A conversation with tools, until a reply calls none",
 )
+openenv = Plugin(
+    interface=1,
+    config="rlcore_agents.openenv.settings:OpenEnvSettings",
+    factory="rlcore_agents.openenv.environment:openenv_environment",
+    summary="An environment server of OpenEnv, by its address",
+)

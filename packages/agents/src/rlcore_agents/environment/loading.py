@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from rlcore.boundary import boundary
@@ -20,22 +21,34 @@ def load_program(options: PythonEnvironmentSettings) -> Program:
     Raises:
         ConfigError: it does not exist, its file cannot be imported, or it cannot be called as environments are.
     """
-    home, _, name = options.path.rpartition(":")
-    what = f"environment {options.path!r}"
+    code, name = load_callable(options.path, "environment"), options.path.rpartition(":")[2]
+    try:
+        _check(code, name, options.kwargs)
+    except ConfigError as error:
+        raise ConfigError(f"environment {options.path!r}: {error}") from None
+    return Program(name, code, options.kwargs, options.max_observation_chars)
+
+
+def load_callable(path: str, what: str) -> Callable[..., Any]:
+    """Import the class or function at ``path``; ``what`` says what it is, for messages.
+
+    Raises:
+        ConfigError: it does not exist, its file cannot be imported, or it is something else.
+    """
+    home, _, name = path.rpartition(":")
     try:
         if home.endswith(".py"):
             existing_file(home)
         with boundary("importing it fails", ConfigError):
-            code = load_object(home, name)
-        _check(code, name, options.kwargs)
+            found = load_object(home, name)
     except ConfigError as error:
-        raise ConfigError(f"{what}: {error}") from None
-    return Program(name, code, options.kwargs, options.max_observation_chars)
+        raise ConfigError(f"{what} {path!r}: {error}") from None
+    if not callable(found):
+        raise ConfigError(f"{what} {path!r}: {name} is {short(found)}, neither a class nor a function")
+    return found  # type: ignore[no-any-return]
 
 
 def _check(code: Any, name: str, kwargs: dict[str, Any]) -> None:
-    if not callable(code):
-        raise ConfigError(f"{name} is {short(code)}, neither a class nor a function")
     arguments: tuple[Any, ...] = (None, None)
     form = "a function of an environment takes a chat and a sample"
     if isinstance(code, type):

@@ -8,14 +8,12 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from rlcore.boundary import boundary
 from rlcore.engines.episode import EpisodeRunner, EpisodeSpec, PromptSample
-from rlcore.errors import ConfigError
-from rlcore.object_path import load_object
 from rlcore_agents.conversation import Reply
 from rlcore_agents.environment import Environment, Step
 from rlcore_agents.environment.checks import short
 from rlcore_agents.environment.exchange import EnvironmentFailure
+from rlcore_agents.environment.loading import load_callable
 from rlcore_agents.environment.shipped import opening, seed_of, shipped_runner
 from rlcore_agents.gymnasium.settings import GymnasiumSettings
 
@@ -30,7 +28,7 @@ class GymnasiumEnvironment(Environment):
 
     def __init__(self, env: str, kwargs: Mapping[str, Any]) -> None:
         self._name = env.rpartition(":")[2]
-        self._env = load(env)(**kwargs)
+        self._env = load_callable(env, "environment")(**kwargs)
 
     def reset(self, sample: PromptSample, seed: int) -> list[dict[str, Any]]:
         """Begin an episode with the seed of the row, and its further fields as ``options`` if ``reset`` takes them."""
@@ -64,20 +62,6 @@ class GymnasiumEnvironment(Environment):
         return observation
 
 
-def load(env: str) -> Any:
-    """Import the class or function that makes environments.
-
-    Raises:
-        ConfigError: it cannot be imported or called.
-    """
-    home, _, name = env.rpartition(":")
-    with boundary(f"environment {env!r} cannot be imported", ConfigError):
-        made = load_object(home, name)
-    if not callable(made):
-        raise ConfigError(f"environment {env!r} is {short(made)}, neither a class nor a function")
-    return made
-
-
 def gymnasium_environment(spec: EpisodeSpec) -> EpisodeRunner:
     """Return what runs episodes of `gymnasium`.
 
@@ -86,6 +70,6 @@ def gymnasium_environment(spec: EpisodeSpec) -> EpisodeRunner:
     """
     options = spec.options
     assert isinstance(options, GymnasiumSettings)
-    load(options.env)
+    load_callable(options.env, "environment")
     path = "rlcore_agents.gymnasium.environment:GymnasiumEnvironment"
     return shipped_runner(spec, options, path, env=options.env, kwargs=options.kwargs)

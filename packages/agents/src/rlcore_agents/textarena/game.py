@@ -111,7 +111,7 @@ class Game:
 def _made(game: str, kwargs: Mapping[str, Any]) -> tuple[Any, list[Any]]:
     """Return the bare game, and the wrappers that change actions, the outermost first."""
     if game not in ENV_REGISTRY:
-        close = get_close_matches(game, ENV_REGISTRY, n=3)
+        close = get_close_matches(game, [name for name in ENV_REGISTRY if not name.endswith(("-raw", "-train"))], n=3)
         hint = f"; did you mean {' or '.join(close)}?" if close else "; textarena.pprint_registry_detailed() lists them"
         raise ConfigError(f"TextArena has no game {game!r}{hint}")
     try:

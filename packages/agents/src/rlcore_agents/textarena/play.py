@@ -8,14 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from rlcore.boundary import boundary
 from rlcore.engines.episode import EpisodeRunner, EpisodeSpec, PromptSample
 from rlcore.errors import ConfigError
-from rlcore.object_path import load_object
 from rlcore_agents.conversation import Reply
 from rlcore_agents.environment import Chat, EpisodeTruncated
 from rlcore_agents.environment.checks import short
 from rlcore_agents.environment.exchange import EnvironmentFailure
+from rlcore_agents.environment.loading import load_callable
 from rlcore_agents.environment.shipped import opening, seed_of, shipped_runner
 from rlcore_agents.textarena.settings import TextArenaSettings
 from rlcore_agents.tools.thread import in_thread
@@ -85,7 +84,7 @@ async def play(
 
 def _opponent(opponent: str, actions: Sequence[str], table: Any) -> Opponent:
     if opponent != "random":
-        return _user_function(opponent)
+        return _user_opponent(opponent)
 
     def valid_action(seen: str, rng: random.Random) -> str:
         choices = list(actions or dict.fromkeys(BRACKETS.findall(seen)))
@@ -100,12 +99,8 @@ def _opponent(opponent: str, actions: Sequence[str], table: Any) -> Opponent:
     return valid_action
 
 
-def _user_function(path: str) -> Opponent:
-    home, _, name = path.rpartition(":")
-    with boundary(f"opponent {path!r} cannot be imported", ConfigError):
-        function = load_object(home, name)
-    if not callable(function):
-        raise ConfigError(f"opponent {path!r} is not a function")
+def _user_opponent(path: str) -> Opponent:
+    function = load_callable(path, "opponent")
 
     def action(seen: str, rng: random.Random) -> str:
         answer = function(seen, rng)
@@ -131,7 +126,7 @@ def textarena_environment(spec: EpisodeSpec) -> EpisodeRunner:
     if options.player is not None and options.player >= players:
         raise ConfigError(f"player={options.player}: the game {options.game} has the players 0 to {players - 1}")
     if options.opponent not in ("self", "random"):
-        _user_function(options.opponent)
+        _user_opponent(options.opponent)
     chosen = ("game", "kwargs", "player", "opponent", "unfinished_score")
     given = {name: getattr(options, name) for name in chosen}
     path = "rlcore_agents.textarena.play:play"

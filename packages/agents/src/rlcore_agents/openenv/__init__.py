@@ -1,0 +1,1 @@
+"""OpenEnv: environments on servers, over its protocol."""

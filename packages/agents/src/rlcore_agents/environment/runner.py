@@ -118,7 +118,10 @@ class Episode:
             raise EnvironmentFailure(f"its conversation cannot be shown to the policy: {error}") from None
         number, seconds = len(self._replies), self.seconds_left()
         if turn.room < 1 and not number:
-            raise EnvironmentFailure(f"its first prompt has {len(turn.tokens)} tokens, which leave no room for a reply")
+            raise EnvironmentFailure(
+                f"its first prompt has {len(turn.tokens)} tokens, schemas of tools included, which leave no room for a "
+                "reply; raise data.max_prompt_length"
+            )
         completion = None
         if turn.room >= 1 and number < self._spec.limits.max_turns and seconds > 0 and not self._cut:
             name = f"{self._sample.position}-{self._seed}-{number}"

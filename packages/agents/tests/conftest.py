@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import pytest
 
 from rlcore import plugins
-from rlcore.engines import GenerationRequest, ModelSettings, RolloutEngine, RolloutSpec
+from rlcore.engines import GenerationRequest, ModelSettings, RolloutEngine, RolloutSpec, SamplingParams
+from rlcore.engines.episode import EpisodeLimits, EpisodeRunner, EpisodeSpec, PromptSample, Trajectory
 from rlcore.engines.rollout import Completion
+from rlcore_agents.environment.settings import PythonEnvironmentSettings
 from rlcore_kit.testing.tiny_model import tiny_model, tiny_tokenizer
 
 MAX_MODEL_LEN = 4096
@@ -70,3 +73,49 @@ class ScriptedEngine(RolloutEngine):
 def scripted() -> type[ScriptedEngine]:
     """Makes engines that answer with given texts."""
     return ScriptedEngine
+
+
+class World:
+    """Writes environments of users into a file and plays them with scripted replies.
+
+    Attributes:
+        sample: of every episode.
+    """
+
+    def __init__(self, folder: Path, policy: Path) -> None:
+        self.folder, self.policy = folder, policy
+        self.limits = EpisodeLimits(max_turns=8, max_tokens=400, max_model_len=600, timeout_s=60.0)
+        hi = [{"role": "user", "content": "hi"}]
+        self.sample = PromptSample([3, 77, 78, 1, 4], hi, ground_truth="7", extra={"level": 3}, position=12)
+
+    def engine(self, answer: Callable[[str], str]) -> ScriptedEngine:
+        return ScriptedEngine(answer)
+
+    def runner(self, code: str, name: str = "World", **options: Any) -> EpisodeRunner:
+        file = self.folder / "world.py"
+        file.write_text("import asyncio, os, time\nfrom rlcore_agents import *\n" + code)
+        settings = PythonEnvironmentSettings(path=f"{file}:{name}", **options)
+        spec = EpisodeSpec(ModelSettings(path=str(self.policy)), settings, SamplingParams(64, seed=0), self.limits)
+        runner: EpisodeRunner = plugins.get("rlcore.environments", "python").build(spec)
+        return runner
+
+    def run(self, runner: EpisodeRunner, engine: RolloutEngine, seed: int = 5) -> Trajectory:
+        return asyncio.run(runner.run(engine, self.sample, seed))
+
+    def play(self, code: str, answer: Callable[[str], str] = lambda prompt: "ok", **options: Any) -> Trajectory:
+        runner = self.runner(code, **options)
+        try:
+            return self.run(runner, self.engine(answer))
+        finally:
+            runner.close()
+
+
+@pytest.fixture(scope="session")
+def worlds(policy: Path) -> Callable[[Path], World]:
+    """Makes places, in a folder, where environments of users are written and played."""
+    return lambda folder: World(folder, policy)
+
+
+@pytest.fixture
+def world(tmp_path: Path, worlds: Callable[[Path], World]) -> World:
+    return worlds(tmp_path)

@@ -5,77 +5,19 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from rlcore import plugins
-from rlcore.engines import Completion, GenerationRequest, ModelSettings, RolloutEngine, SamplingParams
-from rlcore.engines.episode import EpisodeLimits, EpisodeRunner, EpisodeSpec, PromptSample, Trajectory
+from rlcore.engines import Completion, GenerationRequest, ModelSettings, SamplingParams
+from rlcore.engines.episode import EpisodeSpec, Trajectory
 from rlcore.errors import ConfigError
 from rlcore_agents.environment.settings import PythonEnvironmentSettings
 from rlcore_kit.testing.tiny_model import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
-SAMPLE = PromptSample(
-    [3, 77, 78, 1, 4], [{"role": "user", "content": "hi"}], ground_truth="7", extra={"level": 3}, position=12
-)
-
-
-class Scripted(RolloutEngine):
-    """Answers what a function says of the text of the prompt."""
-
-    version = 0
-
-    def __init__(self, answer: Callable[[str], str]) -> None:
-        self.answer = answer
-        self.requests: list[GenerationRequest] = []
-
-    async def generate(self, request: GenerationRequest) -> Completion:
-        self.requests.append(request)
-        tokens = TOKENIZER.encode(self.answer(TOKENIZER.decode(request.prompt)) + "<|end|>")
-        whole = len(tokens) <= request.sampling.max_tokens
-        tokens = tokens[: request.sampling.max_tokens]
-        return Completion(tokens, [-0.5] * len(tokens), "stop" if whole else "length", [(0, len(tokens))])
-
-    def update_weights(self, buckets: Any, version: int) -> None: ...
-    def pause(self) -> None: ...
-    def resume(self) -> None: ...
-    def abort(self, request_ids: Any = None) -> None: ...
-    def sleep(self) -> None: ...
-    def wake(self) -> None: ...
-
-
-class World:
-    """Writes environments into a file and plays them."""
-
-    def __init__(self, folder: Path, policy: Path) -> None:
-        self.folder, self.policy = folder, policy
-        self.limits = EpisodeLimits(max_turns=8, max_tokens=400, max_model_len=600, timeout_s=60.0)
-
-    def runner(self, code: str, name: str = "World", **options: Any) -> EpisodeRunner:
-        file = self.folder / "world.py"
-        file.write_text("import asyncio, os, time\nfrom rlcore_agents import *\n" + code)
-        plugin = plugins.get("rlcore.environments", "python")
-        settings = PythonEnvironmentSettings(path=f"{file}:{name}", **options)
-        sampling = SamplingParams(max_tokens=64, seed=0)
-        spec = EpisodeSpec(ModelSettings(path=str(self.policy)), settings, sampling, self.limits)
-        runner: EpisodeRunner = plugin.build(spec)
-        return runner
-
-    def play(self, code: str, answer: Callable[[str], str] = lambda prompt: "ok", **options: Any) -> Trajectory:
-        runner = self.runner(code, **options)
-        try:
-            return asyncio.run(runner.run(Scripted(answer), SAMPLE, 5))
-        finally:
-            runner.close()
-
-
-@pytest.fixture
-def world(tmp_path: Path, policy: Path) -> World:
-    return World(tmp_path, policy)
 
 
 def text(trajectory: Trajectory) -> str:
@@ -102,7 +44,7 @@ def guesses(prompt: str) -> str:
     return str(5 + prompt.count("more"))
 
 
-def test_an_environment_answers_until_it_is_done(world: World) -> None:
+def test_an_environment_answers_until_it_is_done(world: Any) -> None:
     trajectory = world.play(GUESS, guesses)
     said = "<|user|>seed 5, level 3<|end|><|assistant|>5<|end|><|user|>more<|end|><|assistant|>6<|end|>"
     assert text(trajectory) == said + "<|user|>more<|end|><|assistant|>7<|end|>"
@@ -116,7 +58,7 @@ def test_an_environment_answers_until_it_is_done(world: World) -> None:
     assert trajectory.messages[-1] == {"role": "assistant", "content": "7"}
 
 
-def test_plain_methods_run_in_threads(world: World) -> None:
+def test_plain_methods_run_in_threads(world: Any) -> None:
     trajectory = world.play(GUESS.replace("async ", ""), guesses)
     assert trajectory.score == 1.0
     assert trajectory.metrics["turns"] == 3
@@ -134,14 +76,14 @@ async def World(chat, sample):
 
 
 @pytest.mark.parametrize("code", [PLAY, PLAY.replace("async ", "").replace("await ", "")], ids=["async", "plain"])
-def test_a_function_plays_with_a_chat(world: World, code: str) -> None:
+def test_a_function_plays_with_a_chat(world: Any, code: str) -> None:
     trajectory = world.play(code, guesses)
     assert text(trajectory).startswith("<|user|>hi<|end|><|assistant|>5<|end|><|user|>more<|end|><|assistant|>6<|end|>")
     assert [segment.reward for segment in trajectory.segments if segment.sampled] == [-0.1, -0.1, None]
     assert (trajectory.score, trajectory.invalid, trajectory.info) == (1.0, "", {"seed": 5})
 
 
-def test_conversations_of_a_function_become_branches(world: World) -> None:
+def test_conversations_of_a_function_become_branches(world: Any) -> None:
     code = """
 async def World(chat, sample):
     both = await asyncio.gather(chat.complete([{"role": "user", "content": "a"}]),
@@ -165,7 +107,7 @@ class World(Environment):
 """
 
 
-def test_tools_are_called_between_replies(world: World) -> None:
+def test_tools_are_called_between_replies(world: Any) -> None:
     """Without `step`, the episode ends with the first reply that calls no tool, and the environment gives no score."""
     call = '<tool_call>{"name": "double", "arguments": {"number": 21}}</tool_call>'
     trajectory = world.play(TOOLS, lambda prompt: "done" if "42" in prompt else call)
@@ -177,13 +119,13 @@ def test_tools_are_called_between_replies(world: World) -> None:
     assert trajectory.messages[2]["content"] == "42"
 
 
-def test_seeds_of_turns_differ_and_come_from_the_episode(world: World) -> None:
+def test_seeds_of_turns_differ_and_come_from_the_episode(world: Any) -> None:
     runner = world.runner(GUESS)
     seeds = []
     for seed in (5, 5, 6):
-        engine = Scripted(guesses)
-        asyncio.run(runner.run(engine, SAMPLE, seed))
-        seeds.append([request.sampling.seed for request in engine.requests])
+        engine = world.engine(guesses)
+        world.run(runner, engine, seed)
+        seeds.append([request.sampling.seed for request, _ in engine.made])
     runner.close()
     assert seeds[0] == seeds[1]
     assert seeds[0][0] == 5
@@ -195,9 +137,9 @@ def test_seeds_of_turns_differ_and_come_from_the_episode(world: World) -> None:
     [({"max_turns": 2}, 2), ({"max_tokens": 36}, 4), ({"max_model_len": 40}, 4)],
     ids=["turns", "tokens", "context"],
 )
-def test_a_limit_truncates_and_rewards_so_far_count(world: World, limits: dict[str, int], turns: int) -> None:
+def test_a_limit_truncates_and_rewards_so_far_count(world: Any, limits: dict[str, int], turns: int) -> None:
     """The prompt has 5 tokens, the first turn 2, and each further one 9, of which 7 are the environment's."""
-    world.limits = EpisodeLimits(**{**vars(world.limits), **limits})
+    world.limits = replace(world.limits, **limits)
     trajectory = world.play(GUESS.replace("return f\"seed {seed}, level {sample.extra['level']}\"", ""), lambda _: "5")
     assert trajectory.invalid == ""
     assert trajectory.finish_reason == "length"
@@ -207,20 +149,22 @@ def test_a_limit_truncates_and_rewards_so_far_count(world: World, limits: dict[s
     assert sum(segment.reward or 0.0 for segment in trajectory.segments) == pytest.approx(-0.1 * turns)
 
 
-def test_a_time_limit_truncates(world: World) -> None:
-    class Slow(Scripted):
-        async def generate(self, request: GenerationRequest) -> Completion:
-            await asyncio.sleep(0.0 if len(self.requests) < 2 else 30.0)
-            return await super().generate(request)
+def test_a_time_limit_truncates(world: Any) -> None:
+    engine = world.engine(lambda _: "5")
+    generate = engine.generate
 
-    world.limits = EpisodeLimits(8, 400, 600, timeout_s=1.0)
-    runner = world.runner(GUESS)
-    trajectory = asyncio.run(runner.run(Slow(lambda _: "5"), SAMPLE, 5))
+    async def slow(request: GenerationRequest) -> Completion:
+        await asyncio.sleep(0.0 if len(engine.made) < 2 else 30.0)
+        return await generate(request)
+
+    engine.generate = slow
+    world.limits = replace(world.limits, timeout_s=1.0)
+    trajectory = world.run(world.runner(GUESS), engine)
     assert (trajectory.finish_reason, trajectory.invalid, trajectory.metrics["turns"]) == ("length", "", 2)
 
 
-def test_an_environment_that_hangs_at_the_end_of_its_time_ends_with_it(world: World) -> None:
-    world.limits = EpisodeLimits(8, 400, 600, timeout_s=0.5)
+def test_an_environment_that_hangs_at_the_end_of_its_time_ends_with_it(world: Any) -> None:
+    world.limits = replace(world.limits, timeout_s=0.5)
     hangs = "class World(Environment):\n    async def step(self, reply): await asyncio.sleep(60)"
     start = time.monotonic()
     trajectory = world.play(hangs)
@@ -228,17 +172,17 @@ def test_an_environment_that_hangs_at_the_end_of_its_time_ends_with_it(world: Wo
     assert "the environment took longer than timeout_s=0.5 of the episode allows" in trajectory.invalid
 
 
-def test_an_aborted_reply_ends_the_episode(world: World) -> None:
-    class Aborted(Scripted):
-        async def generate(self, request: GenerationRequest) -> Completion:
-            return Completion([50], [-0.5], "abort", [(0, 1)])
+def test_an_aborted_reply_ends_the_episode(world: Any) -> None:
+    async def aborted(request: GenerationRequest) -> Completion:
+        return Completion([50], [-0.5], "abort", [(0, 1)])
 
-    runner = world.runner(GUESS)
-    trajectory = asyncio.run(runner.run(Aborted(str), SAMPLE, 5))
+    engine = world.engine(str)
+    engine.generate = aborted
+    trajectory = world.run(world.runner(GUESS), engine)
     assert (trajectory.finish_reason, trajectory.invalid, trajectory.metrics["turns"]) == ("abort", "", 1)
 
 
-def test_a_function_may_score_what_it_got(world: World) -> None:
+def test_a_function_may_score_what_it_got(world: Any) -> None:
     code = """
 async def World(chat, sample):
     try:
@@ -278,7 +222,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_mistake_costs_its_episode(world: World, case: str) -> None:
+def test_a_mistake_costs_its_episode(world: Any, case: str) -> None:
     method, *parts = BROKEN[case]
     trajectory = world.play(f"class World(Environment):\n    {method}\n")
     assert trajectory.invalid.startswith("episode of prompt 12 with seed 5: ")
@@ -288,7 +232,7 @@ def test_a_mistake_costs_its_episode(world: World, case: str) -> None:
     assert trajectory.segments[0].tokens
 
 
-def test_a_flood_is_cut(world: World) -> None:
+def test_a_flood_is_cut(world: Any) -> None:
     code = """
 class World(Environment):
     async def step(self, reply):
@@ -314,7 +258,7 @@ class World(Environment):
 @pytest.mark.parametrize(
     "body", ["await asyncio.sleep(60)", "return Step(done=True)", "raise OSError"], ids=["hangs", "ends", "raises"]
 )
-def test_close_is_called_whatever_happens(world: World, body: str) -> None:
+def test_close_is_called_whatever_happens(world: Any, body: str) -> None:
     log = world.folder / "log"
     trajectory = world.play(CLOSED.format(body=body, log=str(log)), turn_timeout_s=1.0)
     assert log.read_text() == "closed "
@@ -322,12 +266,12 @@ def test_close_is_called_whatever_happens(world: World, body: str) -> None:
     assert ("took longer than turn_timeout_s=1" in trajectory.invalid) == ("sleep" in body)
 
 
-def test_close_is_called_when_the_run_is_cancelled(world: World) -> None:
+def test_close_is_called_when_the_run_is_cancelled(world: Any) -> None:
     log = world.folder / "log"
     runner = world.runner(CLOSED.format(body="await asyncio.sleep(60)", log=str(log)))
 
     async def cancelled() -> None:
-        task = asyncio.create_task(runner.run(Scripted(lambda _: "ok"), SAMPLE, 5))
+        task = asyncio.create_task(runner.run(world.engine(lambda _: "ok"), world.sample, 5))
         await asyncio.sleep(0.5)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -341,7 +285,7 @@ def test_close_is_called_when_the_run_is_cancelled(world: World) -> None:
     runner.close()
 
 
-def test_a_plain_function_that_hangs_costs_its_episode_alone(world: World) -> None:
+def test_a_plain_function_that_hangs_costs_its_episode_alone(world: Any) -> None:
     code = """
 class World(Environment):
     def step(self, reply):
@@ -352,8 +296,8 @@ class World(Environment):
     runner = world.runner(code, turn_timeout_s=1.0)
 
     async def both() -> list[Trajectory]:
-        answers = [Scripted(lambda _: "hang"), Scripted(lambda _: "ok")]
-        return list(await asyncio.gather(*(runner.run(engine, SAMPLE, 5) for engine in answers)))
+        answers = [world.engine(lambda _: "hang"), world.engine(lambda _: "ok")]
+        return list(await asyncio.gather(*(runner.run(engine, world.sample, 5) for engine in answers)))
 
     start = time.monotonic()
     hangs, other = asyncio.run(both())
@@ -363,7 +307,7 @@ class World(Environment):
     runner.close()
 
 
-def test_a_coroutine_that_blocks_costs_its_event_loop_alone(world: World) -> None:
+def test_a_coroutine_that_blocks_costs_its_event_loop_alone(world: Any) -> None:
     code = """
 class World(Environment):
     async def step(self, reply):
@@ -373,20 +317,21 @@ class World(Environment):
 """
     runner = world.runner(code, turn_timeout_s=1.0)
     with pytest.warns(UserWarning, match="environment World blocks its event loop"):
-        blocked = asyncio.run(runner.run(Scripted(lambda _: "block"), SAMPLE, 5))
+        blocked = world.run(runner, world.engine(lambda _: "block"))
     assert "turn_timeout_s" in blocked.invalid
-    assert asyncio.run(runner.run(Scripted(lambda _: "ok"), SAMPLE, 6)).score == 1.0
+    assert world.run(runner, world.engine(lambda _: "ok"), 6).score == 1.0
     runner.close()
 
 
-def test_a_failing_engine_ends_the_run_and_closes_the_environment(world: World) -> None:
-    class Broken(Scripted):
-        async def generate(self, request: GenerationRequest) -> Completion:
-            raise RuntimeError("the engine is gone")
+def test_a_failing_engine_ends_the_run_and_closes_the_environment(world: Any) -> None:
+    async def broken(request: GenerationRequest) -> Completion:
+        raise RuntimeError("the engine is gone")
 
+    engine = world.engine(str)
+    engine.generate = broken
     runner, before = world.runner(PLAY.replace("async ", "").replace("await ", "")), set(threading.enumerate())
     with pytest.raises(RuntimeError, match="the engine is gone"):
-        asyncio.run(runner.run(Broken(str), SAMPLE, 5))
+        world.run(runner, engine)
     runner.close()
     end = time.monotonic() + 5
     while set(threading.enumerate()) - before and time.monotonic() < end:
@@ -408,7 +353,7 @@ def test_a_failing_engine_ends_the_run_and_closes_the_environment(world: World) 
     ],
 )
 def test_mistakes_are_named_before_the_run(
-    world: World, code: str, name: str, options: dict[str, Any], message: str
+    world: Any, code: str, name: str, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=r"environment .*world.py:World'") as error:
         world.runner(code, name, **options)
@@ -416,7 +361,7 @@ def test_mistakes_are_named_before_the_run(
     assert "\n" not in str(error.value)
 
 
-def test_a_file_that_is_not_there_is_named(world: World) -> None:
+def test_a_file_that_is_not_there_is_named(world: Any) -> None:
     settings = PythonEnvironmentSettings
     with pytest.raises(ValueError, match=r"is neither 'file.py:name' nor 'package.module:name'"):
         settings(path="world.py")

@@ -83,8 +83,8 @@ class Chat:
     def reward(self, value: float, reply: Reply | None = None) -> None:
         """Give a reward to the turn of ``reply``, by default the last one, in addition to those it has."""
         reply = reply or self._last
-        if reply is None:
-            raise ValueError("there is no reply yet to give a reward to")
+        if reply is None or self._last is None or reply.turn > self._last.turn:
+            raise ValueError("there is no such reply in this episode to give a reward to")
         self.outcome.rewards.append((reply.turn, checks.number(value, "the reward of a turn")))
 
     def shortened(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from threading import Lock, Thread
 from warnings import warn
 
 from rlcore.engines.episode import PromptSample
 from rlcore.errors import RlcoreWarning
 from rlcore_agents.conversation import Reply
-from rlcore_agents.environment.exchange import Outcome, Policy, Request
+from rlcore_agents.environment.exchange import EnvironmentFailure, Outcome, Policy, Request
 from rlcore_agents.environment.play import Program, play
 
 END_S = 5.0
@@ -45,11 +45,21 @@ class LocalSession:
         self._out: Future[Request | Outcome] = Future()
         self._ended: Future[None] = Future()
 
-    async def exchange(self, reply: Reply | None) -> Request | Outcome:
-        """Give the environment the reply to its request (at first None: begin) and return what it sends next."""
+    async def exchange(self, reply: Reply | None, seconds: float, limit: str) -> Request | Outcome:
+        """Give the environment the reply to its request (at first None: begin) and return what it sends next.
+
+        Args:
+            limit: setting that defines ``seconds``, for the error message.
+
+        Raises:
+            EnvironmentFailure: it did not answer in time.
+        """
         out: Future[Request | Outcome] = Future()
         self._loop.call_soon_threadsafe(self._go_on, reply, out)
-        return await asyncio.wrap_future(out)
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(out), seconds)
+        except TimeoutError:
+            raise EnvironmentFailure(f"the environment took longer than {limit}") from None
 
     def cancel(self) -> None:
         """Cancel the environment's coroutine, which closes it; nothing happens after its outcome."""
@@ -102,6 +112,10 @@ class LocalHost:
         self._program = program
         self._lock = Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
+
+    def slot(self) -> AbstractAsyncContextManager[None]:
+        """Hold nothing: any number of episodes run at the same time."""
+        return nullcontext()
 
     async def open(self, sample: PromptSample, seed: int) -> LocalSession:
         """Return a new session for an episode."""

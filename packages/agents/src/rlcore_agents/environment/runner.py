@@ -6,9 +6,9 @@ import asyncio
 import random
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from rlcore.engines.episode import EpisodeRunner, EpisodeSpec, PromptSample, Segment, Trajectory
 from rlcore.engines.rollout import RolloutEngine
@@ -17,7 +17,7 @@ from rlcore_agents.conversation import ChatFormat, Reply, TokenTree, chat_format
 from rlcore_agents.environment.exchange import EnvironmentFailure, Outcome, Request
 from rlcore_agents.environment.loading import load_program
 from rlcore_agents.environment.local import LocalHost, LocalSession
-from rlcore_agents.environment.play import Program
+from rlcore_agents.environment.processes import ProcessHost, ProcessSession
 from rlcore_agents.environment.settings import PythonEnvironmentSettings
 
 LAST_S = 2.0
@@ -32,17 +32,26 @@ def python_environment(spec: EpisodeSpec) -> ProgramRunner:
     """
     options = spec.options
     assert isinstance(options, PythonEnvironmentSettings)
-    return ProgramRunner(spec, load_program(options), options.turn_timeout_s)
+    host = ProcessHost(options) if options.processes else LocalHost(load_program(options))
+    return ProgramRunner(spec, host, options.turn_timeout_s)
 
 
 class ProgramRunner(EpisodeRunner):
-    """Runs episodes of one `Environment`, or of a function."""
+    """Runs episodes of one `Environment`, or of a function.
 
-    def __init__(self, spec: EpisodeSpec, program: Program, turn_timeout_s: float) -> None:
+    Args:
+        host: where the environment's code runs: next to the rollout, or in processes.
+    """
+
+    def __init__(self, spec: EpisodeSpec, host: LocalHost | ProcessHost, turn_timeout_s: float) -> None:
         self._spec = spec
         self._timeout_s = turn_timeout_s
         self._chat = chat_format(spec)
-        self._host = LocalHost(program)
+        self._host: Any = host  # sessions of one kind go with the host of that kind
+
+    def slot(self) -> AbstractAsyncContextManager[None]:
+        slot: AbstractAsyncContextManager[None] = self._host.slot()
+        return slot
 
     async def run(self, engine: RolloutEngine, sample: PromptSample, seed: int) -> Trajectory:
         session = await self._host.open(sample, seed)
@@ -57,15 +66,12 @@ class ProgramRunner(EpisodeRunner):
             raise
         return episode.trajectory(outcome)
 
-    async def _converse(self, session: LocalSession, episode: Episode) -> Outcome:
+    async def _converse(self, session: LocalSession | ProcessSession, episode: Episode) -> Outcome:
         reply = None
         while True:
             start = time.monotonic()
             seconds, limit = self._allowed(episode)
-            try:
-                message = await asyncio.wait_for(session.exchange(reply), seconds)
-            except TimeoutError:
-                raise EnvironmentFailure(f"the environment took longer than {limit}") from None
+            message = await session.exchange(reply, seconds, limit)
             episode.environment_seconds += time.monotonic() - start
             if isinstance(message, Outcome):
                 return message

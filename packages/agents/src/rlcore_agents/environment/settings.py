@@ -33,6 +33,20 @@ class PythonEnvironmentSettings(EnvironmentSettings):
     kwargs: dict[str, JsonValue] = Field(
         {}, description="Keyword arguments of the class, or additional ones of the function."
     )
+    processes: int = Field(
+        0,
+        ge=0,
+        le=4096,
+        description="Worker processes of each rollout process, in which environments run, one episode at a time each. "
+        "One that crashes or hangs is killed with everything that it started. 0: in the rollout process, any number at "
+        "a time.",
+    )
+    startup_timeout_s: Seconds = Field(120.0, gt=0, description="Seconds that a worker process may take to start.")
+    memory_mb: int = Field(4096, gt=0, description="Memory of a worker process and its children, in MiB.")
+    max_processes: int = Field(256, gt=0, le=2**20, description="Processes that a worker and its children may be.")
+    pass_env: tuple[str, ...] = Field(
+        (), description="Environment variables (API keys …) that workers see besides PATH, HOME, locale and the like."
+    )
 
     @field_validator("path")
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rlcore.engines.episode import EpisodeSpec, PromptSample
 from rlcore_agents.environment.chat import Chat
+from rlcore_agents.environment.local import LocalHost
 from rlcore_agents.environment.play import Program
 from rlcore_agents.environment.runner import ProgramRunner
 from rlcore_agents.tools.settings import ToolsEnvironmentSettings
@@ -27,7 +28,7 @@ class ToolsEnvironment(ProgramRunner):
                 await chat(tools=tools)
 
         program = Program("tools", converse, {}, options.max_observation_chars)
-        super().__init__(spec, program, options.turn_timeout_s)
+        super().__init__(spec, LocalHost(program), options.turn_timeout_s)
 
     def close(self) -> None:
         super().close()

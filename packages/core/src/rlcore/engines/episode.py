@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -157,6 +158,10 @@ class EpisodeRunner(ABC):
 
     Event loops come and go: nothing that is kept between episodes may belong to one.
     """
+
+    def slot(self) -> AbstractAsyncContextManager[None]:
+        """Hold what one episode needs to run, such as a process; the time of the episode begins when it is entered."""
+        return nullcontext()
 
     @abstractmethod
     async def run(self, engine: RolloutEngine, sample: PromptSample, seed: int) -> Trajectory:

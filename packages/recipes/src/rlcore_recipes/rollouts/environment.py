@@ -49,7 +49,8 @@ class EnvironmentEpisode:
         runner = _runner(engine, self)
         for retry in range(self.retries + 1):
             own = seed if retry == 0 else sample_seed(seed, "retry", sample.position, retry)
-            trajectory = await self._run(runner, engine, sample, own)
+            async with runner.slot():
+                trajectory = await self._run(runner, engine, sample, own)
             if not trajectory.invalid:
                 break
             if _reasons.add(trajectory.invalid):

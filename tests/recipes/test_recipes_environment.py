@@ -153,6 +153,7 @@ def test_what_is_learned_of_valid_episodes_does_not_depend_on_invalid_ones(
     assert out["rollout/invalid_episodes"] == scored["rollout/invalid_episodes"] == 8
     assert out["critic/score/min"] >= 0
     assert scored["critic/score/min"] == -7
+    assert scored["critic/score/mean"] == pytest.approx(0.75 * out["critic/score/mean"] - 0.25 * 7)
     assert out["reward/error_ratio"] == scored["reward/error_ratio"] == 0
     rows = [json.loads(line) for line in (tmp_path / "out/tables/rollouts.jsonl").read_text().splitlines()]
     assert {row["group"] for row in rows if row["invalid"]} == {3, 5}

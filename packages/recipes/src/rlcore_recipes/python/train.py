@@ -138,6 +138,7 @@ def _check_missing(recipe: str, kind: type[Config], arguments: Mapping[str, Argu
         and name in kind.model_fields
         and kind.model_fields[name].is_required()
         and not any(_sets(layers, name, key) for key in keys)
+        and not (name == "reward" and _sets(layers, "rollout", "environment"))  # which scores its episodes
     ]
     if missing:
         raise ConfigError(f"rlcore.train({recipe!r}, …) needs {', '.join(missing)}")

@@ -101,6 +101,13 @@ def test_methods_and_objects_with_state_are_tools() -> None:
     assert [answer(tool, text="a b"), answer(tool, text="c")] == ["2", "3"]
 
 
+def test_function_of_executed_code_is_a_tool() -> None:
+    names: dict[str, Any] = {"__name__": "no_such_module"}
+    code = 'from datetime import date\ndef day(of: "date") -> "str":\n    """Say."""\n    return of.isoformat()'
+    exec(code, names)
+    assert answer(function_tool(names["day"]), of="2026-01-02") == "2026-01-02"
+
+
 def test_calls_run_concurrently_and_are_answered_in_order() -> None:
     together = threading.Barrier(3)
 

@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, cast
+from typing import Any, cast, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ArgsKwargs
@@ -79,6 +79,8 @@ def _signature(
         return args, kwargs
 
     with boundary(f"tool {name!r}: the type hints make no JSON schema", ConfigError):
+        # pydantic looks names up in the module of that name, which code that was executed need not have
+        bound.__annotations__ = get_type_hints(function, include_extras=True)
         adapter: TypeAdapter[Any] = TypeAdapter(cast(Any, bound))
         schema = _without_titles(adapter.json_schema())
 

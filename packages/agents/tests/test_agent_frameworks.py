@@ -119,3 +119,38 @@ def test_sub_agents_that_run_at_the_same_time_are_rows_of_one_trajectory(play: P
     trajectory = play(agent, scripted(lambda prompt: prompt.split("You are ")[1][0]))
     assert trajectory.score == 3.0
     assert len(trajectory.rows()) == 3
+
+
+def test_episodes_that_run_at_the_same_time_and_in_one_loop_after_another_stay_apart(
+    policy: Path, scripted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def agent(base_url: str, api_key: str, sample: Any) -> bool:
+        async with openai.AsyncOpenAI(base_url=base_url, api_key=api_key, max_retries=0) as client:
+            history = list(sample["messages"])
+            for _ in range(3):
+                answer = await client.chat.completions.create(model="policy", messages=history)
+                history += [answer.choices[0].message.model_dump(exclude_none=True), {"role": "user", "content": "on"}]
+        return all(message["content"] in ("on", sample["ground_truth"]) for message in history[1:])
+
+    module = ModuleType("my_agents")
+    module.agent = agent  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "my_agents", module)
+    options = CommandSettings(function="my_agents:agent")
+    spec = EpisodeSpec(ModelSettings(path=str(policy)), options, SamplingParams(200), LIMITS, end_tokens=frozenset({1}))
+    environment = CommandEnvironment(spec)
+    engine = scripted(lambda prompt: prompt.split("name ")[1][0])
+    samples = [PromptSample([3], [{"role": "user", "content": f"name {name}"}], name) for name in "abcdefghijkl"]
+
+    async def together() -> list[Trajectory]:
+        return await asyncio.gather(
+            *(environment.run(engine, sample, seed) for seed, sample in enumerate(samples)),
+        )
+
+    try:
+        found = [*asyncio.run(together()), *asyncio.run(together())]
+    finally:
+        environment.close()
+    for sample, trajectory in zip(samples * 2, found, strict=True):
+        assert (trajectory.score, trajectory.invalid, len(trajectory.rows())) == (1.0, "", 1)
+        reply = engine.tokenizer.encode(f"{sample.ground_truth}<|end|>")
+        assert [list(segment.tokens) for segment in trajectory.segments if segment.sampled] == [reply] * 3

@@ -41,9 +41,15 @@ def episode(server: Endpoint, policy: Path) -> Open:
     """Open an episode on an engine."""
 
     @contextmanager
-    def opened(engine: RolloutEngine, limits: EpisodeLimits = LIMITS, models: tuple[str, ...] = ()) -> Iterator[Any]:
+    def opened(
+        engine: RolloutEngine,
+        limits: EpisodeLimits = LIMITS,
+        models: tuple[str, ...] = (),
+        template: str | None = None,
+    ) -> Iterator[Any]:
         options = CommandSettings(command="true", models=models)
-        spec = EpisodeSpec(ModelSettings(path=str(policy)), options, SAMPLING, limits, end_tokens=frozenset({1}))
+        model = ModelSettings(path=str(policy))
+        spec = EpisodeSpec(model, options, SAMPLING, limits, chat_template=template, end_tokens=frozenset({1}))
         environment = CommandEnvironment(spec)
         sample = PromptSample([3], [{"role": "user", "content": "2+3?"}], position=7)
         with server.serving(environment._session(engine, server, sample, seed=11)) as session:
@@ -268,6 +274,50 @@ def test_a_call_that_is_no_json_object_survives_the_protocol_without_such_calls(
         messages += [{"role": "assistant", "content": first.content}, {"role": "user", "content": [result]}]
         client.messages.create(model="policy", max_tokens=100, messages=messages, tools=[tool])
         assert "Error: no JSON" in engine.tokenizer.decode(engine.made[-1][0].prompt)
+        check_one_conversation(session, engine)
+
+
+# --- reasoning --------------------------------------------------------------------------------------------------------
+
+REASONING_TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>"
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def chat_turn(session: EpisodeSession, history: list[Any]) -> tuple[str, str, Any]:
+    with openai_client(session) as client:
+        message = client.chat.completions.create(model="policy", messages=history).choices[0].message
+    return message.reasoning_content, message.content, {"role": "assistant", "content": message.content}  # type: ignore[attr-defined]
+
+
+def responses_turn(session: EpisodeSession, history: list[Any]) -> tuple[str, str, Any]:
+    with openai_client(session) as client:
+        reasoning, message = client.responses.create(model="policy", input=history).output
+    given = [reasoning.model_dump(exclude_none=True), message.model_dump(exclude_none=True)]
+    return reasoning.content[0].text, message.content[0].text, given
+
+
+def messages_turn(session: EpisodeSession, history: list[Any]) -> tuple[str, str, Any]:
+    with anthropic_client(session) as client, client.messages.stream(
+        model="policy", max_tokens=100, messages=history
+    ) as events:  # fmt: skip
+        thinking, text = events.get_final_message().content
+    return thinking.thinking, text.text, {"role": "assistant", "content": [thinking, text]}
+
+
+@pytest.mark.parametrize("turn", [chat_turn, responses_turn, messages_turn])
+def test_reasoning_is_given_and_continued_whether_the_client_returns_it_or_not(
+    episode: Open, scripted: Any, turn: Callable[..., tuple[str, str, Any]]
+) -> None:
+    engine = scripted(["<think>2 and 3</think>It is 5.", "<think>yes</think>Sure."])
+    with episode(engine, template=REASONING_TEMPLATE) as session:
+        history: list[Any] = [{"role": "user", "content": "2+3?"}]
+        reasoning, text, given = turn(session, history)
+        assert (reasoning, text) == ("2 and 3", "It is 5.")
+        history += given if isinstance(given, list) else [given]
+        assert turn(session, [*history, {"role": "user", "content": "Sure?"}])[:2] == ("yes", "Sure.")
         check_one_conversation(session, engine)
 
 

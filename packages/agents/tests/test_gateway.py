@@ -361,6 +361,77 @@ def test_errors_have_the_protocols_form_and_the_episodes_id(episode: Open, scrip
     assert server.take_strays() == 2
 
 
+TOOL_CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+BODIES: dict[str, Any] = {
+    "/v1/chat/completions": {
+        "model": "policy",
+        "messages": [
+            {"role": "system", "content": "s", "name": "n"},
+            {"role": "user", "content": [{"type": "text", "text": "x"}]},
+            {"role": "assistant", "content": "a", "reasoning_content": "r", "tool_calls": [TOOL_CALL]},
+            {"role": "tool", "tool_call_id": "c1", "content": "5"},
+        ],
+        "tools": [CHAT_TOOL],
+        "n": 1, "max_tokens": 5, "stop": ["x"], "logprobs": True, "tool_choice": {"type": "function"}, "seed": 1,
+        "stream": True, "stream_options": {"include_usage": True}, "temperature": 1.0,
+    },
+    "/v1/responses": {
+        "model": "policy",
+        "input": [
+            {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "x"}]},
+            {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "r"}]},
+            {"type": "function_call", "call_id": "c1", "name": "add", "arguments": "{}"},
+            {"type": "function_call_output", "call_id": "c1", "output": "5"},
+        ],
+        "tools": [{"type": "function", "name": "add", "parameters": PARAMETERS}],
+        "text": {"format": {"type": "text"}}, "include": ["x"], "max_output_tokens": 5, "metadata": {"a": "b"},
+        "instructions": "i", "previous_response_id": None,
+    },
+    "/v1/messages": {
+        "model": "policy", "max_tokens": 5, "system": [{"type": "text", "text": "s"}], "stop_sequences": ["x"],
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "x"}]},
+            {
+                "role": "assistant",
+                "content": [
+                    {"type": "thinking", "thinking": "t", "signature": ""},
+                    {"type": "tool_use", "id": "c1", "name": "add", "input": {"a": 1}},
+                ],
+            },
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c1", "content": "5"}]},
+        ],
+        "tools": [{"name": "add", "input_schema": PARAMETERS}], "tool_choice": {"type": "any"},
+    },
+}  # fmt: skip
+ODD: list[Any] = [None, -1, "x", {}, [1], "\ud800"]
+
+
+def mutations(value: Any) -> Iterator[Any]:
+    """Yield ``value`` with each of its parts replaced by each odd value, or missing."""
+    yield from ODD
+    keys: Any = value.keys() if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    for key in keys:
+        for changed in mutations(value[key]):
+            copy = value.copy()
+            copy[key] = changed
+            yield copy
+        if isinstance(value, dict):
+            yield {name: part for name, part in value.items() if name != key}
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_whatever_a_program_sends_is_answered_or_refused(episode: Open, scripted: Any, path: str) -> None:
+    engine = scripted(lambda prompt: "ok")
+    headers = {"Content-Type": "application/json"}
+    with episode(engine, EpisodeLimits(4000, 3000, 4000, 20)) as session, httpx.Client() as client:
+        headers["x-api-key"] = session.key
+        for body in (BODIES[path], *mutations(BODIES[path])):
+            response = client.post(session.url + path, content=json.dumps(body), headers=headers)
+            assert response.status_code in (200, 400, 404), (body, response.text)
+            assert response.status_code == 200 or response.json()["error"]["message"]
+        assert session.tree.turns > 40
+
+
 def test_turns_and_tokens_are_bounded(episode: Open, scripted: Any) -> None:
     with episode(scripted(["a", "b"]), EpisodeLimits(2, 1500, 4000, 20)) as session, openai_client(session) as client:
         ask: Any = {"model": "policy", "messages": [{"role": "user", "content": "x"}]}

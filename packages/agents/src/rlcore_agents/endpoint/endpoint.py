@@ -164,8 +164,6 @@ class Endpoint:
                 return self._refuse(route.error, session, Refusal(404, f"episode {_identity(request)} has ended"))
             except Exception as error:
                 logger.exception("a request to %s failed", request.url.path)
-                if session is not None:
-                    session.failure = error
                 return self._refuse(
                     route.error, session, Refusal(500, f"internal error: {type(error).__name__}: {error}")
                 )
@@ -226,6 +224,8 @@ async def _json_object(request: Request) -> Mapping[str, Any]:
             raise Refusal(413, f"the body of the request has more than {MAXIMUM_BODY >> 20} MiB")
     try:
         body = json.loads(received)
+        if b"\\ud" in received.lower():  # JSON may have halves of characters, which no text has
+            json.dumps(body, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise Refusal(400, f"the body of the request is not valid JSON: {error}") from error
     if not isinstance(body, dict):

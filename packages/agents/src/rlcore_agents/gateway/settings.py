@@ -67,6 +67,12 @@ class ChatBody(Body):
     stream_options: dict[str, Any] | None = None
 
 
+class ResponseText(BaseModel):
+    """Field ``text`` of `ResponsesBody`."""
+
+    format: dict[str, Any] | None = None
+
+
 class ResponsesBody(Body):
     """Body of ``/v1/responses``."""
 
@@ -75,12 +81,12 @@ class ResponsesBody(Body):
     max_output_tokens: int | None = Field(None, ge=1)
     previous_response_id: str | None = None
     include: list[str] | None = None
-    text: dict[str, Any] | None = None
+    text: ResponseText | None = None
 
     def unsupported(self) -> Iterator[str]:
         """Yield what the request asks for that rollout engines cannot do."""
         yield from super().unsupported()
-        kind = ((self.text or {}).get("format") or {}).get("type", "text")
+        kind = ((self.text and self.text.format) or {}).get("type", "text")
         if kind != "text":
             yield f"text.format {kind}"
 

@@ -350,6 +350,12 @@ def test_limits_end_an_episode_whose_tokens_count(play: Play) -> None:
     check_exact(trajectory, script)
     assert len(script.completions[0].tokens) == 10
 
+    trajectory, script = play(LOCAL, [call] * 9, mode="tools", limits=replace(LIMITS, max_tokens=50))
+    check_exact(trajectory, script)
+    assert (trajectory.invalid, trajectory.score) == ("", 0.0)
+    assert trajectory.info["stop_condition"] == "max_total_tokens"
+    assert len(script.completions) == 1
+
 
 def test_an_episode_that_takes_too_long_is_invalid(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
     async def never(self: Script, request: GenerationRequest) -> Completion:
@@ -428,7 +434,11 @@ def test_a_run_trains_on_episodes_of_verifiers(policy: Path, tmp_path: Path) -> 
         "rollout.n": 2,
         "rollout.environment": "verifiers",
         "rollout.environment.verifiers.env.taskset.id": "vf_sums",
+        "rollout.environment.verifiers.env.id": "vf_debate",
+        "rollout.environment.verifiers.env.train_critic": "true",
+        "rollout.environment.verifiers.env.critic.harness.id": "vf_sums",
         "rollout.environment.turn_tokens": 16,
+        "algorithm.credit": "branch",
         "trainer.total_steps": 1,
         "trainer.trackers": "[jsonl]",
         "trainer.out_dir": tmp_path / "run",
@@ -438,6 +448,7 @@ def test_a_run_trains_on_episodes_of_verifiers(policy: Path, tmp_path: Path) -> 
     assert done.exit_code == 0, done.output
     (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     metrics = json.loads(line)
-    assert 0 <= metrics["critic/score/mean"] <= 2
-    assert metrics["response_length/mean"] <= 16
+    assert -1 <= metrics["critic/score/mean"] <= 1  # of both agents together
+    assert (metrics["rollout/turns"], metrics["rollout/rows_per_episode"]) == (3, 2)
+    assert metrics["rollout/critic/reward/objection"] == -1
     assert metrics["actor/rollout_prob_diff"] < 1e-4  # the tokens and log-probs that are trained are the engine's

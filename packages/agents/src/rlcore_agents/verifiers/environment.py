@@ -102,13 +102,13 @@ def _limited(config: EnvConfig, limits: EpisodeLimits) -> EnvConfig:
     """Return ``config`` with what an episode may use, and with the runtimes that its agents may have by default."""
     from verifiers.v1.configs.agent import agent_config_fields
 
-    timeout = config.timeout.model_copy(update={"episode": _least(config.timeout.episode, limits.timeout_s)})
+    seconds = {name: _least(getattr(config.timeout, name), limits.timeout_s) for name in ("episode", "finalize")}
+    timeout = config.timeout.model_copy(update=seconds)
     agents = {}
     for name, agent in agent_config_fields(config).items():
         agents[name] = agent.model_copy(
             update={
                 "max_turns": _least(agent.max_turns, limits.max_turns),
-                "max_total_tokens": _least(agent.max_total_tokens, limits.max_model_len),
                 "runtime": _runtime(name, agent, config),
             }
         )

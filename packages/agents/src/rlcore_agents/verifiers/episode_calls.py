@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.responses import JSONResponse, Response
 
@@ -18,6 +18,9 @@ from rlcore.engines.rollout import Completion, RolloutEngine, SamplingParams
 from rlcore_agents.endpoint import Endpoint, Refusal, Session
 from rlcore_agents.endpoint.endpoint import Route
 from rlcore_agents.endpoint.token_protocol import generate, models
+
+if TYPE_CHECKING:
+    from verifiers.v1 import Trace
 
 MODEL = "policy"
 """The name of the model that is trained."""
@@ -30,21 +33,29 @@ class EpisodeCalls(Session):
 
     Attributes:
         limits: ``max_tokens`` bounds everything after the first prompt of an agent's run.
+        runs: its agents' runs, by id.
         on_failure: called when the rollout engine fails: agents would ask again and again.
     """
 
     limits: EpisodeLimits = field(kw_only=True)
     on_failure: Callable[[], object] = field(default=lambda: None, repr=False)
+    runs: dict[str, Trace] = field(default_factory=dict)
     _first_prompts: dict[str, int] = field(default_factory=dict)
 
     def room(self, run: str, prompt: Sequence[int]) -> int:
         """Return how many tokens may follow ``prompt`` in the conversation of ``run``.
 
+        Without room the run ends, as at verifiers' own limits, unless its agent can compact its history.
+
         Raises:
-            Refusal: none; agents know the words for a context that is used up.
+            Refusal: there is none; agents know the words for a context that is used up.
         """
-        longest = self._first_prompts.setdefault(run, len(prompt)) + self.limits.max_tokens
+        first = self._first_prompts.setdefault(run, len(prompt))
+        longest = min(first + self.limits.max_tokens, self.limits.max_model_len)
         if len(prompt) >= longest:
+            trace = self.runs[run]
+            if getattr(trace.agent.config.harness, "compaction", None) is None:
+                trace.stop("max_total_tokens")
             raise Refusal(400, f"the prompt has {len(prompt)} tokens, and the maximum context length is {longest}")
         return longest - len(prompt)
 
@@ -70,7 +81,7 @@ class CallServer:
 
     def __init__(self, engine: RolloutEngine, limits: EpisodeLimits, sampling: SamplingParams) -> None:
         self._engine, self._limits, self._sampling = engine, limits, sampling
-        self._runs: dict[str, EpisodeCalls] = {}
+        self._episodes: dict[str, EpisodeCalls] = {}
         self._endpoint = Endpoint(
             (Route("/v1/models", _models, method="GET"), Route("/inference/v1/generate", self._generate))
         )
@@ -100,11 +111,13 @@ class CallServer:
         try:
             yield calls
         finally:
-            self._runs = {run: owner for run, owner in self._runs.items() if owner is not calls}
+            for run in tuple(calls.runs):
+                del self._episodes[run]
 
-    def add_run(self, run: str, calls: EpisodeCalls) -> None:
+    def add_run(self, trace: Trace, calls: EpisodeCalls) -> None:
         """Answer the calls of an agent's run as those of an episode."""
-        self._runs[run] = calls
+        calls.runs[trace.id] = trace
+        self._episodes[trace.id] = calls
 
     def close(self) -> None:
         """Stop serving."""
@@ -113,7 +126,7 @@ class CallServer:
 
     async def _generate(self, address: Session, body: Mapping[str, Any], headers: Mapping[str, str]) -> Response:
         run = headers.get(RUN_HEADER, "")
-        calls = self._runs.get(run)
+        calls = self._episodes.get(run)
         if calls is None:
             raise Refusal(404, f"run {run!r} has ended, or there never was one; its requests are no longer answered")
         wanted = dict(body.get("sampling_params") or {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from rlcore.engines.episode import EpisodeRunner, EpisodeSpec, PromptSample, Trajectory
@@ -39,6 +40,7 @@ class VerifiersRunner(EpisodeRunner):
         self._spec = spec
         self._env = load_environment(options.env, spec.limits)
         self._renderer = renderer_config(spec)
+        self._building = Lock()
         self._calls: CallServer | None = None
         self._loop = ServingLoop(self._env)
 
@@ -51,10 +53,9 @@ class VerifiersRunner(EpisodeRunner):
             EngineError: the rollout engine failed.
         """
         task = task_of(self._env, sample)
-        if self._calls is None:
-            self._calls = CallServer(engine, self._spec.limits, self._spec.sampling)
-        with self._calls.episode(f"{sample.position}-{seed}", seed) as calls:
-            playing = self._loop.submit(self._play(task, self._calls, calls))
+        server = self._server(engine)
+        with server.episode(f"{sample.position}-{seed}", seed) as calls:
+            playing = self._loop.submit(self._play(task, server, calls))
             calls.on_failure = playing.cancel
             try:
                 episode = await asyncio.wrap_future(playing)
@@ -67,10 +68,16 @@ class VerifiersRunner(EpisodeRunner):
         complete = self._env.complete(episode)
         return trajectory_of(episode, calls.completions(), sample.prompt_tokens, complete=complete)
 
+    def _server(self, engine: RolloutEngine) -> CallServer:
+        with self._building:
+            if self._calls is None:
+                self._calls = CallServer(engine, self._spec.limits, self._spec.sampling)
+            return self._calls
+
     async def _play(self, task: Task[Any, Any, Any], server: CallServer, calls: EpisodeCalls) -> Episode:
         (slot,) = self._env.slots(task)
         return await self._env.run_slot(
-            slot, self._context(server), on_trace=lambda trace: server.add_run(trace.id, calls)
+            slot, self._context(server), on_trace=lambda trace: server.add_run(trace, calls)
         )
 
     def _context(self, server: CallServer) -> ModelContext:

@@ -215,6 +215,19 @@ def test_a_resumed_run_is_the_same_to_the_bit(task: Any, metrics_of: Metrics, tm
     assert all(expected[name].equal(found[name]) for name in expected)
 
 
+def test_ranks_share_the_episodes_of_a_step(task: Any, metrics_of: Metrics, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    keys = EPISODES | {"rollout.environment.scripted": {"log": str(log), "invalid": [3]}, "actor.fsdp.device": "cpu"}
+    ranks = task.fork("grpo", tmp_path / "run", keys, processes=2)
+    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    (metrics,) = metrics_of(tmp_path / "run")
+    assert metrics["rollout/invalid_episodes"] == 4
+    lines = log.read_text().splitlines()
+    assert sum(line.startswith("end train") for line in lines) == 8 * 4 + 4, "four invalid ones were run again"
+    assert lines.count("close train") == 4, "each rank opens the environment before models are built, and for the run"
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.filterwarnings("ignore:.*it is replaced:rlcore.errors.RlcoreWarning")

@@ -19,6 +19,7 @@ class ConsoleSettings(Config):
             "accuracy": "train/accuracy",
             "score": "critic/score/mean",
             "length": "response_length/mean",
+            "turns": "rollout/turns",
             "entropy": "actor/entropy",
             "kl": "actor/ppo_kl",
             "clipped": "actor/pg_clipfrac",
@@ -32,6 +33,7 @@ class ConsoleSettings(Config):
     faults: dict[str, str] = Field(
         {
             "errors": "reward/error_ratio",
+            "invalid": "rollout/invalid_ratio",
             "skipped": "actor/skipped_steps",
             "vf skip": "critic/skipped_steps",
             "sft skip": "train/skipped_steps",

@@ -21,7 +21,7 @@ from rlcore_recipes.from_verl.view import VerlView
 
 ROLLOUT = "actor_rollout_ref.rollout"
 ONE_BUDGET = "log-probs are computed with the policy's token budget, on which they do not depend"
-TOOLS = "several turns and tools belong to an environment or an agent: see rlcore-agents"
+TOOLS = "several turns and tools are written as an environment, or run as an agent program: set rollout.environment"
 TRACE = "rlcore's profile is a trace of all processes: trace=true"
 GENERATED = "completions of earlier runs are not read in place of new ones"
 ONE_TURN = "a completion is one turn without an environment"

@@ -370,3 +370,21 @@ def test_a_file_that_is_not_there_is_named(world: Any) -> None:
     )
     with pytest.raises(ConfigError, match=r"environment 'worl.py:World': file .*worl.py does not exist"):
         plugins.get("rlcore.environments", "python").build(spec)
+
+
+STATES = """
+class World(Environment):
+    def step(self, reply):
+        return Step(done=True) if reply.turn else Step("go", state=7)
+
+def chat(chat, sample):
+    chat.state = "door"
+    chat("in")
+    chat("out")
+"""
+
+
+@pytest.mark.parametrize(("name", "states"), [("World", [None, "7"]), ("chat", ["door", None])])
+def test_turns_are_taken_in_states_that_environments_name(world: Any, name: str, states: list[str | None]) -> None:
+    trajectory = world.play(STATES, name=name)
+    assert [segment.state for segment in trajectory.segments if segment.sampled] == states

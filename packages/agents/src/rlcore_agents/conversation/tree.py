@@ -129,11 +129,12 @@ class TokenTree:
                     return number, [*turn.prompt, *turn.sampled, *tail]
         return None, None
 
-    def add(self, turn: Turn, completion: Completion, logprobs: bool = True) -> Reply:
+    def add(self, turn: Turn, completion: Completion, logprobs: bool = True, state: str | None = None) -> Reply:
         """Record the reply to ``turn`` and return what it says.
 
         Args:
             logprobs: the engine was asked for log-probs.
+            state: as `Segment.state`.
         """
         number = self.turns
         parsed = self.chat.parse(turn.tokens, completion.tokens, turn.tools)
@@ -144,7 +145,8 @@ class TokenTree:
         if any(call.name for call in calls):
             message["tool_calls"] = [call.as_message() for call in calls if call.name]
         after = None if turn.continues is None else self._turns[turn.continues].node
-        node = self._segments.add(turn.tokens, sampled_segment(completion, logprobs), after)
+        sampled = replace(sampled_segment(completion, logprobs), state=state)
+        node = self._segments.add(turn.tokens, sampled, after)
         recorded = RecordedTurn(turn.messages, turn.tools, turn.tokens, completion.tokens, message)
         asked = [comparable(each) for each in turn.messages]
         self._turns.append(_Recorded(recorded, asked, comparable(message), node, turn.continues))

@@ -29,12 +29,14 @@ class Chat:
             is not a continuation of what the policy saw becomes a branch of the trajectory.
         seed: of the episode, the only source of randomness.
         info: as `Step.info`.
+        state: as `Step.state`, of the next reply alone.
     """
 
     def __init__(self, policy: Policy, sample: PromptSample, seed: int, max_chars: int) -> None:
         self.messages: list[dict[str, Any]] = [dict(message) for message in sample.messages]
         self.seed = seed
         self.info: dict[str, Any] = {}
+        self.state: str | None = None
         self.outcome = Outcome()
         self.truncated = False
         self.tool_use = ToolUse()
@@ -73,7 +75,8 @@ class Chat:
             EpisodeTruncated: there is no room for a reply.
         """
         async with self._one:
-            reply = None if self.truncated else await self._policy(Request(list(messages), list(tools)))
+            state, self.state = self.state, None
+            reply = None if self.truncated else await self._policy(Request(list(messages), list(tools), state))
         if reply is None:
             self.truncated = True
             raise EpisodeTruncated("a limit of the episode leaves no room for another reply")
@@ -126,6 +129,15 @@ class BlockingChat:
     def info(self) -> dict[str, Any]:
         """`Chat.info`"""
         return self._chat.info
+
+    @property
+    def state(self) -> str | None:
+        """`Chat.state`"""
+        return self._chat.state
+
+    @state.setter
+    def state(self, state: str | None) -> None:
+        self._chat.state = state
 
     def __call__(self, new: str | Sequence[Message] | None = None, tools: Sequence[AnyTool] = ()) -> Reply:
         """Do as `Chat.__call__`."""

@@ -36,7 +36,8 @@ def step(value: Any, where: str) -> Step:
         raise EnvironmentFailure(f"{where} returned a score without done=True; rewards of turns are reward=…")
     if not value.done and value.observation is None:
         raise EnvironmentFailure(f"{where} returned neither an observation nor done=True")
-    return Step(value.observation, reward, bool(value.done), score, info(value.info, where))
+    state = None if value.state is None else str(value.state)
+    return Step(value.observation, reward, bool(value.done), score, info(value.info, where), state)
 
 
 def messages(value: Any, where: str) -> list[dict[str, Any]]:

@@ -26,6 +26,8 @@ class Step:
         score: of the whole episode, at its end; all turns share it. Rewards of turns are in addition.
         info: what is known about the episode. Reward functions find it among the sample's ``extra``, and its numbers
             become metrics ``rollout/env/<name>``. Later steps replace values of earlier ones.
+        state: name of the state in which the policy takes its next turn: the advantage estimator ``gigpo`` compares
+            turns of a prompt's episodes with equal states. None: all tokens so far are the state.
     """
 
     observation: str | Sequence[Message] | None = None
@@ -33,6 +35,7 @@ class Step:
     done: bool = False
     score: float | None = None
     info: Mapping[str, Any] = field(default_factory=dict)
+    state: str | None = None
 
 
 class Environment:

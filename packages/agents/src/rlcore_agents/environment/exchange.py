@@ -11,10 +11,15 @@ from rlcore_agents.conversation import Reply
 
 @dataclass(frozen=True)
 class Request:
-    """The environment asks for a reply of the policy to a conversation; both as in OpenAI's chat completions."""
+    """The environment asks for a reply of the policy to a conversation; both as in OpenAI's chat completions.
+
+    Attributes:
+        state: as `Step.state`.
+    """
 
     messages: Sequence[Mapping[str, Any]]
     tools: Sequence[Mapping[str, Any]] = ()
+    state: str | None = None
 
 
 @dataclass

@@ -77,6 +77,7 @@ async def _steps(name: str, environment: Environment, chat: Chat, sample: Prompt
         reply = await chat(new, environment.tools)
         step = checks.step(await _guarded(f"{name}.step", environment.step, reply), f"{name}.step")
         chat.info |= step.info
+        chat.state = step.state
         if step.reward is not None:
             chat.reward(step.reward, reply)
     chat.outcome.score = step.score

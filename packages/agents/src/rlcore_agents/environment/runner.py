@@ -138,7 +138,7 @@ class Episode:
         if completion is None:
             self._cut = self._cut or "length"
             return None
-        self._replies.append(self._tree.add(turn, completion, self._spec.sampling.logprobs))
+        self._replies.append(self._tree.add(turn, completion, self._spec.sampling.logprobs, request.state))
         if completion.finish_reason == "abort":
             self._cut = "abort"
             return None

@@ -56,3 +56,9 @@ openenv = Plugin(
     factory="rlcore_agents.openenv.environment:openenv_environment",
     summary="An environment server of OpenEnv, by its address",
 )
+nemo_gym = Plugin(
+    interface=1,
+    config="rlcore_agents.nemo_gym.settings:NeMoGymSettings",
+    factory="rlcore_agents.nemo_gym.environment:nemo_gym_environment",
+    summary="A resources server of NeMo Gym, by its address",
+)

@@ -57,11 +57,20 @@ def _conversation(session: EpisodeSession, request: ResponsesBody) -> list[Mappi
     items = [{"role": "user", "content": request.input}] if isinstance(request.input, str) else request.input
     if not items and not earlier:
         raise Refusal(400, "input: there is no message to reply to", "input")
+    return [*earlier, *messages_of(items)]
+
+
+def messages_of(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the conversation that the items of an input are.
+
+    Raises:
+        Refusal: an item is not supported, or has another form.
+    """
     messages: list[dict[str, Any]] = []
     with reading(PATH):
         for index, item in enumerate(items):
             _add_item(messages, item, f"input.{index}")
-    return [*earlier, *messages]
+    return messages
 
 
 def _add_item(messages: list[dict[str, Any]], item: Mapping[str, Any], place: str) -> None:

@@ -1,0 +1,1 @@
+"""NeMo Gym: tasks, tools and verifiers on resources servers, over its HTTP protocol."""

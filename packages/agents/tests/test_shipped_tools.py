@@ -152,11 +152,12 @@ if not all(map(fault, WAYS)):  # else the refusal above is what there is to test
         [said] = python("print('x' * 5000)", output_kb=1)
         assert said == "x" * 1024 + "\n[3977 more bytes of output were cut]"
 
-    def test_cancelled_episode_ends_its_sandbox() -> None:
+    @pytest.mark.parametrize("seconds", [0.01, 1.5], ids=["while it starts", "while it runs"])
+    def test_cancelled_episode_ends_its_sandbox(seconds: float) -> None:
         source = python_source(timeout_s=60)
 
         async def episode() -> None:
-            async with asyncio.timeout(1.5), source.episode() as tools:
+            async with asyncio.timeout(seconds), source.episode() as tools:
                 await run_tools(tools, [Call("python", {"code": "while True: pass"})], ToolUse())
 
         began = time.monotonic()
@@ -281,7 +282,7 @@ def test_tools_that_cannot_be_made_are_named_with_the_reason(tmp_path: Path) -> 
     for tools, said in [
         ([f"{file}:shuot"], "has no 'shuot'"),
         ([f"{tmp_path}/none.py:shout"], "none.py does not exist"),
-        ([f"{file}:number"], "is a int, which cannot be called"),
+        ([f"{file}:number"], "neither a class nor a function"),
         ([f"{file}:Silent"], "has no __call__"),
         ([f"{file}:untyped"], "parameter 'x' has no type hint"),
         ([{"path": f"{file}:shout", "kwargs": {"a": 1}}], "kwargs are for classes"),

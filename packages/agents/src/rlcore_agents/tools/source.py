@@ -11,7 +11,7 @@ from typing import Any
 
 from rlcore.boundary import boundary
 from rlcore.errors import ConfigError
-from rlcore.object_path import load_object
+from rlcore_agents.environment.loading import load_callable
 from rlcore_agents.tools.function import NAME, function_tool
 from rlcore_agents.tools.mcp_connection import LOOP, McpConnection
 from rlcore_agents.tools.settings import (
@@ -68,7 +68,7 @@ class ToolSource:
             if isinstance(loaded, type):
                 self._objects.append((entry, loaded))
             else:
-                self._shared.append(loaded if isinstance(loaded, Tool) else _function(entry, loaded))
+                self._shared.append(_function(entry, loaded))
         else:
             self._shared.append(calculator_tool())
 
@@ -142,17 +142,10 @@ class ToolSource:
             connection.wait_closed()
 
 
-def _loaded(entry: FunctionSettings) -> Any:
-    home, _, name = entry.path.rpartition(":")
-    try:
-        with boundary("importing it fails", ConfigError):
-            loaded = load_object(home, name)
-    except ConfigError as error:
-        raise ConfigError(f"tool {entry.path!r}: {error}") from None
+def _loaded(entry: FunctionSettings) -> Callable[..., Any]:
+    loaded = load_callable(entry.path, "tool")
     if entry.kwargs and not isinstance(loaded, type):
         raise ConfigError(f"tool {entry.path!r}: kwargs are for classes, and it is none")
-    if not (callable(loaded) or isinstance(loaded, Tool)):
-        raise ConfigError(f"tool {entry.path!r} is a {type(loaded).__name__}, which cannot be called")
     return loaded
 
 

@@ -114,19 +114,27 @@ class Sandbox:
     def kill(self, reason: str = "killed") -> None:
         """End every process of the sandbox and wait for that; a request of another thread returns."""
         self._ended = self._ended or reason
-        with suppress(OSError):
-            self._requests.close()  # process 1 ends, and the kernel kills the others
+        self._let_go()  # process 1 ends, and the kernel kills the others
         try:
             self._process.wait(END_S)
         except subprocess.TimeoutExpired:
             self._process.kill()  # so does the kernel where code has stopped process 1
             self._process.wait()
 
+    def _let_go(self) -> None:
+        """Close the pipe of requests, whose descriptor another thread may be writing to: its number stays taken."""
+        with suppress(ValueError):  # it is closed already
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            try:
+                os.dup2(nothing, self._requests.fileno(), inheritable=False)
+            finally:
+                os.close(nothing)
+
     def close(self) -> None:
         """End the sandbox and release its pipes; may be called twice."""
         self.kill("closed")
         with self._lock:
-            for stream in self._streams:
+            for stream in (self._requests, *self._streams):
                 stream.close()
             if self._reports >= 0:
                 os.close(self._reports)
@@ -158,6 +166,6 @@ def _ending(answer: dict[str, Any]) -> str:
     status = answer.get("exit")
     if not isinstance(status, int):
         return "killed"
-    if status == -signal.SIGXCPU or status == -signal.SIGKILL:
-        return "CPU time" if status == -signal.SIGXCPU else "killed"
-    return f"signal {-status}" if status < 0 else f"exit status {status}"
+    if status < 0:
+        return {-signal.SIGXCPU: "CPU time", -signal.SIGKILL: "killed"}.get(status, f"signal {-status}")
+    return f"exit status {status}"

@@ -59,11 +59,12 @@ class Interpreter:
 
     def _run(self, code: str) -> str:
         with self._lock:
-            if self._closed:
-                raise SandboxError("the episode has ended")
-            if self._sandbox is None:
+            if self._sandbox is None and not self._closed:
                 self._sandbox = open_sandbox(self._limits)
             sandbox = self._sandbox
+            if sandbox is None or self._closed:  # also where the episode ended while its sandbox started
+                self.close()
+                raise SandboxError("the episode has ended")
             result = sandbox.run_code(code)
             if result.ended:
                 sandbox.close()

@@ -54,7 +54,6 @@ def _limit(plan: Plan) -> None:
     kernel.prctl(kernel.PR_SET_DUMPABLE, 1)
     limits = {
         resource.RLIMIT_AS: plan["memory_mb"] << 20,
-        resource.RLIMIT_CPU: plan["cpu_s"],
         resource.RLIMIT_NPROC: plan["processes"] + 2,  # the supervisor, and the outermost process
         resource.RLIMIT_FSIZE: plan["disk_mb"] << 20,
         resource.RLIMIT_NOFILE: OPEN_FILES,
@@ -62,6 +61,7 @@ def _limit(plan: Plan) -> None:
     }
     for kind, limit in limits.items():
         resource.setrlimit(kind, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CPU, (plan["cpu_s"], plan["cpu_s"] + 1))  # the first has a signal of that name
     kernel.filter_system_calls()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,15 +44,14 @@ def spec(path: Path, options: Config | None = None, **fields: Any) -> EpisodeSpe
     )
 
 
-def test_the_format_of_a_model_is_made_once_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_format_of_a_model_is_made_once_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     policy = tmp_path / "policy"
     tiny_tokenizer().save_pretrained(policy)
-    with caplog.at_level(logging.INFO, "rlcore_agents"):
-        chat = chat_format(spec(policy, end_tokens=frozenset({7})))
-        assert chat_format(spec(policy, end_tokens=frozenset({7}))) is chat
-    assert [record.getMessage() for record in caplog.records] == [
-        "conversations are rendered with the model's chat template (tool calls as text, in the syntax of Hermes)"
-    ]
+    chat = chat_format(spec(policy, end_tokens=frozenset({7})))
+    assert chat_format(spec(policy, end_tokens=frozenset({7}), purpose="validation")) is chat
+    assert capsys.readouterr().err == (
+        "conversations are rendered with the model's chat template (tool calls as text, in the syntax of Hermes)\n"
+    )
     assert set(chat.stop_tokens) == {1, 7}
     other = chat_format(spec(policy, chat_template=CHAT_TEMPLATE.replace("<|user|>", "U:").replace("<|{{", "{{")))
     assert other is not chat

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
+import sys
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any, get_args
@@ -27,6 +29,7 @@ _formats: dict[str, ChatFormat] = {}
 def chat_format(spec: EpisodeSpec) -> ChatFormat:
     """Return the chat format of the model of ``spec``, the same object for the same model in one process.
 
+    The first call says on standard error which one it is.
     The environment's setting ``renderer`` selects it (see `ConversationSettings`).
 
     Raises:
@@ -44,7 +47,8 @@ def chat_format(spec: EpisodeSpec) -> ChatFormat:
         _formats[key] = format_for(
             tokenizer, renderer, spec.model.path, spec.chat_template, spec.chat_template_kwargs, ends
         )
-        logger.info("conversations are rendered with %s", _formats[key].name)
+        if os.environ.get("RANK", "0") == "0":  # one line under torchrun
+            print(f"conversations are rendered with {_formats[key].name}", file=sys.stderr)
     return _formats[key]
 
 

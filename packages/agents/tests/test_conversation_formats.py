@@ -7,9 +7,10 @@ their own text, so that a text has several tokenisations.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -371,7 +372,31 @@ def test_rows_are_what_was_sampled(name: str, data: st.DataObject) -> None:
             _, before, earlier, _ = episode.asked[turn.continues]
             prefix = [*before.tokens, *earlier.tokens]
             assert turn.tokens[: len(prefix)] == prefix
-    breaks = sum(turn.continues is None for _, turn, _, _ in episode.asked)
-    assert len(written) <= len({tuple(turn.tokens) for _, turn, _, _ in episode.asked}) + len(episode.asked)
     assert trajectory.metrics["branches"] == len(written) - 1
-    assert breaks >= 1
+    assert all(segment.tokens for segment in trajectory.segments)
+    whole = [(*turn.tokens, *completion.tokens) for _, turn, completion, _ in episode.asked]
+    if len(set(whole)) == len(whole):  # equal replies to one prompt are two
+        assert [shared for shared, _ in shares(trajectory)] == [most for _, most in shares(trajectory)]
+
+
+def shares(trajectory: Trajectory) -> Iterator[tuple[int, int]]:
+    """Yield how many tokens each row has in common segments with earlier rows, and how many it could have."""
+    paths, written = trajectory.rows(), list(rows(trajectory))
+    for place in range(1, len(paths)):
+        shared, most = 0, 0
+        for other in range(place):
+            common = [a for a, b in zip(paths[place], paths[other]) if a == b]
+            shared = max(shared, sum(len(trajectory.segments[index].tokens) for index in common))
+            marked = [list(zip(*written[row])) for row in (place, other)]
+            length = next((n for n, (a, b) in enumerate(zip(*marked)) if a != b), min(map(len, marked)))
+            spans = [sampled_spans(trajectory, path) for path in (paths[place], paths[other])]
+            while cut := [start for row in spans for start, end in row if start < length < end]:
+                length = min(cut)
+            most = max(most, length)
+        yield shared, most
+
+
+def sampled_spans(trajectory: Trajectory, path: Sequence[int]) -> list[tuple[int, int]]:
+    """Return where the sampled segments of a row begin and end; rows share whole ones."""
+    ends = list(accumulate(len(trajectory.segments[index].tokens) for index in path))
+    return [(start, end) for start, end, index in zip([0, *ends], ends, path) if trajectory.segments[index].sampled]

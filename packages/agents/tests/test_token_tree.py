@@ -118,11 +118,13 @@ def test_rows_share_the_longest_common_beginning() -> None:
         messages = [*messages, reply.message, user("more")]
     ask(tree, [user("one"), {"role": "assistant", "content": "first"}, user("most")], "third")
     ask(tree, [user("other")], "fourth")
+    ask(tree, [user("ox")], "fifth")
     system = TOKENIZER.decode(tree.prompt([], [CALCULATOR]).tokens).removesuffix("<|assistant|>") + "<|user|>o"
     assert texts(tree.trajectory()) == [
         [system, "ne<|end|><|assistant|>", "[first<|end|>]", "<|user|>mo", "re<|end|><|assistant|>", "[second<|end|>]"],
         [system, "ne<|end|><|assistant|>", "[first<|end|>]", "<|user|>mo", "st<|end|><|assistant|>", "[third<|end|>]"],
         [system, "ther<|end|><|assistant|>", "[fourth<|end|>]"],
+        [system, "x<|end|><|assistant|>", "[fifth<|end|>]"],
     ]
 
 

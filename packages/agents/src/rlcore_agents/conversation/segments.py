@@ -85,7 +85,7 @@ class SegmentTree:
             node, position = stack.pop()
             inner = self._longest_child(node, tokens, position)
             shared = position + (inner[1] if inner else 0)
-            if shared > most:
+            if shared >= most:  # of a node and a child that is shared as a whole, the child
                 best, most = (node, position), shared
             for child in self._nodes[node].children:
                 own = len(self._nodes[child].segment.tokens)

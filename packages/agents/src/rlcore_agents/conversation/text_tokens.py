@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from threading import Lock
 from typing import Any
 
 from rlcore_agents.conversation.reply import Message, plain
@@ -20,11 +21,14 @@ class SplittingTokenizer:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self._lock = Lock()
         added = sorted((text for text in tokenizer.get_added_vocab() if len(text) > 1), key=len, reverse=True)
         self._added_ids = set(tokenizer.get_added_vocab().values())
         self._added = re.compile("|".join(map(re.escape, added))) if added else None
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # of copies, before they have a tokenizer
+            raise AttributeError(name)
         return getattr(self._tokenizer, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -33,11 +37,12 @@ class SplittingTokenizer:
     def encode(self, text: str, add_special_tokens: bool = False, **kwargs: Any) -> list[int]:
         """Return the tokens of ``text``, in which added tokens divided by `SPLIT` stay text."""
         parts = [part for part in text.split(SPLIT) if part]
-        return [
-            token
-            for part in parts
-            for token in self._tokenizer(part, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
-        ]
+        with self._lock:  # a call of a fast tokenizer sets its truncation, which another thread must not meanwhile
+            return [
+                token
+                for part in parts
+                for token in self._tokenizer(part, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+            ]
 
     def text(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens, special ones included."""

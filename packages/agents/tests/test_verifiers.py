@@ -180,9 +180,9 @@ def test_a_history_that_is_rewritten_makes_a_branch(play: Play) -> None:
 
 
 def test_the_agent_that_is_not_trained_gives_no_rows(play: Play) -> None:
-    env = {**LOCAL, "id": "vf_debate", "solver": {}, "critic": {"harness": {"id": "vf_sums"}}}
-    trajectory, script = play(env, ["2", "really?", "no, 1"])
-    assert script.texts == []
+    critic = {"harness": {"id": "vf_sums"}, "sampling": {"temperature": 0.2}}
+    trajectory, script = play({**LOCAL, "id": "vf_debate", "solver": {}, "critic": critic}, ["2", "really?", "no, 1"])
+    assert [request.sampling.temperature for request in script.requests] == [1.0, 0.2, 1.0]
     assert len(trajectory.rows()) == 1
     own = [list(segment.tokens) for segment in trajectory.segments if segment.sampled]
     assert own == [script.completions[0].tokens, script.completions[2].tokens]
@@ -199,6 +199,16 @@ def test_agents_that_are_trained_together_get_their_own_rewards(play: Play) -> N
     assert trajectory.score == 0.0
     assert len(trajectory.rows()) == 2
     assert {message["agent"] for message in trajectory.messages} == {"solver", "critic"}
+
+
+def test_attempts_of_an_agent_are_compared_within_an_episode(play: Play) -> None:
+    trajectory, script = play({**LOCAL, "id": "best-of-n", "n": 2}, ["1", "2"])
+    rewards = [(list(segment.tokens), segment.reward) for segment in trajectory.segments if segment.sampled]
+    assert rewards == [(script.completions[0].tokens, 2.0), (script.completions[1].tokens, 0.0)]
+    assert len(trajectory.rows()) == 2
+    assert trajectory.metrics["reward/correct"] == 1.0
+    seeds = [request.sampling.seed for request in script.requests]
+    assert seeds[0] != seeds[1]  # of the same prompt
 
 
 def test_a_task_that_raises_is_invalid_and_says_why(play: Play) -> None:

@@ -7,8 +7,9 @@ log-probs and weights, is what the rollout engine says: it made these tokens aft
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from rlcore.engines.episode import Segment, Trajectory, sampled_segment
@@ -82,7 +83,7 @@ def trajectory_of(episode: Episode, completions: Completions, prompt: Sequence[i
         score=None if invalid else score,
         invalid=invalid,
         messages=[message for run in runs for message in run.messages(named=len(runs) > 1)],
-        metrics=dict(_metrics(runs)),
+        metrics=_metrics(runs),
     )
 
 
@@ -136,20 +137,25 @@ def _line(text: str) -> str:
 
 
 def _info(traces: Sequence[Trace]) -> dict[str, Any]:
-    """Return how the runs ended, and what the environment noted about them, by agent."""
-    noted = {trace.agent.name: trace.info for trace in traces if trace.info}
+    """Return how the runs ended, and what the environment noted about them."""
+    noted = [{"agent": trace.agent.name, **trace.info} for trace in traces if trace.info]
     stopped = ", ".join(trace.stop_condition or "" for trace in traces)
     return {"stop_condition": stopped, **({"trace_info": noted} if noted else {})}
 
 
-def _metrics(runs: Sequence[Run]) -> Iterator[tuple[str, float]]:
-    """Yield the metrics of the episode, and those of the runs; names of several agents' runs begin with the agent's."""
-    yield "turns", float(sum(run.turns for run in runs))
-    yield "tool_calls", float(sum(len(run.trace.tool_messages) for run in runs))
-    yield "harness_seconds", sum(run.trace.timing.agent.harness.duration for run in runs)
+def _metrics(runs: Sequence[Run]) -> dict[str, float]:
+    """Return metrics of the episode, and of its runs; names of several agents' runs begin with the agent's."""
+    agents = {run.trace.agent.name for run in runs}
+    found: dict[str, list[float]] = {}
     for run in runs:
-        agent = f"{run.trace.agent.name}/" if len(runs) > 1 else ""
+        agent = f"{run.trace.agent.name}/" if len(agents) > 1 else ""
         rewards = {f"reward/{name}": reward and reward.value for name, reward in run.trace.rewards.items()}
         for name, value in {**run.trace.metrics, **rewards}.items():
             if value is not None:
-                yield f"{agent}{name}", float(value)
+                found.setdefault(f"{agent}{name}", []).append(float(value))
+    return {
+        "turns": float(sum(run.turns for run in runs)),
+        "tool_calls": float(sum(len(run.trace.tool_messages) for run in runs)),
+        "harness_seconds": sum(run.trace.timing.agent.harness.duration for run in runs),
+        **{name: fmean(values) for name, values in found.items()},
+    }

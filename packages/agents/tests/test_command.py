@@ -197,6 +197,16 @@ def test_programs_and_functions_that_do_not_exist_are_named_at_the_start(run: Ru
         run("", function="no-such-agent.py:agent")
 
 
+def test_the_clients_of_anthropic_find_the_gateway_by_their_variables(run: Run, tmp_path: Path) -> None:
+    trajectory = run("""
+from anthropic import Anthropic
+question = {"model": os.environ["RLCORE_MODEL"], "max_tokens": 9, "messages": sample["messages"]}
+with Anthropic().messages.stream(**question) as events:
+    result(score=float("".join(events.text_stream) == "5"))
+""")
+    assert (trajectory.score, trajectory.invalid) == (1.0, "")
+
+
 PAGE = Path(__file__).parents[3] / "docs" / "train-your-agent.md"
 
 

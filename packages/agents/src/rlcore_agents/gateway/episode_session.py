@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 from rlcore.engines.episode import EpisodeLimits
@@ -21,6 +21,8 @@ from rlcore_agents.gateway.exchange import Answer, Exchange
 from rlcore_agents.gateway.settings import SAMPLING, Body
 
 logger = logging.getLogger(__name__)
+
+LONGEST_NAME = 100
 
 
 @dataclass(eq=False, kw_only=True)
@@ -67,6 +69,7 @@ class EpisodeSession(Session):
 
     def ignore(self, name: str, why: str) -> None:
         """Count that a request's wish is ignored."""
+        name = name[:LONGEST_NAME]
         self.ignored[name] += 1
         _warn_once(name, why)
 
@@ -141,6 +144,6 @@ def _identity(message: Mapping[str, Any]) -> str:
     return json.dumps([message.get(key) for key in ("role", "content", "tool_calls")], sort_keys=True, default=repr)
 
 
-@cache
+@lru_cache(1000)
 def _warn_once(name: str, why: str) -> None:
     logger.warning("an agent program's requests set %s, which has no effect: %s", name, why)

@@ -17,14 +17,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from rlcore.boundary import boundary, reason
+from rlcore.boundary import reason
 from rlcore.engines.episode import EpisodeRunner, EpisodeSpec, PromptSample, Segment, Trajectory
 from rlcore.engines.rollout import RolloutEngine
 from rlcore.errors import ConfigError
-from rlcore.object_path import load_object
 from rlcore.regular_file import read_regular
 from rlcore_agents.conversation import TokenTree, chat_format
 from rlcore_agents.endpoint import Endpoint
+from rlcore_agents.environment.loading import load_callable
 from rlcore_agents.gateway.episode_session import EpisodeSession
 from rlcore_agents.gateway.gateway import gateway
 from rlcore_agents.gateway.program import MARK, AgentFailure, environment, excerpt, resolved, run_program
@@ -189,9 +189,7 @@ def _result(file: Path) -> ProgramResult:
 
 def _function(path: str) -> Agent:
     """Return the agent that is an async function."""
-    home, _, name = path.rpartition(":")
-    with boundary(f"agent function {path!r}", ConfigError):
-        function = load_object(home, name)
+    name, function = path.rpartition(":")[2], load_callable(path, "agent function")
     if not inspect.iscoroutinefunction(function):
         raise ConfigError(f"agent function {path!r} is no async function (rollout.environment.command.function)")
 

@@ -103,7 +103,7 @@ def plain(message: Message) -> dict[str, Any]:
                 f"a message of the role {message.get('role')!r} has parts that are not text, which "
                 "conversations cannot show the policy"
             )
-        content = "".join(texts)
+        content = "".join(map(str, texts))
     kept = {key: value for key, value in message.items() if value is not None}
     return {**kept, "content": content or ""}
 

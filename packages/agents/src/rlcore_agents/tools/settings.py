@@ -136,7 +136,11 @@ class McpServer(Config):
 class ToolSettings(Config):
     """What an environment's settings say about tools."""
 
-    tools: tuple[ToolEntry, ...] = Field((), description="Tools that the policy may call.")
+    tools: tuple[ToolEntry, ...] = Field(
+        (),
+        description="Tools that the policy may call: calculator, python, {name: retrieval, corpus: …}, or the path of "
+        "a function or class.",
+    )
     mcp: tuple[McpServer, ...] = Field((), description="MCP servers, whose tools the policy may call.")
 
 

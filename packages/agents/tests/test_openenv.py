@@ -38,7 +38,7 @@ class Heard(Observation):
 
 
 class Echo(Environment):  # type: ignore[misc]
-    """Repeats words and rewards their length; "stop" ends it, "raise" and "exit" break it."""
+    """Repeats words and rewards their length; "stop" ends it, "raise", "hang" and "exit" break it."""
 
     SUPPORTS_CONCURRENT_SESSIONS = True
     stop_server: Callable[[], None]
@@ -54,6 +54,8 @@ class Echo(Environment):  # type: ignore[misc]
     def step(self, action: Word, timeout_s: float | None = None, **kwargs: Any) -> Heard:
         if action.word == "raise":
             raise KeyError("door")
+        if action.word == "hang":
+            time.sleep(2.0)
         if action.word == "exit":
             Echo.stop_server()
             time.sleep(0.5)
@@ -179,7 +181,6 @@ def test_a_session_of_a_server_is_an_episode(play: Play, echo: Served) -> None:
     assert said(trajectory) == ["seed 7, {'level': 2}", "DOOR"]
     assert [segment.reward for segment in trajectory.segments if segment.sampled] == [4.0, 4.0]
     assert not trajectory.invalid
-    assert Echo.live == 0
 
 
 def test_more_episodes_than_sessions_wait_for_each_other(
@@ -251,6 +252,15 @@ def test_a_server_that_fails_or_ends_costs_the_episode(play: Play, echo: Served)
     trajectory = play(other.url, ["door", "exit"])
     assert "ConnectionClosed" in trajectory.invalid
     assert [segment.sampled for segment in trajectory.segments].count(True) == 2
+
+
+def test_a_server_that_hangs_keeps_no_session(play: Play, echo: Served) -> None:
+    before = Echo.live
+    assert "the environment took longer than turn_timeout_s=1" in play(echo.url, ["hang"], turn_timeout_s=1.0).invalid
+    deadline = time.monotonic() + 5
+    while Echo.live > before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert Echo.live == before
 
 
 def test_no_server(play: Play) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from rlcore.boundary import LONGEST_REASON, boundary
-from rlcore.errors import DataError, EngineError
+from rlcore.errors import DataError, EngineError, WorkerDied
 
 
 class Panic(BaseException):
@@ -30,7 +30,7 @@ def test_any_exception_becomes_one_sentence(raised: BaseException, sentence: str
     assert caught.value.__cause__ is raised
 
 
-@pytest.mark.parametrize("raised", [DataError("ours"), KeyboardInterrupt(), SystemExit(3)])
+@pytest.mark.parametrize("raised", [DataError("ours"), WorkerDied("gone"), KeyboardInterrupt(), SystemExit(3)])
 def test_errors_of_ours_and_requests_to_stop_pass(raised: BaseException) -> None:
     with pytest.raises(type(raised)) as caught, boundary("a.json", EngineError):
         raise raised

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rlcore.errors import DataError, RlcoreError
+from rlcore.errors import DataError, RlcoreError, WorkerError
 
 LONGEST_REASON = 400
 
@@ -25,7 +25,7 @@ def boundary(what: str, kind: type[RlcoreError] = DataError) -> Iterator[None]:
     """
     try:
         yield
-    except (RlcoreError, KeyboardInterrupt, SystemExit, GeneratorExit):
+    except (RlcoreError, WorkerError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
         raise kind(f"{what}: {reason(error)}") from error

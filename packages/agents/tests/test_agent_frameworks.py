@@ -154,3 +154,34 @@ def test_episodes_that_run_at_the_same_time_and_in_one_loop_after_another_stay_a
         assert (trajectory.score, trajectory.invalid, len(trajectory.rows())) == (1.0, "", 1)
         reply = engine.tokenizer.encode(f"{sample.ground_truth}<|end|>")
         assert [list(segment.tokens) for segment in trajectory.segments if segment.sampled] == [reply] * 3
+
+
+def test_requests_that_an_agent_leaves_behind_have_left_the_engine_when_its_episode_ends(
+    play: Play, scripted: Any
+) -> None:
+    class Slow(scripted):  # type: ignore[misc]
+        left = 0
+
+        async def generate(self, request: Any) -> Any:
+            if self.made:
+                self.left += 1
+                try:
+                    await asyncio.sleep(60)
+                finally:
+                    self.left -= 1
+            return await super().generate(request)
+
+    engine = Slow(["one"])
+    behind: set[Any] = set()
+
+    async def agent(base_url: str, api_key: str, sample: Any) -> float:
+        client = openai.AsyncOpenAI(base_url=base_url, api_key=api_key, max_retries=0)
+        ask: Any = {"model": "policy", "messages": sample["messages"]}
+        await client.chat.completions.create(**ask)
+        behind.add(asyncio.ensure_future(client.chat.completions.create(**ask)))
+        while not engine.left:
+            await asyncio.sleep(0.01)
+        return 1.0
+
+    assert play(agent, engine).score == 1.0
+    assert engine.left == 0

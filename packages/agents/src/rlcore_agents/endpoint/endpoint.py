@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -43,7 +43,7 @@ class Route:
     """
 
     path: str
-    answer: Callable[[Any, Mapping[str, Any], Mapping[str, str]], Awaitable[Response]]
+    answer: Callable[[Any, Mapping[str, Any], Mapping[str, str]], Coroutine[Any, Any, Response]]
     error: ErrorForm = token_protocol.error
     method: str = "POST"
 
@@ -130,8 +130,7 @@ class Endpoint:
             yield session
         finally:
             del self._sessions[session.id]
-            for task in tuple(session.tasks):
-                task.get_loop().call_soon_threadsafe(task.cancel)
+            session.end()
 
     def take_strays(self) -> int:
         """Return `strays`, and count from 0 again."""
@@ -152,9 +151,7 @@ class Endpoint:
                 session.requests += 1
                 _check_key(session, request)
                 body = await _json_object(request) if route.method == "POST" else {}
-                work = asyncio.ensure_future(route.answer(session, body, request.headers))
-                session.tasks.add(work)
-                work.add_done_callback(session.tasks.discard)
+                work = session.begin(route.answer(session, body, request.headers))
                 return await _unless_disconnected(request, work)
             except Refusal as refusal:
                 return self._refuse(route.error, session, refusal)

@@ -5,14 +5,19 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
+import threading
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from rlcore.engines.rollout import Completion, GenerationRequest, RolloutEngine, SamplingParams
 from rlcore.errors import EngineError
+
+POLL_S = 0.005
+
+T = TypeVar("T")
 
 
 class Refusal(Exception):
@@ -56,6 +61,7 @@ class Session:
         refusal: the last error.
         failure: the engine's failure, to be raised by the owner of the session: the client's program sees an answer
             with status 503.
+        tasks: answers in progress.
     """
 
     engine: RolloutEngine
@@ -72,7 +78,36 @@ class Session:
     refusal: str = ""
     failure: BaseException | None = None
     tasks: set[asyncio.Task[Any]] = field(default_factory=set, repr=False)
+    _ended: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _prompts: Counter[bytes] = field(default_factory=Counter, repr=False)
+
+    def begin(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Start to answer a request, in the server's event loop.
+
+        Raises:
+            Refusal: the session has ended.
+        """
+        with self._lock:
+            if self._ended:
+                work.close()
+                raise Refusal(404, f"episode {self.id} has ended; requests are no longer answered")
+            task = asyncio.ensure_future(work)
+            self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        return task
+
+    def end(self) -> None:
+        """Cancel unfinished requests and start no more; `settled` waits for their ends."""
+        with self._lock:
+            self._ended = True
+            for task in tuple(self.tasks):
+                task.get_loop().call_soon_threadsafe(task.cancel)
+
+    async def settled(self) -> None:
+        """Wait until no request is left in the engine, which may be needed for training."""
+        while self.tasks:
+            await asyncio.sleep(POLL_S)
 
     async def generate(self, prompt: Sequence[int], wanted: SamplingParams) -> Completion:
         """Sample one completion; a caller that is cancelled aborts it in the engine.

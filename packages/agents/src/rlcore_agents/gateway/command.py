@@ -69,6 +69,7 @@ class CommandEnvironment(EpisodeRunner):
                 result = await self._agent(session, self._sample(sample, seed), self._spec.limits.timeout_s)
             except AgentFailure as failure:
                 result = failure
+        await session.settled()
         if session.failure is not None:
             raise session.failure
         trajectory = self._trajectory(session, self._gateway, result)

@@ -27,7 +27,7 @@ from rlcore_agents.verifiers.settings import VerifiersData, VerifiersSettings
 from rlcore_agents.verifiers.tasks import verifiers
 from rlcore_kit.testing.tiny_model import tiny_tokenizer
 
-LIMITS = EpisodeLimits(max_turns=8, max_tokens=2000, max_model_len=4000, timeout_s=60)
+LIMITS = EpisodeLimits(max_turns=8, max_tokens=2000, max_model_len=4000, timeout_s=300)
 LOCAL = {"taskset": {"id": "vf_sums"}}
 Play = Callable[..., tuple[Trajectory, "Script"]]
 
@@ -224,7 +224,7 @@ def test_an_engine_that_fails_is_no_fault_of_the_episode(play: Play) -> None:
     started = time.monotonic()
     with pytest.raises(EngineError, match="the script is over"):
         play(LOCAL, [], mode="stubborn")
-    assert time.monotonic() - started < 20  # the program, which waits to ask again, is not waited for
+    assert time.monotonic() - started < 100  # the program, which waits to ask again, is not waited for
 
 
 def test_the_bash_harness_runs_commands_in_a_subprocess_and_calls_servers_of_tools(play: Play) -> None:

@@ -111,7 +111,7 @@ class ChatHarness(vf.Harness[ChatConfig]):
                 body = {"model": ctx.model, "messages": messages, **({"tools": [ADD]} if mode == "tools" else {})}
                 response = await client.post(f"{endpoint}/chat/completions", json=body)
                 if response.status_code != 200 and mode == "stubborn":
-                    await asyncio.sleep(30)
+                    await asyncio.sleep(200)
                 if response.status_code != 200:
                     return vf.ProgramResult(exit_code=1, stdout="", stderr=response.text)
                 message = response.json()["choices"][0]["message"]

@@ -157,6 +157,19 @@ def test_strings_need_no_quotes_where_arguments_are_xml(name: str) -> None:
     assert [(call.name, call.arguments) for call in parsed.calls] == [("add", {"x": "one, 二"})]
 
 
+@pytest.mark.parametrize("name", ["qwen2.5", "qwen3", "gemma", "qwen3 by hand"])
+def test_a_closing_mark_in_an_argument_does_not_end_the_call(name: str) -> None:
+    tokenizer = tokenizer_of(name)
+    before, after = FAMILIES[name].call.replace("1}", '"</tool_call> 二"}').split("tool_call> 二")
+    pieces = [before, "tool_call> 二" + after, FAMILIES[name].end]  # so that it is text, not the special token
+    tokens = [token for piece in pieces for token in tokenizer.encode(piece, add_special_tokens=False)]
+    parsed = format_of(name).parse([], tokens, [ADD])
+    assert [(call.arguments, call.error) for call in parsed.calls] == [({"x": "</tool_call> 二"}, "")]
+    special = sampled(name, FAMILIES[name].call.replace("1}", '"</tool_call> 二"}')).tokens
+    (call,) = format_of(name).parse([], special, [ADD]).calls
+    assert call.arguments == {"x": "</tool_call> 二"} or "not valid JSON" in call.error
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_malformed_calls_are_reported_and_the_episode_goes_on(name: str) -> None:
     call = FAMILIES[name].call

@@ -14,7 +14,13 @@ from rlcore_fsdp import attention
 from rlcore_fsdp.engine import FSDPTrainEngine, build
 from rlcore_fsdp.settings import FSDPSettings
 from rlcore_kit.testing.tiny_model import tiny_model
-from rlcore_kit.testing.train_engine import TrainEngineConformance, WeightedLogprobs, make_batch, reference_outputs
+from rlcore_kit.testing.train_engine import (
+    TrainEngineConformance,
+    WeightedLogprobs,
+    make_batch,
+    make_branching,
+    reference_outputs,
+)
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Qwen2": {},
@@ -25,6 +31,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Qwen2-window": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
 }
 BATCH = make_batch()
+BATCHES = [pytest.param(BATCH, id="different"), pytest.param(make_branching(), id="branching")]
 # Plain gradient descent in disguise (see AdamW with ε = 1), so that a step is as exact as its gradient.
 OPTIM = OptimSettings(lr=1.0, eps=1.0, clip_grad=None)
 
@@ -51,9 +58,10 @@ def padded_outputs(model: Any, batch: Batch) -> list[torch.Tensor]:
     return [torch.cat([row.new_zeros(1), row[: length - 1]]) for row, length in zip(logprobs, tokens.lengths.tolist())]
 
 
-def test_packed_padded_and_one_by_one_agree(path: Path) -> None:
+@pytest.mark.parametrize("batch", BATCHES)
+def test_packed_padded_and_one_by_one_agree(path: Path, batch: Batch) -> None:
     """In fp32 results differ by 2e-6, because sums are rounded in another order."""
-    model, batch = TrainEngineConformance.reference(path), BATCH.select("tokens")
+    model, batch = TrainEngineConformance.reference(path), batch.select("tokens")
     packed = [row["logprobs"] for row in make_engine(path).forward(batch, ForwardRequest()).rows()]
     padded = padded_outputs(model, batch)
     for row, ours, theirs in zip(batch.rows(), packed, padded):
@@ -62,17 +70,18 @@ def test_packed_padded_and_one_by_one_agree(path: Path) -> None:
         torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=0)
 
 
-def test_gradients_and_a_step_agree(path: Path) -> None:
+@pytest.mark.parametrize("batch", BATCHES)
+def test_gradients_and_a_step_agree(path: Path, batch: Batch) -> None:
     model, engine = TrainEngineConformance.reference(path), make_engine(path)
     seen: dict[str, torch.Tensor] = {}
     for name, parameter in engine.model.named_parameters():
         parameter.register_post_accumulate_grad_hook(lambda p, name=name: seen.update({name: p.grad.clone()}))
-    engine.train(BATCH, WeightedLogprobs())
+    engine.train(batch, WeightedLogprobs())
     loss = torch.zeros(())
-    for row in BATCH.rows():
+    for row in batch.rows():
         logprobs, entropy = reference_outputs(model, row["tokens"])
         loss -= ((logprobs * row["weights"] + 0.05 * entropy) * row["loss_mask"]).sum()
-    (loss / BATCH.flat("loss_mask").sum()).backward()
+    (loss / batch.flat("loss_mask").sum()).backward()
     torch.optim.AdamW(model.parameters(), lr=1.0, eps=1.0, weight_decay=0.0, foreach=False).step()
     trained = dict(engine.model.named_parameters())
     for name, parameter in model.named_parameters():
@@ -113,8 +122,12 @@ def test_gradient_checkpointing_recomputes_layers(tmp_path: Path) -> None:
 
 
 def test_a_band_covers_the_last_tokens() -> None:
-    band = attention._band(5, 2, torch.device("cpu"))
+    band = attention._mask(5, 5, 2, torch.device("cpu"))
+    assert band is not None
     assert band.int().tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 1, 1]]
+    rest = attention._mask(2, 5, 3, torch.device("cpu"))
+    assert rest is not None
+    assert rest.int().tolist() == [[0, 1, 1, 1, 0], [0, 0, 1, 1, 1]]
 
 
 def test_dropout_of_the_model_is_off(tmp_path: Path) -> None:

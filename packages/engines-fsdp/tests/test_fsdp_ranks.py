@@ -29,6 +29,7 @@ from rlcore_kit.testing.train_engine import (
     WeightedLogprobs,
     exported,
     make_batch,
+    make_branching,
     make_pairs,
 )
 
@@ -52,7 +53,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("model"), intermediate_size=63)
 
 
-BATCHES = [make_batch((50, 3, 3, 2, 31, 4), seed=1), make_batch((9, 9, 40), seed=2)]
+BATCHES = [make_batch((50, 3, 3, 2, 31, 4), seed=1), make_batch((9, 9, 40), seed=2), make_branching(3)]
 
 
 @pytest.fixture(scope="module")

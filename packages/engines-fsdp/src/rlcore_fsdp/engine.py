@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from rlcore.batch import Batch, to_column, token_positions
+from rlcore.batch import Batch, state_positions, to_column, token_positions
 from rlcore.boundary import boundary
 from rlcore.engines import ForwardRequest, Objective, OutputLayer, TrainEngine, TrainEngineSpec, WeightBucket
 from rlcore.engines.step_memory import StepMemory
@@ -32,9 +32,10 @@ from rlcore_fsdp.model_building import build_model
 from rlcore_fsdp.offloading import Offloading
 from rlcore_fsdp.optimizer import make_optimizer
 from rlcore_fsdp.packed_model import training_mode
+from rlcore_fsdp.prefix_sharing import divide_families, share_prefixes
 from rlcore_fsdp.saving import Saving
 from rlcore_fsdp.settings import FSDPSettings
-from rlcore_fsdp.verification import TESTED, verify_packing, verify_values
+from rlcore_fsdp.verification import TESTED, shares_exactly, verify_packing, verify_values
 from rlcore_fsdp.weights import buckets, full_weights
 from rlcore_fsdp.writing import write_others
 from rlcore_kit.model_folder import files
@@ -44,7 +45,15 @@ from rlcore_kit.model_folder.tensor_names import to_model_files
 from rlcore_kit.model_folder.writing import ADAPTERS, write_on_first_rank
 from rlcore_kit.training.device import choose_device
 from rlcore_kit.training.lr_schedule import learning_rate
-from rlcore_kit.training.micro_batches import check_batch, check_request, columns_at, in_order, inputs_of, micro_batches
+from rlcore_kit.training.micro_batches import (
+    check_batch,
+    check_request,
+    columns_at,
+    in_order,
+    inputs_of,
+    micro_batches,
+    micro_batches_of_families,
+)
 from rlcore_kit.training.policy_outputs import shard_of
 from rlcore_kit.training.process_group import gather_objects, join_processes, max_over_ranks, own_rank, sum_over_ranks
 
@@ -127,6 +136,9 @@ class FSDPTrainEngine(TrainEngine):
                 with self.generation_weights():
                     verify_values(self.root, self._kernel, self._device)
             verify_packing(self.root, self._kernel, self._device, self.param_dtype, self.spec.max_length)
+            self._sharing = self.settings.share_prefixes and shares_exactly(
+                self.root, self._kernel, self._device, self.param_dtype
+            )
         if self._sharded:
             sharding.reshard(self.root)
 
@@ -240,7 +252,18 @@ class FSDPTrainEngine(TrainEngine):
         check_batch(batch, self.spec.model, self.model.config, embeddings.num_embeddings, request)
 
     def _micro_batches(self, batch: Batch, together: str | None = None) -> list[list[int]]:
-        return micro_batches(batch, self.spec.max_tokens, together, partial(max_over_ranks, device=torch.device("cpu")))
+        count = partial(max_over_ranks, device=torch.device("cpu"))
+        budget = self.spec.max_tokens
+        if together is not None or not self._sharing:
+            return micro_batches(batch, budget, together, count)
+        families, sizes = divide_families(batch.flat("tokens"), batch.lengths.tolist(), budget)
+        return micro_batches_of_families(families, sizes, budget, count)
+
+    def _shares(self, request: ForwardRequest) -> bool:
+        """Return whether equal prefixes of different rows have equal states, and are computed once."""
+        lora_settings = self.settings.lora
+        dropout = lora_settings is not None and lora_settings.dropout > 0 and torch.is_grad_enabled()
+        return self._sharing and not dropout and not request.embedding_noise
 
     def _outputs(self, micro: Batch, request: ForwardRequest) -> dict[str, torch.Tensor]:
         """Compute the requested columns ``[T]`` of a micro-batch that is on the CPU."""
@@ -250,14 +273,20 @@ class FSDPTrainEngine(TrainEngine):
         tokens, total = micro.flat("tokens"), micro.total_tokens
         if total == 0:
             tokens, lengths = tokens.new_zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
-        packing = Packing(tuple(length for length in lengths.tolist() if length), self._kernel, self._device)
         columns = columns_at(micro, positions, request)
-        positions = positions.to(self._device)
+        states, targets = state_positions(positions, head=self.spec.head), tokens[positions]
+        shared = share_prefixes(tokens, lengths.tolist()) if self._shares(request) else None
+        if shared is None:
+            packing = Packing(tuple(length for length in lengths.tolist() if length), self._kernel, self._device)
+        else:
+            packing = Packing(shared.runs, self._kernel, self._device, shared.first, shared.prefixes)
+            tokens, states = tokens[shared.tokens], shared.places[states]
+        tokens, states, targets, positions = (x.to(self._device) for x in (tokens, states, targets, positions))
         # a proxy, because FSDP would round what it finds in a dict to the precision of the model
         inputs = MappingProxyType({name: values.to(self._device) for name, values in columns.items()})
         with nullcontext() if request.adapters else lora.switched_off(self.model):
             noise = self._noise(micro, request) if request.embedding_noise and total else None
-            outputs = self.root(tokens.to(self._device), packing, positions, request, inputs, noise)
+            outputs = self.root(tokens, packing, states, targets, request, inputs, noise)
         return {name: to_column(value, positions, total) for name, value in outputs.items()}
 
     def _noise(self, micro: Batch, request: ForwardRequest) -> torch.Tensor:

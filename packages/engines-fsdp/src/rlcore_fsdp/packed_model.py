@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from rlcore.batch import state_positions
 from rlcore.engines import ForwardRequest, OutputLayer
 from rlcore.engines.settings import Head
 from rlcore_fsdp.attention import Packing
@@ -42,17 +41,20 @@ class PackedModel(nn.Module):
         self,
         tokens: torch.Tensor,
         packing: Packing,
-        positions: torch.Tensor,
+        states: torch.Tensor,
+        targets: torch.Tensor,
         request: ForwardRequest,
         columns: Mapping[str, torch.Tensor] = MappingProxyType({}),
         noise: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Compute the requested outputs at ``positions``, each ``[P]`` or ``[P, ...]``.
+        """Compute the requested outputs, each ``[P]`` or ``[P, ...]``.
 
         Args:
             tokens: ``[T]`` int64.
-            positions: ``[P]`` int64, positions of the tokens that the outputs describe (`rlcore.batch.alignment`).
-            columns: ``[P, ...]``, entries of ``request.columns`` at ``positions``.
+            states: ``[P]`` int64, positions in ``tokens`` of the states from which the outputs are computed
+                (`rlcore.batch.alignment`).
+            targets: ``[P]`` int64, the tokens that the outputs describe.
+            columns: ``[P, ...]``, entries of ``request.columns`` of these tokens.
             noise: ``[T, hidden]``, added to the embeddings; None adds nothing.
         """
         given: dict[str, torch.Tensor] = {"input_ids": tokens[None]}
@@ -62,15 +64,15 @@ class PackedModel(nn.Module):
         hidden = self.model.base_model(
             **given, position_ids=packing.position_ids, use_cache=False, packing=packing
         ).last_hidden_state[0]
-        states = hidden.index_select(0, state_positions(positions, head=self.head))
+        hidden = hidden.index_select(0, states)
         if self.head == "policy":
             layer = self.model.get_output_embeddings()
             head = PolicyHead(layer.weight, layer.bias, self.rule, self.logits_chunk, others=self.others)
-            return policy_outputs(states, head, tokens[positions], columns, request)
+            return policy_outputs(hidden, head, targets, columns, request)
         score: Any = self.model.score
-        values = states.float() @ score.weight.float().T
-        values = values if score.bias is None else values + score.bias.float()
-        return {"values": values if len(score.weight) > 1 else values[:, 0]}
+        weight = score.weight.float()
+        values = hidden.float() @ (weight.T if len(weight) > 1 else weight[0])
+        return {"values": values if score.bias is None else values + score.bias.float()}
 
 
 def logits_rule(config: Any) -> LogitsRule:

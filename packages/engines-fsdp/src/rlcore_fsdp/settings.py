@@ -50,6 +50,11 @@ class FSDPSettings(Config):
         "for its computation.",
     )
     offload_optimizer: bool = Field(False, description="Keep optimizer states in host memory between optimizer steps.")
+    share_prefixes: bool = Field(
+        True,
+        description="Compute the tokens with which several sequences of a micro-batch begin (a prompt with several "
+        "completions, a branching conversation) once. Losses and gradients do not depend on it, up to rounding.",
+    )
     lora: LoRASettings | None = Field(
         None,
         description="Train low-rank adapters (and a new scalar head) and freeze all weights; null trains all weights.",

@@ -7,13 +7,16 @@ short sequences packed together with one that has the last positions of the mode
 
 from __future__ import annotations
 
+from warnings import warn
+
 import torch
 
 from rlcore.batch import state_positions, token_positions
 from rlcore.engines import ForwardRequest
-from rlcore.errors import EngineError
+from rlcore.errors import EngineError, RlcoreWarning
 from rlcore_fsdp.attention import IMPLEMENTATION, Kernel, Packing
 from rlcore_fsdp.packed_model import PackedModel
+from rlcore_fsdp.prefix_sharing import share_prefixes
 from rlcore_kit.model_folder.length import longest_position, rope_boundary
 
 TESTED = frozenset({"llama", "mistral", "qwen2", "qwen3"})
@@ -36,8 +39,36 @@ def verify_packing(
     rows = _rows(root, device)
     together = _packed(root, kernel, device, rows, _last_position(root, max_length))
     alone = torch.cat([_packed(root, kernel, device, [row]) for row in rows])
+    _compare(root, together, alone, _allowed(dtype), "those of the sequences alone")
+
+
+@torch.no_grad()
+def shares_exactly(root: PackedModel, kernel: Kernel, device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether shared prefixes change nothing; warn if they do. Collective where parameters are sharded."""
+    base = torch.cat(_rows(root, device) * 2)
+    rows = [base, torch.cat([base[:20], base[3:9]]), torch.cat([base[:20], base[3:5], base[:2]]), base[:18]]
+    tokens, lengths = torch.cat(rows), [len(row) for row in rows]
+    positions = token_positions(torch.tensor(lengths), head=root.head)
+    shared = share_prefixes(tokens.cpu(), lengths)
+    assert shared is not None
+    packing = Packing(shared.runs, kernel, device, shared.first, shared.prefixes)
+    states = shared.places[state_positions(positions, head=root.head)].to(device)
+    found = _outputs(root, tokens[shared.tokens.to(device)], packing, states, tokens[positions.to(device)])
+    alone = torch.cat([_packed(root, kernel, device, [row]) for row in rows])
+    difference, allowed = _difference(root, found, alone, _allowed(dtype))
+    if not difference < allowed:
+        warn(
+            f"{type(root.model).__name__} computes prefixes that sequences share differently (outputs differ by "
+            f"{difference:.2g} on average), so they are computed for every sequence",
+            RlcoreWarning,
+            stacklevel=2,
+        )
+    return difference < allowed
+
+
+def _allowed(dtype: torch.dtype) -> float:
     # in 16 bits packing changes log-probs of unlikely tokens by some hundredths; an error changes them by nats
-    _compare(root, together, alone, 1e-4 if dtype == torch.float32 else 0.15, "those of the sequences alone")
+    return 1e-4 if dtype == torch.float32 else 0.15
 
 
 @torch.no_grad()
@@ -74,21 +105,31 @@ def _packed(
     root: PackedModel, kernel: Kernel, device: torch.device, rows: list[torch.Tensor], last_position: int | None = None
 ) -> torch.Tensor:
     """Compute outputs of ``rows`` in one packed row, after which a sequence ends at ``last_position`` if given."""
-    positions = token_positions(torch.tensor([len(row) for row in rows]), head=root.head)
+    positions = token_positions(torch.tensor([len(row) for row in rows]), head=root.head).to(device)
     first = None
     if last_position is not None:
         first = (*(0 for _ in rows), max(last_position - _FAR_LENGTH, 0))
         rows = [*rows, rows[0][:_FAR_LENGTH]]
-    packing = Packing(tuple(map(len, rows)), kernel, device, first)
+    packing, tokens = Packing(tuple(map(len, rows)), kernel, device, first), torch.cat(rows)
+    return _outputs(root, tokens, packing, state_positions(positions, head=root.head), tokens[positions])
+
+
+def _outputs(
+    root: PackedModel, tokens: torch.Tensor, packing: Packing, states: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
     request = ForwardRequest(("logprobs",) if root.head == "policy" else ("values",))
-    outputs: dict[str, torch.Tensor] = root(torch.cat(rows), packing, positions.to(device), request)
+    outputs: dict[str, torch.Tensor] = root(tokens, packing, states, targets, request)
     return outputs[request.outputs[0]]
 
 
+def _difference(root: PackedModel, ours: torch.Tensor, expected: torch.Tensor, allowed: float) -> tuple[float, float]:
+    """Return the mean difference, and the one that is allowed."""
+    scale = 1.0 if root.head == "policy" else max(1.0, float(expected.abs().mean()))  # values have any scale
+    return float((ours - expected).abs().mean()), allowed * scale
+
+
 def _compare(root: PackedModel, ours: torch.Tensor, expected: torch.Tensor, allowed: float, what: str) -> None:
-    difference = float((ours - expected).abs().mean())
-    if root.head != "policy":  # values have any scale
-        allowed *= max(1.0, float(expected.abs().mean()))
+    difference, allowed = _difference(root, ours, expected, allowed)
     if not difference < allowed:
         raise EngineError(
             f"{type(root.model).__name__} is not supported: packed outputs differ from {what} by {difference:.2g} on "

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import torch
 
 from rlcore.batch import Batch, Jagged
+from rlcore.batch import micro_batches as balanced
 from rlcore.engines import ForwardRequest, ModelSettings
 from rlcore.engines.settings import Head
 from rlcore.engines.train import Output
@@ -98,7 +99,18 @@ def micro_batches(batch: Batch, max_tokens: int, together: str | None, count: Ca
         count: returns the number of micro-batches that all ranks compute, for the number that this rank has; the
             missing ones are empty.
     """
-    divided = batch.micro_batches(max_tokens, together)
+    return _with_empty_ones(batch.micro_batches(max_tokens, together), count)
+
+
+def micro_batches_of_families(
+    families: Sequence[Sequence[int]], sizes: Sequence[int], max_tokens: int, count: Callable[[int], int]
+) -> list[list[int]]:
+    """Divide a batch whose rows are in ``families`` of ``sizes`` tokens, none of which is torn; see `micro_batches`."""
+    divided = balanced(sizes, max_tokens)
+    return _with_empty_ones([sorted(row for index in part for row in families[index]) for part in divided], count)
+
+
+def _with_empty_ones(divided: list[list[int]], count: Callable[[int], int]) -> list[list[int]]:
     return divided + [[] for _ in range(count(max(1, len(divided))) - len(divided))]
 
 

@@ -10,7 +10,14 @@ pytest then checks the contract of `rlcore.engines.TrainEngine` on tiny random m
 plain torch. Engines must compute in fp32 here (or the suite's tolerances be raised).
 """
 
-from rlcore_kit.testing.train_engine.batches import LENGTHS, exported, make_batch, make_pairs, reference_outputs
+from rlcore_kit.testing.train_engine.batches import (
+    LENGTHS,
+    exported,
+    make_batch,
+    make_branching,
+    make_pairs,
+    reference_outputs,
+)
 from rlcore_kit.testing.train_engine.checkpoints import CheckpointTests
 from rlcore_kit.testing.train_engine.comparisons import ComparisonTests, SumOf
 from rlcore_kit.testing.train_engine.forward import ForwardTests
@@ -38,6 +45,7 @@ __all__ = [
     "WeightedLogprobs",
     "exported",
     "make_batch",
+    "make_branching",
     "make_pairs",
     "reference_outputs",
 ]

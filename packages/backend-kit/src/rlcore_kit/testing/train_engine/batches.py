@@ -37,6 +37,15 @@ def make_batch(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> Batch:
     )
 
 
+def make_branching(seed: int = 0) -> Batch:
+    """Make a batch as `make_batch`, whose samples begin with the same tokens: as a tree of conversations does."""
+    batch = make_batch((40, 37, 29, 33, 40, 20, 9), seed)
+    rows = batch["tokens"].to_list()
+    for branch, origin, shared in ((1, 0, 24), (2, 1, 19), (3, 1, 30), (4, 0, 40), (5, 0, 20)):
+        rows[branch][:shared] = rows[origin][:shared]
+    return batch.with_columns(tokens=Jagged.from_list(rows))
+
+
 def reference_outputs(model: Any, tokens: torch.Tensor, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute log-probs and entropies ``[L]`` of one sequence with transformers; 0 for the first token."""
     logits = model(tokens[None], use_cache=False).logits[0, :-1].float() / temperature  # shift allowed: reference

@@ -21,14 +21,16 @@ ANSWER = [5, 6, 7]
 
 
 class Options(Config):
-    turns: int = 2
-    mistake: Literal["", "raises", "hangs", "no trajectory", "too long", "cannot be built"] = ""
+    turns: int = Field(2, description="Turns of an episode.")
+    mistake: Literal["", "raises", "hangs", "no trajectory", "too long", "cannot be built"] = Field(
+        "", description="What the runner does wrong."
+    )
     invalid: list[int] = Field([], description="Positions of prompts whose episodes are invalid.")
     invalid_once: bool = Field(False, description="Only the first episode with a seed is.")
     broken_share: int = Field(0, description="One episode of so many is invalid, by its seed; 0: none.")
     branches: bool = Field(False, description="All turns but the first two branch off after the first.")
-    turn_rewards: bool = False
-    log: Path | None = None
+    turn_rewards: bool = Field(False, description="Turns have rewards.")
+    log: Path | None = Field(None, description="File of a line for each event.")
     kills_at: int = Field(-1, description="The first episode of this prompt kills its process after a turn.")
 
 

@@ -21,6 +21,10 @@ MOST_PLAYERS = 16
 _GLOBAL_RANDOM = Lock()
 
 
+class WrongPlayers(ConfigError):
+    """The game does not begin with so many players."""
+
+
 class Game:
     """One game. Players see what is new to them, as `turn` returns it.
 
@@ -33,7 +37,7 @@ class Game:
         kwargs: arguments of the game.
 
     Raises:
-        ConfigError: there is no such game, or it cannot be played with so many players.
+        ConfigError: there is no such game, it cannot be made, or (`WrongPlayers`) not played with so many players.
     """
 
     def __init__(self, game: str, kwargs: Mapping[str, Any], players: int, seed: int) -> None:
@@ -45,9 +49,8 @@ class Game:
             self._env, self._actions = _made(game, kwargs)
             try:
                 self._env.reset(num_players=players, seed=seed)
-                self._env.state.game_info  # noqa: B018  of a game that did not begin
             except Exception as error:
-                raise ConfigError(
+                raise WrongPlayers(
                     f"the game {game} cannot be played with players={players}: {reason(error)}"
                 ) from error
 
@@ -137,13 +140,11 @@ def fewest_players(game: str, kwargs: Mapping[str, Any]) -> int:
     Raises:
         ConfigError: there is no such game, or it cannot begin.
     """
-    problem = ConfigError(f"the game {game} takes no number of players up to {MOST_PLAYERS}")
+    problem = WrongPlayers(f"the game {game} takes no number of players up to {MOST_PLAYERS}")
     for players in range(1, MOST_PLAYERS + 1):
         try:
             begun = Game(game, kwargs, players, seed=0)
-        except ConfigError as error:
-            if "players=" not in str(error):
-                raise
+        except WrongPlayers as error:
             problem = error
             continue
         if players > 1 or not isinstance(begun._env.state, ta.TwoPlayerState):  # some of these begin with one

@@ -234,12 +234,14 @@ def test_ranks_share_the_episodes_of_a_step(task: Any, metrics_of: Metrics, tmp_
 def test_asynchronous_episodes_outlive_a_rollout_process(task: Any, metrics_of: Metrics, tmp_path: Path) -> None:
     log = tmp_path / "log"
     keys = EPISODES | APART | {"async.max_staleness": 1, "trainer.total_steps": 4, "trainer.log_rollouts": -1}
+    keys |= {"trainer.test_freq": 2}  # groups are in flight while it validates
     keys["rollout.environment.scripted"] = {"log": str(log), "kills_at": 10}
     result = task.run("grpo", tmp_path / "run", keys)
     assert result.exit_code == 0, result.output
-    lines = metrics_of(tmp_path / "run")
+    lines = [line for line in metrics_of(tmp_path / "run") if line["step"]]
     assert all(line["rollout/staleness_max"] <= 1 for line in lines)
     assert all(line["rollout/turns"] == 2 for line in lines)
+    assert lines[-1]["val-aux/rollout/turns"] == 2
     rows = [json.loads(line) for line in (tmp_path / "run/tables/rollouts.jsonl").read_text().splitlines()]
     trained = Counter(row["group"] for row in rows)
     assert trained == dict.fromkeys(range(4 * 8), 4), "every episode of every prompt is trained on once"

@@ -173,7 +173,9 @@ def rollout_workers(config: RLConfig, executor: Executor, roles: Roles, timed: T
     if roles.reward_model is not None and config.reward_model is not None:
         scored = config.reward_model, config.reward.error_score
         model = RewardModel(roles.reward_model, *scored, executor, timed, config.model)
-    return RolloutWorkers(executor, roles.rollout, roles.reward, model, timed, config.rollout.free_memory)
+    # after a validation, an engine that sleeps would leave the requests of groups in flight unanswered
+    free_memory = config.rollout.free_memory and config.asynchronous.max_staleness == 0
+    return RolloutWorkers(executor, roles.rollout, roles.reward, model, timed, free_memory)
 
 
 def group_source(session: Session[Any]) -> GroupSource:

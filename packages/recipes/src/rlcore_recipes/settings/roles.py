@@ -264,7 +264,8 @@ class RolloutSettings(PluginSections):
     min_p: float = Field(0.0, ge=0, le=1, description="Minimum probability as a fraction of the best token's.")
     free_memory: bool = Field(
         True,
-        description="Free the engine's memory (key-value cache; weights, if it has its own) between rollouts.",
+        description="Free the engine's memory (key-value cache; weights, if it has its own) between rollouts, of which "
+        "asynchronous training has none.",
     )
     stop: list[Annotated[str, Field(min_length=1)]] = Field(
         [], description="Strings that end a completion, besides the model's end of sequence."

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from rlcore.algorithms import aggregations
 from rlcore.algorithms.aggregation import denominators
-from rlcore.algorithms.objectives import PolicyObjectiveSettings
+from rlcore.algorithms.objectives import PolicyObjectiveSettings, SFTObjective, SFTObjectiveSettings
 from rlcore.batch import Batch, Jagged
 
 MAX_LENGTH = 13
@@ -73,3 +73,20 @@ def test_aggregation(name: str, seed: int) -> None:
 def test_constant_length_must_be_given() -> None:
     with pytest.raises(ValidationError, match="max_length"):
         PolicyObjectiveSettings(aggregation="seq-mean-token-sum-norm")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_of_a_trajectory_are_one_sequence(name: str) -> None:
+    """Two trajectories of two rows and of one, against the same tokens in two rows; in two micro-batches."""
+    lengths, whole = torch.tensor([4, 3, 3]), torch.tensor([7, 3])
+    mask = torch.tensor([0, 1, 1, 1, 0, 0, 1, 0, 1, 1.0], dtype=torch.float64)
+    logprobs = torch.arange(10, dtype=torch.float64)
+    rows = Batch({"loss_mask": Jagged(mask, lengths), "trajectory_tokens": torch.tensor([4, 4, 2])})
+    one = rows.resequenced(whole, [0, 2]).select("loss_mask")
+    choice = {"name": name, "max_length": MAX_LENGTH} if name.endswith("norm") else name
+    objective = SFTObjective(SFTObjectiveSettings(aggregation=choice))
+    sums = objective.denominators(rows)
+    assert sums == objective.denominators(one) == {"tokens": 6, "sequences": 2}
+    parts = [(rows.slice(0, 1), logprobs[:4]), (rows.slice(1, 3), logprobs[4:])]
+    found = sum(float(objective.loss({"logprobs": values}, part, sums)[0]) for part, values in parts)
+    assert found == pytest.approx(float(objective.loss({"logprobs": logprobs}, one, sums)[0]))

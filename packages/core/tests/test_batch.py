@@ -400,3 +400,13 @@ def test_errors_name_the_column_and_the_shapes(name: str) -> None:
     call, message = ERRORS[name]
     with pytest.raises(BatchError, match=message):
         call()
+
+
+def test_the_same_tokens_are_divided_into_other_sequences() -> None:
+    lengths = torch.tensor([2, 1, 3])
+    batch = Batch(
+        {"tokens": Jagged(torch.arange(6), lengths), "group": torch.tensor([7, 8, 9]), "name": ["a", "b", "c"]}
+    )
+    found = batch.resequenced(torch.tensor([3, 3]), [0, 2])
+    assert [row.tolist() for row in found["tokens"].to_list()] == [[0, 1, 2], [3, 4, 5]]
+    assert (found["group"].tolist(), found["name"]) == ([7, 9], ["a", "c"])

@@ -19,7 +19,7 @@ CHAT_TEMPLATE = (
 
 
 def write_model(folder: Path, conversations: Iterable[Mapping[str, Any]], **sizes: int) -> None:
-    """Write a model of about 100,000 parameters, whose tokenizer is made for these conversations."""
+    """Write a model of about 120,000 parameters, whose tokenizer is made for these conversations."""
     texts = [text for row in conversations for message in row["messages"] for text in _texts(message)]
     defaults = {"vocab_size": 320, "hidden_size": 64, "layers": 2, "intermediate_size": 192}
     write_small_model(folder, texts, SmallModelSettings(**{**defaults, **sizes}))

@@ -20,6 +20,7 @@ from rlcore.engines.episode import PromptSample, Segment, Trajectory
 from rlcore_recipes.rollouts.trajectories import TreeRows, group_batch
 from rlcore_recipes.rollouts.trees import by_trajectories, first_rows, trajectory_index, turn_rewards
 from rlcore_recipes.settings import AlgorithmSettings
+from rlcore_recipes.settings.reinforcement import credit_problems
 from rlcore_recipes.step.advantages import contained_advantages
 from rlcore_recipes.step.metrics import batch_metrics
 from rlcore_recipes.step.update import kept_parts, mini_batches, without_zero_advantage
@@ -303,3 +304,32 @@ def test_a_step_of_invalid_episodes_alone_trains_nothing() -> None:
     assert batch_metrics(batch)["rollout/invalid_ratio"] == 1
     [part] = mini_batches(batch, 3)
     assert PolicyObjective(PolicyObjectiveSettings()).denominators(part) == {"tokens": 0, "sequences": 0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "episodes", "key", "message"),
+    [
+        ({"credit": "branch"}, False, "algorithm.credit", "there is no rollout.environment"),
+        ({"shared_tokens": "every_row"}, False, "algorithm.shared_tokens", "there is no rollout.environment"),
+        (
+            {"credit": "turn", "advantage": "gigpo"},
+            True,
+            "algorithm.credit",
+            "gigpo compares trajectories and their turns",
+        ),
+        (
+            {"credit": "turn", "advantage": "gae"},
+            True,
+            "algorithm.credit",
+            "gae does not compare the samples of a prompt",
+        ),
+        ({"turn_discount": 0.5}, True, "algorithm.turn_discount", "is for algorithm.credit=turn, which is trajectory"),
+    ],
+)
+def test_credit_that_cannot_be_assigned_is_refused(
+    settings: dict[str, Any], episodes: bool, key: str, message: str
+) -> None:
+    [(found, why)] = credit_problems(AlgorithmSettings(**settings), episodes)
+    assert found == key
+    assert message in why
+    assert not list(credit_problems(AlgorithmSettings(credit="turn", turn_discount=0.5), True))

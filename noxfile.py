@@ -25,7 +25,14 @@ OTHER_GROUPS = {"rollout-sglang": ("--group", "sglang")}
 SGLANG_RECIPES = "tests/recipes/sglang"
 LANES = 2
 """Sessions that `everything` runs at a time."""
-FIRST = ("integration", "tests-rollout-vllm", "tests-rollout-sglang", "tests-controller-ray", "integration-sglang")
+FIRST = (
+    "integration",
+    "tests-agents",
+    "tests-rollout-vllm",
+    "tests-rollout-sglang",
+    "tests-controller-ray",
+    "integration-sglang",
+)
 """The longest sessions in falling order; `everything` starts with them, so that the lanes end together."""
 # One thread per process: tests start several processes, and threads that compete are slower than one.
 ENVIRONMENT = {

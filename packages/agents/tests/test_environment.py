@@ -225,7 +225,6 @@ BROKEN = {
 def test_a_mistake_costs_its_episode(world: Any, case: str) -> None:
     method, *parts = BROKEN[case]
     trajectory = world.play(f"class World(Environment):\n    {method}\n")
-    assert trajectory.invalid.startswith("episode of prompt 12 with seed 5: ")
     for part in parts:
         assert part in trajectory.invalid
     assert "\n" not in trajectory.invalid

@@ -81,8 +81,8 @@ def format_for(
             logger.warning("%s; the model's chat template is used", error)
     if not tokenizer.chat_template:
         raise ConfigError(
-            f"the tokenizer of {model or 'the model'} has no chat template; use a chat model, set data.chat_template, "
-            "or name a hand-written renderer in the environment's setting renderer"
+            f"the tokenizer of {model or 'the model'} has no chat template; use a chat model, or name "
+            "a hand-written renderer in the environment's setting renderer"
         )
     with boundary("the chat template cannot be used for conversations", ConfigError):
         return TemplateFormat(splitting, variables, tuple(end_tokens))

@@ -146,10 +146,9 @@ class Episode:
 
     def trajectory(self, outcome: Outcome) -> Trajectory:
         """Return the episode with the rewards of ``outcome``."""
-        error = outcome.error
-        if not error and not self._replies:
-            error = "it ended before the policy replied"
-        invalid = f"episode of prompt {self._sample.position} with seed {self._seed}: {error}" if error else ""
+        invalid = outcome.error
+        if not invalid and not self._replies:
+            invalid = "it ended before the policy replied"
         metrics = {
             "truncated": float(bool(self._cut)),
             "environment_seconds": self.environment_seconds,

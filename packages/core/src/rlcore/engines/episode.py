@@ -137,7 +137,7 @@ class EpisodeSpec:
 
     Attributes:
         sampling: of every completion; ``max_tokens`` bounds a turn, its seed is each episode's own.
-        chat_template: as ``data.chat_template``, in place of the model's; None: the model's.
+        chat_template: in place of the model's; None: the model's.
         chat_template_kwargs: variables of the chat template, as for prompts.
         end_tokens: tokens that end an answer.
         purpose: "train" or "validation".

@@ -85,7 +85,6 @@ def test_more_episodes_than_processes_take_turns(world: Any, runner: EpisodeRunn
 def test_a_crash_costs_its_episode_alone(world: Any, runner: EpisodeRunner, kind: str, message: str) -> None:
     crashed, fine = play(world, runner, kind, "fine")
     assert message in crashed.invalid
-    assert "prompt 12" in crashed.invalid
     assert (fine.score, fine.invalid) == (1.0, "")
     assert play(world, runner, "fine")[0].score == 1.0
 

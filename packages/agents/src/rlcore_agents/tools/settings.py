@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Discriminator, Field, JsonValue, Tag, field_validator, model_validator
+from pydantic import Discriminator, Field, GetJsonSchemaHandler, JsonValue, Tag, field_validator, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from rlcore.config import Config, FileName, FilePath, Seconds
 from rlcore.object_path import checked_object_path
@@ -16,8 +18,24 @@ from rlcore_kit.sandbox.settings import SandboxLimits
 Characters = Annotated[int, Field(ge=100)]
 
 
-class CalculatorSettings(Config):
+class TextForm(Config):
+    """Settings that may be written as a text (`from_text`).
+
+    Attributes:
+        text_schema: the JSON Schema of that text.
+    """
+
+    text_schema: ClassVar[JsonSchemaValue] = {"type": "string"}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"anyOf": [super().__get_pydantic_json_schema__(core_schema, handler), cls.text_schema]}
+
+
+class CalculatorSettings(TextForm):
     """`calculator`: arithmetic."""
+
+    text_schema: ClassVar = {"const": "calculator"}
 
     name: Literal["calculator"] = Field("calculator", description="The tool.")
 
@@ -30,6 +48,8 @@ class CalculatorSettings(Config):
 class InterpreterSettings(CalculatorSettings):
     """`python`: an interpreter in a sandbox, one per episode."""
 
+    text_schema: ClassVar = {"const": "python"}
+
     name: Literal["python"] = Field("python", description="The tool.")  # type: ignore[assignment]
     limits: SandboxLimits = Field(SandboxLimits(), description="What the code may use.")
     max_characters: Characters = Field(MAX_CHARACTERS, description="Characters of an answer that the policy sees.")
@@ -37,6 +57,8 @@ class InterpreterSettings(CalculatorSettings):
 
 class RetrievalSettings(CalculatorSettings):
     """`retrieval`: the tool search over a local corpus, by BM25."""
+
+    text_schema: ClassVar = {"const": "retrieval"}
 
     name: Literal["retrieval"] = Field("retrieval", description="The tool.")  # type: ignore[assignment]
     corpus: FilePath = Field(
@@ -47,8 +69,10 @@ class RetrievalSettings(CalculatorSettings):
     max_characters: Characters = Field(MAX_CHARACTERS, description="Characters of an answer that the policy sees.")
 
 
-class FunctionSettings(Config):
+class FunctionSettings(TextForm):
     """A function with type hints, or a class whose objects can be called: one object per episode, closed with it."""
+
+    text_schema: ClassVar = {"type": "string", "pattern": ":"}
 
     path: FileName = Field(description="'file.py:name' or 'package.module:name'.")
     name: str = Field("", description="Name for the policy; that of the function when empty.")
@@ -94,7 +118,7 @@ ToolEntry = Annotated[
 ]
 
 
-class McpServer(Config):
+class McpServer(TextForm):
     """A server of tools that speaks the Model Context Protocol."""
 
     command: tuple[str, ...] = Field((), description="Program and arguments of a server over stdio, which is started.")

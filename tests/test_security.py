@@ -20,6 +20,9 @@ PACKAGES = Path(__file__).parents[1] / "packages"
 # --- what is loaded --------------------------------------------------------------------------------------------------
 
 ALLOWED = {
+    "packages/agents/src/rlcore_agents/environment/worker.py": {
+        "pickle.loads": "in the contained process, of what the trainer wrote; the way back is JSON",
+    },
     "packages/core/src/rlcore/controller/spmd.py": {
         "pickle.loads": "from the other ranks of the same job, through its own process group and store",
     },

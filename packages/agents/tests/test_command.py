@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -217,6 +219,25 @@ def printed(name: str) -> str:
     return found[1]
 
 
+CURL = f"""#!{sys.executable}
+# Used where curl is not installed: curl -sf URL -H HEADER -d BODY
+import sys, urllib.request
+url, header, body = sys.argv[2], sys.argv[4], sys.argv[6].encode()
+headers = dict([header.split(": ")])
+print(urllib.request.urlopen(urllib.request.Request(url, body, headers)).read().decode())
+"""
+
+
+@pytest.fixture
+def curl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a program `curl`."""
+    if shutil.which("curl") is None:
+        (tmp_path / "curl").write_text(CURL)
+        (tmp_path / "curl").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+
+@pytest.mark.usefixtures("curl")
 @pytest.mark.parametrize("name", ["my_agent.py", "my_agent.sh", "my_function.py"])
 def test_agents_of_the_documentation_run(run: Run, tmp_path: Path, name: str) -> None:
     file = tmp_path / name

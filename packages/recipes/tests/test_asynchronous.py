@@ -555,6 +555,7 @@ def test_a_baseline_is_sampled_greedily_and_scored_for_every_sample(bench: Calla
         seed=0,
         needed_columns=frozenset({"baseline_score"}),
         dynamic_sampling=None,
+        algorithm=None,
         training_episode=lambda sampling: None,
     )
     plan, prompt = training_plan(config), PromptSample(prompt_tokens=[1, 2], messages=[], position=4)  # type: ignore[arg-type]

@@ -128,6 +128,7 @@ def folder(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     """The inline engine in the place of inference servers; no algorithm stays registered; short runs."""
     from rlcore.algorithms.registries import advantages, policy_losses, preference_losses
+    from rlcore.plugins import import_algorithms
     from rlcore_inline.engine import build
     from rlcore_inline.settings import InlineSettings
 
@@ -139,6 +140,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module in ("rlcore_vllm.engine", "rlcore_sglang.engine", "rlcore_http.engine"):
         monkeypatch.setattr(f"{module}.build", inline)
+    import_algorithms()  # those of installed packages are no part of a page, and stay registered after it
     for registry in (advantages, policy_losses, preference_losses):
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
     monkeypatch.setattr("rlcore_recipes.python.train.train", train_a_little)

@@ -10,6 +10,7 @@ import pytest
 
 from rlcore.algorithms import advantages, policy_losses
 from rlcore.batch import Batch
+from rlcore.plugins import import_algorithms
 from rlcore_kit.testing import algorithms
 
 ROOT = Path(__file__).parent.parent
@@ -26,6 +27,7 @@ class Advantage(algorithms.AdvantageConformance):
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Register them for one test, also where a test of another module has done so in this process."""
+    import_algorithms()  # those of installed packages stay registered
     for registry in (advantages, policy_losses):
         others = {name: entry for name, entry in registry._entries.items() if name not in (*ESTIMATORS, *LOSSES)}
         monkeypatch.setattr(registry, "_entries", others)

@@ -16,6 +16,7 @@ from rlcore.config import load_config
 from rlcore.config.registry import NoParams
 from rlcore.errors import ConfigError
 from rlcore.metrics import Metrics
+from rlcore.plugins import import_algorithms
 from rlcore_recipes import grpo
 from rlcore_recipes.run.open import train_rl
 from rlcore_recipes.settings.columns import ON_DEMAND, SAMPLED, SCORED, SHAPED
@@ -26,6 +27,7 @@ EVERYTHING = SAMPLED | SCORED | ON_DEMAND | SHAPED
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
     """An estimator that reads every column there is, and a loss over the pairs of neighbours in a group."""
+    import_algorithms()  # those of installed packages stay registered
     for registry in (advantages, policy_losses):
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
     seen: list[set[str]] = []

@@ -14,28 +14,13 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from rlcore_kit.worker.guard import run_guarded
+from rlcore_kit.worker.guard import serve_guarded
 from rlcore_kit.worker.messages import read_message, write_message
 from rlcore_kit.worker.process import WorkerFailure
 from rlcore_rewards.reply import encode_failure, encode_result
 
 READY = b"{}"
 MAX_MESSAGE = 4000
-
-
-def main() -> None:
-    """Serve requests under a guard; the command line holds the arguments that `WorkerProcess` passes."""
-    requests, replies, control, owner, memory, processes = map(int, sys.argv[1:])
-    for descriptor in (requests, replies, control):
-        os.set_inheritable(descriptor, False)
-    run_guarded(
-        lambda: serve(requests, replies),
-        pipes=(requests, replies),
-        owner=owner,
-        control=control,
-        memory=memory,
-        processes=processes,
-    )
 
 
 def serve(requests: int, replies: int) -> None:
@@ -93,4 +78,4 @@ def _traceback(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    serve_guarded(serve)

@@ -23,23 +23,8 @@ from rlcore_agents.environment.loading import load_program
 from rlcore_agents.environment.play import Program, play
 from rlcore_agents.environment.settings import PythonEnvironmentSettings
 from rlcore_agents.tools.thread import in_thread
-from rlcore_kit.worker.guard import run_guarded
+from rlcore_kit.worker.guard import serve_guarded
 from rlcore_kit.worker.messages import read_message, write_message
-
-
-def main() -> None:
-    """Serve under a guard; the command line holds the arguments that `WorkerProcess` passes."""
-    requests, replies, control, owner, memory, processes = map(int, sys.argv[1:])
-    for descriptor in (requests, replies, control):
-        os.set_inheritable(descriptor, False)
-    run_guarded(
-        lambda: serve(requests, replies),
-        pipes=(requests, replies),
-        owner=owner,
-        control=control,
-        memory=memory,
-        processes=processes,
-    )
 
 
 def serve(requests: int, replies: int) -> None:
@@ -83,4 +68,4 @@ def _play(program: Program, exchange: Callable[[Request], Reply | None], sample:
 
 
 if __name__ == "__main__":
-    main()
+    serve_guarded(serve)

@@ -20,6 +20,7 @@ import os
 import resource
 import select
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import NoReturn
@@ -35,6 +36,25 @@ QUIT = b"q"
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+def serve_guarded(serve: Callable[[int, int], None]) -> NoReturn:
+    """Run ``serve`` with the descriptors of requests and replies under a guard (`run_guarded`).
+
+    This is the program of a worker process: the command line holds the arguments that
+    `rlcore_kit.worker.process.WorkerProcess` passes.
+    """
+    requests, replies, control, owner, memory, processes = map(int, sys.argv[1:])
+    for descriptor in (requests, replies, control):
+        os.set_inheritable(descriptor, False)
+    run_guarded(
+        lambda: serve(requests, replies),
+        pipes=(requests, replies),
+        owner=owner,
+        control=control,
+        memory=memory,
+        processes=processes,
+    )
 
 
 def run_guarded(
